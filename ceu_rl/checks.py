@@ -1,0 +1,145 @@
+"""What is refused before the first step, and what stops a run that went wrong: one sentence, with the value seen.
+
+`StopAtNonFinite` is mixed into the trainers; the functions are called by their constructors.
+"""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from transformers import AutoConfig, GenerationMixin, PreTrainedModel
+from transformers.distributed.fsdp import is_fsdp_enabled
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+def check_columns(dataset: Dataset | IterableDataset, name: str, required: tuple[str, ...]) -> None:
+    """Raise a ValueError if the dataset has no rows or lacks one of the required columns."""
+    row = next(iter(dataset), None)
+    if row is None:
+        raise ValueError(f"The {name} dataset has no rows; give it at least one.")
+    for column in required:
+        if column not in row:
+            close = difflib.get_close_matches(column, row, n=1)
+            fix = f"rename {close[0]!r} to {column!r}" if close else f"add {column!r}, or rename the one that holds it"
+            raise ValueError(f"The {name} dataset has no column {column!r} among {sorted(row)}; {fix}.")
+
+
+def check_completions(
+    dataset: Dataset | IterableDataset, name: str, columns: tuple[str, ...], num_proc: int | None = None
+) -> Dataset | IterableDataset:
+    """Raise a ValueError at the first row with an empty completion; a streamed dataset raises when it gets there.
+
+    A completion is a text, or a list of messages of which the last must have content or a tool call.
+    """
+
+    def check(row: Mapping[str, Any], index: int) -> None:
+        for column in columns:
+            value = row[column]
+            last = value[-1] if isinstance(value, list) and value else value
+            content = (last.get("content") or last.get("tool_calls")) if isinstance(last, Mapping) else last
+            if not content or (isinstance(content, str) and not content.strip()):
+                raise ValueError(
+                    f"Row {index} of the {name} dataset has an empty {column!r} ({value!r}); "
+                    "remove the row or give it a completion."
+                )
+
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(lambda row, index: check(row, index) or row, with_indices=True)
+    dataset.select_columns(list(columns)).map(
+        check, with_indices=True, num_proc=num_proc, desc=f"Checking {name} dataset for empty completions"
+    )
+    return dataset
+
+
+def check_language_model(model: str | PreTrainedModel, trust_remote_code: bool = False) -> None:
+    """Raise a ValueError unless TRL's fused LM head fits: a decoder with a language-model head.
+
+    A path is judged by its configuration, before any weight is loaded.
+    """
+    if isinstance(model, str):
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        # A class that is not in transformers comes with the checkpoint, and is judged once it is loaded
+        name = (config.architectures or ["no architecture"])[0]
+        kind: type | None = getattr(transformers, name, None)
+    else:
+        base = model.get_base_model() if is_peft_model(model) else model
+        config, kind = getattr(base, "config", None), type(base)
+        name = kind.__name__
+    if kind is None and isinstance(model, str):
+        return
+    if config is None or not issubclass(kind or object, GenerationMixin) or config.is_encoder_decoder:
+        raise ValueError(
+            f"{name} is not a decoder with a language-model head, so TRL's fused head cannot give its token "
+            "log-probabilities; use a causal language model (AutoModelForCausalLM)."
+        )
+
+
+def check_reference_is_loaded(needs_reference: bool) -> None:
+    """Raise a ValueError where FSDP would leave the reference model empty on every process but the first.
+
+    With `fsdp_cpu_ram_efficient_loading` only the first process reads the weights. The policy is synchronised
+    afterwards; the reference model of TRL's trainers is not.
+    """
+    if needs_reference and is_fsdp_enabled():
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading is true, which leaves the reference model without weights on every "
+            "process but the first, and its log-probabilities wrong; set it to false in the accelerate config."
+        )
+
+
+class StopAtNonFinite:
+    """Trainer mixin: a step with a non-finite loss or gradient ends the run, before it reaches the weights.
+
+    Raises:
+        FloatingPointError: with the step, the rows of the batch and the last good checkpoint. Under float16 mixed
+            precision gradients overflow as part of loss scaling, so there only the loss is checked.
+    """
+
+    _step_inputs: list[Mapping[str, Any]]  # the micro-batches since the last optimizer step
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._step_inputs = [*getattr(self, "_step_inputs", []), inputs]
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if not torch.isfinite(loss).all():
+            self._stop(f"loss ({loss.item()})", [inputs])
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        # Called once before each optimizer step, whether or not gradients are clipped
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        if self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(grad_norm)).all():  # type: ignore[attr-defined]
+            self._stop(f"gradient (norm {float(grad_norm)})", self._step_inputs)
+        self._step_inputs = []
+        return grad_norm
+
+    def _stop(self, what: str, inputs: list[Mapping[str, Any]]) -> None:
+        step: int = self.state.global_step  # type: ignore[attr-defined]
+        output_dir: str = self.args.output_dir  # type: ignore[attr-defined]
+        # The checkpoint of this very step holds the weights that failed
+        good = [number for number in _checkpoints(output_dir) if number < step]
+        checkpoint = f"{output_dir}/{PREFIX_CHECKPOINT_DIR}-{max(good)}" if good else None
+        rows = "; ".join(row for batch in inputs for row in self.describe_rows(batch))
+        raise FloatingPointError(
+            f"Step {step + 1} met a non-finite {what} and was not applied. "
+            + (
+                f"The last good checkpoint is {checkpoint}: resume from it"
+                if checkpoint
+                else f"There is no earlier checkpoint in {output_dir}: start again"
+            )
+            + f" with a lower learning_rate or without the batch that failed. Its rows: {rows}."
+        )
+
+    def describe_rows(self, inputs: Mapping[str, Any]) -> list[str]:
+        """Name the rows of one prepared batch for a person; each trainer knows its own batches."""
+        raise NotImplementedError
+
+
+def _checkpoints(output_dir: str) -> list[int]:
+    """Steps of the checkpoints in a folder."""
+    found = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")
+    return sorted(int(path.parent.name.rsplit("-", 1)[1]) for path in found)

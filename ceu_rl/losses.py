@@ -1,0 +1,121 @@
+"""The formulas of CE-U on plain tensors; this module imports torch alone.
+
+Symbols: logits z over a vocabulary of V tokens at one position, p = softmax(z), y the label, p_y its probability,
+e_y its one-hot vector, q = softmax(z with z_y = -inf), odds = p_y / (1 - p_y).
+"""
+
+import torch
+from torch.nn import functional as F
+
+
+def cross_entropy_unlearning_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Cross Entropy Unlearning loss (CE-U; Yang 2025, arXiv 2503.01224).
+
+    For each position
+
+        L = CE(sg[q], p) = -sum_i q_i log p_i        dL/dz = p - q = p_y (e_y - q)
+
+    where sg stops the gradient. The L1 norm of the gradient is 2 p_y <= 2. It is the gradient of the unlikelihood
+    loss -log(1 - p_y) (Welleck et al. 2020, arXiv 1908.04319), and the two values differ by the entropy of q:
+
+        L = H(sg[q]) - log(1 - p_y),        -log(1 - p_y) = softplus(z_y - logsumexp_{i != y} z_i)
+
+    This form is computed here, because unlike the naive expression it loses no digits, neither as p_y -> 0 (where
+    p - q cancels) nor as p_y -> 1 (where 1 - p_y underflows).
+
+    Args:
+        logits: Floating tensor of shape (..., V) with V >= 2. Half precision is computed in float32.
+        labels: Integer tensor of shape (...): the token to unlearn at each position. Labels are not shifted.
+        ignore_index: Label of the positions that contribute nothing.
+        reduction: `"mean"` over the positions that are not ignored, `"sum"`, or `"none"`.
+
+    Returns:
+        The loss in nats, in float32 (float64 for float64 logits): a scalar, or shape (...) for `"none"`. Without any
+        position to unlearn it is a differentiable zero.
+
+    Raises:
+        ValueError: for an unknown reduction, shapes that do not match, or a label outside the vocabulary.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction is {reduction!r}; use 'mean', 'sum' or 'none'.")
+    if logits.dim() == 0 or logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)} and logits {tuple(logits.shape)}; "
+            "give logits of shape (*labels.shape, vocabulary)."
+        )
+    vocabulary = logits.shape[-1]
+    if vocabulary < 2:
+        raise ValueError(f"the vocabulary has {vocabulary} entry; CE-U needs at least 2, one of them not the label.")
+    kept = labels != ignore_index
+    outside = kept & ((labels < 0) | (labels >= vocabulary))
+    if outside.any():
+        raise ValueError(
+            f"label {labels[outside][0].item()} is outside the vocabulary of {vocabulary} entries; "
+            f"use 0 to {vocabulary - 1}, or ignore_index ({ignore_index}) for positions to leave out."
+        )
+
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    index = labels.masked_fill(~kept, 0).unsqueeze(-1)
+    others = logits.scatter(-1, index, float("-inf"))
+    log_normalizer = others.logsumexp(dim=-1)
+    log_odds = logits.gather(-1, index).squeeze(-1) - log_normalizer
+    with torch.no_grad():
+        q = (others - log_normalizer.unsqueeze(-1)).exp()
+        entropy = torch.special.entr(q).sum(dim=-1)
+    loss = (entropy - F.logsigmoid(-log_odds)).masked_fill(~kept, 0.0)
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / kept.sum().clamp(min=1)
+
+
+def descent_weight(
+    log_probs: torch.Tensor, coef: float = 1.0, scale: float = 1.0, max_weight: float = 1.0
+) -> torch.Tensor:
+    """Weight on the gradient of a token whose log-probability is being lowered.
+
+    Gradient ascent minimises log p_y, with dz = e_y - p; CE-U is the same direction, each token weighted by its odds
+    p_y / (1 - p_y). This family scales that weight by s, caps it softly at M, and mixes it with plain ascent by a:
+
+        w(p_y) = (1 - a) + a / (1 / (s * odds) + 1 / M)
+
+    a = 0 is gradient ascent; a = s = 1, M = inf is CE-U as published; a = s = M = 1 is w = p_y.
+
+    Args:
+        log_probs: Tensor of any shape: log p_y, in nats.
+        coef: a, from 0 to 1.
+        scale: s > 0.
+        max_weight: M > 0; `inf` for no cap.
+
+    Returns:
+        The weight, detached, of the same shape, in float32 (float64 for float64 input). It is always finite: 1 - p_y
+        is known from log p_y only to the precision of its type, so 1 / odds is taken as at least one epsilon. Hence
+        with M = inf the weight falls short of the formula where 1 - p_y is below about 1e-6 in float32. Where that
+        matters use `cross_entropy_unlearning_loss`, which needs the logits and is exact.
+
+    Raises:
+        ValueError: if a coefficient is outside its range.
+    """
+    check_descent_coefficients(coef, scale, max_weight)
+    log_probs = log_probs.detach()
+    if log_probs.dtype in (torch.float16, torch.bfloat16):
+        log_probs = log_probs.float()
+    inverse_odds = torch.expm1(-log_probs).clamp(min=torch.finfo(log_probs.dtype).eps)
+    return (1.0 - coef) + coef / (inverse_odds / scale + 1.0 / max_weight)
+
+
+def check_descent_coefficients(ceu_coef: float, ceu_scale: float, ceu_max_weight: float) -> None:
+    """Raise a ValueError that names the first coefficient of `descent_weight` outside its range (NaN included)."""
+    if not 0.0 <= ceu_coef <= 1.0:
+        raise ValueError(f"ceu_coef is {ceu_coef}; use a number from 0 (stock gradient ascent) to 1 (CE-U alone).")
+    if not 0.0 < ceu_scale < float("inf"):
+        raise ValueError(f"ceu_scale is {ceu_scale}; use a finite number above 0 (1 is CE-U's own scale).")
+    if not ceu_max_weight > 0.0:
+        raise ValueError(f"ceu_max_weight is {ceu_max_weight}; use a number above 0 (1 is bounded, inf is no cap).")
