@@ -1,0 +1,53 @@
+"""What a run shows and records while it trains."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback
+
+from .builtin import Task, evaluate_accuracy
+
+
+class Progress(ProgressCallback):
+    """A progress bar with the last loss and gradient norm; the full log goes to `MetricsFile`."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.training_bar is not None:
+            shown = {key: f"{float(logs[key]):.3g}" for key in ("loss", "grad_norm") if key in logs}
+            self.training_bar.set_postfix(shown)
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log entry to `metrics.jsonl` at once, so that a run that dies keeps its curves."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A resumed run starts from the log of its checkpoint
+        self._write(args, state, state.log_history, "w")
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write(args, state, state.log_history[-1:], "a")
+
+    def _write(self, args: Any, state: Any, entries: list[dict[str, Any]], mode: str) -> None:
+        if state.is_world_process_zero:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            with open(Path(args.output_dir, "metrics.jsonl"), mode) as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in entries)
+
+
+class TaskScore(TrainerCallback):
+    """Logs greedy and sampled accuracy on a built-in task at every evaluation."""
+
+    def __init__(self, trainer: Any, task: Task, prompts: Any) -> None:
+        self.trainer, self.task, self.prompts = trainer, task, list(prompts)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Every process generates the same answers: sharded models need all of them to take part
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        scores = {
+            f"eval_{name}_accuracy": evaluate_accuracy(
+                model, self.trainer.processing_class, self.task, self.prompts, sample=name == "sampled", seed=args.seed
+            )
+            for name in ("greedy", "sampled")
+        }
+        self.trainer.log(scores)

