@@ -95,10 +95,10 @@ def descent_weight(
         max_weight: M > 0; `inf` for no cap.
 
     Returns:
-        The weight, detached, of the same shape, in float32 (float64 for float64 input). It is always finite: 1 - p_y
-        is known from log p_y only to the precision of its type, so 1 / odds is taken as at least one epsilon. Hence
-        with M = inf the weight falls short of the formula where 1 - p_y is below about 1e-6 in float32. Where that
-        matters use `cross_entropy_unlearning_loss`, which needs the logits and is exact.
+        The weight, detached, of the same shape, in float32 (float64 for float64 input). It is always finite: log p_y
+        comes from the difference of two logits, which is known to about one ulp of a logit of 16 to 32, so 1 / odds
+        is taken as at least 16 epsilons. With M = inf the weight therefore falls short of the formula where 1 - p_y
+        is below 2e-6 in float32. Where that matters use `cross_entropy_unlearning_loss`, which is exact.
 
     Raises:
         ValueError: if a coefficient is outside its range.
@@ -107,7 +107,7 @@ def descent_weight(
     log_probs = log_probs.detach()
     if log_probs.dtype in (torch.float16, torch.bfloat16):
         log_probs = log_probs.float()
-    inverse_odds = torch.expm1(-log_probs).clamp(min=torch.finfo(log_probs.dtype).eps)
+    inverse_odds = torch.expm1(-log_probs).clamp(min=16 * torch.finfo(log_probs.dtype).eps)
     return (1.0 - coef) + coef / (inverse_odds / scale + 1.0 / max_weight)
 
 

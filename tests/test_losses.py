@@ -1,0 +1,196 @@
+"""The formulas against 60-digit arithmetic, and against the naive expressions in float64."""
+
+import math
+
+import mpmath
+import pytest
+import torch
+
+from ceu_rl.losses import cross_entropy_unlearning_loss, descent_weight
+
+mpmath.mp.dps = 60
+OTHERS = [0.3, -1.2, 0.9, -0.4]  # logits of the tokens that are not the label
+
+
+def logits_with(log_odds, dtype):
+    """Logits whose label, at index 2, has these log-odds, as exactly as the type allows."""
+    normalizer = torch.tensor(OTHERS, dtype=torch.float64).logsumexp(0).item()
+    return torch.tensor([*OTHERS[:2], normalizer + log_odds, *OTHERS[2:]], dtype=dtype)
+
+
+def exact(logits, label):
+    """Value and gradient of -sum_i sg[q_i] log p_i with 60 digits, from the very numbers in `logits`."""
+    z = [mpmath.mpf(value) for value in logits.double().tolist()]
+    e = [mpmath.exp(value) for value in z]
+    p = [value / mpmath.fsum(e) for value in e]
+    rest = mpmath.fsum(value for i, value in enumerate(e) if i != label)
+    q = [mpmath.mpf(0) if i == label else value / rest for i, value in enumerate(e)]
+    value = -mpmath.fsum(q_i * mpmath.log(p_i) for q_i, p_i in zip(q, p, strict=True))
+    return value, [p_i - q_i for p_i, q_i in zip(p, q, strict=True)], p[label]
+
+
+def worst_relative_error(found, truth):
+    return max(abs((mpmath.mpf(f) - t) / t) for f, t in zip(found, truth, strict=True))
+
+
+# Label probabilities 1e-30, 1e-10, 1e-3, 1/2, 1 - 1e-3, 1 - 1e-10, 1 - 1e-26
+LOG_ODDS = [math.log(1e-30), math.log(1e-10), math.log(1e-3), 0.0, math.log(1e3), math.log(1e10), math.log(1e26)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("log_odds", LOG_ODDS)
+def test_value_and_gradient_are_exact_at_any_probability(log_odds, dtype, tolerance):
+    logits = logits_with(log_odds, dtype).requires_grad_()
+    value, gradient, label_probability = exact(logits, 2)
+    loss = cross_entropy_unlearning_loss(logits, torch.tensor(2))
+    loss.backward()
+    assert worst_relative_error([loss.item()], [value]) <= tolerance
+    assert worst_relative_error(logits.grad.tolist(), gradient) <= tolerance
+    # The L1 norm is 2 p_y, so it never exceeds 2
+    norm = logits.grad.abs().sum().item()
+    assert worst_relative_error([norm], [2 * label_probability]) <= tolerance
+    assert norm <= 2 * (1 + 1e-6)
+
+
+def test_equals_the_naive_expression_in_float64():
+    torch.manual_seed(0)
+    logits = torch.randn(3, 5, 11, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 11, (3, 5))
+    q = logits.detach().scatter(-1, labels.unsqueeze(-1), float("-inf")).softmax(-1)
+    naive = -(q * logits.log_softmax(-1)).sum(-1)
+    ours = cross_entropy_unlearning_loss(logits, labels, reduction="none")
+    torch.testing.assert_close(ours, naive, rtol=1e-12, atol=0)
+    weights = torch.randn(3, 5, dtype=torch.float64)
+    (expected,) = torch.autograd.grad((naive * weights).sum(), logits)
+    (found,) = torch.autograd.grad((ours * weights).sum(), logits)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_is_the_unlikelihood_loss_up_to_the_entropy_of_q():
+    torch.manual_seed(1)
+    logits = torch.randn(6, 7, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 7, (6,))
+    p_label = logits.softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    unlikelihood = -torch.log(1 - p_label)
+    ours = cross_entropy_unlearning_loss(logits, labels, reduction="none")
+    q = logits.detach().scatter(-1, labels.unsqueeze(-1), float("-inf")).softmax(-1)
+    torch.testing.assert_close(ours - unlikelihood, torch.special.entr(q).sum(-1), rtol=1e-10, atol=0)
+    (expected,) = torch.autograd.grad(unlikelihood.sum(), logits)
+    (found,) = torch.autograd.grad(ours.sum(), logits)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_is_gradient_ascent_with_each_token_weighted_by_its_odds():
+    torch.manual_seed(2)
+    logits = torch.randn(6, 7, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 7, (6,))
+    log_p = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    odds = (log_p.exp() / (1 - log_p.exp())).detach()
+    (expected,) = torch.autograd.grad((odds * log_p).sum(), logits, retain_graph=True)
+    (found,) = torch.autograd.grad(cross_entropy_unlearning_loss(logits, labels, reduction="sum"), logits)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+    weight = descent_weight(log_p, coef=1.0, scale=1.0, max_weight=float("inf"))
+    torch.testing.assert_close(weight, odds, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("label_logit", [-1e4, -20.0, 0.0, 20.0, 1e4])
+def test_half_precision_stays_finite(dtype, label_logit):
+    logits = torch.tensor([[label_logit, 0.0, 1.0]], dtype=dtype, requires_grad=True)
+    loss = cross_entropy_unlearning_loss(logits, torch.tensor([0]))
+    loss.backward()
+    assert loss.dtype == torch.float32 and torch.isfinite(loss)
+    assert logits.grad.dtype == dtype and torch.isfinite(logits.grad).all()
+    assert logits.grad.float().abs().sum() <= 2.01
+
+
+def test_reductions_and_ignored_positions():
+    torch.manual_seed(3)
+    logits, labels = torch.randn(2, 4, 5), torch.tensor([[1, -100, 2, 4], [-100, -100, 0, 3]])
+    each = cross_entropy_unlearning_loss(logits, labels, reduction="none")
+    kept = labels != -100
+    assert (each[~kept] == 0).all() and (each[kept] > 0).all()
+    assert cross_entropy_unlearning_loss(logits, labels, reduction="sum") == each.sum()
+    assert cross_entropy_unlearning_loss(logits, labels) == each.sum() / kept.sum()
+    other = labels.masked_fill(~kept, 3)
+    torch.testing.assert_close(
+        cross_entropy_unlearning_loss(logits, other, ignore_index=3, reduction="sum"),
+        each[kept & (labels != 3)].sum(),
+    )
+
+
+def test_all_ignored_is_a_differentiable_zero():
+    logits = torch.randn(3, 5, requires_grad=True)
+    loss = cross_entropy_unlearning_loss(logits, torch.full((3,), -100))
+    loss.backward()
+    assert loss.item() == 0 and (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "kwargs", "message"),
+    [
+        (torch.zeros(2, 3), torch.tensor([0, 3]), {}, "label 3 is outside the vocabulary of 3"),
+        (torch.zeros(2, 3), torch.tensor([0, -1]), {}, "label -1 is outside"),
+        (torch.zeros(2, 3), torch.tensor([0]), {}, r"labels have shape \(1,\)"),
+        (torch.zeros(2, 3), torch.tensor([0, 1]), {"reduction": "median"}, "reduction is 'median'"),
+        (torch.zeros(2, 1), torch.tensor([0, 0]), {}, "the vocabulary has 1 entry"),
+    ],
+)
+def test_bad_arguments_are_named(logits, labels, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        cross_entropy_unlearning_loss(logits, labels, **kwargs)
+
+
+@pytest.mark.parametrize("coef", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("scale", [0.5, 1.0, 10.0])
+@pytest.mark.parametrize("max_weight", [0.5, 1.0, 2.0, float("inf")])
+def test_descent_weight_is_the_formula(coef, scale, max_weight):
+    p = torch.tensor([1e-12, 1e-3, 0.2, 0.5, 0.9, 1 - 1e-6], dtype=torch.float64)
+    odds = p / (1 - p)
+    expected = (1 - coef) + coef / (1 / (scale * odds) + 1 / max_weight)
+    found = descent_weight(p.log(), coef, scale, max_weight)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+
+
+def test_descent_weight_of_the_settings_that_have_a_name():
+    log_p = torch.tensor([-20.0, -2.0, -0.5, -1e-3], requires_grad=True)
+    assert torch.equal(descent_weight(log_p, coef=0.0), torch.ones(4))  # stock gradient ascent
+    torch.testing.assert_close(descent_weight(log_p), log_p.detach().exp())  # the bounded default is p
+    assert not descent_weight(log_p).requires_grad
+
+
+@pytest.mark.parametrize("max_weight", [1.0, float("inf")])
+def test_descent_weight_is_finite_and_not_negative_at_the_edges(max_weight):
+    # A log-probability can round to zero or just above it, and run to -inf
+    log_p = torch.tensor([1e-7, 0.0, -1e-30, -200.0, -float("inf")])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        weight = descent_weight(log_p.to(dtype), max_weight=max_weight)
+        assert torch.isfinite(weight).all() and (weight >= 0).all()
+        assert (weight[3:] < 1e-6).all()
+
+
+def test_descent_weight_of_the_published_form_in_float32():
+    """As documented: 1 % down to 1 - p = 1e-4, and too small, never too large, below 1e-6."""
+    remainder = torch.tensor([1e-2, 1e-3, 1e-4, 1e-8], dtype=torch.float64)
+    found = descent_weight(torch.log1p(-remainder).float(), max_weight=float("inf")).double()
+    expected = (1 - remainder) / remainder
+    assert ((found - expected).abs() <= 0.01 * expected)[:3].all()
+    assert found[3] < 0.2 * expected[3]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"coef": -0.1}, "ceu_coef is -0.1"),
+        ({"coef": 1.5}, "ceu_coef is 1.5"),
+        ({"coef": float("nan")}, "ceu_coef is nan"),
+        ({"scale": 0.0}, "ceu_scale is 0.0"),
+        ({"scale": float("nan")}, "ceu_scale is nan"),
+        ({"scale": float("inf")}, "ceu_scale is inf"),
+        ({"max_weight": -1.0}, "ceu_max_weight is -1.0"),
+        ({"max_weight": float("nan")}, "ceu_max_weight is nan"),
+    ],
+)
+def test_bad_coefficients_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        descent_weight(torch.zeros(1), **kwargs)
