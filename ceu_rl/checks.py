@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from transformers import AutoConfig, GenerationMixin, PreTrainedModel
 from transformers.distributed.fsdp import is_fsdp_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -67,7 +67,7 @@ def check_language_model(model: str | PreTrainedModel, trust_remote_code: bool =
         name = (config.architectures or ["no architecture"])[0]
         kind: type | None = getattr(transformers, name, None)
     else:
-        base = model.get_base_model() if is_peft_model(model) else model
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
         config, kind = getattr(base, "config", None), type(base)
         name = kind.__name__
     if kind is None and isinstance(model, str):

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 
 from .checks import (
@@ -67,7 +67,8 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, DPOTrainer):
         if given.get("train_dataset") is not None:
             check_columns(given["train_dataset"], "train", COMPLETIONS)
         check_language_model(given["model"], config.trust_remote_code)
-        check_reference_is_loaded(given.get("peft_config") is None and not is_peft_model(given["model"]))
+        adapts = given.get("peft_config") is not None or isinstance(given["model"], PeftModel)
+        check_reference_is_loaded(needs_reference=not adapts)
         super().__init__(*bound.args[1:], **bound.kwargs)
         check_language_model(self.model)
         self.attach_route()

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 import trl
-from accelerate.utils import is_peft_model
 from packaging.specifiers import SpecifierSet
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from .losses import check_descent_coefficients, descent_weight
@@ -109,7 +109,7 @@ def route_descent(
     """
     check_trl_version()
     route = DescentRoute(coef, scale, max_weight)
-    if is_peft_model(model):
+    if isinstance(model, PeftModel):
         model = model.get_base_model()
     forward = model.forward
     if hasattr(forward, "ceu_route"):

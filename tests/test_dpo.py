@@ -1,0 +1,407 @@
+"""CE-U DPO against the imported `trl.DPOTrainer`, and against float64 gradients from plain logits."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig
+from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from ceu_rl import CEUDPOConfig, CEUDPOTrainer
+
+LOSS_TYPES = {
+    "sigmoid": {},
+    "hinge": {},
+    "ipo": {},
+    "exo_pair": {"label_smoothing": 0.1},
+    "nca_pair": {},
+    "robust": {"label_smoothing": 0.1},
+    "bco_pair": {},
+    "sppo_hard": {},
+    "aot": {},
+    "aot_unpaired": {},
+    "apo_zero": {},
+    "apo_down": {},
+    "discopop": {},
+    "sft": {},
+    "sigmoid_norm": {},
+}
+SETTINGS = {
+    **{loss: {"loss_type": loss, **extra} for loss, extra in LOSS_TYPES.items()},
+    "two losses": {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.8, 0.3]},
+    "forward_kl": {"f_divergence_type": "forward_kl"},
+    "js_divergence": {"f_divergence_type": "js_divergence"},
+    "alpha_divergence": {"f_divergence_type": "alpha_divergence"},
+    "ld_alpha": {"ld_alpha": 0.5},
+    "wpo": {"use_weighting": True},
+    "beta": {"beta": 0.5},
+    "precomputed": {"precompute_ref_log_probs": True},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+}
+
+
+class KeepGradients(TrainerCallback):
+    """Keeps the gradient of every parameter that reaches the optimizer, step by step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+@pytest.fixture
+def make_trainer(tiny_model, tokenizer, preferences, tmp_path):
+    def make(trainer_class, *, model=None, ref_model=None, train_dataset=None, peft_config=None, **settings):
+        config_class = CEUDPOConfig if trainer_class is CEUDPOTrainer else DPOConfig
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        defaults = {
+            "output_dir": str(folder),
+            "max_steps": 10,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "gradient_checkpointing": False,
+            "bf16": False,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "logging_steps": 1,
+            "save_strategy": "no",
+        }
+        return trainer_class(
+            model or tiny_model(1),
+            None if peft_config else ref_model or tiny_model(0),
+            args=config_class(**{**defaults, **settings}),
+            train_dataset=train_dataset or preferences,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+
+    return make
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def assert_same_weights(first, second):
+    for name, value in weights(first).items():
+        assert torch.equal(value, weights(second)[name]), f"{name} differs"
+
+
+def differ(first, second):
+    other = weights(second)
+    return any(not torch.equal(value, other[name]) for name, value in weights(first).items())
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_coef_zero_equals_stock_bit_for_bit(make_trainer, name):
+    stock = make_trainer(DPOTrainer, **SETTINGS[name])
+    ours = make_trainer(CEUDPOTrainer, ceu_coef=0.0, **SETTINGS[name])
+    start = weights(stock)
+    stock.train()
+    ours.train()
+    assert any(not torch.equal(value, start[key]) for key, value in weights(stock).items())
+    assert_same_weights(stock, ours)
+    for stock_log, our_log in zip(stock.state.log_history[:-1], ours.state.log_history[:-1], strict=True):
+        assert stock_log == our_log
+
+
+def first_batch(trainer):
+    batch = next(iter(trainer.get_train_dataloader()))
+    return trainer._prepare_inputs(batch)
+
+
+def reference_gradients(stock, batch, weight):
+    """Float64 gradients of the rule from plain logits: the stock loss gives g, the formula gives w."""
+    kept = {}
+    forward = stock.model.forward
+
+    def keep(*args, **kwargs):
+        outputs = forward(*args, **kwargs)
+        if outputs.log_probs.requires_grad:
+            kept["log_probs"] = outputs.log_probs
+            outputs.log_probs.retain_grad()
+        return outputs
+
+    stock.model.forward = keep
+    loss = stock.compute_loss(stock.model, batch)
+    loss.backward()
+    g = kept["log_probs"].grad.double()
+
+    plain = copy.deepcopy(stock.model).double()
+    del plain.forward  # the model's own forward, without any fused head
+    logits = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    labels = batch["input_ids"][:, 1:]
+    log_p = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    g = g * batch["completion_mask"][:, 1:]
+    factor = torch.where(g > 0, g * weight(log_p.detach().exp()), g)
+    parameters = dict(plain.named_parameters())
+    gradients = torch.autograd.grad((factor * log_p).sum(), list(parameters.values()))
+    return loss, dict(zip(parameters, gradients, strict=True)), (g > 0).sum().item()
+
+
+@pytest.mark.parametrize(
+    ("name", "coefficients", "weight"),
+    [
+        *[(name, {}, lambda p: p) for name in SETTINGS if name not in ("precomputed", "gradient checkpointing")],
+        ("sigmoid", {"ceu_max_weight": float("inf")}, lambda p: p / (1 - p)),
+        ("sigmoid", {"ceu_coef": 0.5, "ceu_scale": 10.0}, lambda p: 0.5 + 0.5 / ((1 - p) / (10 * p) + 1)),
+    ],
+)
+def test_loss_equals_stock_and_gradient_follows_the_rule(make_trainer, name, coefficients, weight):
+    stock, ours = (make_trainer(c, **SETTINGS[name]) for c in (DPOTrainer, DPOTrainer))
+    ours = make_trainer(CEUDPOTrainer, **SETTINGS[name], **coefficients)
+    batch = first_batch(stock)
+    stock_loss, expected, descending = reference_gradients(stock, batch, weight)
+    our_loss = ours.compute_loss(ours.model, batch)
+    our_loss.backward()
+    assert torch.equal(our_loss, stock_loss)
+    scale = max(value.abs().max() for value in expected.values())
+    distance = 0.0
+    for key, parameter in ours.model.named_parameters():
+        torch.testing.assert_close(parameter.grad.double(), expected[key], rtol=1e-3, atol=2e-6 * scale.item())
+        stock_gradient = stock.model.get_parameter(key).grad.double()
+        distance = max(distance, ((stock_gradient - expected[key]).abs().max() / scale).item())
+    # The check can fail: the stock gradients are far from the reference wherever a token descends
+    assert (descending > 0) == (distance > 0.01), (descending, distance)
+
+
+def test_default_differs_from_stock_and_logs_what_it_met(make_trainer):
+    stock, ours = make_trainer(DPOTrainer), make_trainer(CEUDPOTrainer)
+    stock.train()
+    ours.train()
+    assert differ(stock, ours)
+    log = ours.state.log_history[0]
+    assert 0 < log["ceu/descending_fraction"] < 1
+    assert 0 < log["ceu/weight_mean"] <= log["ceu/weight_max"] < 1
+    assert stock.state.log_history[0]["loss"] == log["loss"]
+
+
+def test_a_stock_config_means_the_defaults(make_trainer, tokenizer, tiny_model, preferences):
+    ours = make_trainer(CEUDPOTrainer)
+    adopted = CEUDPOTrainer(
+        tiny_model(1),
+        tiny_model(0),
+        make_trainer(DPOTrainer).args,
+        train_dataset=preferences,
+        processing_class=tokenizer,
+    )
+    assert isinstance(adopted.args, CEUDPOConfig)
+    ours.train()
+    adopted.train()
+    assert_same_weights(ours, adopted)
+
+
+def test_eval_logs_hold_no_training_metrics(make_trainer, preferences):
+    trainer = make_trainer(CEUDPOTrainer, max_steps=3, logging_steps=2)
+    trainer.train()
+    trainer.evaluate(preferences.select(range(8)))
+    assert not any("ceu" in key for key in trainer.state.log_history[-1])
+    assert "eval_logps/chosen" in trainer.state.log_history[-1]
+
+
+def test_sync_ref_model(make_trainer):
+    settings = {"sync_ref_model": True, "ref_model_sync_steps": 2, "max_steps": 5}
+    stock, ours = make_trainer(DPOTrainer, **settings), make_trainer(CEUDPOTrainer, ceu_coef=0.0, **settings)
+    routed = make_trainer(CEUDPOTrainer, **settings)
+    for trainer in (stock, ours, routed):
+        before = trainer.ref_model.lm_head.weight.clone()
+        trainer.train()
+        assert not torch.equal(before, trainer.ref_model.lm_head.weight)
+    assert_same_weights(stock, ours)
+    assert differ(stock, routed)
+
+
+@pytest.mark.parametrize(
+    "peft_config",
+    [
+        LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+        PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    ],
+    ids=["lora", "prompt tuning"],
+)
+def test_peft(make_trainer, peft_config):
+    stock = make_trainer(DPOTrainer, peft_config=copy.deepcopy(peft_config))
+    ours = make_trainer(CEUDPOTrainer, peft_config=copy.deepcopy(peft_config), ceu_coef=0.0)
+    routed = make_trainer(CEUDPOTrainer, peft_config=copy.deepcopy(peft_config))
+    frozen = {name: p.detach().clone() for name, p in routed.model.named_parameters() if not p.requires_grad}
+    for trainer in (stock, ours, routed):
+        trainer.train()
+    assert_same_weights(stock, ours)
+    assert differ(stock, routed)
+    assert all(torch.equal(value, routed.model.get_parameter(name)) for name, value in frozen.items())
+    assert routed.state.log_history[0]["ceu/descending_fraction"] > 0
+
+
+def test_mixture_of_experts(make_trainer, tokenizer):
+    def moe():
+        torch.manual_seed(0)
+        return MixtralForCausalLM(
+            MixtralConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                num_local_experts=4,
+                output_router_logits=True,
+            )
+        )
+
+    settings = {"max_steps": 3, "router_aux_loss_coef": 0.1}
+    stock = make_trainer(DPOTrainer, model=moe(), ref_model=moe(), **settings)
+    ours = make_trainer(CEUDPOTrainer, model=moe(), ref_model=moe(), ceu_coef=0.0, **settings)
+    routed = make_trainer(CEUDPOTrainer, model=moe(), ref_model=moe(), **settings)
+    for trainer in (stock, ours, routed):
+        trainer.train()
+    assert_same_weights(stock, ours)
+    assert differ(stock, routed)
+    assert routed.state.log_history[0]["aux_loss"] == stock.state.log_history[0]["aux_loss"] > 0
+
+
+def gradients_of(trainer):
+    keep = KeepGradients()
+    trainer.add_callback(keep)
+    trainer.train()
+    return keep.steps
+
+
+def assert_close_gradients(first, second):
+    for one, other in zip(first, second, strict=True):
+        scale = max(value.abs().max().item() for value in one.values())
+        for name, value in one.items():
+            torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_gradient_accumulation_equals_one_large_batch(make_trainer):
+    large = make_trainer(CEUDPOTrainer, max_steps=2)
+    small = make_trainer(CEUDPOTrainer, max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert_close_gradients(gradients_of(large), gradients_of(small))
+    for key in ("ceu/descending_fraction", "ceu/weight_mean", "ceu/weight_max"):
+        assert small.state.log_history[0][key] == pytest.approx(large.state.log_history[0][key], rel=1e-4)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(make_trainer):
+    plain = make_trainer(CEUDPOTrainer, max_steps=2)
+    checkpointed = make_trainer(CEUDPOTrainer, max_steps=2, gradient_checkpointing=True)
+    assert_close_gradients(gradients_of(plain), gradients_of(checkpointed))
+    # Each token is counted once, although its layers run twice
+    first, second = (trainer.state.log_history[0]["ceu/descending_fraction"] for trainer in (plain, checkpointed))
+    assert first == second
+
+
+def test_precomputed_reference_gives_the_same_training(make_trainer):
+    on_the_fly = make_trainer(CEUDPOTrainer, max_steps=3)
+    precomputed = make_trainer(CEUDPOTrainer, max_steps=3, precompute_ref_log_probs=True)
+    assert_close_gradients(gradients_of(on_the_fly), gradients_of(precomputed))
+
+
+def test_resume_gives_the_weights_of_the_uninterrupted_run(make_trainer):
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    whole = make_trainer(CEUDPOTrainer, **settings)
+    whole.train()
+    resumed = make_trainer(CEUDPOTrainer, **settings)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-3")
+    assert resumed.state.global_step == 6
+    assert_same_weights(whole, resumed)
+
+
+def test_torch_compile(make_trainer):
+    plain = make_trainer(CEUDPOTrainer, max_steps=2)
+    compiled = make_trainer(CEUDPOTrainer, max_steps=2, torch_compile=True, torch_compile_backend="aot_eager")
+    assert_close_gradients(
+        gradients_of(plain),
+        [{name.removeprefix("_orig_mod."): g for name, g in step.items()} for step in gradients_of(compiled)],
+    )
+    assert compiled.state.log_history[0]["ceu/weight_max"] > 0
+
+
+TWO_PROCESSES = """
+import json, sys
+from datasets import Dataset
+from ceu_rl import CEUDPOConfig, CEUDPOTrainer
+
+folder, batch_size = sys.argv[1], int(sys.argv[2])
+rows = [{"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a + b}{b}"[: 1 + b % 3]}
+        for a in range(8) for b in range(8)]
+args = CEUDPOConfig(f"{folder}/run{batch_size}", max_steps=4, per_device_train_batch_size=batch_size, logging_steps=1,
+                    learning_rate=1e-3, use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no",
+                    disable_tqdm=True)
+trainer = CEUDPOTrainer(f"{folder}/model", args=args, train_dataset=Dataset.from_list(rows))
+trainer.train()
+if trainer.is_world_process_zero():
+    open(f"{folder}/log{batch_size}.json", "w").write(json.dumps(trainer.state.log_history))
+"""
+
+
+def run(command, **environment):
+    result = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def test_two_processes_log_the_metrics_of_one(tiny_model, tokenizer, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    script = tmp_path / "train.py"
+    script.write_text(TWO_PROCESSES)
+    run([sys.executable, script, tmp_path, "8"])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run([*torchrun, script, tmp_path, "4"])
+    one, two = (json.loads(Path(tmp_path, f"log{size}.json").read_text()) for size in (8, 4))
+    for first, second in zip(one[:-1], two[:-1], strict=True):
+        for key in ("loss", "grad_norm", "rewards/chosen", "logps/rejected", "num_tokens"):
+            assert second[key] == pytest.approx(first[key], rel=1e-3, abs=1e-5), key
+        for key in ("ceu/descending_fraction", "ceu/weight_mean", "ceu/weight_max"):
+            assert second[key] == pytest.approx(first[key], rel=1e-4), key
+
+
+ACCELERATE = Path(__file__).parents[1] / "recipes" / "accelerate"
+
+
+def launch_fsdp(tmp_path, config):
+    """Run the same script under `accelerate launch`; the batch is 4 on each of two processes."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
+    return subprocess.run(
+        [*launch, config, tmp_path / "train.py", tmp_path, "4"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_fsdp2_logs_the_metrics_of_one_process(tiny_model, tokenizer, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "train.py").write_text(TWO_PROCESSES)
+    run([sys.executable, tmp_path / "train.py", tmp_path, "8"])
+    result = launch_fsdp(tmp_path, ACCELERATE / "fsdp2_cpu.yaml")
+    assert result.returncode == 0, result.stderr[-3000:]
+    one, two = (json.loads(Path(tmp_path, f"log{size}.json").read_text()) for size in (8, 4))
+    assert abs(two[0]["rewards/chosen"]) < 1e-4  # the reference model has its weights
+    for first, second in zip(one[:-1], two[:-1], strict=True):
+        for key in ("loss", "logps/rejected", "ceu/descending_fraction", "ceu/weight_mean", "ceu/weight_max"):
+            assert second[key] == pytest.approx(first[key], rel=1e-3), key
+
+
+def test_fsdp_without_reference_weights_is_refused(tiny_model, tokenizer, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "train.py").write_text(TWO_PROCESSES)
+    config = tmp_path / "efficient.yaml"
+    text = (ACCELERATE / "fsdp2_cpu.yaml").read_text()
+    config.write_text(text.replace("cpu_ram_efficient_loading: false", "cpu_ram_efficient_loading: true"))
+    result = launch_fsdp(tmp_path, config)
+    assert result.returncode != 0
+    assert "fsdp_cpu_ram_efficient_loading is true" in result.stderr
