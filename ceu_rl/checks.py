@@ -12,7 +12,7 @@ import torch
 import transformers
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import AutoConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, GenerationMixin
 from transformers.distributed.fsdp import is_fsdp_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -49,17 +49,22 @@ def check_completions(
                 )
 
     if isinstance(dataset, IterableDataset):
-        return dataset.map(lambda row, index: check(row, index) or row, with_indices=True)
+
+        def check_and_pass(row: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+            check(row, index)
+            return row
+
+        return dataset.map(check_and_pass, with_indices=True)
     dataset.select_columns(list(columns)).map(
         check, with_indices=True, num_proc=num_proc, desc=f"Checking {name} dataset for empty completions"
     )
     return dataset
 
 
-def check_language_model(model: str | PreTrainedModel, trust_remote_code: bool = False) -> None:
+def check_language_model(model: Any, trust_remote_code: bool = False) -> None:
     """Raise a ValueError unless TRL's fused LM head fits: a decoder with a language-model head.
 
-    A path is judged by its configuration, before any weight is loaded.
+    `model` is a model or its path; a path is judged by its configuration, before any weight is loaded.
     """
     if isinstance(model, str):
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)

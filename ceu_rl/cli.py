@@ -97,7 +97,7 @@ def parser_for(method: str) -> Any:
 
     from .dpo import CEUDPOConfig
 
-    config = {"sft": SFTConfig, "dpo": CEUDPOConfig}[method]
+    config: Any = {"sft": SFTConfig, "dpo": CEUDPOConfig}[method]
     return TrlParser(
         (ScriptArguments, config, ModelConfig, DatasetMixtureConfig),
         prog=f"ceu-rl {method}",
@@ -142,9 +142,13 @@ def _resume_from(output_dir: str, checkpoint: str | None) -> str | None:
     if str(checkpoint).lower() == "true":
         checkpoint = get_last_checkpoint(output_dir) if folder.is_dir() else None
         if checkpoint is None:
-            raise ValueError(f"There is no checkpoint in {output_dir} to resume from; leave resume_from_checkpoint out.")
+            raise ValueError(
+                f"There is no checkpoint in {output_dir} to resume from; leave resume_from_checkpoint out."
+            )
     if not Path(checkpoint, "trainer_state.json").is_file():
-        raise ValueError(f"resume_from_checkpoint {checkpoint} is not a checkpoint; name a checkpoint-N folder, or true.")
+        raise ValueError(
+            f"resume_from_checkpoint {checkpoint} is not a checkpoint; name a checkpoint-N folder, or true."
+        )
     return checkpoint
 
 

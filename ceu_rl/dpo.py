@@ -4,7 +4,7 @@ import inspect
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
@@ -48,9 +48,10 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, DPOTrainer):
         FloatingPointError: at the step whose loss or gradient is not finite.
     """
 
-    _tag_names = ["trl", "dpo", "ceu"]
+    args: CEUDPOConfig
+    _tag_names: ClassVar = ["trl", "dpo", "ceu"]
     _name = "CE-U DPO"
-    _paper = {
+    _paper: ClassVar = {
         "citation": textwrap.dedent("""\
             @article{yang2025ceu,
                 title  = {{CE-U: Cross Entropy Unlearning}},

@@ -113,9 +113,9 @@ def descent_weight(
 
 def check_descent_coefficients(ceu_coef: float, ceu_scale: float, ceu_max_weight: float) -> None:
     """Raise a ValueError that names the first coefficient of `descent_weight` outside its range (NaN included)."""
-    if not 0.0 <= ceu_coef <= 1.0:
+    if not (isinstance(ceu_coef, int | float) and 0 <= ceu_coef <= 1):
         raise ValueError(f"ceu_coef is {ceu_coef}; use a number from 0 (stock gradient ascent) to 1 (CE-U alone).")
-    if not 0.0 < ceu_scale < float("inf"):
+    if not (isinstance(ceu_scale, int | float) and 0 < ceu_scale < float("inf")):
         raise ValueError(f"ceu_scale is {ceu_scale}; use a finite number above 0 (1 is CE-U's own scale).")
-    if not ceu_max_weight > 0.0:
+    if not (isinstance(ceu_max_weight, int | float) and ceu_max_weight > 0):
         raise ValueError(f"ceu_max_weight is {ceu_max_weight}; use a number above 0 (1 is bounded, inf is no cap).")

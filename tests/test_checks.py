@@ -192,5 +192,7 @@ def test_a_run_that_fails_at_once_has_no_checkpoint_to_name(construct):
     trainer = construct([ROW, ROW])
     with torch.no_grad():
         trainer.model.lm_head.weight[0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"Step 1 met a non-finite loss \(nan\).*There is no earlier checkpoint"):
+    with pytest.raises(
+        FloatingPointError, match=r"Step 1 met a non-finite loss \(nan\).*There is no earlier checkpoint"
+    ):
         trainer.train()

@@ -165,7 +165,7 @@ def test_a_peft_model_is_routed_at_its_base(tiny_model, tokenizer):
 
 def test_attaching_twice_or_without_a_fused_head_is_refused(tiny_model):
     model = tiny_model()
-    with pytest.raises(ValueError, match="LlamaForCausalLM.forward takes no fused_lm_head"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM\.forward takes no fused_lm_head"):
         route_descent(model)
     add_fused_lm_head(model)
     route_descent(model)

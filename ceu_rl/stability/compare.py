@@ -29,7 +29,9 @@ def main(argv: list[str]) -> int:
         commands = {recipe.stem: _command(recipe, args.output_dir / recipe.stem) for recipe in args.recipes}
         if len(commands) < len(args.recipes):
             raise ValueError(f"Two recipes have one name among {[str(r) for r in args.recipes]}; rename one.")
-        pending = {arm: command for arm, command in commands.items() if not _is_finished(args.output_dir / arm, command)}
+        pending = {
+            arm: command for arm, command in commands.items() if not _is_finished(args.output_dir / arm, command)
+        }
     except (ValueError, OSError) as error:
         print(f"ceu-rl compare: error: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,209 @@
+"""`ceu-rl` end to end on tiny models, and the one-sentence errors of bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+from ceu_rl.cli import main
+
+SMALL = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "max_length": 64,
+}
+
+
+@pytest.fixture
+def base(tiny_model, tokenizer, tmp_path):
+    """A tiny model in a folder."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+@pytest.fixture
+def rows(tmp_path, preferences):
+    """A local dataset in the Hub's layout: a folder with a file for each split."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    preferences.to_json(folder / "train.jsonl")
+    preferences.select(range(8)).to_json(folder / "test.jsonl")
+    return str(folder)
+
+
+@pytest.fixture
+def recipe(tmp_path, base, rows):
+    """Write a small DPO recipe; `None` takes a field out."""
+
+    def write(**fields):
+        defaults = {"model_name_or_path": base, "dataset_name": rows, "output_dir": str(tmp_path / "out"), **SMALL}
+        settings = {key: value for key, value in {**defaults, **fields}.items() if value is not None}
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(settings))
+        return str(path)
+
+    return write
+
+
+def test_dpo_leaves_a_model_a_log_and_a_result(recipe, tmp_path, base):
+    config = recipe(eval_strategy="steps", eval_steps=1, learning_rate=1e-3)
+    assert main(["dpo", "--config", config, "--max_steps", "3"]) == 0
+    out = tmp_path / "out"
+    before = AutoModelForCausalLM.from_pretrained(base)
+    after = AutoModelForCausalLM.from_pretrained(out)
+    assert AutoTokenizer.from_pretrained(out).decode([8, 9]) == AutoTokenizer.from_pretrained(base).decode([8, 9])
+    assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
+    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log if "ceu/weight_mean" in entry] == [1, 2, 3]
+    result = json.loads((out / "result.json").read_text())
+    assert result["steps"] == 3 and result["seed"] == 42
+    assert result["settings"]["overrides"] == ["--max_steps", "3"]
+    assert result["metrics"]["eval_logps/chosen"] == log[-2]["eval_logps/chosen"]
+    assert result["versions"]["trl"].startswith("1.16") and result["device"].startswith("CPU")
+    assert result["command"] == f"ceu-rl dpo --config {config} --max_steps 3"
+
+
+def test_dpo_with_coef_zero_equals_stock_trl(recipe, tmp_path, base, rows):
+    """The whole path, from YAML to saved weights, against TRL's own trainer on the same folder."""
+    assert main(["dpo", "--config", recipe(ceu_coef=0, learning_rate=1e-3, save_strategy="no")]) == 0
+    args = DPOConfig(str(tmp_path / "stock"), learning_rate=1e-3, save_strategy="no", **SMALL)
+    stock = DPOTrainer(base, args=args, train_dataset=Dataset.from_json(f"{rows}/train.jsonl"))
+    stock.train()
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(value, ours[name]) for name, value in stock.model.state_dict().items())
+
+
+def test_lora_through_the_recipe(recipe, tmp_path):
+    config = recipe(use_peft=True, lora_r=2, lora_target_modules=["q_proj", "v_proj"], learning_rate=1e-3)
+    assert main(["dpo", "--config", config]) == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_sft_and_dpo_on_the_builtin_task(tmp_path):
+    shared = {**SMALL, "dataset_name": "builtin:addition", "eval_strategy": "steps", "eval_steps": 2}
+    sft = {**shared, "model_name_or_path": "builtin:llama", "output_dir": str(tmp_path / "sft")}
+    dpo = {**shared, "model_name_or_path": sft["output_dir"], "output_dir": str(tmp_path / "dpo")}
+    for method, fields in (("sft", sft), ("dpo", dpo)):
+        path = tmp_path / f"{method}.yaml"
+        path.write_text(yaml.safe_dump(fields))
+        assert main([method, "--config", str(path)]) == 0
+        metrics = json.loads(Path(fields["output_dir"], "result.json").read_text())["metrics"]
+        assert metrics["eval_greedy_accuracy"] == metrics["eval_sampled_accuracy"] == 0
+
+
+def test_help_and_env(capsys):
+    assert main([]) == main(["--help"]) == 0
+    assert "ceu-rl sft|dpo --config RECIPE.yaml" in capsys.readouterr().out
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert torch.__version__ in out and "vLLM works" in out
+
+
+@pytest.mark.parametrize(
+    ("fields", "extra", "message"),
+    [
+        ({"ceu_coef": 2}, [], "ceu_coef is 2; use a number from 0"),
+        ({"ceu_scale": float("nan")}, [], "ceu_scale is nan"),
+        ({"ceu_max_weight": -1}, [], "ceu_max_weight is -1;"),
+        ({"ceu_coef": [0.5]}, [], "ceu_coef is [0.5]; use a number from 0"),
+        ({"use_liger_kernel": True}, [], "use_liger_kernel is True"),
+        ({"ceu_cof": 1}, [], "ceu_cof"),
+        ({}, ["--ceu_cof", "1"], "ceu_cof"),
+        ({"model_name_or_path": None}, [], "model_name_or_path is missing"),
+        ({"model_name_or_path": "builtin:llama"}, [], "builtin:llama has random weights; train it with `ceu-rl sft`"),
+        ({"model_name_or_path": "/no/such/model"}, [], "/no/such/model"),
+        ({"dataset_name": None}, [], "dataset_name is missing"),
+        ({"dataset_name": "/no/such/data"}, [], "/no/such/data"),
+        ({"dataset_name": "builtin:subtraction"}, [], "Unknown built-in task 'builtin:subtraction'"),
+        ({"dataset_train_split": "trian"}, [], r"The dataset has no split 'trian' but ['test', 'train']"),
+        ({}, ["--config", "/no/such/recipe.yaml"], "/no/such/recipe.yaml"),
+        ({}, ["--resume_from_checkpoint", "true"], "There is no checkpoint in"),
+        ({}, ["--resume_from_checkpoint", "/no/such/checkpoint-3"], "/no/such/checkpoint-3 is not a checkpoint"),
+    ],
+)
+def test_bad_input_is_one_sentence(recipe, tmp_path, capsys, fields, extra, message):
+    argv = ["dpo", *(extra if "--config" in extra else ["--config", recipe(**fields), *extra])]
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
+    assert len([line for line in err.splitlines() if line.startswith("ceu-rl dpo: error: ")]) == 1
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_an_unknown_command(capsys):
+    assert main(["dpoo"]) == 2
+    assert "unknown command 'dpoo'; use one of" in capsys.readouterr().err
+
+
+def test_broken_yaml(tmp_path, capsys):
+    path = tmp_path / "broken.yaml"
+    path.write_text("a: [1\n")
+    assert main(["dpo", "--config", str(path)]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_nothing_that_was_saved_is_written_over(recipe, tmp_path, capsys):
+    config = recipe()
+    assert main(["dpo", "--config", config]) == 0
+    saved = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert main(["dpo", "--config", config]) == 2
+    assert "holds an earlier run" in capsys.readouterr().err
+    assert saved == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
+def test_a_killed_run_resumes_to_the_same_weights(recipe, tmp_path):
+    """SIGKILL in the middle; `--resume_from_checkpoint true` ends at the weights of a run nobody killed."""
+    settings = {"max_steps": 40, "save_steps": 2, "learning_rate": 1e-3}
+    config = recipe(**settings)
+    assert main(["dpo", "--config", config, "--output_dir", str(tmp_path / "whole")]) == 0
+    command = [sys.executable, "-m", "ceu_rl.cli", "dpo", "--config", config]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "out" / "checkpoint-4" / "trainer_state.json").is_file():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert main(["dpo", "--config", config, "--resume_from_checkpoint", "true"]) == 0
+    whole, resumed = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "out"))
+    assert all(torch.equal(p, resumed.get_parameter(name)) for name, p in whole.named_parameters())
+    steps = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in steps if "grad_norm" in entry] == list(range(1, 41))
+
+
+def test_accelerate_launch(recipe, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    result = subprocess.run(
+        [*launch, "-m", "ceu_rl.cli", "dpo", "--config", recipe()],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (tmp_path / "out" / "result.json").is_file()
+
+
+def test_a_stopped_run_exits_with_1(recipe, tmp_path, base, capsys):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    model.save_pretrained(base)
+    assert main(["dpo", "--config", recipe()]) == 1
+    err = capsys.readouterr().err
+    assert "Step 1 met a non-finite loss (nan)" in err and "Traceback" not in err
+    assert not (tmp_path / "out" / "result.json").exists()
