@@ -126,8 +126,8 @@ class StopAtNonFinite:
         step: int = self.state.global_step  # type: ignore[attr-defined]
         output_dir: str = self.args.output_dir  # type: ignore[attr-defined]
         # The checkpoint of this very step holds the weights that failed
-        good = [number for number in _checkpoints(output_dir) if number < step]
-        checkpoint = f"{output_dir}/{PREFIX_CHECKPOINT_DIR}-{max(good)}" if good else None
+        good = [path for number, path in saved_checkpoints(output_dir) if number < step]
+        checkpoint = good[-1] if good else None
         rows = "; ".join(row for batch in inputs for row in self.describe_rows(batch))
         raise FloatingPointError(
             f"Step {step + 1} met a non-finite {what} and was not applied. "
@@ -144,7 +144,7 @@ class StopAtNonFinite:
         raise NotImplementedError
 
 
-def _checkpoints(output_dir: str) -> list[int]:
-    """Steps of the checkpoints in a folder."""
-    found = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")
-    return sorted(int(path.parent.name.rsplit("-", 1)[1]) for path in found)
+def saved_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
+    """Step and folder of each checkpoint in `output_dir`, first to last, without those whose saving was cut short."""
+    states = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")
+    return sorted((int(path.parent.name.rsplit("-", 1)[1]), path.parent) for path in states)

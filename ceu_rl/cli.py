@@ -97,9 +97,9 @@ def parser_for(method: str) -> Any:
 
     from .dpo import CEUDPOConfig
 
-    config: Any = {"sft": SFTConfig, "dpo": CEUDPOConfig}[method]
+    config = {"sft": SFTConfig, "dpo": CEUDPOConfig}[method]
     return TrlParser(
-        (ScriptArguments, config, ModelConfig, DatasetMixtureConfig),
+        (ScriptArguments, config, ModelConfig, DatasetMixtureConfig),  # type: ignore[arg-type]
         prog=f"ceu-rl {method}",
         usage=f"ceu-rl {method} --config RECIPE.yaml [--any_field value ...]",
     )
@@ -128,11 +128,12 @@ def recipe_settings(argv: list[str]) -> dict[str, Any]:
 
 def _resume_from(output_dir: str, checkpoint: str | None) -> str | None:
     """Resolve `resume_from_checkpoint`, and refuse to write over what an earlier run saved."""
-    from transformers.trainer_utils import get_last_checkpoint
+    from .checks import saved_checkpoints
 
     folder = Path(output_dir)
     if checkpoint is None or str(checkpoint).lower() == "false":
-        saved = [*folder.glob("checkpoint-*"), *folder.glob("result.json"), *folder.glob("*.safetensors")]
+        checkpoints = [path for _, path in saved_checkpoints(folder)]
+        saved = [*checkpoints, *folder.glob("result.json"), *folder.glob("*.safetensors")]
         if saved:
             raise ValueError(
                 f"output_dir {output_dir} holds an earlier run ({saved[0].name}); choose another, move it away, or "
@@ -140,15 +141,11 @@ def _resume_from(output_dir: str, checkpoint: str | None) -> str | None:
             )
         return None
     if str(checkpoint).lower() == "true":
-        checkpoint = get_last_checkpoint(output_dir) if folder.is_dir() else None
-        if checkpoint is None:
-            raise ValueError(
-                f"There is no checkpoint in {output_dir} to resume from; leave resume_from_checkpoint out."
-            )
+        if not saved_checkpoints(folder):
+            raise ValueError(f"There is no checkpoint in {output_dir} to resume; leave resume_from_checkpoint out.")
+        return str(saved_checkpoints(folder)[-1][1])
     if not Path(checkpoint, "trainer_state.json").is_file():
-        raise ValueError(
-            f"resume_from_checkpoint {checkpoint} is not a checkpoint; name a checkpoint-N folder, or true."
-        )
+        raise ValueError(f"resume_from_checkpoint {checkpoint} is no checkpoint; name a checkpoint-N folder, or true.")
     return checkpoint
 
 

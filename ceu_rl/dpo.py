@@ -4,7 +4,7 @@ import inspect
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
@@ -49,9 +49,9 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, DPOTrainer):
     """
 
     args: CEUDPOConfig
-    _tag_names: ClassVar = ["trl", "dpo", "ceu"]
+    _tag_names = ["trl", "dpo", "ceu"]
     _name = "CE-U DPO"
-    _paper: ClassVar = {
+    _paper = {
         "citation": textwrap.dedent("""\
             @article{yang2025ceu,
                 title  = {{CE-U: Cross Entropy Unlearning}},

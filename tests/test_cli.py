@@ -134,7 +134,7 @@ def test_help_and_env(capsys):
         ({"dataset_train_split": "trian"}, [], r"The dataset has no split 'trian' but ['test', 'train']"),
         ({}, ["--config", "/no/such/recipe.yaml"], "/no/such/recipe.yaml"),
         ({}, ["--resume_from_checkpoint", "true"], "There is no checkpoint in"),
-        ({}, ["--resume_from_checkpoint", "/no/such/checkpoint-3"], "/no/such/checkpoint-3 is not a checkpoint"),
+        ({}, ["--resume_from_checkpoint", "/no/such/checkpoint-3"], "/no/such/checkpoint-3 is no checkpoint"),
     ],
 )
 def test_bad_input_is_one_sentence(recipe, tmp_path, capsys, fields, extra, message):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..checks import saved_checkpoints
 from ..cli import recipe_settings
 from .report import write_report
 
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int:
             console.print(f"[bold]{number}/{len(commands)} {arm}[/bold]: finished earlier, kept")
             continue
         console.print(f"[bold]{number}/{len(commands)} {arm}[/bold]: ceu-rl {' '.join(command)}")
-        resume = ["--resume_from_checkpoint", "true"] if [*folder.glob("checkpoint-*")] else []
+        resume = ["--resume_from_checkpoint", "true"] if saved_checkpoints(folder) else []
         status = subprocess.run([sys.executable, "-m", "ceu_rl.cli", *command, *resume]).returncode
         if status:
             failed[arm] = f"exit status {status}"
