@@ -1,0 +1,114 @@
+"""Every recipe parses, opens with its command, differs from its stock twin in few lines, and runs on a stand-in."""
+
+import re
+import shlex
+from pathlib import Path
+
+import datasets
+import pytest
+import yaml
+
+from ceu_rl.cli import main, parser_for
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")
+ACCELERATE = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+def header(path):
+    return [line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#")]
+
+
+def method_of(path):
+    """The command of the last line of the header that runs this recipe."""
+    commands = [line for line in header(path) if name(path) in line]
+    assert commands, "the header does not say how to run it"
+    words = shlex.split(commands[-1].split("   (")[0])
+    assert words[-2:] == ["--config", name(path)]
+    return words[-3]
+
+
+def test_there_are_recipes():
+    assert len(RECIPES) >= 10 and len(ACCELERATE) >= 3
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_it_parses_and_says_how_to_run_it(path, monkeypatch):
+    assert any(line.startswith("Hardware: ") for line in header(path))
+    # bf16 is refused at parsing on a machine without it, which is not what is asked here
+    argv = ["--config", str(path), "--use_cpu", "true"]
+    script, args, model, _ = parser_for(method_of(path)).parse_args_and_config(argv)
+    assert script.dataset_name and model.model_name_or_path and args.output_dir.startswith("runs/")
+    for key, value in yaml.safe_load(path.read_text()).items():
+        found = next(getattr(part, key) for part in (args, script, model) if hasattr(part, key))
+        assert found is not None or value is None
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem.startswith("stock")], ids=name)
+def test_stock_and_ce_u_differ_in_a_few_lines(path):
+    assert yaml.safe_load(path.read_text())["ceu_coef"] == 0
+    twins = [path.with_name(path.name.replace("stock", arm)) for arm in ("ceu", "paper")]
+    assert twins[0].is_file()
+    for twin in filter(Path.is_file, twins):
+        stock, other = (
+            {line for line in p.read_text().splitlines() if line and not line.startswith("#")} for p in (path, twin)
+        )
+        assert 2 <= len(other - stock) <= 3
+        assert len(stock - other) <= 3
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory, tokenizer):
+    """A tiny model, and 16 conversational pairs with an implicit prompt, in the place of what the Hub has."""
+    from ceu_rl.builtin import build_model
+
+    from .conftest import TINY
+
+    folder = tmp_path_factory.mktemp("stand_in")
+    build_model(tokenizer, **TINY).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    turn = [{"role": "user", "content": "Is water wet?"}]
+    rows = [
+        {
+            "chosen": [*turn, {"role": "assistant", "content": f"Yes, {i}."}],
+            "rejected": [*turn, {"role": "assistant", "content": f"No {i}"}],
+        }
+        for i in range(16)
+    ]
+    (folder / "data").mkdir()
+    for split in ("train", "test"):
+        datasets.Dataset.from_list(rows).to_json(folder / "data" / f"{split}.jsonl")
+    return folder
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.parent.name != "addition"], ids=name)
+def test_it_runs_on_a_stand_in(path, stand_in, tmp_path):
+    """The recipe as it is, with a tiny model and data, for one step on the CPU."""
+    overrides = {
+        "model_name_or_path": stand_in / "model",
+        "dataset_name": stand_in / "data",
+        "output_dir": tmp_path / "out",
+        "max_steps": 1,
+        "gradient_accumulation_steps": 1,
+        "eval_steps": 1,
+        "use_cpu": "true",
+        "disable_tqdm": "true",
+    }
+    argv = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
+    assert main([method_of(path), "--config", str(path), *argv]) == 0
+    assert (tmp_path / "out" / "result.json").is_file()
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=name)
+def test_accelerate_configs(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= 2
+    assert any(re.match(rf"accelerate launch --config_file {name(path)} ", line) for line in header(path))
+    fsdp = yaml.safe_load(path.read_text()).get("fsdp_config")
+    assert fsdp is None or fsdp["fsdp_cpu_ram_efficient_loading"] is False
