@@ -1,0 +1,93 @@
+"""The comparison: arms run through the ordinary command line, finished ones kept, failed ones named."""
+
+import json
+import os
+
+import matplotlib.image
+import pytest
+import yaml
+from rich.console import Console
+
+from ceu_rl.cli import main
+from ceu_rl.stability.report import write_report
+
+
+@pytest.fixture
+def recipes(tmp_path, tiny_model, tokenizer, preferences, monkeypatch):
+    """Write DPO recipes into a folder named dpo, as `ceu-rl compare` wants them."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    tiny_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    for folder in ("rows", "dpo"):
+        os.mkdir(tmp_path / folder)
+    for split in ("train", "test"):
+        preferences.select(range(16)).to_json(tmp_path / "rows" / f"{split}.jsonl")
+
+    def write(arm, **fields):
+        settings = {
+            "model_name_or_path": str(tmp_path / "base"),
+            "dataset_name": str(tmp_path / "rows"),
+            "max_steps": 2,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            **fields,
+        }
+        path = tmp_path / "dpo" / f"{arm}.yaml"
+        path.write_text(yaml.safe_dump(settings))
+        return str(path)
+
+    return write
+
+
+def test_compare_runs_keeps_and_names(recipes, tmp_path, capsys):
+    out = tmp_path / "runs"
+    good, bad = recipes("stock", ceu_coef=0), recipes("broken", max_length=1)
+    assert main(["compare", good, bad, "--output_dir", str(out)]) == 1
+    report = (out / "report.md").read_text()
+    assert "| stock | 0.001 |" in report and "failed: exit status 2" in report
+    assert json.loads((out / "stock" / "result.json").read_text())["command"] in report
+    assert (out / "report.png").stat().st_size > 10_000
+
+    first = (out / "stock" / "result.json").read_bytes()
+    fixed = recipes("broken")
+    assert main(["compare", good, fixed, "--output_dir", str(out)]) == 0
+    assert "stock: finished earlier, kept" in capsys.readouterr().out
+    assert (out / "stock" / "result.json").read_bytes() == first
+    assert "failed" not in (out / "report.md").read_text()
+
+    assert main(["compare", recipes("stock", ceu_coef=0.5), "--output_dir", str(out)]) == 2
+    assert "was made with other settings" in capsys.readouterr().err
+    assert (out / "stock" / "result.json").read_bytes() == first
+
+
+def test_a_recipe_in_no_methods_folder_is_refused(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("{}")
+    assert main(["compare", str(tmp_path / "a.yaml"), "--output_dir", str(tmp_path / "out")]) == 2
+    assert "is in no folder named dpo" in capsys.readouterr().err
+
+
+def test_report_of_hand_made_runs(tmp_path):
+    norms = {"calm": [0.5, 0.7, 0.6], "wild": [0.5, 40.0, 3.0]}
+    for arm, values in norms.items():
+        (tmp_path / arm).mkdir()
+        entries = [
+            *({"step": i, "grad_norm": value, "loss": 0.7} for i, value in enumerate(values, 1)),
+            {"step": 0, "eval_greedy_accuracy": 1.0, "eval_logps/chosen": -0.35},
+            {"step": 3, "eval_greedy_accuracy": 0.25, "eval_logps/chosen": -9.5},
+        ]
+        (tmp_path / arm / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    console = Console(record=True, width=200)
+    write_report(tmp_path, ["calm", "wild", "missing"], {"wild": "exit status 1", "missing": "killed"}, console)
+    rows = [line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| ")]
+    calm, wild, missing = rows[2:]
+    assert "1.000 → 0.250" in calm and "-0.350 → -9.500" in calm and "0.70" in calm
+    assert "40.00" in wild and "failed: exit status 1" in wild
+    assert "none" in missing and "failed: killed" in missing
+    assert "failed: killed" in console.export_text()
+    picture = matplotlib.image.imread(tmp_path / "report.png")
+    assert picture.shape[0] > 500 and picture.std() > 0.05  # something is drawn
