@@ -29,49 +29,61 @@ COLUMNS = (
 )
 
 
+HEADER = ("arm", "learning rate", *(name for name, _ in COLUMNS), "largest gradient norm", "time (s)")
+
+
 def write_report(folder: Path, arms: list[str], failed: dict[str, str], console: Console) -> None:
     """Print the table and write `report.md` and `report.png` into the folder of the comparison.
 
     Args:
         folder: The comparison; each arm has a folder in it with `metrics.jsonl` and, if it finished, `result.json`.
         arms: Their names, in the order to show.
-        failed: The reason for each arm that did not finish; it is shown in the place of its figures.
+        failed: The reason for each arm that did not finish; it is shown in the place of its time.
+        console: Where the table is printed.
     """
-    curves = {arm: _read_curves(folder / arm / "metrics.jsonl") for arm in arms}
-    results = {arm: json.loads(path.read_text()) for arm in arms if (path := folder / arm / "result.json").is_file()}
-    header = ["arm", "learning rate", *(name for name, _ in COLUMNS), "largest gradient norm", "time (s)"]
-    rows = [_row(arm, curves[arm], results.get(arm), failed.get(arm)) for arm in arms]
-
-    table = Table(*header, title=f"{folder}: first evaluation → last")
+    rows = table_rows(folder, arms, failed)
+    table = Table(*HEADER, title=f"{folder}: first evaluation → last")
     for row in rows:
         table.add_row(*row)
     console.print(table)
 
-    _plot(curves, folder / "report.png")
+    _plot({arm: _read_curves(folder / arm) for arm in arms}, folder / "report.png")
     lines = [
         f"# {folder.name}",
         "",
         "First evaluation → last, on held-out rows. Log-probabilities are sums over a response, in nats.",
         "",
-        *("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]),
+        *("| " + " | ".join(cells) + " |" for cells in (HEADER, ["---"] * len(HEADER), *rows)),
         "",
         "![curves of every arm](report.png)",
         "",
         "## How it was made",
         "",
     ]
-    for arm, result in results.items():
-        versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-        lines += [
-            f"- {arm}: `{result['command']}`, seed {result['seed']}, {result['date']}, commit {result['commit']}, "
-            f"{result['device']}, {result['peak_memory_gib']} GiB at the peak; {versions}."
-        ]
+    for arm in arms:
+        if result := _read_result(folder / arm):
+            versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+            lines.append(
+                f"- {arm}: `{result['command']}`, seed {result['seed']}, {result['date']}, commit {result['commit']}, "
+                f"{result['device']}, {result['peak_memory_gib']} GiB at the peak; {versions}."
+            )
     (folder / "report.md").write_text("\n".join(lines) + "\n")
     console.print(f"Report: {folder / 'report.md'}, curves: {folder / 'report.png'}")
 
 
-def _read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
+def table_rows(folder: Path, arms: list[str], failed: dict[str, str]) -> list[list[str]]:
+    """The cells under `HEADER`, a row for each arm; see `write_report`."""
+    return [_row(arm, _read_curves(folder / arm), _read_result(folder / arm), failed.get(arm)) for arm in arms]
+
+
+def _read_result(run: Path) -> dict[str, Any] | None:
+    path = run / "result.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _read_curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     """Every metric as (step, value) pairs."""
+    path = run / "metrics.jsonl"
     curves: dict[str, list[tuple[int, float]]] = {}
     for line in path.read_text().splitlines() if path.is_file() else []:
         entry = json.loads(line)
