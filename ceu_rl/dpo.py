@@ -16,6 +16,7 @@ from .checks import (
     check_completions,
     check_language_model,
     check_reference_is_loaded,
+    check_shared_cache,
 )
 from .routing import DescentConfig, DescentTrainer
 
@@ -67,6 +68,7 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, DPOTrainer):
         given["args"] = config = CEUDPOConfig.adopt(given.get("args"))
         if given.get("train_dataset") is not None:
             check_columns(given["train_dataset"], "train", COMPLETIONS)
+            check_shared_cache(given["train_dataset"], config.world_size if config.precompute_ref_log_probs else 1)
         check_language_model(given["model"], config.trust_remote_code)
         adapts = given.get("peft_config") is not None or isinstance(given["model"], PeftModel)
         check_reference_is_loaded(needs_reference=not adapts)

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import trl
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, load_from_disk
 from transformers import LlamaConfig, LlamaForSequenceClassification, T5Config, T5ForConditionalGeneration
 from trl import SFTConfig
 
 from ceu_rl import CEUDPOConfig, CEUDPOTrainer
+from ceu_rl.checks import check_shared_cache
 
 ROW = {"prompt": "1+2=", "chosen": "3", "rejected": "4"}
 CHAT = {
@@ -145,6 +146,15 @@ def test_a_saved_model_that_fits_no_fused_head_is_refused_before_it_is_loaded(co
     (tmp_path / "model" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="is not a decoder with a language-model head"):
         construct([ROW], model=str(tmp_path / "model"))
+
+
+def test_processes_that_cannot_share_a_cache_are_refused(tmp_path):
+    dataset = Dataset.from_list([ROW])
+    check_shared_cache(dataset, 1)
+    with pytest.raises(ValueError, match="precompute_ref_log_probs is True with 2 processes and a dataset in memory"):
+        check_shared_cache(dataset, 2)
+    dataset.save_to_disk(tmp_path / "rows")
+    check_shared_cache(load_from_disk(tmp_path / "rows"), 2)
 
 
 def digest(folder):

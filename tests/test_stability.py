@@ -49,7 +49,8 @@ def test_compare_runs_keeps_and_names(recipes, tmp_path, capsys):
     good, bad = recipes("stock", ceu_coef=0), recipes("broken", max_length=1)
     assert main(["compare", good, bad, "--output_dir", str(out)]) == 1
     report = (out / "report.md").read_text()
-    assert "| stock | 0.001 |" in report and "failed: exit status 2" in report
+    assert "|  | stock | broken |" in report and "| learning rate | 0.001 | none |" in report
+    assert "failed: exit status 2 |" in report
     assert json.loads((out / "stock" / "result.json").read_text())["command"] in report
     assert (out / "report.png").stat().st_size > 10_000
 
@@ -83,11 +84,12 @@ def test_report_of_hand_made_runs(tmp_path):
         (tmp_path / arm / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     console = Console(record=True, width=200)
     write_report(tmp_path, ["calm", "wild", "missing"], {"wild": "exit status 1", "missing": "killed"}, console)
-    rows = [line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| ")]
-    calm, wild, missing = rows[2:]
-    assert "1.000 → 0.250" in calm and "-0.350 → -9.500" in calm and "0.70" in calm
-    assert "40.00" in wild and "failed: exit status 1" in wild
-    assert "none" in missing and "failed: killed" in missing
-    assert "failed: killed" in console.export_text()
+    rows = (tmp_path / "report.md").read_text().splitlines()
+    assert "|  | calm | wild | missing |" in rows
+    assert "| greedy accuracy | 1.000 → 0.250 | 1.000 → 0.250 | none |" in rows
+    assert "| chosen log-prob | -0.350 → -9.500 | -0.350 → -9.500 | none |" in rows
+    assert "| max gradient norm | 0.70 | 40.00 | none |" in rows
+    assert "| time (s) | not finished | exit status 1 | killed |" in rows
+    assert "killed" in console.export_text()
     picture = matplotlib.image.imread(tmp_path / "report.png")
     assert picture.shape[0] > 500 and picture.std() > 0.05  # something is drawn

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
         resume = ["--resume_from_checkpoint", "true"] if saved_checkpoints(folder) else []
         status = subprocess.run([sys.executable, "-m", "ceu_rl.cli", *command, *resume]).returncode
         if status:
-            failed[arm] = f"exit status {status}"
+            failed[arm] = f"failed: exit status {status}"
     write_report(args.output_dir, list(commands), failed, console)
     return 1 if failed else 0
 

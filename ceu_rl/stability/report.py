@@ -20,16 +20,13 @@ PANELS = (
     ("sampled accuracy", "eval_sampled_accuracy", False),
     ("loss", "loss", False),
 )
-# Column, metric: shown as first -> last
-COLUMNS = (
+# Row, metric: shown as first -> last
+ROWS = (
     ("greedy accuracy", "eval_greedy_accuracy"),
     ("sampled accuracy", "eval_sampled_accuracy"),
     ("chosen log-prob", "eval_logps/chosen"),
     ("rejected log-prob", "eval_logps/rejected"),
 )
-
-
-HEADER = ("arm", "learning rate", *(name for name, _ in COLUMNS), "largest gradient norm", "time (s)")
 
 
 def write_report(folder: Path, arms: list[str], failed: dict[str, str], console: Console) -> None:
@@ -41,8 +38,8 @@ def write_report(folder: Path, arms: list[str], failed: dict[str, str], console:
         failed: The reason for each arm that did not finish; it is shown in the place of its time.
         console: Where the table is printed.
     """
-    rows = table_rows(folder, arms, failed)
-    table = Table(*HEADER, title=f"{folder}: first evaluation → last")
+    header, *rows = table_rows(folder, arms, failed)
+    table = Table(*header, title=f"{folder}: first evaluation → last")
     for row in rows:
         table.add_row(*row)
     console.print(table)
@@ -51,9 +48,10 @@ def write_report(folder: Path, arms: list[str], failed: dict[str, str], console:
     lines = [
         f"# {folder.name}",
         "",
-        "First evaluation → last, on held-out rows. Log-probabilities are sums over a response, in nats.",
+        "First evaluation → last, on held-out rows. Log-probabilities are sums over a response, in nats. One learning",
+        "rate and one seed show what can happen, not which method is better: compare each at its own best rate.",
         "",
-        *("| " + " | ".join(cells) + " |" for cells in (HEADER, ["---"] * len(HEADER), *rows)),
+        *("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)),
         "",
         "![curves of every arm](report.png)",
         "",
@@ -72,8 +70,10 @@ def write_report(folder: Path, arms: list[str], failed: dict[str, str], console:
 
 
 def table_rows(folder: Path, arms: list[str], failed: dict[str, str]) -> list[list[str]]:
-    """The cells under `HEADER`, a row for each arm; see `write_report`."""
-    return [_row(arm, _read_curves(folder / arm), _read_result(folder / arm), failed.get(arm)) for arm in arms]
+    """The cells of the table, a column for each arm, the header first; see `write_report`."""
+    columns = [_column(arm, _read_curves(folder / arm), _read_result(folder / arm), failed.get(arm)) for arm in arms]
+    labels = ["", "learning rate", *(label for label, _ in ROWS), "max gradient norm", "time (s)"]
+    return [list(row) for row in zip(labels, *columns, strict=True)]
 
 
 def _read_result(run: Path) -> dict[str, Any] | None:
@@ -93,14 +93,15 @@ def _read_curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     return curves
 
 
-def _row(arm: str, curves: dict[str, Any], result: dict[str, Any] | None, failure: str | None) -> list[str]:
-    cells = [arm, f"{result['settings'].get('learning_rate', 'default')}" if result else "?"]
-    for _, metric in COLUMNS:
+def _column(arm: str, curves: dict[str, Any], result: dict[str, Any] | None, failure: str | None) -> list[str]:
+    rates = [value for _, value in curves.get("learning_rate", [])]
+    cells = [arm, f"{max(rates):.3g}" if rates else "none"]
+    for _, metric in ROWS:
         values = [value for _, value in curves.get(metric, [])]
         cells.append(f"{values[0]:.3f} → {values[-1]:.3f}" if values else "none")
     norms = [value for _, value in curves.get("grad_norm", [])]
     cells.append(f"{max(norms):.2f}" if norms else "none")
-    cells.append(f"{result['wall_time_s']:.0f}" if result else f"failed: {failure}")
+    cells.append(f"{result['wall_time_s']:.0f}" if result else failure or "not finished")
     return cells
 
 

@@ -1,0 +1,95 @@
+"""Column addition, written out.
+
+The question `827+695=` has one right answer, the columns from the units up and then the sum:
+
+    7+5+0=12 2+9+1=12 8+6+1=15 1522
+
+A column is `digit+digit+carry in=total`, with the total in two digits: the first is the carry into the next
+column. A corrupted answer has exactly one computed digit changed, in a total or in the sum.
+"""
+
+import random
+import re
+from zlib import crc32
+
+from ceu_rl.builtin.task import Example, Messages, Task, last_content
+
+DIGITS = 3
+TEST_SHARE = 16  # one pair in 16 belongs to the test split
+
+
+def addition_trace(a: int, b: int) -> str:
+    """The written-out addition of two non-negative numbers of at most `DIGITS` digits."""
+    columns, carry = [], 0
+    for place in range(DIGITS):
+        x, y = a // 10**place % 10, b // 10**place % 10
+        columns.append(f"{x}+{y}+{carry}={x + y + carry:02d}")
+        carry = (x + y + carry) // 10
+    return " ".join([*columns, str(a + b)])
+
+
+def computed_places(trace: str) -> list[int]:
+    """The places of the digits that are computed, not copied: those of the totals and of the sum."""
+    return [place for run in re.finditer(r"(?<==)\d+|\d+$", trace) for place in range(*run.span())]
+
+
+def corrupt(trace: str, rng: random.Random) -> str:
+    """Change one computed digit, uniformly over the places and the new digits."""
+    return _change(trace, [rng.choice(computed_places(trace))], rng)
+
+
+def add_errors(trace: str, error_rate: float, rng: random.Random) -> str:
+    """Change each computed digit, independently, with probability `error_rate`."""
+    return _change(trace, [place for place in computed_places(trace) if rng.random() < error_rate], rng)
+
+
+def _change(trace: str, places: list[int], rng: random.Random) -> str:
+    characters = list(trace)
+    for place in places:
+        characters[place] = str((int(trace[place]) + rng.randint(1, 9)) % 10)
+    return "".join(characters)
+
+
+def is_correct(prompt: str | Messages, completion: str | Messages) -> bool:
+    """Whether the completion is the right answer, character for character.
+
+    The whole trace must be right, not only the sum. So the right answer is unique, and sampled accuracy is
+    the mean of exp(its log-probability): accuracy and DPO's chosen log-probability speak of the same thing.
+    Both arguments are text or a message list, of which the last message counts.
+
+    Raises:
+        ValueError: if the prompt is not a question of this task.
+    """
+    question = last_content(prompt)
+    match = re.fullmatch(r"(\d+)\+(\d+)=", question, re.ASCII)
+    if match is None or max(len(number) for number in match.groups()) > DIGITS:
+        raise ValueError(f"{question!r} is no addition: use a prompt like '827+695=', up to {DIGITS} digits.")
+    return last_content(completion) == addition_trace(int(match[1]), int(match[2]))
+
+
+def make_examples(split: str, count: int, error_rate: float, seed: int) -> list[Example]:
+    """Draw `count` distinct questions of `split` ("train" or "test"), both numbers with `DIGITS` digits.
+
+    A pair of numbers, in either order, belongs to test or to train once for all, by its checksum.
+    """
+    rng, errors = random.Random(f"{split} {seed}"), random.Random(f"{split} {seed} errors")
+    examples: dict[str, Example] = {}
+    while len(examples) < count:
+        a, b = (rng.randrange(10 ** (DIGITS - 1), 10**DIGITS) for _ in range(2))
+        is_test = crc32(f"{min(a, b)}+{max(a, b)}".encode()) % TEST_SHARE == 0
+        question = f"{a}+{b}="
+        if is_test != (split == "test") or question in examples:
+            continue
+        answer = addition_trace(a, b)
+        corrupted, demonstration = corrupt(answer, rng), add_errors(answer, error_rate, errors)
+        examples[question] = Example(question, answer, corrupted, demonstration)
+    return list(examples.values())
+
+
+TASK = Task(
+    name="builtin:addition",
+    configs={"clean": 0.0, "noisy": 0.04, "noisier": 0.13},
+    make_examples=make_examples,
+    is_correct=is_correct,
+    max_new_tokens=len(addition_trace(10**DIGITS - 1, 1)) + 1,
+)

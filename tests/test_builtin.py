@@ -1,0 +1,332 @@
+"""The embedded default: tokenizer, tiny model, the addition task, and its scoring."""
+
+import random
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.chat_template_utils import has_generation_markers, is_chat_template_stop_token_trained
+
+from ceu_rl.builtin import (
+    TASKS,
+    build_model,
+    build_tokenizer,
+    evaluate_accuracy,
+    generate_answers,
+    get_task,
+    load_builtin_dataset,
+)
+from ceu_rl.builtin.addition import TASK, addition_trace, computed_places, corrupt, is_correct
+
+COLUMNS = {
+    "sft": {"prompt", "completion"},
+    "preference": {"prompt", "chosen", "rejected"},
+    "prompt": {"prompt", "answer"},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return build_model(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def preference():
+    return load_builtin_dataset("builtin:addition", "preference")
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+# tokenizer
+
+
+def test_every_character_survives_a_round_trip(tokenizer):
+    text = "".join(map(chr, range(32, 127))) + "\n\n  two  spaces , 'tis n't ! \n"
+    ids = tokenizer(text).input_ids
+    assert len(ids) == len(text)
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_a_foreign_character_is_one_unknown_token(tokenizer):
+    assert tokenizer("aé").input_ids == [*tokenizer("a").input_ids, tokenizer.unk_token_id]
+
+
+def test_tokenizer_and_model_load_from_one_folder(tokenizer, model, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    chat = [*user("1+2="), {"role": "assistant", "content": " a  b\n"}]
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    assert loaded.padding_side == "left"
+    rendered = [each.apply_chat_template(chat, tokenize=False) for each in (loaded, tokenizer)]
+    assert rendered[0] == rendered[1]
+    assert loaded.decode(loaded(" a  b\n").input_ids) == " a  b\n"
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_the_prompt_is_a_prefix_in_text_and_tokens(tokenizer, preference):
+    for row in preference["test"].select(range(20)):
+        for key in ("chosen", "rejected"):
+            for tokenize in (False, True):
+                kwargs = {"tokenize": tokenize, "return_dict": False}
+                prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **kwargs)
+                full = tokenizer.apply_chat_template(row["prompt"] + row[key], **kwargs)
+                assert full[: len(prompt)] == prompt
+            assert tokenizer.decode(full[len(prompt) :]) == row[key][0]["content"] + tokenizer.eos_token
+
+
+def test_the_prefix_property_holds_over_several_turns(tokenizer):
+    chat = [
+        {"role": "system", "content": "be brief"},
+        *user("hi"),
+        {"role": "assistant", "content": "yo"},
+        *user("bye"),
+        {"role": "assistant", "content": "bye"},
+    ]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    expected = "<|bos|><|system|>be brief<|user|>hi<|assistant|>yo<|eos|><|user|>bye<|assistant|>bye<|eos|>"
+    assert text == expected
+    for turn in (2, 4):
+        prompt = tokenizer.apply_chat_template(chat[:turn], add_generation_prompt=True, tokenize=False)
+        assert text.startswith(prompt)
+
+
+def test_the_assistant_mask_covers_the_answer_and_its_end(tokenizer):
+    assert has_generation_markers(tokenizer.chat_template)
+    assert is_chat_template_stop_token_trained(tokenizer)
+    chat = [*user("1+2="), {"role": "assistant", "content": "so 3"}]
+    out = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    masked = [i for i, mask in zip(out["input_ids"], out["assistant_masks"], strict=True) if mask]
+    assert tokenizer.decode(masked) == "so 3<|eos|>"
+
+
+def test_an_unknown_role_is_refused(tokenizer):
+    with pytest.raises(Exception, match="Unknown role tool: use system, user or assistant"):
+        tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
+
+
+# model
+
+
+def test_model_is_tiny_and_knows_the_special_tokens(tokenizer, model):
+    assert 400_000 < model.num_parameters() < 600_000
+    for config in (model.config, model.generation_config):
+        ids = (config.bos_token_id, config.eos_token_id, config.pad_token_id)
+        assert ids == (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+
+
+def test_model_depends_on_its_seed_alone_and_leaves_the_random_state(tokenizer, model):
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    again, other = build_model(tokenizer), build_model(tokenizer, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(model.lm_head.weight, other.lm_head.weight)
+
+
+def test_model_takes_overrides(tokenizer):
+    small = build_model(tokenizer, hidden_size=32, num_hidden_layers=1)
+    assert (small.config.hidden_size, len(small.model.layers)) == (32, 1)
+
+
+# addition
+
+
+def test_trace_by_hand():
+    assert addition_trace(827, 695) == "7+5+0=12 2+9+1=12 8+6+1=15 1522"
+    assert addition_trace(7, 0) == "7+0+0=07 0+0+0=00 0+0+0=00 7"
+
+
+def test_verifier_against_python_addition():
+    rng = random.Random(0)
+    for _ in range(2000):
+        a, b = rng.randrange(1000), rng.randrange(1000)
+        prompt, trace = user(f"{a}+{b}="), addition_trace(a, b)
+        columns, total = trace.rsplit(" ", 1)
+        assert int(total) == a + b
+        carry = 0
+        for place, column in enumerate(columns.split()):
+            left, right = column.split("=")
+            x, y, carry_in = map(int, left.split("+"))
+            assert (x, y, carry_in) == (a // 10**place % 10, b // 10**place % 10, carry)
+            assert int(right) == x + y + carry_in
+            carry = int(right) // 10
+        assert is_correct(prompt, trace)
+        assert is_correct(f"{a}+{b}=", [{"role": "assistant", "content": trace}])
+        assert not is_correct(prompt, corrupt(trace, rng))
+        assert not is_correct(prompt, f"{columns} {a + b + rng.choice([-100, -10, -1, 1, 10, 100])}")
+
+
+@pytest.mark.parametrize("wrong", ["", "3", "{} ", "{} 3", "{}\n", "{}<|eos|>"])
+def test_verifier_demands_the_exact_trace(wrong):
+    assert not is_correct("1+2=", wrong.format(addition_trace(1, 2)))
+
+
+def test_a_corruption_changes_one_computed_digit_and_reaches_all_of_them():
+    trace, rng, places = addition_trace(827, 695), random.Random(0), set()
+    for _ in range(2000):
+        wrong = corrupt(trace, rng)
+        changed = [i for i, (old, new) in enumerate(zip(trace, wrong, strict=True)) if old != new]
+        assert len(changed) == 1
+        assert wrong[changed[0]].isdigit()
+        places.add(changed[0])
+    assert places == {6, 7, 15, 16, 24, 25, 27, 28, 29, 30}
+
+
+@pytest.mark.parametrize("prompt", ["", "what?", "1234+1=", "1+2", "1+2= "])
+def test_verifier_refuses_a_foreign_prompt(prompt):
+    with pytest.raises(ValueError, match="is no addition: use a prompt like"):
+        is_correct(user(prompt), "3")
+
+
+# datasets
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_dataset_has_the_standard_columns_and_right_answers(kind):
+    data = load_builtin_dataset("builtin:addition", kind)
+    assert set(data) == {"train", "test"}
+    for split in data.values():
+        assert set(split.column_names) == COLUMNS[kind]
+        for row in split.select(range(100)):
+            answer = next(row[key] for key in ("completion", "chosen", "answer") if key in row)
+            assert row["prompt"][0]["role"] == "user"
+            assert is_correct(row["prompt"], answer)
+            if kind == "preference":
+                assert not is_correct(row["prompt"], row["rejected"])
+
+
+def test_no_question_is_in_both_splits_for_any_two_seeds():
+    questions = {
+        seed: {
+            name: [row[0]["content"] for row in split["prompt"]]
+            for name, split in load_builtin_dataset("builtin:addition", "prompt", seed=seed).items()
+        }
+        for seed in (0, 1)
+    }
+    assert questions[0]["train"] != questions[1]["train"]
+    for first in questions:
+        for name in ("train", "test"):
+            assert len(set(questions[first][name])) == len(questions[first][name])
+        for second in questions:
+            train = {frozenset(q.strip("=").split("+")) for q in questions[first]["train"]}
+            test = {frozenset(q.strip("=").split("+")) for q in questions[second]["test"]}
+            assert not train & test
+
+
+def test_dataset_depends_on_its_arguments_alone(preference):
+    random.seed(7)
+    state = random.getstate()
+    again = load_builtin_dataset("builtin:addition", "preference")
+    assert random.getstate() == state
+    for split in ("train", "test"):
+        assert again[split].to_list() == preference[split].to_list()
+
+
+@pytest.mark.parametrize("config, rate", TASK.configs.items())
+def test_config_sets_the_error_rate_of_the_computed_digits_alone(config, rate):
+    data = load_builtin_dataset("builtin:addition", "sft", config)
+    wrong = total = 0
+    for row in data["train"].select(range(4000)):
+        answer = addition_trace(*map(int, row["prompt"][0]["content"][:-1].split("+")))
+        shown, places = row["completion"][0]["content"], computed_places(answer)
+        changed = {i for i, (old, new) in enumerate(zip(answer, shown, strict=True)) if old != new}
+        assert changed <= set(places)
+        wrong, total = wrong + len(changed), total + len(places)
+    assert wrong / total == pytest.approx(rate, abs=0.006)
+    assert all(is_correct(row["prompt"], row["completion"]) for row in data["test"])
+
+
+@pytest.mark.parametrize("kind", ["preference", "prompt"])
+def test_config_changes_no_other_kind(kind):
+    clean, noisy = (load_builtin_dataset("builtin:addition", kind, config) for config in ("clean", "noisy"))
+    assert clean["test"].to_list() == noisy["test"].to_list()
+    assert clean["train"].select(range(100)).to_list() == noisy["train"].select(range(100)).to_list()
+
+
+def test_no_answer_is_longer_than_the_limit(tokenizer, preference):
+    for name, task in TASKS.items():
+        rows = load_builtin_dataset(name, "prompt")["train"]
+        assert max(len(tokenizer(row["answer"]).input_ids) + 1 for row in rows) == task.max_new_tokens
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("builtin:poetry", "sft"), "Unknown built-in task 'builtin:poetry': choose one of builtin:addition"),
+        (("builtin:addition", "reward"), "Unknown kind 'reward' .* choose one of sft, preference, prompt"),
+        (("builtin:addition", "sft", "loud"), "Unknown config 'loud' .* choose one of clean, noisy, noisier"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_choices(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_builtin_dataset(*arguments)
+
+
+# scoring
+
+
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_scoring_leaves_no_trace(tokenizer, model, preference, sample, training):
+    right_padded = build_tokenizer()
+    right_padded.padding_side = "right"
+    model.train(training)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    evaluate_accuracy(model, right_padded, TASK, preference["test"]["prompt"][:4], sample=sample)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training is training
+    assert right_padded.padding_side == "right"
+
+
+def test_sampling_follows_its_own_seed_whatever_the_callers_state(tokenizer, model):
+    prompts = [user("111+222=")] * 4
+    runs = []
+    for outer, seed in ((0, 3), (1, 3), (0, 4)):
+        torch.manual_seed(outer)
+        runs.append(generate_answers(model, tokenizer, prompts, 8, sample=True, seed=seed))
+    assert runs[0] == runs[1] != runs[2]
+    assert len(set(runs[0])) > 1
+
+
+def test_padding_and_batching_do_not_change_greedy_answers(tokenizer, model):
+    prompts = [user("1+2="), user("123+567="), user("99+1=")]
+    together = generate_answers(model, tokenizer, prompts, 12)
+    assert together == [generate_answers(model, tokenizer, [prompt], 12)[0] for prompt in prompts]
+    assert together == generate_answers(model, tokenizer, prompts, 12, batch_size=2)
+
+
+def test_a_model_that_knows_the_answer_scores_and_loses_by_its_share_of_errors(tokenizer):
+    """A model overfitted on two of four prompts must score exactly one half, also as a PEFT model."""
+    prompts = [user(text) for text in ("123+567=", "999+1=", "432+876=", "505+505=")]
+    learned = [
+        [*p, {"role": "assistant", "content": addition_trace(*map(int, p[0]["content"][:-1].split("+")))}]
+        for p in prompts[:2]
+    ]
+    model = build_model(tokenizer)
+    batch = tokenizer.apply_chat_template(learned, padding=True, return_dict=True, return_tensors="pt")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(80):
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert evaluate_accuracy(model, tokenizer, get_task("builtin:addition"), prompts) == 0.5
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    assert evaluate_accuracy(adapted, tokenizer, get_task("builtin:addition"), prompts) == 0.5
+
+
+def test_scoring_no_prompts_is_refused(tokenizer, model):
+    with pytest.raises(ValueError, match="0 prompts"):
+        evaluate_accuracy(model, tokenizer, TASK, [])
