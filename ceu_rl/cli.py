@@ -53,7 +53,7 @@ def train(method: str, argv: list[str]) -> int:
     import torch
     import yaml
 
-    start = time.perf_counter()
+    start, provenance = time.perf_counter(), environment()
     try:
         script, args, model_config, mixture = _parse(method, argv)
         args.resume_from_checkpoint = _resume_from(args.output_dir, args.resume_from_checkpoint)
@@ -64,10 +64,10 @@ def train(method: str, argv: list[str]) -> int:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     except FloatingPointError as error:
         return _fail(f"ceu-rl {method}", error, 1)
+    trainer.save_model(args.output_dir)
     step, log = trainer.state.global_step, trainer.state.log_history
     if trainer.eval_dataset is not None and not any("eval_loss" in entry and entry["step"] == step for entry in log):
         trainer.evaluate()
-    trainer.save_model(args.output_dir)
     trainer.save_state()
     if trainer.is_world_process_zero():
         final = {key: value for entry in log if entry["step"] == step for key, value in entry.items()}
@@ -80,7 +80,7 @@ def train(method: str, argv: list[str]) -> int:
             "metrics": {key: value for key, value in final.items() if key not in ("step", "epoch")},
             "wall_time_s": round(time.perf_counter() - start, 1),
             "peak_memory_gib": round(_peak_memory_gib(), 3),
-            **environment(),
+            **provenance,
         }
         Path(args.output_dir, "result.json").write_text(json.dumps(result, indent=2) + "\n")
         print(f"The model, metrics.jsonl and result.json are in {args.output_dir}.")
@@ -115,13 +115,16 @@ def _parse(method: str, argv: list[str]) -> tuple[Any, Any, Any, Any]:
 
 
 def recipe_settings(argv: list[str]) -> dict[str, Any]:
-    """The recipe's fields and the overrides of the command line, which decide what a run is."""
+    """The recipe's fields and the overrides of the command line, which decide what a run is; resuming does not."""
     import yaml
 
     rest, settings = list(argv), {}
     if "--config" in rest:
         at = rest.index("--config")
         settings = yaml.safe_load(Path(rest[at + 1]).read_text())
+        del rest[at : at + 2]
+    if "--resume_from_checkpoint" in rest:
+        at = rest.index("--resume_from_checkpoint")
         del rest[at : at + 2]
     return {**settings, "overrides": rest} if rest else settings
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import matplotlib.image
 import pytest
@@ -64,6 +65,23 @@ def test_compare_runs_keeps_and_names(recipes, tmp_path, capsys):
     assert main(["compare", recipes("stock", ceu_coef=0.5), "--output_dir", str(out)]) == 2
     assert "was made with other settings" in capsys.readouterr().err
     assert (out / "stock" / "result.json").read_bytes() == first
+
+
+def test_compare_goes_on_with_an_interrupted_arm(recipes, tmp_path, capsys):
+    arm = tmp_path / "runs" / "ceu"
+    command = ["compare", recipes("ceu", max_steps=3, save_steps=2), "--output_dir", str(tmp_path / "runs")]
+    assert main(command) == 0
+    whole = json.loads((arm / "result.json").read_text())
+    # What a kill between the steps 2 and 3 leaves
+    shutil.rmtree(arm / "checkpoint-3")
+    for name in ("result.json", "model.safetensors"):
+        (arm / name).unlink()
+    assert main(command) == 0
+    resumed = json.loads((arm / "result.json").read_text())
+    assert resumed["command"].endswith("--resume_from_checkpoint true")
+    assert resumed["metrics"]["eval_loss"] == whole["metrics"]["eval_loss"]
+    assert main(command) == 0
+    assert "ceu: finished earlier, kept" in capsys.readouterr().out
 
 
 def test_a_recipe_in_no_methods_folder_is_refused(tmp_path, capsys):
