@@ -63,8 +63,8 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, DPOTrainer):
             }""")
     }
 
-    @functools.wraps(DPOTrainer.__init__)
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]
+    @functools.wraps(DPOTrainer.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         bound = inspect.signature(DPOTrainer.__init__).bind(self, *args, **kwargs)
         given = bound.arguments
         given["args"] = config = CEUDPOConfig.adopt(given.get("args"))

@@ -65,19 +65,30 @@ def test_the_code_of_the_readme_runs(tiny_model, tokenizer, preferences, tmp_pat
     assert stock == ["from trl import DPOConfig, DPOTrainer", 'args = DPOConfig(output_dir="runs/mine")']
 
 
-def test_results_are_those_of_the_files():
+def test_the_demo_in_the_results_is_that_of_its_files():
     results = (ROOT / "docs" / "results.md").read_text()
-    for run in sorted(path.parent for path in STUDY.rglob("result.json")):
-        provenance = json.loads((run / "result.json").read_text())
-        assert {"commit", "versions", "device", "seed", "date", "command"} <= set(provenance)
-        assert not provenance["commit"].endswith("-dirty")
-    for folder in sorted({path.parents[1] for path in STUDY.rglob("result.json")}):
-        arms = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
-        for row in table_rows(folder, arms, {}):
-            assert "| " + " | ".join(row) + " |" in results, f"{row} of {name(folder)} is not in docs/results.md"
+    for row in table_rows(STUDY / "demo", ["stock", "ceu", "paper"], {}):
+        assert "| " + " | ".join(row) + " |" in results
+    readme = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
+    assert len(readme) >= 5 and all(line in results for line in readme)
 
 
-def test_the_table_of_the_readme_is_in_the_results():
-    results = (ROOT / "docs" / "results.md").read_text()
-    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if re.match(r"\| (stock|ceu|paper) ", line)]
-    assert len(rows) >= 3 and all(row in results for row in rows)
+def grid_row(path):
+    result = json.loads(path.read_text())
+    metrics = [result["metrics"][f"eval_{name}"] for name in ("greedy_accuracy", "sampled_accuracy")]
+    log_probs = [result["metrics"][f"eval_logps/{name}"] for name in ("chosen", "rejected")]
+    arm = path.name.split("-")[0]
+    cells = [arm, f"{result['metrics']['learning_rate']:g}", str(result["seed"])]
+    return "| " + " | ".join(cells + [f"{m:.3f}" for m in metrics] + [f"{m:.2f}" for m in log_probs]) + " |"
+
+
+@pytest.mark.parametrize("path", sorted(STUDY.glob("grid/*.json")), ids=name)
+def test_a_row_of_the_grid_is_that_of_its_file(path):
+    assert grid_row(path) in (ROOT / "docs" / "results.md").read_text()
+
+
+@pytest.mark.parametrize("path", sorted([*STUDY.glob("grid/*.json"), *STUDY.glob("demo/*/result.json")]), ids=name)
+def test_results_carry_provenance(path):
+    result = json.loads(path.read_text())
+    assert {"commit", "versions", "device", "seed", "date", "command"} <= set(result)
+    assert re.fullmatch(r"[0-9a-f]{40}", result["commit"]), "made from source that was not committed"
