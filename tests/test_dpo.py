@@ -15,6 +15,8 @@ from trl import DPOConfig, DPOTrainer
 
 from ceu_rl import CEUDPOConfig, CEUDPOTrainer
 
+from .reference import assert_gradients_follow, distance, keep_log_probs, routed_gradients
+
 LOSS_TYPES = {
     "sigmoid": {},
     "hinge": {},
@@ -120,35 +122,6 @@ def first_batch(trainer):
     return trainer._prepare_inputs(batch)
 
 
-def reference_gradients(stock, batch, weight):
-    """Float64 gradients of the rule from plain logits: the stock loss gives g, the formula gives w."""
-    kept = {}
-    forward = stock.model.forward
-
-    def keep(*args, **kwargs):
-        outputs = forward(*args, **kwargs)
-        if outputs.log_probs.requires_grad:
-            kept["log_probs"] = outputs.log_probs
-            outputs.log_probs.retain_grad()
-        return outputs
-
-    stock.model.forward = keep
-    loss = stock.compute_loss(stock.model, batch)
-    loss.backward()
-    g = kept["log_probs"].grad.double()
-
-    plain = copy.deepcopy(stock.model).double()
-    del plain.forward  # the model's own forward, without any fused head
-    logits = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    labels = batch["input_ids"][:, 1:]
-    log_p = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    g = g * batch["completion_mask"][:, 1:]
-    factor = torch.where(g > 0, g * weight(log_p.detach().exp()), g)
-    parameters = dict(plain.named_parameters())
-    gradients = torch.autograd.grad((factor * log_p).sum(), list(parameters.values()))
-    return loss, dict(zip(parameters, gradients, strict=True)), (g > 0).sum().item()
-
-
 @pytest.mark.parametrize(
     ("name", "coefficients", "weight"),
     [
@@ -162,21 +135,21 @@ def reference_gradients(stock, batch, weight):
     ],
 )
 def test_loss_equals_stock_and_gradient_follows_the_rule(make_trainer, name, coefficients, weight):
-    stock, ours = (make_trainer(c, **SETTINGS[name]) for c in (DPOTrainer, DPOTrainer))
-    ours = make_trainer(CEUDPOTrainer, **SETTINGS[name], **coefficients)
+    stock, ours = (
+        make_trainer(DPOTrainer, **SETTINGS[name]),
+        make_trainer(CEUDPOTrainer, **SETTINGS[name], **coefficients),
+    )
     batch = first_batch(stock)
-    stock_loss, expected, descending = reference_gradients(stock, batch, weight)
+    kept = keep_log_probs(stock)
+    stock_loss = stock.compute_loss(stock.model, batch)
+    stock_loss.backward()
+    expected, descending = routed_gradients(stock, kept, batch["input_ids"], batch["attention_mask"], weight)
     our_loss = ours.compute_loss(ours.model, batch)
     our_loss.backward()
     assert torch.equal(our_loss, stock_loss)
-    scale = max(value.abs().max() for value in expected.values())
-    distance = 0.0
-    for key, parameter in ours.model.named_parameters():
-        torch.testing.assert_close(parameter.grad.double(), expected[key], rtol=1e-3, atol=2e-6 * scale.item())
-        stock_gradient = stock.model.get_parameter(key).grad.double()
-        distance = max(distance, ((stock_gradient - expected[key]).abs().max() / scale).item())
+    assert_gradients_follow(ours.model, expected)
     # The check can fail: the stock gradients are far from the reference wherever a token descends
-    assert (descending > 0) == (distance > 0.01), (descending, distance)
+    assert (descending > 0) == (distance(stock.model, expected) > 0.01)
 
 
 def test_default_differs_from_stock_and_logs_what_it_met(make_trainer):

@@ -1,0 +1,66 @@
+"""GRPO with CE-U in the place of the gradient ascent on completions with a negative advantage."""
+
+import functools
+import inspect
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from trl import GRPOConfig, GRPOTrainer
+
+from .checks import StopAtNonFinite, check_columns, check_language_model, check_reference_is_loaded
+from .rollouts import ReloadingVLLMGeneration, check_vllm
+from .routing import DescentConfig, DescentTrainer
+
+
+@dataclass
+class CEUGRPOConfig(DescentConfig, GRPOConfig):
+    """`trl.GRPOConfig` and the three coefficients of the descent weight.
+
+    Raises:
+        ValueError: for a coefficient outside its range, or `use_liger_kernel`.
+        ImportError: for a version of TRL that this package was not tested with.
+    """
+
+
+class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, GRPOTrainer):
+    """`trl.GRPOTrainer` whose descending tokens get the CE-U weight; nothing else changes (arXiv 2503.01224).
+
+    A token descends where the loss lowers its log-probability: in completions with a negative advantage, unless
+    clipping or the KL term says otherwise. With `ceu_coef` 0 it trains the same weights as `trl.GRPOTrainer`, bit for
+    bit. It takes the same arguments, and logs `ceu/descending_fraction`, `ceu/weight_mean` and `ceu/weight_max`.
+
+    Raises:
+        ValueError: before any step, for a dataset without rows or without `prompt`, or a model without a
+            language-model head.
+        FloatingPointError: at the step whose loss or gradient is not finite.
+    """
+
+    args: CEUGRPOConfig
+    _tag_names = ["trl", "grpo", "ceu"]
+    _name = "CE-U GRPO"
+
+    @functools.wraps(GRPOTrainer.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        bound = inspect.signature(GRPOTrainer.__init__).bind(self, *args, **kwargs)
+        given = bound.arguments
+        given["args"] = config = CEUGRPOConfig.adopt(given.get("args"))
+        if given.get("train_dataset") is not None:
+            check_columns(given["train_dataset"], "train", ("prompt",))
+        check_language_model(given["model"], config.trust_remote_code)
+        adapts = given.get("peft_config") is not None or isinstance(given["model"], PeftModel)
+        check_reference_is_loaded(needs_reference=config.beta != 0 and not adapts)
+        if config.use_vllm:
+            check_vllm()
+        super().__init__(*bound.args[1:], **bound.kwargs)
+        if config.use_vllm:
+            self.vllm_generation.__class__ = ReloadingVLLMGeneration
+        check_language_model(self.model)
+        self.attach_route()
+
+    def describe_rows(self, inputs: Mapping[str, Any]) -> list[str]:
+        prompts = self.processing_class.batch_decode(inputs["prompt_ids"], skip_special_tokens=True)
+        return [repr(textwrap.shorten(prompt, 60)) for prompt in dict.fromkeys(prompts)]
