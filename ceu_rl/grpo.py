@@ -3,7 +3,6 @@
 import functools
 import inspect
 import textwrap
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +60,11 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, GRPOTrainer):
         check_language_model(self.model)
         self.attach_route()
 
-    def describe_rows(self, inputs: Mapping[str, Any]) -> list[str]:
-        prompts = self.processing_class.batch_decode(inputs["prompt_ids"], skip_special_tokens=True)
-        return [repr(textwrap.shorten(prompt, 60)) for prompt in dict.fromkeys(prompts)]
+    def describe_rows(self, inputs: Any) -> list[str]:
+        # TRL hands each step the rows of a whole generation, each row once for every completion
+        prompts: dict[str, int | None] = {str(row["prompt"]): None for row in inputs}
+        if isinstance(self.train_dataset, Dataset):
+            for number, prompt in enumerate(self.train_dataset["prompt"]):
+                if str(prompt) in prompts:
+                    prompts[str(prompt)] = number
+        return [f"row {number} ({textwrap.shorten(prompt, 60)!r})" for prompt, number in prompts.items()]

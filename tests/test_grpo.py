@@ -1,0 +1,179 @@
+"""CE-U GRPO against the imported `trl.GRPOTrainer`, and against float64 gradients from plain logits."""
+
+import copy
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer
+
+from ceu_rl import CEUGRPOConfig, CEUGRPOTrainer
+
+from .reference import assert_gradients_follow, distance, keep_log_probs, routed_gradients
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+SETTINGS = {
+    **{loss: {"loss_type": loss} for loss in LOSS_TYPES},
+    "sequence ratio": {"importance_sampling_level": "sequence"},
+    "KL": {"beta": 0.2},
+    "iterations": {"num_iterations": 3},
+    "steps per generation": {"steps_per_generation": 2},
+    "entropy mask": {"top_entropy_quantile": 0.5},
+    "entropy bonus": {"entropy_coef": 0.05},
+    "off-policy mask": {"off_policy_mask_threshold": 0.5, "num_iterations": 2},
+    "temperature": {"temperature": 0.7},
+    "delta": {"delta": 1.5, "num_iterations": 2},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "checkpointing": {"gradient_checkpointing": True},
+    "bf16": {"bf16": True},
+}
+
+
+def digits(completions, **kwargs):
+    """A reward that differs inside a group from the first step on."""
+    return [float(sum(character.isdigit() for character in text)) for text in completions]
+
+
+@pytest.fixture
+def make_trainer(tiny_model, tokenizer, tmp_path):
+    # A folder: with beta > 0 TRL loads the reference model from where the policy came
+    tiny_model(1).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    prompts = datasets.Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(8) for b in range(8)])
+
+    def make(trainer_class, *, peft_config=None, model=None, reward_funcs=digits, train_dataset=prompts, **settings):
+        config_class = CEUGRPOConfig if trainer_class is CEUGRPOTrainer else GRPOConfig
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        defaults = {
+            "output_dir": str(folder),
+            "max_steps": 5,
+            "per_device_train_batch_size": 8,
+            "num_generations": 4,
+            "max_completion_length": 8,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "gradient_checkpointing": False,
+            "bf16": False,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "logging_steps": 1,
+            "save_strategy": "no",
+        }
+        return trainer_class(
+            model or str(tmp_path / "model"),
+            reward_funcs,
+            config_class(**{**defaults, **settings}),
+            train_dataset=train_dataset,
+            peft_config=peft_config,
+        )
+
+    return make
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def same(first, second):
+    other = weights(second)
+    return all(torch.equal(value, other[name]) for name, value in weights(first).items())
+
+
+def train(make_trainer, *args, **kwargs):
+    """Construct, which seeds the rollouts, and train at once."""
+    trainer = make_trainer(*args, **kwargs)
+    start = weights(trainer)
+    trainer.train()
+    assert any(not torch.equal(value, start[name]) for name, value in weights(trainer).items())
+    return trainer
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_coef_zero_equals_stock_bit_for_bit_and_the_default_does_not(make_trainer, name):
+    stock = train(make_trainer, GRPOTrainer, **SETTINGS[name])
+    ours = train(make_trainer, CEUGRPOTrainer, ceu_coef=0.0, **SETTINGS[name])
+    routed = train(make_trainer, CEUGRPOTrainer, **SETTINGS[name])
+    assert same(stock, ours)
+    assert not same(stock, routed)
+    # The first rollouts are the same, and so is the first loss
+    assert routed.state.log_history[0]["loss"] == stock.state.log_history[0]["loss"]
+    log = routed.state.log_history[0]
+    assert 0 < log["ceu/descending_fraction"] < 1 and 0 < log["ceu/weight_mean"] <= log["ceu/weight_max"]
+
+
+@pytest.mark.parametrize("off_policy", [False, True])
+@pytest.mark.parametrize("name", [key for key in SETTINGS if key not in ("bf16", "checkpointing", "entropy bonus")])
+def test_loss_equals_stock_and_gradient_follows_the_rule(make_trainer, name, off_policy):
+    """One batch of the stock trainer, on-policy or with ratios from far below to far above the clipping range."""
+    stock, ours = (make_trainer(c, **SETTINGS[name]) for c in (GRPOTrainer, CEUGRPOTrainer))
+    rows = [stock.train_dataset[i // 4] for i in range(8 * stock.args.steps_per_generation)]
+    batch = stock._prepare_inputs(rows)
+    if off_policy:
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        with torch.no_grad():
+            log_probs, _, _ = stock._get_per_token_logps_and_entropies(stock.model, ids, mask, 8)
+        torch.manual_seed(0)
+        batch["old_per_token_logps"] = log_probs + 0.4 * torch.randn_like(log_probs)
+    kept = keep_log_probs(stock)
+    stock_loss = stock.compute_loss(stock.model, copy.deepcopy(batch))
+    stock_loss.backward()
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    expected, descending = routed_gradients(stock, kept, ids, mask, default_weight, stock.temperature)
+    our_loss = ours.compute_loss(ours.model, copy.deepcopy(batch))
+    our_loss.backward()
+    assert descending > 0
+    assert torch.equal(our_loss, stock_loss)
+    assert_gradients_follow(ours.model, expected)
+    assert distance(stock.model, expected) > 0.01
+
+
+def default_weight(p):
+    config = CEUGRPOConfig
+    return (1 - config.ceu_coef) + config.ceu_coef / ((1 - p) / (config.ceu_scale * p) + 1 / config.ceu_max_weight)
+
+
+def test_clipped_tokens_are_not_descended(make_trainer):
+    """A negative advantage with a ratio below the clipping range sends no gradient, and is not counted."""
+    trainer = make_trainer(CEUGRPOTrainer)
+    batch = trainer._prepare_inputs([trainer.train_dataset[i // 4] for i in range(8)])
+    batch["advantages"] = -torch.ones_like(batch["advantages"])
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    with torch.no_grad():
+        log_probs, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 8)
+    for shift, fraction in ((0.0, 1.0), (1.0, 0.0)):
+        batch["old_per_token_logps"] = log_probs + shift
+        trainer.compute_loss(trainer.model, batch).backward()
+        assert trainer.descent_route.pop_metrics()["ceu/descending_fraction"] == fraction
+
+
+def test_lora(make_trainer):
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    stock = train(make_trainer, GRPOTrainer, peft_config=copy.deepcopy(config))
+    ours = train(make_trainer, CEUGRPOTrainer, peft_config=copy.deepcopy(config), ceu_coef=0.0)
+    routed = train(make_trainer, CEUGRPOTrainer, peft_config=copy.deepcopy(config))
+    assert same(stock, ours) and not same(stock, routed)
+
+
+def test_bad_input_is_named(make_trainer):
+    rows = datasets.Dataset.from_list([{"promt": "1+2="}])
+    with pytest.raises(ValueError, match=r"no column 'prompt'.*rename 'promt' to 'prompt'"):
+        make_trainer(CEUGRPOTrainer, train_dataset=rows)
+    with pytest.raises(ValueError, match="The train dataset has no rows"):
+        make_trainer(CEUGRPOTrainer, train_dataset=rows.select([]))
+
+
+def test_a_step_that_is_not_finite_ends_the_run(make_trainer):
+    trainer = make_trainer(CEUGRPOTrainer)
+    compute_loss = trainer.compute_loss
+
+    def poisoned(*args, **kwargs):
+        return compute_loss(*args, **kwargs) * (float("nan") if trainer.state.global_step == 2 else 1)
+
+    trainer.compute_loss = poisoned
+    with pytest.raises(FloatingPointError, match=r"Step 3 met a non-finite loss \(nan\).*Its rows: row \d+ \('\d\+\d="):
+        trainer.train()
