@@ -1,6 +1,6 @@
 """`ceu-rl COMMAND`: one recipe in, one finished run out.
 
-    ceu-rl sft|dpo --config RECIPE.yaml [--any_field value ...]
+    ceu-rl sft|dpo|grpo --config RECIPE.yaml [--any_field value ...]
     ceu-rl compare RECIPE.yaml ... --output_dir DIR
     ceu-rl env
 
@@ -9,6 +9,7 @@ and PEFT helpers are TRL's. A run leaves the model in `output_dir`, its log in `
 provenance in `result.json`.
 """
 
+import importlib
 import json
 import os
 import shlex
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "sft": lambda rest: train("sft", rest),
         "dpo": lambda rest: train("dpo", rest),
+        "grpo": lambda rest: train("grpo", rest),
         "compare": compare,
         "env": lambda rest: print_environment(),
     }
@@ -50,6 +52,8 @@ def train(method: str, argv: list[str]) -> int:
     import torch
     import yaml
 
+    from .rollouts import RolloutError
+
     start, provenance = time.perf_counter(), environment()
     try:
         script, args, model_config, mixture = _parse(method, argv)
@@ -59,7 +63,7 @@ def train(method: str, argv: list[str]) -> int:
         return _fail(f"ceu-rl {method}", error, 2)
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    except FloatingPointError as error:
+    except (FloatingPointError, RolloutError) as error:
         return _fail(f"ceu-rl {method}", error, 1)
     trainer.save_model(args.output_dir)
     step, log = trainer.state.global_step, trainer.state.log_history
@@ -91,12 +95,15 @@ def train(method: str, argv: list[str]) -> int:
 def parser_for(method: str) -> Any:
     """TRL's parser for the recipes of one method."""
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+    from trl.scripts.grpo import GRPOScriptArguments
 
     from .dpo import CEUDPOConfig
+    from .grpo import CEUGRPOConfig
 
-    config = {"sft": SFTConfig, "dpo": CEUDPOConfig}[method]
+    config = {"sft": SFTConfig, "dpo": CEUDPOConfig, "grpo": CEUGRPOConfig}[method]
+    script = GRPOScriptArguments if method == "grpo" else ScriptArguments
     return TrlParser(
-        (ScriptArguments, config, ModelConfig, DatasetMixtureConfig),  # type: ignore[arg-type]
+        (script, config, ModelConfig, DatasetMixtureConfig),  # type: ignore[arg-type]
         prog=f"ceu-rl {method}",
         usage=f"ceu-rl {method} --config RECIPE.yaml [--any_field value ...]",
     )
@@ -141,6 +148,7 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
     from .builtin import build_model, build_tokenizer
     from .callbacks import MetricsFile, Progress, TaskScore
     from .dpo import CEUDPOTrainer
+    from .grpo import CEUGRPOTrainer
 
     dataset, task = _load_dataset(method, script, mixture)
     train_dataset = _split(dataset, script.dataset_train_split)
@@ -164,7 +172,9 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
             "model": model_config.model_name_or_path,
             "quantization_config": get_quantization_config(model_config),
         }
-    trainer = {"sft": SFTTrainer, "dpo": CEUDPOTrainer}[method](
+    if method == "grpo":
+        given["reward_funcs"] = _load_rewards(script)
+    trainer = {"sft": SFTTrainer, "dpo": CEUDPOTrainer, "grpo": CEUGRPOTrainer}[method](
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
@@ -191,8 +201,29 @@ def _load_dataset(method: str, script: Any, mixture: Any) -> tuple[Any, Any]:
         return get_dataset(mixture), None
     name, config = script.dataset_name, script.dataset_config
     if name.startswith("builtin:"):
-        return load_builtin_dataset(name, {"sft": "sft", "dpo": "preference"}[method], config), get_task(name)
+        kind = {"sft": "sft", "dpo": "preference", "grpo": "prompt"}[method]
+        return load_builtin_dataset(name, kind, config), get_task(name)
     return load_dataset(name, name=config, streaming=script.dataset_streaming), None
+
+
+def _load_rewards(script: Any) -> list[Any]:
+    """The reward model and functions of a recipe: the names that TRL's own script takes, or dotted paths."""
+    import trl.rewards
+
+    rewards: list[Any] = [script.reward_model_name_or_path] if script.reward_model_name_or_path else []
+    for path in script.reward_funcs or []:
+        module, _, name = path.rpartition(".")
+        if module and str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
+        try:
+            rewards.append(getattr(importlib.import_module(module) if module else trl.rewards, name))
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"reward_funcs names {path!r}, which does not resolve ({error}); give module.function."
+            ) from error
+    if not rewards:
+        raise ValueError("reward_funcs is missing; give a dotted path such as ceu_rl.builtin.addition.accuracy.")
+    return rewards
 
 
 def _split(dataset: Any, split: str) -> Any:

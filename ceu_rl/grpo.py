@@ -11,7 +11,7 @@ from peft import PeftModel
 from trl import GRPOConfig, GRPOTrainer
 
 from .checks import StopAtNonFinite, check_columns, check_language_model, check_reference_is_loaded
-from .rollouts import ReloadingVLLMGeneration, check_vllm
+from .rollouts import ReloadingVLLMGeneration, check_rewards, check_vllm
 from .routing import DescentConfig, DescentTrainer
 
 
@@ -35,6 +35,7 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, GRPOTrainer):
     Raises:
         ValueError: before any step, for a dataset without rows or without `prompt`, or a model without a
             language-model head.
+        RolloutError: at the step whose reward or prompt cannot be used, with the function or row.
         FloatingPointError: at the step whose loss or gradient is not finite.
     """
 
@@ -52,6 +53,12 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, GRPOTrainer):
         check_language_model(given["model"], config.trust_remote_code)
         adapts = given.get("peft_config") is not None or isinstance(given["model"], PeftModel)
         check_reference_is_loaded(needs_reference=config.beta != 0 and not adapts)
+        rewards = given.get("reward_funcs")
+        given["reward_funcs"] = [
+            check_rewards(reward) if inspect.isroutine(reward) else reward
+            for reward in (rewards if isinstance(rewards, list) else [rewards])
+            if reward is not None
+        ] or None
         if config.use_vllm:
             check_vllm()
         super().__init__(*bound.args[1:], **bound.kwargs)

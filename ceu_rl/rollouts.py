@@ -5,8 +5,15 @@ the CPU kernels when it loads them, and the repacked parameters take no new ones
 the packing, loads from an iterator, and packs again.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
+from types import TracebackType
+from typing import Any
 
 from packaging.specifiers import SpecifierSet
 from trl.generation.vllm_generation import VLLMGeneration
@@ -26,6 +33,82 @@ class ReloadingVLLMGeneration(VLLMGeneration):
         for _ in parameters:
             pass
         self.llm.reset_prefix_cache()
+
+    def generate(self, prompts: list[list[int]], *args: Any, **kwargs: Any) -> tuple:
+        if self.mode == "colocate":
+            longest, context = max(map(len, prompts)), self.llm.llm_engine.model_config.max_model_len
+            if longest >= context:
+                text = self.processing_class.decode(max(prompts, key=len))
+                raise RolloutError(
+                    f"A prompt has {longest} tokens and the engine's context {context}, which leaves none to generate; "
+                    f"raise vllm_max_model_length or drop the prompt: {text[:80]!r}."
+                )
+        return super().generate(prompts, *args, **kwargs)
+
+
+class RolloutError(ValueError):
+    """A rollout or its reward cannot be used; the message names the cause and the row or function."""
+
+
+class _NameFunction:
+    """Turns whatever a reward function raises into a `RolloutError` that names it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if isinstance(error, Exception) and not isinstance(error, RolloutError):
+            raise RolloutError(
+                f"The reward function {self.name!r} raised {type(error).__name__}: {error}; mend it, or return None "
+                "for a completion that it cannot judge."
+            ) from error
+
+
+def check_rewards(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a reward function, plain or async, so that what it raises or wrongly returns is named.
+
+    It must return one finite number, or None for "not applicable", for each completion.
+
+    Raises (from the wrapper):
+        RolloutError: with the function, and the row and value that cannot be used.
+    """
+    name = getattr(function, "__name__", type(function).__name__)
+
+    def check(rewards: Sequence[Any], prompts: Sequence[Any]) -> list[Any]:
+        if not isinstance(rewards, Sequence) or isinstance(rewards, str):
+            raise RolloutError(f"The reward function {name!r} returned {rewards!r}; return a list of numbers.")
+        if len(rewards) != len(prompts):
+            raise RolloutError(
+                f"The reward function {name!r} returned {len(rewards)} values for {len(prompts)} completions; "
+                "return one for each."
+            )
+        for reward, prompt in zip(rewards, prompts, strict=True):
+            if reward is not None and not (isinstance(reward, Real) and math.isfinite(reward)):
+                raise RolloutError(
+                    f"The reward function {name!r} returned {reward!r} for the prompt {str(prompt)[:80]!r}; "
+                    "return a finite number, or None for a completion that it cannot judge."
+                )
+        return list(rewards)
+
+    if inspect.iscoroutinefunction(function):
+
+        @functools.wraps(function)
+        async def checked_async(prompts: Sequence[Any], **kwargs: Any) -> list[Any]:
+            with _NameFunction(name):
+                return check(await function(prompts=prompts, **kwargs), prompts)
+
+        return checked_async
+
+    @functools.wraps(function)
+    def checked(prompts: Sequence[Any], **kwargs: Any) -> list[Any]:
+        with _NameFunction(name):
+            return check(function(prompts=prompts, **kwargs), prompts)
+
+    checked.__name__ = name
+    return checked
 
 
 def check_vllm() -> None:

@@ -87,7 +87,7 @@ def test_compare_goes_on_with_an_interrupted_arm(recipes, tmp_path, capsys):
 def test_a_recipe_in_no_methods_folder_is_refused(tmp_path, capsys):
     (tmp_path / "a.yaml").write_text("{}")
     assert main(["compare", str(tmp_path / "a.yaml"), "--output_dir", str(tmp_path / "out")]) == 2
-    assert "is in no folder named dpo" in capsys.readouterr().err
+    assert "is in no folder named dpo or grpo" in capsys.readouterr().err
 
 
 def test_report_of_hand_made_runs(tmp_path):

@@ -86,6 +86,11 @@ def make_examples(split: str, count: int, error_rate: float, seed: int) -> list[
     return list(examples.values())
 
 
+def accuracy(prompts: list[str | Messages], completions: list[str | Messages], **kwargs: object) -> list[float]:
+    """The verifier as a reward function for GRPO: 1 for the right answer, else 0."""
+    return [float(is_correct(prompt, completion)) for prompt, completion in zip(prompts, completions, strict=True)]
+
+
 TASK = Task(
     name="builtin:addition",
     configs={"clean": 0.0, "noisy": 0.04, "noisier": 0.13},

@@ -12,7 +12,7 @@ from ..checks import saved_checkpoints
 from ..provenance import recipe_settings
 from .report import write_report
 
-METHODS = ("dpo",)
+METHODS = ("dpo", "grpo")
 
 
 def main(argv: list[str]) -> int:

@@ -1,0 +1,143 @@
+"""vLLM rollouts on the real engine, on CPU: weight sync, training in one process and in two, and what is refused."""
+
+import asyncio
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import psutil
+import pytest
+import yaml
+
+from ceu_rl.builtin.addition import accuracy
+from ceu_rl.rollouts import RolloutError, check_rewards, check_vllm
+
+vllm = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (make install)"),
+]
+
+
+def good(prompts, completions, **kwargs):
+    return [1.0 if completion else None for completion in completions]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda prompts, **kwargs: [1 / 0], r"raised ZeroDivisionError: division by zero; mend it"),
+        (lambda prompts, **kwargs: [1.0], "returned 1 values for 2 completions"),
+        (lambda prompts, **kwargs: "ab", "returned 'ab'; return a list"),
+        (lambda prompts, **kwargs: [1.0, "high"], "returned 'high' for the prompt '3"),
+        (lambda prompts, **kwargs: [float("nan"), 1.0], "returned nan for the prompt '1"),
+        (lambda prompts, **kwargs: [1.0, float("inf")], "returned inf for the prompt '3"),
+        (lambda prompts, **kwargs: None, "returned None; return a list"),
+    ],
+)
+def test_a_reward_that_cannot_be_used_is_named(function, message):
+    function.__name__ = "my_reward"
+    with pytest.raises(RolloutError, match=f"The reward function 'my_reward' {message}"):
+        check_rewards(function)(prompts=["1+2=", "3+4="], completions=["3", "7"])
+
+    async def later(prompts, **kwargs):
+        return function(prompts)
+
+    later.__name__ = "my_reward"
+    with pytest.raises(RolloutError, match=f"The reward function 'my_reward' {message}"):
+        asyncio.run(check_rewards(later)(prompts=["1+2=", "3+4="], completions=["3", "7"]))
+
+
+def test_a_good_reward_passes():
+    checked = check_rewards(good)
+    assert checked.__name__ == "good"
+    assert checked(prompts=["a", "b"], completions=["x", ""]) == [1.0, None]
+
+
+def test_the_verifier_as_a_reward():
+    prompts = ["827+695="] * 2
+    assert accuracy(prompts, ["7+5+0=12 2+9+1=12 8+6+1=15 1522", "1522"]) == [1.0, 0.0]
+
+
+def test_vllm_of_another_version_or_none_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.30.1")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(ImportError, match=r"vllm is 0\.30\.1; install a tested version"):
+        check_vllm()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="use_vllm is True and vLLM is not installed"):
+        check_vllm()
+
+
+SYNC = """
+import json, sys
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from vllm import SamplingParams
+from ceu_rl import CEUGRPOConfig, CEUGRPOTrainer
+from ceu_rl.builtin.addition import accuracy
+
+folder, lora = sys.argv[1], sys.argv[2] == "lora"
+rows = Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(100, 108) for b in range(100, 108)])
+args = CEUGRPOConfig(f"{folder}/{sys.argv[2]}", use_vllm=True, vllm_mode="colocate", vllm_max_model_length=64,
+                     per_device_train_batch_size=8, max_completion_length=8, use_cpu=True, bf16=False,
+                     gradient_checkpointing=False, report_to="none")
+peft_config = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM") if lora else None
+trainer = CEUGRPOTrainer(f"{folder}/model", accuracy, args, train_dataset=rows, peft_config=peft_config)
+ids = [trainer.processing_class("100+200=7+5+0=12 2+9+1=12 8+6+1=15 1522")["input_ids"]]
+
+def of_model():
+    with torch.no_grad():
+        logits = trainer.model.eval()(torch.tensor(ids)).logits[0, :-1]
+    return logits.log_softmax(-1).gather(-1, torch.tensor(ids)[0, 1:, None])[:, 0]
+
+def of_vllm():
+    (output,) = trainer.vllm_generation.llm.generate(
+        [{"prompt_token_ids": ids[0]}], SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+    return torch.tensor([step[token].logprob for step, token in zip(output.prompt_logprobs[1:], ids[0][1:])])
+
+def difference(first, second):
+    return (first - second).abs().mean().item()
+
+trainer.vllm_generation.sync_weights()
+start, found = of_model(), {}
+found["before"] = difference(start, of_vllm())
+optimizer = torch.optim.SGD([p for p in trainer.model.parameters() if p.requires_grad], lr=1.0)
+for _ in range(5):
+    trainer.model(torch.tensor(ids), labels=torch.tensor(ids), fused_lm_head=True).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+found["moved"] = difference(start, of_model())
+found["stale"] = difference(of_model(), of_vllm())
+trainer.vllm_generation.sync_weights()
+found["after"] = difference(of_model(), of_vllm())
+open(f"{folder}/{sys.argv[2]}.json", "w").write(json.dumps(found))
+"""
+
+
+def run(command, **environment):
+    settings = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **environment}
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings})
+
+
+class TestEngine:
+    pytestmark = vllm
+
+    @pytest.fixture
+    def model(self, tiny_model, tokenizer, tmp_path):
+        # vLLM on CPU wants heads of at least 32
+        tiny_model(hidden_size=64, num_attention_heads=2).save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        return str(tmp_path / "model")
+
+    @pytest.mark.parametrize("kind", ["full", "lora"])
+    def test_vllm_holds_the_weights_of_the_model_after_each_sync(self, model, tmp_path, kind):
+        (tmp_path / "sync.py").write_text(SYNC)
+        result = run([sys.executable, tmp_path / "sync.py", tmp_path, kind])
+        assert result.returncode == 0, result.stderr[-3000:]
+        found = json.loads((tmp_path / f"{kind}.json").read_text())
+        assert found["before"] <= 0.02 and found["after"] <= 0.02
+        assert found["moved"] > 0.2 and found["stale"] > 0.2  # the step changed much more than that
