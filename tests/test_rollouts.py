@@ -11,6 +11,7 @@ import sys
 import psutil
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 from ceu_rl.builtin.addition import accuracy
 from ceu_rl.rollouts import RolloutError, check_rewards, check_vllm
@@ -118,9 +119,9 @@ open(f"{folder}/{sys.argv[2]}.json", "w").write(json.dumps(found))
 """
 
 
-def run(command, **environment):
-    settings = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **environment}
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings})
+def run(command, cwd=None):
+    settings = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **settings})
 
 
 class TestEngine:
@@ -141,3 +142,86 @@ class TestEngine:
         found = json.loads((tmp_path / f"{kind}.json").read_text())
         assert found["before"] <= 0.02 and found["after"] <= 0.02
         assert found["moved"] > 0.2 and found["stale"] > 0.2  # the step changed much more than that
+
+    @pytest.fixture
+    def recipe(self, model, tmp_path):
+        """A GRPO recipe on the built-in task, rewarded for writing digits, which a random model learns in 30 steps."""
+        (tmp_path / "my_rewards.py").write_text(REWARDS)
+
+        def write(**fields):
+            settings = {
+                "model_name_or_path": model,
+                "dataset_name": "builtin:addition",
+                "reward_funcs": ["my_rewards.digits"],
+                "output_dir": str(tmp_path / "out"),
+                "max_steps": 30,
+                "learning_rate": 3e-3,
+                "num_generations": 8,
+                "per_device_train_batch_size": 32,
+                "max_completion_length": 8,
+                "use_vllm": True,
+                "vllm_mode": "colocate",
+                "vllm_max_model_length": 64,
+                "use_cpu": True,
+                "bf16": False,
+                "gradient_checkpointing": False,
+                "disable_tqdm": True,
+                "logging_steps": 1,
+                "save_steps": 2,
+                **fields,
+            }
+            (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+            return tmp_path / "recipe.yaml"
+
+        return write
+
+    def train(self, recipe, *launch):
+        """Run the recipe in its folder, and check that no process is left behind."""
+        command = [sys.executable, *launch, "-m", "ceu_rl.cli", "grpo", "--config", recipe]
+        result = run(command, cwd=recipe.parent)
+        left = [p.pid for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(recipe.parent)]
+        assert left == []
+        return result
+
+    @pytest.mark.parametrize("processes", [1, 2])
+    def test_the_reward_rises(self, recipe, tmp_path, processes):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
+        result = self.train(recipe(per_device_train_batch_size=32 // processes), *launch)
+        assert result.returncode == 0, result.stderr[-3000:]
+        log = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+        rewards = [entry["reward"] for entry in log if "reward" in entry]
+        assert len(rewards) == 30
+        assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.3
+        differences = [entry["sampling/sampling_logp_difference/mean"] for entry in log[:-1]]
+        assert max(differences) < 0.02
+        assert all("ceu/weight_mean" in entry for entry in log[:-1])
+        assert json.loads((tmp_path / "out" / "result.json").read_text())["processes"] == processes
+
+    def test_a_reward_that_raises_ends_the_run_and_keeps_the_checkpoint(self, recipe, tmp_path):
+        result = self.train(recipe(reward_funcs=["my_rewards.fails_at_the_fourth_call"]))
+        assert result.returncode == 1
+        message = "The reward function 'fails_at_the_fourth_call' raised KeyError: 'answr'; mend it"
+        assert f"ceu-rl grpo: error: {message}" in result.stderr
+        assert "Traceback" not in result.stderr
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-2")
+
+    def test_a_prompt_longer_than_the_context_is_named(self, recipe):
+        result = self.train(recipe(vllm_max_model_length=8))
+        assert result.returncode == 1
+        assert "tokens and the engine's context 8, which leaves none to generate" in result.stderr
+
+
+REWARDS = """
+calls = 0
+
+def digits(completions, **kwargs):
+    texts = [completion[0]["content"] for completion in completions]
+    return [sum(character.isdigit() for character in text) / 8 for text in texts]
+
+def fails_at_the_fourth_call(completions, **kwargs):
+    global calls
+    calls += 1
+    if calls == 4:
+        return [{}["answr"]]
+    return digits(completions)
+"""
