@@ -152,7 +152,8 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
 
     dataset, task = _load_dataset(method, script, mixture)
     train_dataset = _split(dataset, script.dataset_train_split)
-    eval_dataset = _split(dataset, script.dataset_test_split) if args.eval_strategy != "no" else None
+    evaluates = args.eval_strategy != "no" or args.eval_on_start
+    eval_dataset = _split(dataset, script.dataset_test_split) if evaluates else None
 
     given: dict[str, Any]
     if model_config.model_name_or_path == BUILTIN_MODEL:
