@@ -12,6 +12,7 @@ The forward value is untouched, so losses, rewards, KL terms and importance rati
 
 import functools
 import inspect
+import math
 import types
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +34,7 @@ class DescentRoute:
     def __init__(self, coef: float, scale: float, max_weight: float) -> None:
         check_descent_coefficients(coef, scale, max_weight)
         self.coefficients = (coef, scale, max_weight)
-        self._sums: torch.Tensor | None = None  # tokens, descending tokens, sum of their weights
+        self._sums: torch.Tensor | None = None  # see `weigh`
         self._max: torch.Tensor | None = None
 
     def weigh(self, grad: torch.Tensor, log_probs: torch.Tensor, label_mask: torch.Tensor) -> torch.Tensor:
@@ -44,7 +45,9 @@ class DescentRoute:
         weight = descent_weight(log_probs, *self.coefficients)
         descending = (grad > 0) & label_mask
         weights = weight.masked_fill(~descending, 0.0)
-        sums = torch.stack([label_mask.sum().float(), descending.sum().float(), weights.sum().float()])
+        rare, sure = log_probs < math.log(0.01), log_probs > math.log(0.99)
+        counts = [label_mask, descending, descending & rare, descending & sure]
+        sums = torch.stack([*(count.sum().float() for count in counts), weights.sum().float()])
         largest = weights.max().float() if weights.numel() else sums.new_zeros(())
         self._sums = sums if self._sums is None else self._sums + sums
         self._max = largest if self._max is None else torch.maximum(self._max, largest)
@@ -54,8 +57,9 @@ class DescentRoute:
         """Read and reset the record, over all processes if an `accelerate.Accelerator` is given.
 
         Returns:
-            `ceu/descending_fraction` of the labelled tokens, and `ceu/weight_mean` and `ceu/weight_max` over the
-            descending ones; empty if no backward pass went through the route.
+            `ceu/descending_fraction` of the labelled tokens; over the descending ones `ceu/weight_mean`,
+            `ceu/weight_max`, and the shares `ceu/descending_below_0.01` and `ceu/descending_above_0.99` whose
+            probability is below or above that. Empty if no backward pass went through the route.
         """
         if self._sums is None or self._max is None:
             return {}
@@ -64,9 +68,11 @@ class DescentRoute:
         if accelerator is not None:
             sums = accelerator.reduce(sums, reduction="sum")
             largest = accelerator.gather(largest.reshape(1)).max()
-        tokens, descending, total = sums.tolist()
+        tokens, descending, rare, sure, total = sums.tolist()
         return {
             "ceu/descending_fraction": descending / max(tokens, 1.0),
+            "ceu/descending_below_0.01": rare / max(descending, 1.0),
+            "ceu/descending_above_0.99": sure / max(descending, 1.0),
             "ceu/weight_mean": total / max(descending, 1.0),
             "ceu/weight_max": largest.item(),
         }

@@ -104,10 +104,16 @@ def test_coef_zero_equals_stock_bit_for_bit_and_the_default_does_not(make_traine
 
 
 @pytest.mark.parametrize("off_policy", [False, True])
-@pytest.mark.parametrize("name", [key for key in SETTINGS if key not in ("bf16", "checkpointing", "entropy bonus")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(key for key in SETTINGS if key not in ("bf16", "checkpointing", "entropy bonus")),
+        *("tool mask", "vLLM correction"),
+    ],
+)
 def test_loss_equals_stock_and_gradient_follows_the_rule(make_trainer, name, off_policy):
     """One batch of the stock trainer, on-policy or with ratios from far below to far above the clipping range."""
-    stock, ours = (make_trainer(c, **SETTINGS[name]) for c in (GRPOTrainer, CEUGRPOTrainer))
+    stock, ours = (make_trainer(c, **SETTINGS.get(name, {})) for c in (GRPOTrainer, CEUGRPOTrainer))
     rows = [stock.train_dataset[i // 4] for i in range(8 * stock.args.steps_per_generation)]
     batch = stock._prepare_inputs(rows)
     if off_policy:
@@ -117,6 +123,12 @@ def test_loss_equals_stock_and_gradient_follows_the_rule(make_trainer, name, off
             log_probs, _, _ = stock._get_per_token_logps_and_entropies(stock.model, ids, mask, 8)
         torch.manual_seed(0)
         batch["old_per_token_logps"] = log_probs + 0.4 * torch.randn_like(log_probs)
+    if name == "tool mask":
+        batch["tool_mask"] = torch.ones_like(batch["completion_mask"])
+        batch["tool_mask"][:, 2:4] = 0
+    if name == "vLLM correction":
+        batch["importance_sampling_ratio"] = torch.rand(batch["completion_ids"].shape) + 0.5
+        stock.use_vllm = ours.use_vllm = True  # the loss alone looks at it from here on
     kept = keep_log_probs(stock)
     stock_loss = stock.compute_loss(stock.model, copy.deepcopy(batch))
     stock_loss.backward()

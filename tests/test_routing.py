@@ -81,9 +81,21 @@ def test_metrics_add_up_over_backward_passes():
     route = route_descent(toy)
     for g in ([1.0, -1.0], [1.0, 1.0]):
         (toy(torch.zeros(1, 2, dtype=torch.long), fused_lm_head=True).log_probs * torch.tensor([g])).sum().backward()
-    assert route.pop_metrics() == pytest.approx(
-        {"ceu/descending_fraction": 3 / 4, "ceu/weight_mean": 0.25, "ceu/weight_max": 0.25}
-    )
+    metrics = route.pop_metrics()
+    assert metrics["ceu/descending_fraction"] == 3 / 4
+    assert metrics["ceu/weight_mean"] == metrics["ceu/weight_max"] == pytest.approx(0.25)
+    assert metrics["ceu/descending_below_0.01"] == metrics["ceu/descending_above_0.99"] == 0
+
+
+def test_metrics_tell_rare_and_sure_tokens_apart():
+    probabilities = torch.tensor([0.001, 0.009, 0.02, 0.5, 0.98, 0.995, 0.9999, 0.001], dtype=torch.float64)
+    toy = ToyHead(torch.stack([probabilities, 1 - probabilities], dim=-1).log())
+    route = route_descent(toy)
+    g = torch.tensor([1.0, 1, 1, 1, 1, 1, 1, -1])
+    (toy(torch.zeros(8, dtype=torch.long), fused_lm_head=True).log_probs * g).sum().backward()
+    metrics = route.pop_metrics()
+    assert metrics["ceu/descending_below_0.01"] == pytest.approx(2 / 7)
+    assert metrics["ceu/descending_above_0.99"] == pytest.approx(2 / 7)
 
 
 def test_a_batch_without_labels_passes():
