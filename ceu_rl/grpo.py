@@ -11,7 +11,7 @@ from peft import PeftModel
 from trl import GRPOConfig, GRPOTrainer
 
 from .checks import StopAtNonFinite, check_columns, check_language_model, check_reference_is_loaded
-from .rollouts import ReloadingVLLMGeneration, check_rewards, check_vllm
+from .rollouts import ReloadingVLLMGeneration, check_rewards, check_vllm, name_kv_cache_settings
 from .routing import DescentConfig, DescentTrainer
 
 
@@ -61,7 +61,8 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, GRPOTrainer):
         ] or None
         if config.use_vllm:
             check_vllm()
-        super().__init__(*bound.args[1:], **bound.kwargs)
+        with name_kv_cache_settings():
+            super().__init__(*bound.args[1:], **bound.kwargs)
         if config.use_vllm:
             self.vllm_generation.__class__ = ReloadingVLLMGeneration
         check_language_model(self.model)

@@ -10,7 +10,8 @@ import importlib.metadata
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from types import TracebackType
 from typing import Any
@@ -109,6 +110,20 @@ def check_rewards(function: Callable[..., Any]) -> Callable[..., Any]:
 
     checked.__name__ = name
     return checked
+
+
+@contextmanager
+def name_kv_cache_settings() -> Iterator[None]:
+    """Add our settings to vLLM's error about too little KV-cache space, which names those of its own command line."""
+    try:
+        yield
+    except ValueError as error:
+        if "KV cache" not in str(error):
+            raise
+        raise ValueError(
+            f"vLLM has too little KV-cache space: lower vllm_max_model_length, or give it more with "
+            f"VLLM_CPU_KVCACHE_SPACE (GiB) on a CPU, vllm_gpu_memory_utilization on a GPU. vLLM says: {error}"
+        ) from error
 
 
 def check_vllm() -> None:

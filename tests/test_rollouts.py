@@ -11,7 +11,7 @@ import sys
 import psutil
 import pytest
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ceu_rl.builtin.addition import accuracy
 from ceu_rl.rollouts import RolloutError, check_rewards, check_vllm
@@ -204,6 +204,16 @@ class TestEngine:
         assert f"ceu-rl grpo: error: {message}" in result.stderr
         assert "Traceback" not in result.stderr
         AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-2")
+
+    def test_too_little_kv_cache_is_named_before_training(self, recipe, tmp_path, model):
+        config = AutoConfig.from_pretrained(model)
+        config.max_position_embeddings = 4_000_000
+        config.save_pretrained(model)
+        result = self.train(recipe(vllm_max_model_length=4_000_000))
+        assert result.returncode == 2, result.stderr[-3000:]
+        assert "KV cache" in result.stderr and "VLLM_CPU_KVCACHE_SPACE" in result.stderr
+        assert "Traceback" not in result.stderr
+        assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
     def test_a_prompt_longer_than_the_context_is_named(self, recipe):
         result = self.train(recipe(vllm_max_model_length=8))
