@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
+from torch.nn import Module
 from trl import GRPOConfig, GRPOTrainer
 
 from .checks import StopAtNonFinite, check_columns, check_language_model, check_reference_is_loaded
@@ -60,7 +61,7 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, GRPOTrainer):
         check_reference_is_loaded(needs_reference=config.beta != 0 and not adapts)
         rewards = given.get("reward_funcs")
         given["reward_funcs"] = [
-            check_rewards(reward) if inspect.isroutine(reward) else reward
+            check_rewards(reward) if callable(reward) and not isinstance(reward, Module) else reward
             for reward in (rewards if isinstance(rewards, list) else [rewards])
             if reward is not None
         ] or None

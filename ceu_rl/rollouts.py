@@ -78,7 +78,9 @@ def check_rewards(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     name = getattr(function, "__name__", type(function).__name__)
 
-    def check(rewards: Sequence[Any], prompts: Sequence[Any]) -> list[Any]:
+    def check(rewards: Any, prompts: Sequence[Any]) -> list[Any]:
+        if hasattr(rewards, "tolist"):  # an array or a tensor
+            rewards = rewards.tolist()
         if not isinstance(rewards, Sequence) or isinstance(rewards, str):
             raise RolloutError(f"The reward function {name!r} returned {rewards!r}; return a list of numbers.")
         if len(rewards) != len(prompts):
@@ -94,7 +96,7 @@ def check_rewards(function: Callable[..., Any]) -> Callable[..., Any]:
                 )
         return list(rewards)
 
-    if inspect.iscoroutinefunction(function):
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
 
         @functools.wraps(function)
         async def checked_async(prompts: Sequence[Any], **kwargs: Any) -> list[Any]:

@@ -12,6 +12,7 @@ from ceu_rl.stability.report import table_rows
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 STUDY = ROOT / "docs" / "results" / "dpo-addition"
+GRPO_STUDY = ROOT / "docs" / "results" / "grpo-addition"
 
 
 def name(path):
@@ -92,3 +93,20 @@ def test_results_carry_provenance(path):
     result = json.loads(path.read_text())
     assert {"commit", "versions", "device", "seed", "date", "command"} <= set(result)
     assert re.fullmatch(r"[0-9a-f]{40}", result["commit"]), "made from source that was not committed"
+
+
+def grpo_row(path):
+    """A run of the GRPO grid: its result.json, with the series of the reward and of the gradient norm."""
+    result = json.loads(path.read_text())
+    overrides = result["settings"]["overrides"]
+    given = dict(zip(overrides[::2], overrides[1::2], strict=True))
+    base, arm = path.stem.split("-")[:2]
+    metrics = [result["metrics"][f"eval_{name}"] for name in ("greedy_accuracy", "sampled_accuracy")]
+    cells = [base, arm, given["--learning_rate"], given["--num_iterations"], *(f"{value:.3f}" for value in metrics)]
+    return "| " + " | ".join([*cells, f"{max(result['grad_norm']):.2f}"]) + " |"
+
+
+@pytest.mark.parametrize("path", sorted(GRPO_STUDY.glob("*.json")), ids=name)
+def test_a_row_of_the_grpo_grid_is_that_of_its_file(path):
+    assert grpo_row(path) in (ROOT / "docs" / "results.md").read_text()
+    assert re.fullmatch(r"[0-9a-f]{40}", json.loads(path.read_text())["commit"])

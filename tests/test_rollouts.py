@@ -1,6 +1,7 @@
 """vLLM rollouts on the real engine, on CPU: weight sync, training in one process and in two, and what is refused."""
 
 import asyncio
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -8,8 +9,10 @@ import os
 import subprocess
 import sys
 
+import numpy
 import psutil
 import pytest
+import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -55,6 +58,10 @@ def test_a_good_reward_passes():
     checked = check_rewards(good)
     assert checked.__name__ == "good"
     assert checked(prompts=["a", "b"], completions=["x", ""]) == [1.0, None]
+    for returned in (torch.tensor([1.0, 0.5]), numpy.array([1.0, 0.5], dtype="float32"), (1, 0.5)):
+        assert check_rewards(lambda prompts, returned=returned: returned)(prompts=["a", "b"]) == [1.0, 0.5]
+    partial = functools.partial(good, scale=2)
+    assert check_rewards(partial)(prompts=["a"], completions=["x"]) == [1.0]
 
 
 def test_the_verifier_as_a_reward():
