@@ -305,6 +305,7 @@ def test_torch_compile(make_trainer):
 
 TWO_PROCESSES = """
 import json, sys
+import torch
 from datasets import Dataset
 from ceu_rl import CEUDPOConfig, CEUDPOTrainer
 
@@ -318,6 +319,8 @@ trainer = CEUDPOTrainer(f"{folder}/model", args=args, train_dataset=Dataset.from
 trainer.train()
 if trainer.is_world_process_zero():
     open(f"{folder}/log{batch_size}.json", "w").write(json.dumps(trainer.state.log_history))
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()  # or a thread of gloo can abort the interpreter at its exit
 """
 
 
