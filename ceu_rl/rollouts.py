@@ -23,9 +23,17 @@ SUPPORTED_VLLM = SpecifierSet("==0.31.*")
 
 
 class ReloadingVLLMGeneration(VLLMGeneration):
-    """TRL's vLLM generation, which on CPU syncs weights through `reload_weights`; elsewhere it is TRL's own."""
+    """TRL's vLLM generation, which on CPU syncs weights through `reload_weights`; elsewhere it is TRL's own.
+
+    Raises:
+        RolloutError: when the engine or its server fails or dies, and for a prompt that leaves no room to generate.
+    """
 
     def sync_weights(self) -> None:
+        with _vllm_named("taking the new weights"):
+            self._sync_weights()
+
+    def _sync_weights(self) -> None:
         if self.mode != "colocate" or self.accelerator.device.type != "cpu":
             return super().sync_weights()
         parameters = self._iter_named_params()
@@ -44,28 +52,32 @@ class ReloadingVLLMGeneration(VLLMGeneration):
                     f"A prompt has {longest} tokens and the engine's context {context}, which leaves none to generate; "
                     f"raise vllm_max_model_length or drop the prompt: {text[:80]!r}."
                 )
-        return super().generate(prompts, *args, **kwargs)
+        with _vllm_named("generating completions"):
+            return super().generate(prompts, *args, **kwargs)
 
 
 class RolloutError(ValueError):
     """A rollout or its reward cannot be used; the message names the cause and the row or function."""
 
 
-class _NameFunction:
-    """Turns whatever a reward function raises into a `RolloutError` that names it."""
+class _NameCause:
+    """Turns whatever is raised inside into a `RolloutError`: what failed, the error, and what to do."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, what: str, remedy: str) -> None:
+        self.what, self.remedy = what, remedy
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if isinstance(error, Exception) and not isinstance(error, RolloutError):
-            raise RolloutError(
-                f"The reward function {self.name!r} raised {type(error).__name__}: {error}; mend it, or return None "
-                "for a completion that it cannot judge."
-            ) from error
+            raise RolloutError(f"{self.what} raised {type(error).__name__}: {error}; {self.remedy}") from error
+
+
+def _vllm_named(doing: str) -> _NameCause:
+    return _NameCause(
+        f"vLLM, while {doing},", "what was saved is intact: start again with --resume_from_checkpoint true."
+    )
 
 
 def check_rewards(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,6 +89,9 @@ def check_rewards(function: Callable[..., Any]) -> Callable[..., Any]:
         RolloutError: with the function, and the row and value that cannot be used.
     """
     name = getattr(function, "__name__", type(function).__name__)
+    named = _NameCause(
+        f"The reward function {name!r}", "mend it, or return None for a completion that it cannot judge."
+    )
 
     def check(rewards: Any, prompts: Sequence[Any]) -> list[Any]:
         if hasattr(rewards, "tolist"):  # an array or a tensor
@@ -100,14 +115,14 @@ def check_rewards(function: Callable[..., Any]) -> Callable[..., Any]:
 
         @functools.wraps(function)
         async def checked_async(prompts: Sequence[Any], **kwargs: Any) -> list[Any]:
-            with _NameFunction(name):
+            with named:
                 return check(await function(prompts=prompts, **kwargs), prompts)
 
         return checked_async
 
     @functools.wraps(function)
     def checked(prompts: Sequence[Any], **kwargs: Any) -> list[Any]:
-        with _NameFunction(name):
+        with named:
             return check(function(prompts=prompts, **kwargs), prompts)
 
     checked.__name__ = name

@@ -1,4 +1,4 @@
-"""The embedded default: tokenizer, tiny model, the addition task, and its scoring."""
+"""The embedded default: tokenizer, tiny model, the tasks, and their scoring."""
 
 import random
 
@@ -16,6 +16,7 @@ from ceu_rl.builtin import (
     generate_answers,
     get_task,
     load_builtin_dataset,
+    maze,
 )
 from ceu_rl.builtin.addition import TASK, addition_trace, computed_places, corrupt, is_correct
 
@@ -189,12 +190,63 @@ def test_verifier_refuses_a_foreign_prompt(prompt):
         is_correct(user(prompt), "3")
 
 
+# maze
+
+
+def paths(grid):
+    """Every simple path from S to G, by depth-first search, written apart from the package."""
+    cells = {(r, c): mark for r, line in enumerate(grid.split("/")) for c, mark in enumerate(line) if mark != "#"}
+    start = next(cell for cell, mark in cells.items() if mark == "S")
+    found, stack = [], [(start, "", {start})]
+    while stack:
+        (r, c), moves, seen = stack.pop()
+        if cells[r, c] == "G":
+            found.append(moves)
+            continue
+        for move, cell in {"U": (r - 1, c), "D": (r + 1, c), "L": (r, c - 1), "R": (r, c + 1)}.items():
+            if cell in cells and cell not in seen:
+                stack.append((cell, moves + move, seen | {cell}))
+    return found
+
+
+def test_maze_verifier_against_all_paths():
+    rng, several = random.Random(0), 0
+    for example in maze.make_examples("train", 200, 0.0, 0):
+        found = paths(example.question)
+        shortest = {path for path in found if len(path) == min(map(len, found))}
+        several += len(shortest) > 1
+        assert maze.MIN_MOVES <= len(example.answer) <= maze.MAX_MOVES and example.answer in shortest
+        others = {maze.corrupt(example.question, example.answer, rng) for _ in range(20)} | set(found) - shortest
+        others |= {example.answer[:-1], example.answer + "U", example.answer + " ", "", "x", example.answer.lower()}
+        for moves in shortest | others:
+            assert maze.is_correct(user(example.question), moves) == (moves in shortest)
+    assert several > 20
+
+
+def test_a_maze_path_is_drawn_among_all_shortest_ones():
+    drawn = {maze.shortest_path("S.../..../..../...G", random.Random(seed)) for seed in range(300)}
+    assert len(drawn) == 20 and all(sorted(path) == sorted("DDDRRR") for path in drawn)
+
+
+@pytest.mark.parametrize("prompt", ["", "S..G", "S.../..../..../....", "S.../..../..../..GG", "S.#./..../..../...X"])
+def test_maze_verifier_refuses_a_foreign_prompt(prompt):
+    with pytest.raises(ValueError, match="is no maze: use 4 rows of 4"):
+        maze.is_correct(user(prompt), "R")
+
+
+def test_maze_verifier_refuses_a_maze_without_a_path():
+    with pytest.raises(ValueError, match="has no path from S to G; use a maze that has one"):
+        maze.is_correct("S#../##../..../...G", "R")
+
+
 # datasets
 
 
+@pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("kind", COLUMNS)
-def test_dataset_has_the_standard_columns_and_right_answers(kind):
-    data = load_builtin_dataset("builtin:addition", kind)
+def test_dataset_has_the_standard_columns_and_right_answers(kind, name):
+    is_correct = get_task(name).is_correct
+    data = load_builtin_dataset(name, kind)
     assert set(data) == {"train", "test"}
     for split in data.values():
         assert set(split.column_names) == COLUMNS[kind]
@@ -206,11 +258,12 @@ def test_dataset_has_the_standard_columns_and_right_answers(kind):
                 assert not is_correct(row["prompt"], row["rejected"])
 
 
-def test_no_question_is_in_both_splits_for_any_two_seeds():
+@pytest.mark.parametrize("task", TASKS)
+def test_no_question_is_in_both_splits_for_any_two_seeds(task):
     questions = {
         seed: {
             name: [row[0]["content"] for row in split["prompt"]]
-            for name, split in load_builtin_dataset("builtin:addition", "prompt", seed=seed).items()
+            for name, split in load_builtin_dataset(task, "prompt", seed=seed).items()
         }
         for seed in (0, 1)
     }
@@ -219,8 +272,11 @@ def test_no_question_is_in_both_splits_for_any_two_seeds():
         for name in ("train", "test"):
             assert len(set(questions[first][name])) == len(questions[first][name])
         for second in questions:
-            train = {frozenset(q.strip("=").split("+")) for q in questions[first]["train"]}
-            test = {frozenset(q.strip("=").split("+")) for q in questions[second]["test"]}
+            # the two numbers of an addition in either order are one question
+            train, test = (
+                {frozenset(q.strip("=").split("+")) for q in questions[seed][split]}
+                for seed, split in ((first, "train"), (second, "test"))
+            )
             assert not train & test
 
 
@@ -257,7 +313,7 @@ def test_config_changes_no_other_kind(kind):
 def test_no_answer_is_longer_than_the_limit(tokenizer, preference):
     for name, task in TASKS.items():
         rows = load_builtin_dataset(name, "prompt")["train"]
-        assert max(len(tokenizer(row["answer"]).input_ids) + 1 for row in rows) == task.max_new_tokens
+        assert max(len(tokenizer(row["answer"]).input_ids) + 1 for row in rows) == task.max_new_tokens, name
 
 
 @pytest.mark.parametrize(

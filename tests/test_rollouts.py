@@ -212,6 +212,37 @@ class TestEngine:
         assert "Traceback" not in result.stderr
         AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-2")
 
+    def test_an_engine_that_dies_is_named_and_the_checkpoint_kept(self, recipe, tmp_path):
+        result = self.train(recipe(reward_funcs=["my_rewards.engine_dies_at_the_fourth_call"]))
+        assert result.returncode == 1
+        assert "ceu-rl grpo: error: vLLM, while taking the new weights, raised AttributeError" in result.stderr
+        assert "what was saved is intact: start again with --resume_from_checkpoint true." in result.stderr
+        assert "Traceback" not in result.stderr
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-4")
+
+    def test_a_process_that_is_killed_takes_the_others_along_and_keeps_the_checkpoint(self, recipe, tmp_path):
+        two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        settings = {"reward_funcs": ["my_rewards.killed_at_the_fourth_call"], "per_device_train_batch_size": 16}
+        result = self.train(recipe(**settings), *two)
+        assert result.returncode != 0 and "SIGKILL" in result.stderr
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-2")
+
+    def test_a_server_that_is_not_there_is_named_before_training(self, recipe, tmp_path):
+        result = self.train(recipe(vllm_mode="server", vllm_server_timeout=0, vllm_server_port=1))
+        assert result.returncode == 2
+        assert "error: The vLLM server can't be reached at http://0.0.0.0:1" in result.stderr
+        assert "Traceback" not in result.stderr
+        assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+    @pytest.mark.slow
+    def test_a_server_that_dies_is_named(self, model, tmp_path):
+        """With vLLM's real server, on CPU; only the weight transfer, which needs NCCL, is left out."""
+        (tmp_path / "server.py").write_text(SERVER)
+        result = run([sys.executable, tmp_path / "server.py", model])
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert "4 completions, then: vLLM, while generating completions, raised ConnectionError" in result.stdout
+        assert "start again with --resume_from_checkpoint true" in result.stdout
+
     def test_too_little_kv_cache_is_named_before_training(self, recipe, tmp_path, model):
         config = AutoConfig.from_pretrained(model)
         config.max_position_embeddings = 4_000_000
@@ -228,7 +259,41 @@ class TestEngine:
         assert "tokens and the engine's context 8, which leaves none to generate" in result.stderr
 
 
+SERVER = """
+import os, signal, socket, subprocess, sys
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.generation import vllm_client
+from ceu_rl.rollouts import ReloadingVLLMGeneration, RolloutError
+
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+# `vllm serve` asks for the version of a distribution that the CPU build has under another name
+command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", sys.argv[1], "--max-model-len", "64",
+           "--host", "127.0.0.1", "--port", str(port)]
+server = subprocess.Popen(command, start_new_session=True)
+try:
+    vllm_client.VLLMClient.init_communicator = lambda self, device: None
+    generation = ReloadingVLLMGeneration(
+        AutoModelForCausalLM.from_pretrained(sys.argv[1]), Accelerator(cpu=True),
+        AutoTokenizer.from_pretrained(sys.argv[1]), mode="server", server_host="127.0.0.1", server_port=port,
+        max_completion_length=4)
+    prompts = [[5, 6, 7]] * 2 + [[8, 9]] * 2
+    completions = generation.generate(prompts, None, 2)[1]
+    os.killpg(server.pid, signal.SIGKILL)
+    try:
+        generation.generate(prompts, None, 2)
+    except RolloutError as error:
+        print(f"{len(completions)} completions, then: {error}")
+finally:
+    if server.poll() is None:
+        os.killpg(server.pid, signal.SIGKILL)
+"""
+
 REWARDS = """
+import inspect, os, signal
+
 calls = 0
 
 def digits(completions, **kwargs):
@@ -240,5 +305,21 @@ def fails_at_the_fourth_call(completions, **kwargs):
     calls += 1
     if calls == 4:
         return [{}["answr"]]
+    return digits(completions)
+
+def engine_dies_at_the_fourth_call(completions, **kwargs):
+    global calls
+    calls += 1
+    if calls == 4:
+        frames = (each.frame.f_locals.get("self") for each in inspect.stack())
+        trainer = next(each for each in frames if hasattr(each, "vllm_generation"))
+        trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()
+    return digits(completions)
+
+def killed_at_the_fourth_call(completions, **kwargs):
+    global calls
+    calls += 1
+    if calls == 4 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
     return digits(completions)
 """

@@ -10,7 +10,7 @@ from zlib import crc32
 
 from datasets import Dataset, DatasetDict
 
-from ceu_rl.builtin import addition
+from ceu_rl.builtin import addition, maze
 from ceu_rl.builtin.model import build_model
 from ceu_rl.builtin.score import evaluate_accuracy, generate_answers
 from ceu_rl.builtin.task import Example, Task
@@ -26,7 +26,7 @@ __all__ = [
     "load_builtin_dataset",
 ]
 
-TASKS: dict[str, Task] = {task.name: task for task in (addition.TASK,)}
+TASKS: dict[str, Task] = {task.name: task for task in (addition.TASK, maze.TASK)}
 
 TRAIN_ROWS = {"sft": 20_000, "preference": 9_600, "prompt": 9_600}
 TEST_ROWS = 500
