@@ -119,3 +119,116 @@ def check_descent_coefficients(ceu_coef: float, ceu_scale: float, ceu_max_weight
         raise ValueError(f"ceu_scale is {ceu_scale}; use a finite number above 0 (1 is CE-U's own scale).")
     if not (isinstance(ceu_max_weight, int | float) and ceu_max_weight > 0):
         raise ValueError(f"ceu_max_weight is {ceu_max_weight}; use a number above 0 (1 is bounded, inf is no cap).")
+
+
+def gradient_ascent_loss(log_probs: torch.Tensor) -> torch.Tensor:
+    """Gradient ascent on the likelihood, per token: L = log p_y (Jang et al. 2023, arXiv 2210.01504, eq. 2).
+
+    Args:
+        log_probs: log p_y of each token, in nats, of any shape.
+
+    Returns:
+        The loss of each token, of the same shape. It has no lower bound.
+    """
+    return log_probs
+
+
+def weighted_gradient_ascent_loss(log_probs: torch.Tensor, beta: float = 1.0) -> torch.Tensor:
+    """Weighted gradient ascent (WGA), per token: L = sg[p_y^b] log p_y (Wang et al. 2025, arXiv 2502.19301, sec. 4).
+
+    With b = 1 its gradient is that of p_y: CE-U's descent weight at M = 1.
+
+    Args:
+        log_probs: log p_y of each token, in nats, of any shape.
+        beta: b >= 0; 0 is gradient ascent.
+
+    Returns:
+        The loss of each token, of the same shape.
+    """
+    return (beta * log_probs.detach()).exp() * log_probs
+
+
+def satimp_loss(log_probs: torch.Tensor, beta1: float = 5.0, beta2: float = 1.0) -> torch.Tensor:
+    """SatImp, per token: L = sg[p_y^b1 (1 - p_y)^b2] log p_y (Yang et al. 2025, arXiv 2505.11953, sec. 5).
+
+    Args:
+        log_probs: log p_y of each token, in nats, of any shape.
+        beta1: b1 >= 0, which spares the tokens that are unlikely already.
+        beta2: b2 >= 0, which spares the tokens that the model is sure of.
+
+    Returns:
+        The loss of each token, of the same shape.
+    """
+    detached = log_probs.detach()
+    # log(1 - p) = log(-expm1(log p)), and 0 ** 0 = 1
+    unlikely = (-torch.expm1(detached)).clamp(min=0) ** beta2
+    return (beta1 * detached).exp() * unlikely * log_probs
+
+
+def npo_loss(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, beta: float = 0.1) -> torch.Tensor:
+    """Negative preference optimization (NPO; Zhang et al. 2024, arXiv 2404.05868, eq. 3), per sequence.
+
+        L = -(2 / b) log sigmoid(-b log(p(y|x) / p_ref(y|x)))
+
+    Args:
+        log_probs: log p(y|x), summed over the tokens of each answer, in nats; shape (B,).
+        ref_log_probs: the same under the reference model; shape (B,).
+        beta: b > 0; as b -> 0 the gradient becomes that of gradient ascent.
+
+    Returns:
+        The loss of each sequence, shape (B,). It is bounded below by 0.
+    """
+    return -2 / beta * F.logsigmoid(-beta * (log_probs - ref_log_probs))
+
+
+def simnpo_loss(mean_log_probs: torch.Tensor, beta: float = 4.5, margin: float = 0.0) -> torch.Tensor:
+    """Simple NPO (SimNPO; Fan et al. 2024, arXiv 2410.07163, eq. 4), per sequence; it needs no reference model.
+
+        L = -(2 / b) log sigmoid(-(b / |y|) log p(y|x) - g)
+
+    Args:
+        mean_log_probs: log p(y|x) / |y|: the mean over the tokens of each answer, in nats; shape (B,).
+        beta: b > 0.
+        margin: g, the reward margin.
+
+    Returns:
+        The loss of each sequence, shape (B,). It is bounded below by 0.
+    """
+    return -2 / beta * F.logsigmoid(-beta * mean_log_probs - margin)
+
+
+def undial_loss(
+    logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor, strength: float = 10.0
+) -> torch.Tensor:
+    """UNDIAL, per token: self-distillation from logits with the label lowered (Dong et al. 2024, arXiv 2402.10052).
+
+        L = -sum_i t_i log p_i,    t = softmax(z_teacher - b e_y)
+
+    Args:
+        logits: (..., V), of the model that is trained.
+        teacher_logits: (..., V), of the model before unlearning.
+        labels: (...), the tokens to unlearn, each in the vocabulary.
+        strength: b >= 0, by which the logit of the label is lowered.
+
+    Returns:
+        The loss of each token, shape (...), in float32 (float64 for float64 logits).
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    lowered = torch.full_like(labels, -strength, dtype=dtype).unsqueeze(-1)
+    target = teacher_logits.detach().to(dtype).scatter_add(-1, labels.unsqueeze(-1), lowered).softmax(dim=-1)
+    return -(target * logits.to(dtype).log_softmax(dim=-1)).sum(dim=-1)
+
+
+def kl_loss(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
+    """KL(p_ref || p), per token: the retain term that holds the model to its reference (TOFU, arXiv 2401.06121, eq. 7).
+
+    Args:
+        logits: (..., V), of the model that is trained.
+        ref_logits: (..., V), of the reference model.
+
+    Returns:
+        The divergence at each token, in nats, shape (...), in float32 (float64 for float64 logits).
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_p, log_ref = logits.to(dtype).log_softmax(dim=-1), ref_logits.detach().to(dtype).log_softmax(dim=-1)
+    return F.kl_div(log_p, log_ref, reduction="none", log_target=True).sum(dim=-1)

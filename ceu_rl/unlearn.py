@@ -1,0 +1,484 @@
+"""Unlearning: CE-U (arXiv 2503.01224) and its baselines on TRL's `SFTTrainer`.
+
+    loss = forget term, mean over the tokens or the sequences of the forget set
+         + retain_weight * retain term, mean over the tokens of as many rows of the retain set
+
+The formulas of the forget terms are in `losses.py`. Means are over the whole optimizer step: gradient accumulation and
+several processes give the gradient of one large batch.
+"""
+
+import copy
+import functools
+import math
+import textwrap
+import types
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import (
+    FusedCausalLMOutput,
+    add_fused_lm_head,
+    create_model_from_path,
+    maybe_gather_lm_head_ctx,
+)
+
+from .checks import StopAtNonFinite, check_language_model, check_reference_is_loaded
+from .fused import fused_linear_unlearning_loss, lm_head_options
+from .losses import (
+    gradient_ascent_loss,
+    kl_loss,
+    npo_loss,
+    satimp_loss,
+    simnpo_loss,
+    undial_loss,
+    weighted_gradient_ascent_loss,
+)
+from .routing import check_trl_version
+
+
+class Method(NamedTuple):
+    """What the trainer must know of a forget loss: its unit of averaging, its `beta`, and whether it has a teacher."""
+
+    unit: str = "tokens"
+    beta: float | None = None  # the default of its paper or of open-unlearning; None: it has no beta
+    needs_reference: bool = False
+
+
+METHODS = {
+    "ceu": Method(),
+    "grad_ascent": Method(),
+    "grad_diff": Method(),
+    "npo": Method("sequences", beta=0.1, needs_reference=True),
+    "simnpo": Method("sequences", beta=4.5),
+    "wga": Method(beta=1.0),
+    "satimp": Method(beta=5.0),
+    "undial": Method(beta=10.0, needs_reference=True),
+}
+COLUMNS = ["input_ids", "labels"]
+
+
+@dataclass
+class UnlearnConfig(SFTConfig):
+    """`trl.SFTConfig` with the forget and the retain term.
+
+    Raises:
+        ValueError: for a field out of its range, or a setting of `SFTConfig` that unlearning does not honour.
+        ImportError: for a version of TRL that this package was not tested with.
+    """
+
+    loss_type: str = field(
+        default="ceu", metadata={"help": f"The forget term, one of {', '.join(METHODS)}; see ceu_rl.losses."}
+    )
+    beta: float | None = field(
+        default=None,
+        metadata={
+            "help": "The beta of npo (default 0.1), simnpo (4.5), wga (1), satimp (beta1, 5), undial (strength, 10)."
+        },
+    )
+    beta2: float = field(default=1.0, metadata={"help": "The second exponent of satimp."})
+    margin: float = field(default=0.0, metadata={"help": "The reward margin (gamma) of simnpo."})
+    ignore_first_n_answer_tokens: int = field(
+        default=1,
+        metadata={
+            "help": "Answer tokens at the start of each forget row that are not unlearned: they seldom carry what is "
+            "to be forgotten (footnote of the CE-U paper, whose value 1 is the default)."
+        },
+    )
+    retain_loss_type: str = field(
+        default="nll",
+        metadata={"help": "The retain term: nll, or kl (the divergence from the model before unlearning)."},
+    )
+    retain_weight: float = field(default=1.0, metadata={"help": "Weight of the retain term."})
+
+    def __post_init__(self) -> None:
+        check_trl_version()
+        if self.loss_type not in METHODS:
+            raise ValueError(f"loss_type is {self.loss_type!r}; use one of {', '.join(METHODS)}.")
+        if self.retain_loss_type not in ("nll", "kl"):
+            raise ValueError(f"retain_loss_type is {self.retain_loss_type!r}; use 'nll' or 'kl'.")
+        method = METHODS[self.loss_type]
+        if self.beta is None:
+            self.beta = method.beta
+        elif method.beta is None:
+            raise ValueError(f"beta is {self.beta}, and loss_type {self.loss_type!r} has none; leave it out.")
+        if self.beta is not None and not 0 < self.beta < math.inf:
+            raise ValueError(f"beta is {self.beta}; use a finite number above 0.")
+        for name in ("beta2", "retain_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; use a finite number from 0.")
+        if not math.isfinite(self.margin):
+            raise ValueError(f"margin is {self.margin}; use a finite number.")
+        if not (isinstance(self.ignore_first_n_answer_tokens, int) and self.ignore_first_n_answer_tokens >= 0):
+            raise ValueError(
+                f"ignore_first_n_answer_tokens is {self.ignore_first_n_answer_tokens}; use a whole number from 0."
+            )
+        for name in ("packing", "padding_free", "use_liger_kernel", "label_smoothing_factor"):
+            if getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)}, which unlearning does not support; leave it out.")
+        super().__post_init__()
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a term compares with the model as it was before unlearning."""
+        return METHODS[self.loss_type].needs_reference or self.retain_loss_type == "kl"
+
+
+class UnlearnTrainer(StopAtNonFinite, SFTTrainer):
+    """`trl.SFTTrainer` that unlearns `forget_dataset`; the forget and the retain term take the place of its loss.
+
+    An evaluation is that of `SFTTrainer`: likelihood and accuracy of the `eval_dataset`. Logs `forget_loss` and
+    `retain_loss`, each the mean of its term.
+
+    Args:
+        model: A model, or its path.
+        args: The settings; None gives CE-U with those of `UnlearnConfig`.
+        forget_dataset: What to unlearn, in one of the formats of `SFTTrainer`: prompt and completion, or text.
+        retain_dataset: What to keep. Each row of the forget set comes with one of these: all of them in turn, in an
+            order drawn from `args.seed`, going on where the last epoch ended.
+        ref_model: The reference of `npo`, `undial` and the retain term `kl`. By default the model before unlearning:
+            a copy, or with a `peft_config` the model without its adapter.
+        kwargs: All else that `SFTTrainer` takes: `eval_dataset`, `processing_class`, `peft_config`, `callbacks`, ...
+
+    Raises:
+        ValueError: before any step, for a forget set that is empty or shares rows with the retain set, an answer that
+            the chat template swallows, that `max_length` would cut off or of which `ignore_first_n_answer_tokens`
+            leaves nothing, a reference that is missing or not needed, or a model without a language-model head.
+        FloatingPointError: at the step whose loss or gradient is not finite.
+    """
+
+    args: UnlearnConfig
+    _tag_names = ["trl", "unlearn", "ceu"]
+    _name = "CE-U unlearning"
+
+    def __init__(
+        self,
+        model: Any,
+        args: UnlearnConfig | None = None,
+        forget_dataset: Dataset | None = None,
+        retain_dataset: Dataset | None = None,
+        ref_model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = UnlearnConfig() if args is None else args
+        if not isinstance(args, UnlearnConfig):
+            raise ValueError(f"args is a {type(args).__name__}; give an UnlearnConfig.")
+        for name in ("train_dataset", "compute_loss_func"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} is given, which UnlearnTrainer sets itself; give forget_dataset alone.")
+        _check_sets(forget_dataset, retain_dataset, args)
+        check_language_model(model, args.trust_remote_code)
+        adapts = kwargs.get("peft_config") is not None
+        check_reference_is_loaded(needs_reference=args.needs_reference and not adapts)
+        reference = _make_reference(model, args, ref_model, adapts)
+
+        method, args.loss_type = args.loss_type, "nll"  # the loss of an evaluation
+        super().__init__(model=model, args=args, train_dataset=forget_dataset, **kwargs)
+        args.loss_type = method
+        check_language_model(self.model)
+        if self.accelerator.parallelism_config is not None:
+            raise ValueError("parallelism_config is set, which unlearning does not support; leave it out.")
+        if self.aux_loss_enabled:
+            raise ValueError(
+                f"router_aux_loss_coef is {self.router_aux_loss_coef}, which unlearning does not support; set it to 0."
+            )
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the units of the whole step, see `compute_loss`
+        add_unlearning_head(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
+        self.data_collator = PairCollator(self.data_collator)
+        if retain_dataset is not None:
+            retain = self._prepare_dataset(
+                retain_dataset, self.processing_class, args, False, kwargs.get("formatting_func"), "retain"
+            )
+            _check_disjoint(self.train_dataset, retain, self._tokenizer)
+            self.train_dataset = PairedDataset(self.train_dataset, retain, args.seed)
+        self.ref_model = self._place_reference(reference)
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        name = "forget" if dataset_name == "train" else dataset_name
+        whole = copy.copy(args)  # each row in full, to see which would be cut
+        whole.max_length, whole.shuffle_dataset = None, False
+        prepared = super()._prepare_dataset(dataset, processing_class, whole, packing, formatting_func, dataset_name)
+        settings = {
+            "name": name,
+            "max_length": args.max_length,
+            "skipped": args.ignore_first_n_answer_tokens if name == "forget" else 0,
+            "tokenizer": self._tokenizer,
+        }
+        prepared = prepared.map(functools.partial(_checked_row, **settings), with_indices=True)
+        return prepared.shuffle(seed=args.seed) if args.shuffle_dataset else prepared
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "retain" not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, "retain"]
+
+    def _place_reference(self, reference: PreTrainedModel | None) -> Any:
+        if reference is None:
+            return None
+        add_fused_lm_head(reference)
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(reference, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(reference, self.accelerator)
+        return self.accelerator.prepare_model(reference, evaluation_mode=True)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        # The units that the terms of this optimizer step are averaged over, in all micro-batches and processes
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        units = sum((_count_units(batch) for batch in samples), torch.zeros(3)).to(device)
+        tokens, sequences, retained = self.accelerator.reduce(units, reduction="sum").clamp(min=1)
+        forget = tokens if METHODS[self.args.loss_type].unit == "tokens" else sequences
+        self._step_units = {"forget": forget, "retain": retained}
+        return samples, num_items
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        forget = {key: value for key, value in inputs.items() if not key.startswith("retain_")}
+        retain = {key.removeprefix("retain_"): value for key, value in inputs.items() if key.startswith("retain_")}
+        total = self._forget_loss(model, forget)
+        tokens, sequences, retained = _count_units(inputs)
+        self._record("forget_loss", total, tokens if METHODS[self.args.loss_type].unit == "tokens" else sequences)
+        loss = total / self._step_units["forget"]
+        if retain:
+            total = self._retain_loss(model, retain)
+            self._record("retain_loss", total, retained)
+            loss = loss + self.args.retain_weight * total / self._step_units["retain"]
+        # Gradients are averaged over the processes, and the units are those of all of them
+        return loss * self.accelerator.num_processes
+
+    def _forget_loss(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """The forget term, summed over its units."""
+        args: Any = self.args
+        if args.loss_type == "ceu":
+            return model(**batch, unlearn=True, use_cache=False).loss
+        if args.loss_type == "undial":
+            return undial_loss(*self._logits_of_both(model, batch), args.beta).sum()
+        log_probs = self._log_probs(model, batch)  # zero where a token is not unlearned, which adds zero to each sum
+        match args.loss_type:
+            case "wga":
+                return weighted_gradient_ascent_loss(log_probs, args.beta).sum()
+            case "satimp":
+                return satimp_loss(log_probs, args.beta, args.beta2).sum()
+            case "npo":
+                with torch.no_grad(), self._reference() as reference:
+                    ref_log_probs = self._log_probs(reference, batch)
+                return npo_loss(log_probs.sum(dim=1), ref_log_probs.sum(dim=1), args.beta).sum()
+            case "simnpo":
+                lengths = (batch["labels"][:, 1:] != -100).sum(dim=1)
+                return simnpo_loss(log_probs.sum(dim=1) / lengths, args.beta, args.margin).sum()
+        return gradient_ascent_loss(log_probs).sum()
+
+    def _retain_loss(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """The retain term, summed over the tokens."""
+        if self.args.retain_loss_type == "nll":
+            return -self._log_probs(model, batch).sum()
+        logits, ref_logits, _ = self._logits_of_both(model, batch)
+        return kl_loss(logits, ref_logits).sum()
+
+    def _log_probs(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        return model(**batch, fused_lm_head=True, use_cache=False).log_probs
+
+    def _logits_of_both(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits of the model and of the reference where there is a label, (N, V) each, and the labels, (N,)."""
+        labels = batch["labels"][:, 1:]
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        # Prompt-learning PEFT puts virtual tokens before the sequence
+        kept = (slice(None), slice(-batch["labels"].shape[1], -1))
+        logits = model(**inputs, use_cache=False).logits[kept][labels != -100]
+        with torch.no_grad(), self._reference() as reference:
+            ref_logits = reference(**inputs, use_cache=False).logits[kept][labels != -100]
+        return logits, ref_logits, labels[labels != -100]
+
+    @contextmanager
+    def _reference(self) -> Iterator[Any]:
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
+        policy = self.accelerator.unwrap_model(self.model)
+        training = policy.training
+        with policy.disable_adapter():
+            policy.eval()
+            yield self.model
+        policy.train(training)
+
+    def _record(self, name: str, total: torch.Tensor, units: torch.Tensor) -> None:
+        pair = torch.stack([total.detach().float(), units.to(total.device)])
+        total, units = self.accelerator.reduce(pair, reduction="sum")
+        self._metrics["train"][name].append((total / units.clamp(min=1)).item())
+
+    def describe_rows(self, inputs: Mapping[str, Any]) -> list[str]:
+        batch = [
+            ids[kept.bool()].tolist() for ids, kept in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
+        forget = self.train_dataset.forget if isinstance(self.train_dataset, PairedDataset) else self.train_dataset
+        numbers = {tuple(ids): number for number, ids in enumerate(forget["input_ids"])}
+        texts = [textwrap.shorten(self._tokenizer.decode(ids, skip_special_tokens=True), 60) for ids in batch]
+        return [
+            f"row {numbers.get(tuple(ids), 'unknown')} of the forget dataset ({text!r})"
+            for ids, text in zip(batch, texts, strict=True)
+        ]
+
+
+class PairedDataset(torch.utils.data.Dataset):
+    """The rows of the forget set, each with one of the retain set: all of them in turn, in an order drawn from a seed.
+
+    Which one depends on the row and the epoch alone, so that a resumed run goes on with the same pairs.
+    """
+
+    def __init__(self, forget: Dataset, retain: Dataset, seed: int) -> None:
+        self.forget, self.retain = forget.select_columns(COLUMNS), retain.select_columns(COLUMNS)
+        self.order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(seed)).tolist()
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.forget)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        place = (self.epoch * len(self.forget) + index) % len(self.order)
+        return {**self.forget[index], "retain": self.retain[self.order[place]]}
+
+
+class PairCollator:
+    """The collator of `SFTTrainer` on both rows of a pair; the batch of the retain rows has the prefix `retain_`."""
+
+    def __init__(self, collate: Any) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collate([{key: row[key] for key in row if key != "retain"} for row in rows])
+        if "retain" in rows[0]:
+            retain = self.collate([row["retain"] for row in rows])
+            batch |= {f"retain_{key}": value for key, value in retain.items()}
+        return batch
+
+
+def add_unlearning_head(model: PreTrainedModel) -> None:
+    """Make `model(..., labels=labels, unlearn=True)` return the summed CE-U loss of `fused.py`, without the logits.
+
+    Like TRL's fused head it wraps `forward`, inside which FSDP and ZeRO-3 have the parameters at hand.
+    """
+    forward = model.forward
+
+    @functools.wraps(type(model).forward)
+    def unlearning_forward(self: PreTrainedModel, *args: Any, unlearn: bool = False, **kwargs: Any) -> Any:
+        if not unlearn:
+            return forward(*args, **kwargs)
+        labels = kwargs.pop("labels")[:, 1:]
+        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        head: Any = self.get_output_embeddings()
+        with maybe_gather_lm_head_ctx(head.weight, head.bias):
+            loss = fused_linear_unlearning_loss(
+                hidden.to(head.weight.device),
+                head.weight,
+                labels.to(head.weight.device),
+                bias=head.bias,
+                reduction="sum",
+                **lm_head_options(self),
+            )
+        return FusedCausalLMOutput(loss=loss)
+
+    model.forward = types.MethodType(unlearning_forward, model)  # type: ignore[method-assign]
+
+
+def _make_reference(
+    model: Any, args: UnlearnConfig, ref_model: PreTrainedModel | None, adapts: bool
+) -> PreTrainedModel | None:
+    """The reference as its own model, before TRL wraps the policy; None where none is needed or an adapter is off."""
+    if ref_model is not None:
+        if not args.needs_reference:
+            raise ValueError(
+                f"ref_model is given, and neither loss_type {args.loss_type!r} nor retain_loss_type "
+                f"{args.retain_loss_type!r} compares with a reference; leave it out."
+            )
+        if ref_model is model:
+            raise ValueError("ref_model is the model itself, which changes; leave it out, or give a copy.")
+        return ref_model
+    if not args.needs_reference or adapts:
+        return None
+    if isinstance(model, str):
+        return create_model_from_path(
+            model, **{"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+        )
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"The model has an adapter, and {args.loss_type} needs the model before unlearning with that adapter on; "
+            "merge it into the model (merge_and_unload), or give ref_model."
+        )
+    return copy.deepcopy(model)
+
+
+def _check_sets(forget: Any, retain: Any, args: UnlearnConfig) -> None:
+    for name, dataset in (("forget", forget), ("retain", retain)):
+        if dataset is None and name == "retain":
+            continue
+        if not isinstance(dataset, Dataset):
+            raise ValueError(f"{name}_dataset is a {type(dataset).__name__}; give a datasets.Dataset.")
+        if len(dataset) == 0:
+            raise ValueError(f"The {name} dataset has no rows; give it at least one.")
+    if retain is None and (args.loss_type == "grad_diff" or args.retain_loss_type == "kl"):
+        what = "loss_type is 'grad_diff'" if args.loss_type == "grad_diff" else "retain_loss_type is 'kl'"
+        raise ValueError(f"{what} and retain_dataset is None; give what to retain.")
+    if retain is not None and args.loss_type == "grad_ascent":
+        raise ValueError(
+            "loss_type is 'grad_ascent', which has no retain term, and a retain_dataset is given; use 'grad_diff'."
+        )
+
+
+def _check_disjoint(forget: Dataset, retain: Dataset, tokenizer: Any) -> None:
+    kept = {tuple(ids) for ids in retain["input_ids"]}
+    shared = [number for number, ids in enumerate(forget["input_ids"]) if tuple(ids) in kept]
+    if shared:
+        text = tokenizer.decode(forget[shared[0]]["input_ids"], skip_special_tokens=True)
+        raise ValueError(
+            f"{len(shared)} rows of the forget dataset are in the retain dataset too, the first is row {shared[0]} "
+            f"({textwrap.shorten(text, 60)!r}); take them out of one of the two."
+        )
+
+
+def _checked_row(
+    row: Mapping[str, Any], index: int, name: str, max_length: int | None, skipped: int, tokenizer: Any
+) -> dict[str, Any]:
+    """The row with the labels of its first answer tokens ignored, if it can be learned from."""
+    length, labels = len(row["input_ids"]), list(row["labels"])
+    if max_length is not None and length > max_length:
+        raise ValueError(
+            f"Row {index} of the {name} dataset has {length} tokens, and max_length {max_length} would cut its "
+            "answer off; raise max_length, or shorten the row."
+        )
+    # The first token of a row is not predicted
+    answer = [place for place, label in enumerate(labels) if place and label != -100]
+    if not tokenizer.decode([labels[place] for place in answer], skip_special_tokens=True).strip():
+        raise ValueError(
+            f"Row {index} of the {name} dataset has no answer left after tokenization; give it a completion, and use a "
+            "chat template that keeps the assistant's turn."
+        )
+    if len(answer) <= skipped:
+        raise ValueError(
+            f"Row {index} of the {name} dataset has {len(answer)} answer tokens and ignore_first_n_answer_tokens is "
+            f"{skipped}, which leaves none to unlearn; lower it, or remove the row."
+        )
+    for place in answer[:skipped]:
+        labels[place] = -100
+    return {"labels": labels}
+
+
+def _count_units(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Tokens and sequences of the forget rows, and tokens of the retain rows: shape (3,)."""
+    forget = (batch["labels"][:, 1:] != -100).sum()
+    retain = (batch["retain_labels"][:, 1:] != -100).sum() if "retain_labels" in batch else torch.zeros(())
+    return torch.tensor([forget.item(), len(batch["labels"]), retain.item()])
