@@ -6,8 +6,15 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Imported lazily: `ceu_rl.losses` needs torch alone, and TRL takes seconds to import
-_PUBLIC = {"CEUDPOConfig": "dpo", "CEUDPOTrainer": "dpo", "CEUGRPOConfig": "grpo", "CEUGRPOTrainer": "grpo"}
-__all__ = ["CEUDPOConfig", "CEUDPOTrainer", "CEUGRPOConfig", "CEUGRPOTrainer"]
+_PUBLIC = {
+    "CEUDPOConfig": "dpo",
+    "CEUDPOTrainer": "dpo",
+    "CEUGRPOConfig": "grpo",
+    "CEUGRPOTrainer": "grpo",
+    "UnlearnConfig": "unlearn",
+    "UnlearnTrainer": "unlearn",
+}
+__all__ = ["CEUDPOConfig", "CEUDPOTrainer", "CEUGRPOConfig", "CEUGRPOTrainer", "UnlearnConfig", "UnlearnTrainer"]
 
 
 def __getattr__(name: str) -> Any:

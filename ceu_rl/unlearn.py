@@ -190,7 +190,8 @@ class UnlearnTrainer(StopAtNonFinite, SFTTrainer):
                 f"router_aux_loss_coef is {self.router_aux_loss_coef}, which unlearning does not support; set it to 0."
             )
         self.model_accepts_loss_kwargs = True  # the loss is divided by the units of the whole step, see `compute_loss`
-        add_unlearning_head(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
+        base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        add_unlearning_head(base)
         self.data_collator = PairCollator(self.data_collator)
         if retain_dataset is not None:
             retain = self._prepare_dataset(
@@ -218,8 +219,8 @@ class UnlearnTrainer(StopAtNonFinite, SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if "retain" not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, "retain"]
+        columns: list[str] = self._signature_columns or []
+        self._signature_columns: Any = [*columns, *({"retain"} - set(columns))]
 
     def _place_reference(self, reference: PreTrainedModel | None) -> Any:
         if reference is None:
@@ -243,7 +244,7 @@ class UnlearnTrainer(StopAtNonFinite, SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if not self.model.training:
+        if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         forget = {key: value for key, value in inputs.items() if not key.startswith("retain_")}
         retain = {key.removeprefix("retain_"): value for key, value in inputs.items() if key.startswith("retain_")}
@@ -323,6 +324,7 @@ class UnlearnTrainer(StopAtNonFinite, SFTTrainer):
             ids[kept.bool()].tolist() for ids, kept in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
         ]
         forget = self.train_dataset.forget if isinstance(self.train_dataset, PairedDataset) else self.train_dataset
+        assert isinstance(forget, Dataset)
         numbers = {tuple(ids): number for number, ids in enumerate(forget["input_ids"])}
         texts = [textwrap.shorten(self._tokenizer.decode(ids, skip_special_tokens=True), 60) for ids in batch]
         return [
@@ -411,9 +413,9 @@ def _make_reference(
     if not args.needs_reference or adapts:
         return None
     if isinstance(model, str):
-        return create_model_from_path(
-            model, **{"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-        )
+        settings: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+        settings.update(args.model_init_kwargs or {})  # type: ignore[arg-type]
+        return create_model_from_path(model, **settings)
     if isinstance(model, PeftModel):
         raise ValueError(
             f"The model has an adapter, and {args.loss_type} needs the model before unlearning with that adapter on; "
