@@ -12,7 +12,7 @@ from torch.nn import Module
 from trl import GRPOConfig, GRPOTrainer
 
 from .checks import StopAtNonFinite, check_columns, check_language_model, check_reference_is_loaded
-from .rollouts import ReloadingVLLMGeneration, check_rewards, check_vllm, name_kv_cache_settings
+from .rollouts import ReloadingVLLMGeneration, check_rewards, check_vllm, name_vllm_settings
 from .routing import DescentConfig, DescentTrainer
 
 
@@ -20,8 +20,8 @@ from .routing import DescentConfig, DescentTrainer
 class CEUGRPOConfig(DescentConfig, GRPOConfig):
     """`trl.GRPOConfig` and the three coefficients of the descent weight, of which half is CE-U by default.
 
-    With the whole weight (`ceu_coef` 1) GRPO learned more slowly than stock in every setting measured, with half of it
-    about as fast (docs/results.md).
+    With the whole weight (`ceu_coef` 1) GRPO learned more slowly than stock wherever stock learned, with half of it
+    about as fast on-policy (docs/results.md).
 
     Raises:
         ValueError: for a coefficient outside its range, or `use_liger_kernel`.
@@ -67,7 +67,7 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, GRPOTrainer):
         ] or None
         if config.use_vllm:
             check_vllm()
-        with name_kv_cache_settings():
+        with name_vllm_settings():
             super().__init__(*bound.args[1:], **bound.kwargs)
         if config.use_vllm:
             self.vllm_generation.__class__ = ReloadingVLLMGeneration

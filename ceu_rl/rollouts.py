@@ -130,8 +130,13 @@ def check_rewards(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def name_kv_cache_settings() -> Iterator[None]:
-    """Add our settings to vLLM's error about too little KV-cache space, which names those of its own command line."""
+def name_vllm_settings() -> Iterator[None]:
+    """Say in one sentence what vLLM lacks when a trainer starts: KV-cache space, or settings of its server.
+
+    Raises:
+        ValueError: with our settings for the KV cache, where vLLM names those of its own command line, and for a server
+            without the endpoints that weight sync needs.
+    """
     try:
         yield
     except ValueError as error:
@@ -141,6 +146,10 @@ def name_kv_cache_settings() -> Iterator[None]:
             f"vLLM has too little KV-cache space: lower vllm_max_model_length, or give it more with "
             f"VLLM_CPU_KVCACHE_SPACE (GiB) on a CPU, vllm_gpu_memory_utilization on a GPU. vLLM says: {error}"
         ) from error
+    except RuntimeError as error:
+        if not str(error).startswith("The vLLM server"):
+            raise
+        raise ValueError(str(error)) from error
 
 
 def check_vllm() -> None:

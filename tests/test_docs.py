@@ -11,8 +11,8 @@ from ceu_rl.stability.report import table_rows
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-STUDY = ROOT / "docs" / "results" / "dpo-addition"
-GRPO_STUDY = ROOT / "docs" / "results" / "grpo-addition"
+RESULTS = ROOT / "docs" / "results"
+STUDY = RESULTS / "dpo-addition"
 
 
 def name(path):
@@ -96,17 +96,40 @@ def test_results_carry_provenance(path):
 
 
 def grpo_row(path):
-    """A run of the GRPO grid: its result.json, with the series of the reward and of the gradient norm."""
+    """A run of the GRPO grids: its result.json, with the series of the reward and of the gradient norm."""
     result = json.loads(path.read_text())
     overrides = result["settings"]["overrides"]
     given = dict(zip(overrides[::2], overrides[1::2], strict=True))
-    base, arm = path.stem.split("-")[:2]
-    metrics = [result["metrics"][f"eval_{name}"] for name in ("greedy_accuracy", "sampled_accuracy")]
-    cells = [base, arm, given["--learning_rate"], given["--num_iterations"], *(f"{value:.3f}" for value in metrics)]
-    return "| " + " | ".join([*cells, f"{max(result['grad_norm']):.2f}"]) + " |"
+    *task, base, variant, arm = re.match(
+        r"(?:(\w+)-)?(base\d*)-(?:([a-z_]+)-)?(stock|paper|c[\d.s]+)-", path.stem
+    ).groups()
+    seed = str(result["seed"])
+    if variant:
+        assert result["variant"] == variant
+        cells = [*task, variant, arm, given["--learning_rate"], given["--num_iterations"], seed]
+    elif path.parent.name == "grpo-maze" or "seed" in path.stem:
+        cells = [arm, given["--learning_rate"], given["--num_iterations"], seed]
+    else:
+        cells = [base, arm, given["--learning_rate"], given["--num_iterations"]]
+    metrics = [result["metrics"][f"eval_{name}_accuracy"] for name in ("greedy", "sampled")]
+    return "| " + " | ".join([*cells, *(f"{m:.3f}" for m in metrics), f"{max(result['grad_norm']):.2f}"]) + " |"
 
 
-@pytest.mark.parametrize("path", sorted(GRPO_STUDY.glob("*.json")), ids=name)
-def test_a_row_of_the_grpo_grid_is_that_of_its_file(path):
+GRPO_RUNS = sorted(
+    path for task in ("addition", "maze", "variants") for path in RESULTS.glob(f"grpo-{task}/*base-*.json")
+)
+
+
+@pytest.mark.parametrize("path", GRPO_RUNS, ids=name)
+def test_a_row_of_the_grpo_grids_is_that_of_its_file(path):
     assert grpo_row(path) in (ROOT / "docs" / "results.md").read_text()
     assert re.fullmatch(r"[0-9a-f]{40}", json.loads(path.read_text())["commit"])
+
+
+@pytest.mark.parametrize("size", ["tiny", "small"])
+def test_a_row_of_the_time_of_grpo_is_that_of_its_file(size):
+    found = json.loads((RESULTS / "grpo-time" / f"{size}.json").read_text())
+    speed = found["median_tokens_per_s"]
+    ratios = [found[f"step_time_{pair}"] for pair in ("ceu_over_stock_vllm", "ceu_over_stock_generate")]
+    cells = [found["step_time_vllm_over_generate"], speed["vllm-ceu"], speed["generate-ceu"], *ratios]
+    assert " | ".join(map(str, cells)) + " |" in (ROOT / "docs" / "results.md").read_text()

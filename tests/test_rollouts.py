@@ -2,12 +2,14 @@
 
 import asyncio
 import functools
+import http.server
 import importlib.metadata
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import threading
 
 import numpy
 import psutil
@@ -233,6 +235,23 @@ class TestEngine:
         assert "error: The vLLM server can't be reached at http://0.0.0.0:1" in result.stderr
         assert "Traceback" not in result.stderr
         assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+    def test_a_server_without_weight_sync_is_named_before_training(self, recipe, tmp_path):
+        class Healthy(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                body = {"/v1/models": b'{"data": [{"id": "tiny"}]}', "/health": b""}.get(self.path)
+                self.send_response(404 if body is None else 200)
+                self.end_headers()
+                self.wfile.write(body or b"")
+
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            port = server.server_address[1]
+            result = self.train(recipe(vllm_mode="server", vllm_server_host="127.0.0.1", vllm_server_port=port))
+            server.shutdown()
+        assert result.returncode == 2
+        assert "does not expose its development endpoints" in result.stderr
+        assert "Traceback" not in result.stderr
 
     @pytest.mark.slow
     def test_a_server_that_dies_is_named(self, model, tmp_path):
