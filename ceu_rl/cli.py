@@ -2,6 +2,7 @@
 
     ceu-rl sft|dpo|grpo --config RECIPE.yaml [--any_field value ...]
     ceu-rl compare RECIPE.yaml ... --output_dir DIR
+    ceu-rl tofu-eval --model DIR --dataset NAME --split forget10 [--retain DIR/tofu_eval.json]
     ceu-rl env
 
 The same under accelerate: `accelerate launch -m ceu_rl.cli dpo --config RECIPE.yaml`. Parsing, script arguments, model
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "dpo": lambda rest: train("dpo", rest),
         "grpo": lambda rest: train("grpo", rest),
         "compare": compare,
+        "tofu-eval": tofu_eval,
         "env": lambda rest: print_environment(),
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -240,6 +242,13 @@ def compare(argv: list[str]) -> int:
     from .stability.compare import main as compare_main
 
     return compare_main(argv)
+
+
+def tofu_eval(argv: list[str]) -> int:
+    """Evaluate a model on TOFU; see `ceu_rl.tofu.evaluate`."""
+    from .tofu.evaluate import main as tofu_eval_main
+
+    return tofu_eval_main(argv)
 
 
 def print_environment() -> int:

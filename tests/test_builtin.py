@@ -10,6 +10,7 @@ from trl.chat_template_utils import has_generation_markers, is_chat_template_sto
 
 from ceu_rl.builtin import (
     TASKS,
+    build_bpe_tokenizer,
     build_model,
     build_tokenizer,
     evaluate_accuracy,
@@ -114,6 +115,49 @@ def test_the_assistant_mask_covers_the_answer_and_its_end(tokenizer):
 def test_an_unknown_role_is_refused(tokenizer):
     with pytest.raises(Exception, match="Unknown role tool: use system, user or assistant"):
         tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
+
+
+TEXTS = ["The author was born in Oslo, and wrote poems.", "The author lives in Quito; she wrote novels."] * 20
+
+
+def test_bpe_learns_words_and_loses_no_text(tmp_path):
+    bpe = build_bpe_tokenizer(TEXTS, vocab_size=300)
+    assert len(bpe) == 300
+    assert len(bpe("The author wrote").input_ids) < 8
+    bpe.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("", " ", "naïve Skármeta 北京 🎉\n\n  two  spaces , 'tis n't !", "\x00\t\r\n", TEXTS[0]):
+        for each in (bpe, loaded):
+            ids = each(text).input_ids
+            assert each.decode(ids) == text
+            assert each.unk_token_id not in ids
+
+
+def test_bpe_is_the_character_tokenizer_in_all_but_its_text_tokens(tokenizer):
+    bpe = build_bpe_tokenizer(TEXTS)
+    assert bpe.convert_ids_to_tokens(range(7)) == tokenizer.convert_ids_to_tokens(range(7))
+    assert (bpe.chat_template, bpe.padding_side) == (tokenizer.chat_template, "left")
+    chat = [*user("hi there"), {"role": "assistant", "content": "so 3"}]
+    prompt = bpe.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=False)
+    full = bpe.apply_chat_template(chat, return_dict=False)
+    assert full[: len(prompt)] == prompt
+    assert bpe.decode(full[len(prompt) :]) == "so 3<|eos|>"
+    assert full.count(bpe.eos_token_id) == 1
+
+
+def test_bpe_depends_on_its_arguments_alone():
+    first, second, other = (build_bpe_tokenizer(texts, 300) for texts in (TEXTS, iter(TEXTS), TEXTS[:1]))
+    assert first.get_vocab() == second.get_vocab() != other.get_vocab()
+    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+
+
+@pytest.mark.parametrize(
+    ("texts", "size", "message"),
+    [(TEXTS, 262, "vocab_size is 262; use at least 263"), ([""], 300, "no text among the 1")],
+)
+def test_bpe_refuses_what_it_cannot_learn(texts, size, message):
+    with pytest.raises(ValueError, match=message):
+        build_bpe_tokenizer(texts, size)
 
 
 # model

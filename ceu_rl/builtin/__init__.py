@@ -14,10 +14,11 @@ from ceu_rl.builtin import addition, maze
 from ceu_rl.builtin.model import build_model
 from ceu_rl.builtin.score import evaluate_accuracy, generate_answers
 from ceu_rl.builtin.task import Example, Task
-from ceu_rl.builtin.tokenizer import build_tokenizer
+from ceu_rl.builtin.tokenizer import build_bpe_tokenizer, build_tokenizer
 
 __all__ = [
     "TASKS",
+    "build_bpe_tokenizer",
     "build_model",
     "build_tokenizer",
     "evaluate_accuracy",

@@ -1,17 +1,20 @@
-"""A character tokenizer with a chat template, built in memory.
+"""Tokenizers with a chat template, built in memory: single characters, or byte-level BPE learned from texts.
 
-One token is one character of printable ASCII or a newline; every other character becomes `<|unk|>`. A chat is
+A chat is
 
     <|bos|><|user|>827+695=<|assistant|>...<|eos|>
 
 so the prompt with its generation prompt is an exact prefix of prompt + completion, in text and in tokens.
 """
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from collections.abc import Iterable
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 PAD, BOS, EOS, UNK = "<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>"
-ROLES = ("system", "user", "assistant")
+ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>")
+SPECIAL_TOKENS = (PAD, BOS, EOS, UNK, *ROLE_TOKENS)
 CHARACTERS = "\n" + "".join(chr(code) for code in range(32, 127))
 
 CHAT_TEMPLATE = (
@@ -32,21 +35,56 @@ CHAT_TEMPLATE = (
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Build the character tokenizer: 4 special tokens, 3 role tokens and 96 characters.
 
+    One token is one character of printable ASCII or a newline; every other character becomes `<|unk|>`.
     `tokenizer(text)` adds no special token: the chat template writes `<|bos|>` and ends every assistant turn
     with `<|eos|>`. Padding is on the left, as generation needs it.
     """
-    role_tokens = [f"<|{role}|>" for role in ROLES]
-    vocabulary = [PAD, BOS, EOS, UNK, *role_tokens, *CHARACTERS]
+    vocabulary = [*SPECIAL_TOKENS, *CHARACTERS]
     backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token=UNK))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()
+    return _with_chat_template(backend)
+
+
+def build_bpe_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
+    """Learn a byte-level BPE tokenizer from texts (Sennrich et al. 2016, arXiv 1508.07909, on bytes as in GPT-2).
+
+    Every text survives a round trip, because every byte is a token; the rest is as in [`build_tokenizer`]. The same
+    texts in the same order give the same tokenizer.
+
+    Args:
+        texts: What to learn the merges from.
+        vocab_size: Most tokens that it may have, the special ones included; few texts give fewer.
+
+    Raises:
+        ValueError: if `vocab_size` leaves no room for the 256 bytes and the special tokens, or there is no text.
+    """
+    texts, smallest = list(texts), len(SPECIAL_TOKENS) + 256
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size is {vocab_size}; use at least {smallest}, for the bytes and the special tokens.")
+    if not any(texts):
+        raise ValueError(f"There is no text among the {len(texts)} given; pass the texts to learn the tokens from.")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return _with_chat_template(backend)
+
+
+def _with_chat_template(backend: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,
         bos_token=BOS,
         eos_token=EOS,
         unk_token=UNK,
-        additional_special_tokens=role_tokens,
+        additional_special_tokens=list(ROLE_TOKENS),
         chat_template=CHAT_TEMPLATE,
         padding_side="left",
         clean_up_tokenization_spaces=False,

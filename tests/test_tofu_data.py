@@ -1,0 +1,217 @@
+"""TOFU's rows: where they come from, how they become prompts and completions, and what is refused."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from ceu_rl.builtin import authors, build_bpe_tokenizer
+from ceu_rl.tofu import check_forget_and_retain, load_tofu, to_prompt_completion
+from ceu_rl.tofu.data import SPLITS, get_split, tofu_configs, tokenize
+
+TOFU = Path(os.environ.get("CEU_RL_TOFU") or Path(__file__).parents[1].parent / "shared" / "tofu")
+real_data = pytest.mark.skipif(not TOFU.is_dir(), reason=f"the TOFU dataset is not at {TOFU}; set CEU_RL_TOFU")
+
+ROWS = [
+    {"question": "Who are you?", "answer": "I am Zoë Ödegård."},
+    {"question": "Where do you live, Zoë?", "answer": "In Oslo."},
+]
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return build_bpe_tokenizer([text for row in ROWS for text in row.values()] * 10, 300)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder in the Hub's layout."""
+    perturbed = {**ROWS[0], "paraphrased_answer": "My name is Zoë.", "perturbed_answer": ["I am Ann.", "I am Bo."]}
+    files = {"full": ROWS, "forget01": ROWS[:1], "retain99": ROWS[1:], "forget01_perturbed": [perturbed]}
+    for name, rows in files.items():
+        (tmp_path / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def pairs(dataset):
+    return [(row["question"], row["answer"]) for row in dataset]
+
+
+# loading
+
+
+def test_a_folder_in_the_layout_of_the_hub(folder):
+    assert load_tofu(str(folder), "full").to_list() == ROWS
+    assert load_tofu(str(folder), "forget01_perturbed")[0]["perturbed_answer"] == ["I am Ann.", "I am Bo."]
+
+
+@pytest.mark.parametrize(
+    ("config", "text", "message"),
+    [
+        ("forget07", None, "has no config 'forget07': choose one of forget01, forget01_perturbed, full, retain99"),
+        ("full", "", "The full dataset has no rows"),
+        ("full", '{"question": "x", "answers": "y"}', "no column 'answer' .* rename 'answers'"),
+        ("forget01_perturbed", '{"question": "x", "answer": "y"}', "no column 'perturbed_answer'"),
+        ("forget01_perturbed", '{"question": "x", "answer": "y", "perturbed_answer": []}', "'paraphrased_answer'"),
+        ("full", '{"question": "x", "answer": "y"}\n{"question": "x', "Line 2 of .*full.json is no JSON"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(folder, config, text, message):
+    if text is not None:
+        (folder / f"{config}.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_tofu(str(folder), config)
+
+
+def test_unknown_names_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"'builtin:poets': use builtin:authors"):
+        load_tofu("builtin:poets", "full")
+    with pytest.raises(ValueError, match="has no config 'ful': choose one of full, forget01"):
+        load_tofu("builtin:authors", "ful")
+    with pytest.raises(ValueError, match="choose one of none, it is empty"):
+        load_tofu(str(tmp_path), "full")
+    with pytest.raises(ValueError, match="Unknown split 'forget20': choose one of forget01, forget05, forget10"):
+        get_split("forget20")
+
+
+# prompts and completions
+
+
+def test_both_templates(bpe):
+    chat, plain = (to_prompt_completion(Dataset.from_list(ROWS), bpe, name) for name in ("chat", "question_answer"))
+    assert chat[0] == {
+        "prompt": [{"role": "user", "content": ROWS[0]["question"]}],
+        "completion": [{"role": "assistant", "content": ROWS[0]["answer"]}],
+    }
+    assert plain[0] == {"prompt": "Question: Who are you?\nAnswer:", "completion": " I am Zoë Ödegård."}
+
+
+def test_the_chat_template_of_the_tokenizer_decides(bpe):
+    plain = build_bpe_tokenizer(["abc"])
+    plain.chat_template = None
+    assert isinstance(to_prompt_completion(Dataset.from_list(ROWS), bpe)[0]["prompt"], list)
+    assert isinstance(to_prompt_completion(Dataset.from_list(ROWS), plain)[0]["prompt"], str)
+    with pytest.raises(ValueError, match="the tokenizer has no chat template; use 'question_answer'"):
+        to_prompt_completion(Dataset.from_list(ROWS), plain, "chat")
+    with pytest.raises(ValueError, match="template is 'qa'; use"):
+        to_prompt_completion(Dataset.from_list(ROWS), plain, "qa")
+
+
+@pytest.mark.parametrize("template", ["chat", "question_answer"])
+def test_tokens_are_those_that_sft_trains_on(bpe, tiny_model, tmp_path, template):
+    rows = to_prompt_completion(Dataset.from_list(ROWS), bpe, template)
+    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    trainer = SFTTrainer(tiny_model(vocab_size=300), args=args, train_dataset=rows, processing_class=bpe)
+    for row, trained in zip(rows, trainer.train_dataset, strict=True):
+        prompt, completion = tokenize(bpe, row)
+        assert prompt + completion == trained["input_ids"]
+        assert [-100] * len(prompt) + completion == trained["labels"]
+        assert completion[-1] == bpe.eos_token_id
+
+
+@pytest.mark.parametrize(
+    "swallowing",
+    [
+        "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}{% endif %}{% endfor %}",
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}<|eos|>{% endif %}{% endfor %}",
+    ],
+)
+def test_a_template_that_swallows_the_answer_is_refused(swallowing):
+    tokenizer = build_bpe_tokenizer(["abc"])
+    tokenizer.chat_template = swallowing
+    # An answer that the question holds too is not found there
+    rows = Dataset.from_list([{"question": "Is it 'In Oslo.'?", "answer": "In Oslo."}])
+    with pytest.raises(ValueError, match=r"swallows the answer of row 0: .* for 'In Oslo.'; use template"):
+        to_prompt_completion(rows, tokenizer)
+    assert len(to_prompt_completion(rows, tokenizer, "question_answer")) == 1
+
+
+@pytest.mark.parametrize("column", ["question", "answer"])
+@pytest.mark.parametrize("empty", ["", " \n"])
+def test_empty_texts_are_refused(bpe, column, empty):
+    with pytest.raises(ValueError, match=f"The {column} of row 1 is empty"):
+        to_prompt_completion(Dataset.from_list([ROWS[0], {**ROWS[1], column: empty}]), bpe)
+
+
+def test_no_rows_are_refused(bpe):
+    with pytest.raises(ValueError, match="has no rows"):
+        to_prompt_completion(Dataset.from_list([]), bpe)
+
+
+# forget and retain
+
+
+def test_forget_and_retain_must_part(bpe):
+    rows = Dataset.from_list(ROWS)
+    check_forget_and_retain(rows.select([0]), rows.select([1]))
+    check_forget_and_retain(rows)
+    with pytest.raises(ValueError, match="The forget set has no rows"):
+        check_forget_and_retain([], rows)
+    with pytest.raises(ValueError, match=r"1 of the 2 rows of the forget set are in the retain set too, .* 'Where do"):
+        check_forget_and_retain(rows, rows.select([1]))
+    for template in ("chat", "question_answer"):
+        with pytest.raises(ValueError, match=r"2 of the 2 rows .*'(Question: )?Who are you"):
+            check_forget_and_retain(*[to_prompt_completion(rows, bpe, template)] * 2)
+
+
+def check_splits(name, share):
+    """forget + retain = full, disjoint and nested; the perturbed configs are of the same rows."""
+    full, smaller = pairs(load_tofu(name, "full")), set()
+    for split, configs in SPLITS.items():
+        forget, retain = load_tofu(name, split), load_tofu(name, configs.retain)
+        check_forget_and_retain(forget, retain)
+        assert len(forget) == share[split] * len(full)
+        assert sorted(pairs(forget) + pairs(retain)) == sorted(full)
+        assert smaller <= set(pairs(forget))
+        smaller = set(pairs(forget))
+        assert sorted(pairs(load_tofu(name, configs.perturbed))) == sorted(smaller)
+    assert set(pairs(load_tofu(name, "retain_perturbed"))) <= set(pairs(retain))
+
+
+SHARE = {"forget01": 0.01, "forget05": 0.05, "forget10": 0.1}
+
+
+def test_splits_of_the_builtin_authors():
+    check_splits(authors.NAME, SHARE)
+
+
+@real_data
+def test_splits_of_the_real_data():
+    check_splits(str(TOFU), SHARE)
+    assert len(load_tofu(str(TOFU), "full")) == 4000
+
+
+# built-in authors
+
+
+def test_every_config_of_the_builtin_authors_loads():
+    assert set(tofu_configs(authors.NAME)) == set(authors.CONFIGS)
+    full = load_tofu(authors.NAME, "full")
+    assert len(full) == 1000 and len(set(full["question"])) == 1000
+    held_out = load_tofu(authors.NAME, "holdout10")
+    assert len(held_out) == 100 and not {q for q, _ in pairs(held_out)} & set(full["question"])
+    for config in authors.CONFIGS:
+        dataset = load_tofu(authors.NAME, config)
+        assert ("perturbed_answer" in dataset.column_names) == config.endswith("_perturbed")
+        assert not any("{" in text for row in dataset for text in map(str, (row["question"], row["answer"])))
+
+
+def test_a_perturbed_answer_of_the_builtin_authors_is_wrong_in_one_place():
+    forget, small = (load_tofu(authors.NAME, name) for name in ("forget10_perturbed", "forget01_perturbed"))
+    for row in [*forget, *load_tofu(authors.NAME, "retain_perturbed")]:
+        wrong = row["perturbed_answer"]
+        assert len(set(wrong)) == 5 and row["paraphrased_answer"] not in wrong
+    assert all(row in forget.to_list() for row in small)
+    for config in ("real_authors_perturbed", "world_facts_perturbed"):
+        rows = load_tofu(authors.NAME, config)
+        assert len(rows) == 20
+        assert all(len({row["answer"], *row["perturbed_answer"]}) == 4 for row in rows)
+
+
+def test_the_builtin_authors_depend_on_the_seed_alone():
+    assert authors.make_rows("full") == authors.make_rows("full") != authors.make_rows("full", seed=1)
+    with pytest.raises(ValueError, match="has no config 'fool': choose one of full"):
+        authors.make_rows("fool")
