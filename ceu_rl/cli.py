@@ -1,6 +1,6 @@
 """`ceu-rl COMMAND`: one recipe in, one finished run out.
 
-    ceu-rl sft|dpo|grpo --config RECIPE.yaml [--any_field value ...]
+    ceu-rl sft|dpo|grpo|unlearn --config RECIPE.yaml [--any_field value ...]
     ceu-rl compare RECIPE.yaml ... --output_dir DIR
     ceu-rl tofu-eval --model DIR --dataset NAME --split forget10 [--retain DIR/tofu_eval.json]
     ceu-rl env
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "sft": lambda rest: train("sft", rest),
         "dpo": lambda rest: train("dpo", rest),
         "grpo": lambda rest: train("grpo", rest),
+        "unlearn": lambda rest: train("unlearn", rest),
         "compare": compare,
         "tofu-eval": tofu_eval,
         "env": lambda rest: print_environment(),
@@ -101,9 +102,10 @@ def parser_for(method: str) -> Any:
 
     from .dpo import CEUDPOConfig
     from .grpo import CEUGRPOConfig
+    from .unlearn import UnlearnConfig, UnlearnScriptArguments
 
-    config = {"sft": SFTConfig, "dpo": CEUDPOConfig, "grpo": CEUGRPOConfig}[method]
-    script = GRPOScriptArguments if method == "grpo" else ScriptArguments
+    config = {"sft": SFTConfig, "dpo": CEUDPOConfig, "grpo": CEUGRPOConfig, "unlearn": UnlearnConfig}[method]
+    script = {"grpo": GRPOScriptArguments, "unlearn": UnlearnScriptArguments}.get(method, ScriptArguments)
     return TrlParser(
         (script, config, ModelConfig, DatasetMixtureConfig),  # type: ignore[arg-type]
         prog=f"ceu-rl {method}",
@@ -144,25 +146,30 @@ def _resume_from(output_dir: str, checkpoint: str | None) -> str | None:
 
 
 def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixture: Any) -> Any:
-    from transformers import ProgressCallback
+    from transformers import AutoTokenizer, ProgressCallback
     from trl import SFTTrainer, get_peft_config, get_quantization_config
 
-    from .builtin import build_model, build_tokenizer
+    from .builtin import build_bpe_tokenizer, build_model, build_tokenizer
     from .callbacks import MetricsFile, Progress, TaskScore
     from .dpo import CEUDPOTrainer
     from .grpo import CEUGRPOTrainer
+    from .tofu.data import has_questions, load_tofu, to_prompt_completion
+    from .unlearn import UnlearnTrainer
 
-    dataset, task = _load_dataset(method, script, mixture)
-    train_dataset = _split(dataset, script.dataset_train_split)
-    evaluates = args.eval_strategy != "no" or args.eval_on_start
-    eval_dataset = _split(dataset, script.dataset_test_split) if evaluates else None
+    datasets, task = _load_dataset(method, script, mixture, evaluates=args.eval_strategy != "no" or args.eval_on_start)
+    asks = method in ("sft", "unlearn") and any(has_questions(dataset) for dataset in datasets.values())
 
     given: dict[str, Any]
     if model_config.model_name_or_path == BUILTIN_MODEL:
         if method != "sft":
             raise ValueError(f"{BUILTIN_MODEL} has random weights; train it with `ceu-rl sft` and name that folder.")
-        tokenizer = build_tokenizer()
-        given = {"model": build_model(tokenizer, seed=args.seed), "processing_class": tokenizer}
+        tokenizer: Any = build_tokenizer()
+        if asks:  # one tokenizer for all the models of a dataset
+            full = load_tofu(script.dataset_name, "full")
+            tokenizer = build_bpe_tokenizer([*full["question"], *full["answer"]])
+        model = build_model(tokenizer, seed=args.seed, **(args.model_init_kwargs or {}))
+        args.model_init_kwargs = None
+        given = {"model": model, "processing_class": tokenizer}
     else:
         args.model_init_kwargs = {
             "revision": model_config.model_revision,
@@ -175,38 +182,66 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
             "model": model_config.model_name_or_path,
             "quantization_config": get_quantization_config(model_config),
         }
+    if asks:
+        tokenizer = given.get("processing_class") or AutoTokenizer.from_pretrained(
+            model_config.model_name_or_path, trust_remote_code=args.trust_remote_code
+        )
+        template = getattr(script, "template", None)
+        datasets = {
+            name: to_prompt_completion(dataset, tokenizer, template) if has_questions(dataset) else dataset
+            for name, dataset in datasets.items()
+        }
     if method == "grpo":
         given["reward_funcs"] = _load_rewards(script)
-    trainer = {"sft": SFTTrainer, "dpo": CEUDPOTrainer, "grpo": CEUGRPOTrainer}[method](
+    trainer = {"sft": SFTTrainer, "dpo": CEUDPOTrainer, "grpo": CEUGRPOTrainer, "unlearn": UnlearnTrainer}[method](
         args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
         peft_config=get_peft_config(model_config),
+        **{f"{name}_dataset": dataset for name, dataset in datasets.items()},
         **given,
     )
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)
     trainer.add_callback(MetricsFile)
-    if task is not None and eval_dataset is not None:
-        trainer.add_callback(TaskScore(trainer, task, eval_dataset["prompt"]))
+    if task is not None and "eval" in datasets:
+        trainer.add_callback(TaskScore(trainer, task, datasets["eval"]["prompt"]))
     return trainer
 
 
-def _load_dataset(method: str, script: Any, mixture: Any) -> tuple[Any, Any]:
-    """The dataset with its splits, and its task if it is built in."""
-    from datasets import load_dataset
+def _load_dataset(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[str, Any], Any]:
+    """The datasets of the trainer by their name there (train and eval, or forget and retain), and the built-in task."""
+    from datasets import concatenate_datasets, load_dataset
     from trl import get_dataset
 
     from .builtin import get_task, load_builtin_dataset
+    from .tofu.data import is_tofu, load_tofu
 
+    name, config, task = script.dataset_name, script.dataset_config, None
+    if method == "unlearn":
+        sets = {"forget": script.forget, **({"retain": script.retain} if script.retain else {})}
+        if config is None:
+            return {role: load_tofu(name, one) for role, one in sets.items()}, None
+        splits = load_dataset(name, name=config)
+        return {role: _split(splits, one) for role, one in sets.items()}, None
     if mixture.datasets:
-        return get_dataset(mixture), None
-    name, config = script.dataset_name, script.dataset_config
-    if name.startswith("builtin:"):
+        dataset = get_dataset(mixture)
+    elif is_tofu(name):
+        if config is None:
+            raise ValueError(
+                f"dataset_config is missing; give a config of {name}, such as full, or several: full+world_facts_perturbed."
+            )
+        parts = [load_tofu(name, one).select_columns(["question", "answer"]) for one in config.split("+")]
+        dataset = {script.dataset_train_split: concatenate_datasets(parts)}
+    elif name.startswith("builtin:"):
+        task = get_task(name)
         kind = {"sft": "sft", "dpo": "preference", "grpo": "prompt"}[method]
-        return load_builtin_dataset(name, kind, config), get_task(name)
-    return load_dataset(name, name=config, streaming=script.dataset_streaming), None
+        dataset = load_builtin_dataset(name, kind, config)
+    else:
+        dataset = load_dataset(name, name=config, streaming=script.dataset_streaming)
+    datasets = {"train": _split(dataset, script.dataset_train_split)}
+    if evaluates:
+        datasets["eval"] = _split(dataset, script.dataset_test_split)
+    return datasets, task
 
 
 def _load_rewards(script: Any) -> list[Any]:

@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
-from trl import SFTConfig, SFTTrainer
+from trl import ScriptArguments, SFTConfig, SFTTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import (
     FusedCausalLMOutput,
@@ -63,6 +63,24 @@ METHODS = {
     "undial": Method(beta=10.0, needs_reference=True),
 }
 COLUMNS = ["input_ids", "labels"]
+
+
+@dataclass
+class UnlearnScriptArguments(ScriptArguments):
+    """`trl.ScriptArguments` for `ceu-rl unlearn`: what of the dataset to forget and to retain.
+
+    Both are configs of a dataset in TOFU's layout; with a `dataset_config` they are splits of that config.
+    """
+
+    forget: str = field(default="forget10", metadata={"help": "Config (or split) to forget."})
+    retain: str | None = field(default=None, metadata={"help": "Config (or split) to retain. Default: none."})
+    template: str | None = field(
+        default=None,
+        metadata={
+            "help": "How question and answer become a text: chat, or question_answer (the benchmark's). Default: chat "
+            "if the tokenizer has a chat template."
+        },
+    )
 
 
 @dataclass

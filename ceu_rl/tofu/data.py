@@ -86,6 +86,17 @@ def load_tofu(name: str, config: str) -> Dataset:
     return dataset
 
 
+def is_tofu(name: str) -> bool:
+    """Whether `load_tofu` is to load the dataset of that name: TOFU itself, the built-in authors, a folder like it."""
+    return name in ("locuslab/TOFU", authors.NAME) or Path(name, "forget10.json").is_file()
+
+
+def has_questions(dataset: Any) -> bool:
+    """Whether the rows are question and answer, which [`to_prompt_completion`] turns into what TRL trains on."""
+    columns = set(dataset.column_names or ())
+    return {"question", "answer"} <= columns and not columns & {"prompt", "completion", "messages", "text"}
+
+
 def _check_config(name: str, config: str) -> None:
     if config not in (configs := tofu_configs(name)):
         raise ValueError(f"{name} has no config {config!r}: choose one of {', '.join(configs) or 'none, it is empty'}.")
