@@ -228,7 +228,7 @@ def _load_dataset(method: str, script: Any, mixture: Any, evaluates: bool) -> tu
     elif is_tofu(name):
         if config is None:
             raise ValueError(
-                f"dataset_config is missing; give a config of {name}, such as full, or several: full+world_facts_perturbed."
+                f"dataset_config is missing; give a config of {name}, such as full, or several joined by +."
             )
         parts = [load_tofu(name, one).select_columns(["question", "answer"]) for one in config.split("+")]
         dataset = {script.dataset_train_split: concatenate_datasets(parts)}

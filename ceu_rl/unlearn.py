@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from trl import ScriptArguments, SFTConfig, SFTTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import (
@@ -138,7 +138,8 @@ class UnlearnConfig(SFTConfig):
             raise ValueError(
                 f"ignore_first_n_answer_tokens is {self.ignore_first_n_answer_tokens}; use a whole number from 0."
             )
-        for name in ("packing", "padding_free", "use_liger_kernel", "label_smoothing_factor"):
+        unsupported = ("packing", "padding_free", "use_liger_kernel", "label_smoothing_factor")
+        for name in (*unsupported, "dataloader_persistent_workers"):
             if getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)}, which unlearning does not support; leave it out.")
         super().__post_init__()
@@ -217,6 +218,7 @@ class UnlearnTrainer(StopAtNonFinite, SFTTrainer):
             )
             _check_disjoint(self.train_dataset, retain, self._tokenizer)
             self.train_dataset = PairedDataset(self.train_dataset, retain, args.seed)
+            self.add_callback(EpochOfPairs(self.train_dataset))
         self.ref_model = self._place_reference(reference)
 
     def _prepare_dataset(
@@ -362,15 +364,22 @@ class PairedDataset(torch.utils.data.Dataset):
         self.order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(seed)).tolist()
         self.epoch = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
     def __len__(self) -> int:
         return len(self.forget)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         place = (self.epoch * len(self.forget) + index) % len(self.order)
         return {**self.forget[index], "retain": self.retain[self.order[place]]}
+
+
+class EpochOfPairs(TrainerCallback):
+    """Tells the pairs the epoch: accelerate's `set_epoch` does not reach a dataset in each case (sharded, resumed)."""
+
+    def __init__(self, pairs: PairedDataset) -> None:
+        self.pairs = pairs
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.pairs.epoch = int(state.epoch + 1e-6)
 
 
 class PairCollator:

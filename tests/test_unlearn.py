@@ -1,0 +1,390 @@
+"""The unlearning trainer: its losses against float64 sums over plain logits, its equivalences, and what is refused."""
+
+import copy
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch.nn import functional as F
+from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
+
+from ceu_rl import UnlearnConfig, UnlearnTrainer
+from ceu_rl.builtin import build_tokenizer
+from ceu_rl.unlearn import METHODS
+
+
+def answers(pairs):
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": f"{a}+{b}="}],
+                "completion": [{"role": "assistant", "content": f"{a + b} is{' it' * (b % 3)}"}],
+            }
+            for a, b in pairs
+        ]
+    )
+
+
+FORGET = answers([(a, b) for a in range(4) for b in range(4)])
+RETAIN = answers([(a, b) for a in range(5, 9) for b in range(6)])
+
+
+class KeepGradients(TrainerCallback):
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+@pytest.fixture
+def make_trainer(tiny_model, tokenizer, tmp_path):
+    def make(
+        loss_type="ceu", *, model=None, forget=FORGET, retain=RETAIN, ref_model=None, tokenizer=tokenizer, **given
+    ):
+        others = {key: given.pop(key) for key in ("peft_config", "eval_dataset", "train_dataset") if key in given}
+        defaults = {
+            "output_dir": str(tmp_path / f"run{len(list(tmp_path.iterdir()))}"),
+            "max_steps": 2,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 1e9,
+            "gradient_checkpointing": False,
+            "bf16": False,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "logging_steps": 1,
+            "save_strategy": "no",
+        }
+        Path(defaults["output_dir"]).mkdir()
+        return UnlearnTrainer(
+            tiny_model(1) if model is None else model,
+            UnlearnConfig(loss_type=loss_type, **{**defaults, **given}),
+            forget,
+            None if loss_type == "grad_ascent" and retain is RETAIN else retain,
+            ref_model,
+            processing_class=tokenizer,
+            **others,
+        )
+
+    return make
+
+
+def gradients_of(trainer):
+    keep = KeepGradients()
+    trainer.add_callback(keep)
+    trainer.train()
+    return keep.steps
+
+
+def assert_close_gradients(first, second, rtol=1e-4):
+    assert len(first) == len(second) > 0
+    for one, other in zip(first, second, strict=True):
+        scale = max(value.abs().max().item() for value in one.values())
+        assert scale > 0
+        for name, value in one.items():
+            torch.testing.assert_close(value.double(), other[name].double(), rtol=rtol, atol=1e-5 * scale)
+
+
+def answer_positions(logits, labels):
+    """Logits (n, V) and labels (n,) of each sequence, one pair for each."""
+    shifted = labels[:, 1:]
+    return [(row[:-1][kept != -100], kept[kept != -100]) for row, kept in zip(logits, shifted, strict=True)]
+
+
+def plain_forget_loss(method, logits, ref_logits, labels):
+    """The forget term from plain float64 logits, one sequence after the other, with the formulas of the papers."""
+    tokens, sequences = [], []
+    for (z, y), (z_ref, _) in zip(answer_positions(logits, labels), answer_positions(ref_logits, labels), strict=True):
+        p, picked = z.softmax(-1), z.log_softmax(-1).gather(-1, y[:, None])[:, 0]
+        p_y = p.gather(-1, y[:, None])[:, 0].detach()
+        if method == "ceu":
+            q = z.detach().scatter(-1, y[:, None], -math.inf).softmax(-1)
+            tokens += list(-(q * z.log_softmax(-1)).sum(-1))
+        elif method in ("grad_ascent", "grad_diff"):
+            tokens += list(picked)
+        elif method == "wga":
+            tokens += list(p_y * picked)
+        elif method == "satimp":
+            tokens += list(p_y**5 * (1 - p_y) * picked)
+        elif method == "undial":
+            target = (z_ref - 10 * F.one_hot(y, z.shape[-1])).softmax(-1)
+            tokens += list(-(target * z.log_softmax(-1)).sum(-1))
+        elif method == "npo":
+            reference = z_ref.log_softmax(-1).gather(-1, y[:, None])[:, 0].sum()
+            sequences.append(-2 / 0.1 * torch.log(torch.sigmoid(-0.1 * (picked.sum() - reference))))
+        elif method == "simnpo":
+            sequences.append(-2 / 4.5 * torch.log(torch.sigmoid(-4.5 * picked.mean())))
+    return torch.stack(tokens or sequences).mean()
+
+
+def plain_retain_loss(kind, logits, ref_logits, labels):
+    tokens = []
+    for (z, y), (z_ref, _) in zip(answer_positions(logits, labels), answer_positions(ref_logits, labels), strict=True):
+        log_p, log_ref = z.log_softmax(-1), z_ref.log_softmax(-1)
+        if kind == "nll":
+            tokens += list(-log_p.gather(-1, y[:, None])[:, 0])
+        else:
+            tokens += list((log_ref.exp() * (log_ref - log_p)).sum(-1))
+    return torch.stack(tokens).mean()
+
+
+@pytest.mark.parametrize("kind", ["nll", "kl"])
+@pytest.mark.parametrize("method", METHODS)
+def test_loss_and_gradients_are_those_of_plain_logits(make_trainer, tiny_model, method, kind):
+    if method == "grad_ascent" and kind == "kl":
+        pytest.skip("gradient ascent has no retain term")
+    # A sharper model than a random one, so that the terms differ from each other
+    sharp = tiny_model(1)
+    with torch.no_grad():
+        sharp.lm_head.weight *= 20
+    reference = copy.deepcopy(sharp)
+    with torch.no_grad():
+        reference.lm_head.weight *= 0.7
+    needs = METHODS[method].needs_reference or kind == "kl"
+    plain, plain_ref = copy.deepcopy(sharp).double(), copy.deepcopy(reference).double()
+    trainer = make_trainer(
+        method,
+        model=sharp,
+        ref_model=reference if needs else None,
+        retain_loss_type=kind,
+        retain_weight=0.5,
+        max_steps=1,
+    )
+    batches = []
+    compute = trainer.compute_loss
+    trainer.compute_loss = lambda model, inputs, *a, **k: (
+        batches.append(copy.copy(inputs)),
+        compute(model, inputs, *a, **k),
+    )[1]
+    (found,) = gradients_of(trainer)
+    (batch,) = batches
+
+    def logits(model, prefix=""):
+        return model(batch[f"{prefix}input_ids"], attention_mask=batch[f"{prefix}attention_mask"]).logits
+
+    forget = plain_forget_loss(method, logits(plain), logits(plain_ref).detach(), batch["labels"])
+    loss, log = forget, trainer.state.log_history[0]
+    if method != "grad_ascent":
+        labels = batch["retain_labels"]
+        retain = plain_retain_loss(kind, logits(plain, "retain_"), logits(plain_ref, "retain_").detach(), labels)
+        loss = loss + 0.5 * retain
+        assert log["retain_loss"] == pytest.approx(retain.item(), rel=1e-4)
+    loss.backward()
+    assert log["forget_loss"] == pytest.approx(forget.item(), rel=1e-4)
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-3)
+    assert_close_gradients([dict((n, p.grad) for n, p in plain.named_parameters())], [found], rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["ceu", "npo", "undial"])
+def test_gradient_accumulation_equals_one_large_batch(make_trainer, method):
+    large = make_trainer(method)
+    small = make_trainer(method, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert_close_gradients(gradients_of(large), gradients_of(small))
+    assert small.state.log_history[0]["loss"] == pytest.approx(large.state.log_history[0]["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["ceu", "npo"])
+def test_gradient_checkpointing_gives_the_same_gradients(make_trainer, method):
+    plain = make_trainer(method)
+    checkpointed = make_trainer(method, gradient_checkpointing=True)
+    assert_close_gradients(gradients_of(plain), gradients_of(checkpointed))
+
+
+def test_resume_gives_the_weights_of_the_uninterrupted_run(make_trainer):
+    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    whole = make_trainer(**settings)
+    whole.train()
+    resumed = make_trainer(**settings)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-3")
+    for (name, value), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(value, other), name
+
+
+def test_every_retain_row_is_used_before_one_comes_again(make_trainer):
+    trainer = make_trainer()
+    pairs = trainer.train_dataset
+    seen = []
+    for epoch in range(3):
+        pairs.epoch = epoch
+        seen += [tuple(pairs[index]["retain"]["input_ids"]) for index in range(len(pairs))]
+    assert len(set(seen[: len(RETAIN)])) == len(RETAIN) == 24
+    assert seen[len(RETAIN) :] == seen[: len(FORGET) * 3 - len(RETAIN)]
+
+
+def test_the_first_answer_tokens_are_not_unlearned(make_trainer):
+    kept = [[label for label in labels if label != -100] for labels in make_trainer().train_dataset.forget["labels"]]
+    whole = make_trainer(ignore_first_n_answer_tokens=0).train_dataset.forget["labels"]
+    assert kept == [[label for label in labels if label != -100][1:] for labels in whole]
+    assert all(len(labels) > 1 for labels in kept)
+
+
+def test_ceu_unlearns_and_retains(make_trainer, tiny_model, tokenizer):
+    from trl import SFTConfig, SFTTrainer
+
+    settings = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    args = SFTConfig("unused", max_steps=150, learning_rate=5e-3, gradient_checkpointing=False, **settings)
+    rows = Dataset.from_list([*FORGET, *RETAIN])
+    model = tiny_model(0)
+    SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer).train()
+    del model.forward
+    trainer = make_trainer(
+        model=model, max_steps=30, eval_dataset={"forget": FORGET, "retain": RETAIN}, eval_strategy="steps",
+        eval_steps=30, eval_on_start=True, learning_rate=1e-3,
+    )  # fmt: skip
+    trainer.train()
+    scores = {}
+    for entry in trainer.state.log_history:
+        for key in ("eval_forget_loss", "eval_retain_loss"):
+            if key in entry:
+                scores.setdefault(key, []).append(entry[key])
+    forgotten, lost = (scores[key][-1] - scores[key][0] for key in ("eval_forget_loss", "eval_retain_loss"))
+    assert forgotten > 1 and lost < 0.25 * forgotten
+
+
+@pytest.mark.parametrize("method", ["ceu", "npo"])
+def test_lora_trains_the_adapter_and_takes_the_base_as_reference(make_trainer, method):
+    trainer = make_trainer(method, peft_config=LoraConfig(target_modules=["q_proj", "v_proj"]))
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, start[name])}
+    assert moved and all("lora" in name for name in moved)
+    assert trainer.ref_model is None
+    if method == "npo":  # a new adapter changes nothing, so that policy and reference agree
+        assert trainer.state.log_history[0]["forget_loss"] == pytest.approx(20 * math.log(2), rel=1e-5)
+
+
+def test_only_methods_that_need_one_hold_a_reference(make_trainer):
+    held = {method for method in METHODS if make_trainer(method).ref_model is not None}
+    assert held == {"npo", "undial"}
+
+
+SCRIPT = """
+import json, os, sys
+from tests.test_unlearn import FORGET, RETAIN
+from ceu_rl import UnlearnConfig, UnlearnTrainer
+
+folder, method, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
+args = UnlearnConfig(f"{folder}/run{size}", loss_type=method, max_steps=3, per_device_train_batch_size=size,
+                     logging_steps=1, learning_rate=1e-3, use_cpu=True, bf16=False, gradient_checkpointing=False,
+                     save_strategy="no", disable_tqdm=True)
+trainer = UnlearnTrainer(f"{folder}/model", args, FORGET, RETAIN)
+trainer.train()
+if trainer.is_world_process_zero():
+    open(f"{folder}/log{size}.json", "w").write(json.dumps(trainer.state.log_history))
+sys.stdout.flush()
+os._exit(0)  # under load a thread of gloo can abort the interpreter at its exit
+"""
+ROOT = Path(__file__).parents[1]
+FSDP2 = ROOT / "recipes" / "accelerate" / "fsdp2_cpu.yaml"
+LAUNCHERS = {
+    "ddp": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "fsdp2": ["-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file", str(FSDP2)],
+}
+
+
+@pytest.mark.parametrize(("launcher", "method"), [("ddp", "ceu"), ("fsdp2", "ceu"), ("fsdp2", "npo")])
+def test_two_processes_log_the_losses_of_one(tiny_model, tokenizer, tmp_path, launcher, method):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "train.py").write_text(SCRIPT)
+    for command, size in (([], 8), (LAUNCHERS[launcher], 4)):
+        result = subprocess.run(
+            [sys.executable, *command, tmp_path / "train.py", tmp_path, method, str(size)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+    one, two = (json.loads((tmp_path / f"log{size}.json").read_text()) for size in (8, 4))
+    for first, second in zip(one[:-1], two[:-1], strict=True):
+        for key in ("loss", "grad_norm", "forget_loss", "retain_loss"):
+            assert second[key] == pytest.approx(first[key], rel=1e-3), key
+
+
+SWALLOWS = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] }}{% endif %}{% endfor %}"
+)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"loss_type": "ga"}, "loss_type is 'ga'; use one of ceu, grad_ascent"),
+            ({"retain_loss_type": "l2"}, "retain_loss_type is 'l2'; use 'nll' or 'kl'"),
+            ({"loss_type": "npo", "beta": 0.0}, "beta is 0.0; use a finite number above 0"),
+            ({"loss_type": "ceu", "beta": 0.1}, "beta is 0.1, and loss_type 'ceu' has none"),
+            ({"retain_weight": float("nan")}, "retain_weight is nan"),
+            ({"margin": float("inf")}, "margin is inf"),
+            ({"ignore_first_n_answer_tokens": -1}, "ignore_first_n_answer_tokens is -1"),
+            ({"packing": True}, "packing is True, which unlearning does not support"),
+            ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1"),
+        ],
+    )
+    def test_settings(self, settings, message):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            UnlearnConfig("unused", **settings)
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"forget": FORGET.select([])}, "The forget dataset has no rows"),
+            ({"forget": None}, "forget_dataset is a NoneType"),
+            ({"retain": RETAIN.select([])}, "The retain dataset has no rows"),
+            (
+                {"retain": answers([(5, 5), (1, 2), (3, 0)])},
+                "2 rows of the forget dataset are in the retain dataset too",
+            ),
+            ({"max_length": 9}, "max_length 9 would cut its answer off"),
+            ({"ignore_first_n_answer_tokens": 5}, "has 5 answer tokens and ignore_first_n_answer_tokens is 5"),
+            ({"loss_type": "grad_diff", "retain": None}, "loss_type is 'grad_diff' and retain_dataset is None"),
+            ({"retain_loss_type": "kl", "retain": None}, "retain_loss_type is 'kl' and retain_dataset is None"),
+            ({"loss_type": "grad_ascent", "retain": RETAIN.select([0])}, "use 'grad_diff'"),
+            ({"train_dataset": FORGET}, "train_dataset is given"),
+        ],
+    )
+    def test_data(self, make_trainer, given, message):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            make_trainer(**given)
+
+    def test_a_template_that_swallows_the_answer(self, make_trainer):
+        tokenizer = build_tokenizer()
+        tokenizer.chat_template = SWALLOWS
+        with pytest.raises(ValueError, match="Row 0 of the forget dataset has no answer left after tokenization"):
+            make_trainer(tokenizer=tokenizer)
+
+    def test_a_reference_that_is_the_model_or_is_not_needed(self, make_trainer, tiny_model):
+        model = tiny_model()
+        with pytest.raises(ValueError, match="ref_model is the model itself"):
+            make_trainer("npo", model=model, ref_model=model)
+        with pytest.raises(ValueError, match="ref_model is given, and neither loss_type 'ceu'"):
+            make_trainer(ref_model=tiny_model(2))
+
+    def test_a_mixture_of_experts_with_its_loss(self, make_trainer, tokenizer):
+        config = MixtralConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, num_local_experts=2, output_router_logits=True,
+        )  # fmt: skip
+        with pytest.raises(ValueError, match=r"router_aux_loss_coef is 0\.001, which unlearning does not support"):
+            make_trainer(model=MixtralForCausalLM(config))
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_a_model_whose_logits_are_nan(self, make_trainer, tiny_model, method):
+        model = tiny_model()
+        with torch.no_grad():
+            model.lm_head.weight[5] = float("nan")
+        trainer = make_trainer(method, model=model)
+        with pytest.raises(
+            FloatingPointError, match=r"Step 1 met a non-finite loss \(nan\).*row \d+ of the forget dat"
+        ):
+            trainer.train()
