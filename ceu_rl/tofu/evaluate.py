@@ -259,7 +259,8 @@ def _score(answer: Answer, logits: torch.Tensor) -> None:
             f"{answer.kind} {answer.text[:80]!r} a log-probability of {log_probs.sum().item()}; take an earlier "
             "checkpoint, or train with a lower learning rate."
         )
-    p = log_p.exp()
+    # Where p is 0 its logarithm counts for nothing, not even if it is infinite, as of tokens that a model rules out
+    p, log_p = log_p.exp(), log_p.clamp(min=-1e4)
     means = (p * log_p).sum(dim=-1)
     variances = (p * (log_p - means[:, None]).square()).sum(dim=-1)
     answer.log_probs, answer.means, answer.variances = (
