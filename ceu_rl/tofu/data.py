@@ -49,7 +49,9 @@ def get_split(name: str) -> TofuSplit:
 
 def tofu_configs(name: str) -> list[str]:
     """The configs that a dataset has; see [`load_tofu`] for its name."""
-    if name == authors.NAME:
+    if name.startswith("builtin:"):
+        if name != authors.NAME:
+            raise ValueError(f"Unknown built-in dataset {name!r}: use {authors.NAME}.")
         return list(authors.CONFIGS)
     if Path(name).is_dir():
         return sorted(path.stem for path in Path(name).glob("*.json"))
@@ -70,8 +72,6 @@ def load_tofu(name: str, config: str) -> Dataset:
         OSError: if the dataset cannot be reached.
     """
     if name.startswith("builtin:"):
-        if name != authors.NAME:
-            raise ValueError(f"Unknown built-in dataset {name!r}: use {authors.NAME}.")
         _check_config(name, config)
         dataset = Dataset.from_list(authors.make_rows(config))
     elif Path(name).is_dir():

@@ -94,9 +94,10 @@ def evaluate(
     max_new_tokens: int = 200,
     use_vllm: bool | None = None,
     model_path: str | None = None,
+    retain: str | Path | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Evaluate a model on TOFU and return what `tofu_eval.json` holds, without command and retain model.
+    """Evaluate a model on TOFU and return what `tofu_eval.json` holds, without the command.
 
     Args:
         model: A causal language model, or a PEFT model of one; its training mode is restored.
@@ -109,18 +110,34 @@ def evaluate(
         use_vllm: Generate through vLLM. None: where vLLM is installed, there is a CUDA device, and `model_path` is
             a folder with a full model.
         model_path: What vLLM loads.
+        retain: Result file of the retain model, for forget quality and privacy leakage; see [`add_retain`].
         seed: vLLM's; decoding is greedy, and nothing else is random.
 
     Raises:
-        ValueError: for a split, template or dataset that does not fit, rows that the model's context cuts off, and
-            logits that are not finite, with the row.
+        ValueError: for a split, template, dataset or retain model's result that does not fit, rows that the model's
+            context cuts off, and logits that are not finite, with the row.
     """
     start, provenance = time.perf_counter(), environment()
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size} and max_new_tokens {max_new_tokens}; use at least 1 for both.")
     template = template or default_template(tokenizer)
     use_vllm = _decide_vllm(use_vllm, model_path)
+    retain_result = read_result(retain) if retain else None
     datasets, non_members = _load(dataset_name, split)
+    settings = {
+        "dataset": dataset_name,
+        "split": split,
+        "data": _fingerprint(sorted(json.dumps(row, sort_keys=True) for row in datasets[_asked(split)[0]])),
+        "template": template,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "non_members": non_members,
+        "max_new_tokens": max_new_tokens,
+        "generation": "vLLM" if use_vllm else "transformers",
+        "seed": seed,
+        "rows": {config: len(dataset) for config, dataset in datasets.items()},
+    }
+    if retain_result is not None:
+        _check_retain(settings, retain_result, str(retain))
     answers = _make_answers(datasets, tokenizer, template)
     prompts = [answer for answer in answers if answer.kind == "answer" and answer.config in _asked(split)]
     _check_context(model, answers, prompts, max_new_tokens)
@@ -140,24 +157,18 @@ def evaluate(
     finally:
         model.train(was_training)
     items = _items(answers, dict(zip(((p.config, p.row) for p in prompts), generations, strict=True)))
-    return {
+    result = {
         "model": model_path or getattr(model.config, "_name_or_path", "") or type(model).__name__,
-        "dataset": dataset_name,
-        "split": split,
-        "data": _fingerprint(sorted(json.dumps(row, sort_keys=True) for row in datasets[_asked(split)[0]])),
-        "template": template,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "non_members": non_members,
-        "max_new_tokens": max_new_tokens,
-        "generation": "vLLM" if use_vllm else "transformers",
-        "seed": seed,
-        "rows": {config: len(dataset) for config, dataset in datasets.items()},
+        **settings,
         "summary": summarize(items, split, non_members),
         "items": items,
         "wall_time_s": round(time.perf_counter() - start, 1),
         "peak_memory_gib": round(peak_memory_gib(), 3),
         **provenance,
     }
+    if retain_result is not None:
+        add_retain(result, retain_result, str(retain))
+    return result
 
 
 def _asked(split: str) -> tuple[str, ...]:
@@ -259,7 +270,8 @@ def _score(answer: Answer, logits: torch.Tensor) -> None:
             f"{answer.kind} {answer.text[:80]!r} a log-probability of {log_probs.sum().item()}; take an earlier "
             "checkpoint, or train with a lower learning rate."
         )
-    p = log_p.exp()
+    # Where p is 0 its logarithm counts for nothing, not even if it is infinite, as of tokens that a model rules out
+    p, log_p = log_p.exp(), log_p.clamp(min=-1e4)
     means = (p * log_p).sum(dim=-1)
     variances = (p * (log_p - means[:, None]).square()).sum(dim=-1)
     answer.log_probs, answer.means, answer.variances = (
@@ -328,15 +340,18 @@ def _generate_with_vllm(
     """The same through vLLM, in what memory the scored model leaves."""
     from vllm import LLM, SamplingParams
 
+    from ..rollouts import _NameCause
+
     settings: dict[str, Any] = {"max_model_len": max(len(p.prompt_ids) for p in prompts) + max_new_tokens}
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
         settings["gpu_memory_utilization"] = 0.9 * free / total
-    engine: Any = LLM(model=path, seed=seed, disable_log_stats=True, **settings)
     stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     sampling = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=stop)
-    outputs = engine.generate([{"prompt_token_ids": p.prompt_ids} for p in prompts], sampling, use_tqdm=False)
+    with _NameCause("vLLM, while generating answers,", "mend that, or set use_vllm to false."):
+        engine: Any = LLM(model=path, seed=seed, disable_log_stats=True, **settings)
+        outputs = engine.generate([{"prompt_token_ids": p.prompt_ids} for p in prompts], sampling, use_tqdm=False)
     return [tokenizer.decode(output.outputs[0].token_ids, skip_special_tokens=True).strip() for output in outputs]
 
 
@@ -415,18 +430,22 @@ def add_retain(result: dict[str, Any], retain: Mapping[str, Any], name: str) -> 
     Raises:
         ValueError: if `retain` is of another split, dataset, tokenizer, template or kind of non-members.
     """
-    for field in ("split", "data", "tokenizer", "template", "non_members"):
-        if retain[field] != result[field]:
-            raise ValueError(
-                f"The retain model's result {name} has another {field} ({retain[field]!r}) than this model's "
-                f"({result[field]!r}); evaluate the retain model in the same way."
-            )
+    _check_retain(result, retain, name)
     forget = _asked(result["split"])[0]
     ratios = [[row["truth_ratio"] for row in each["items"][forget]] for each in (result, retain)]
     aucs = [each["summary"]["membership_auc_min_k"] for each in (result, retain)]
     result["summary"]["forget_quality"] = metrics.forget_quality(*ratios)
     result["summary"]["privacy_leakage"] = metrics.privacy_leakage(*aucs)
     result["retain"] = name
+
+
+def _check_retain(run: Mapping[str, Any], retain: Mapping[str, Any], name: str) -> None:
+    for field in ("split", "data", "tokenizer", "template", "non_members"):
+        if retain[field] != run[field]:
+            raise ValueError(
+                f"The retain model's result {name} has another {field} ({retain[field]!r}) than this model's "
+                f"({run[field]!r}); evaluate the retain model in the same way."
+            )
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
@@ -474,17 +493,15 @@ def main(argv: Sequence[str]) -> int:
     """`ceu-rl tofu-eval`: returns 0, or 2 for bad input, with one sentence on stderr."""
     args = _parser().parse_args(argv)
     try:
-        retain = read_result(args.retain) if args.retain else None
         if args.results:
-            if retain is None:
+            if not args.retain:
                 raise ValueError("--results needs --retain, the result of the retain model to compare with.")
             path, result = Path(args.results), read_result(args.results)
+            add_retain(result, read_result(args.retain), args.retain)
         else:
             path = _output(args)
             result = _evaluate_path(args)
             result["command"] = shlex.join(["ceu-rl", "tofu-eval", *argv])
-        if retain is not None:
-            add_retain(result, retain, args.retain)
         write_result(path, result)
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("CEU_RL_TRACEBACK"):
@@ -543,6 +560,7 @@ def _evaluate_path(args: argparse.Namespace) -> dict[str, Any]:
         max_new_tokens=args.max_new_tokens,
         use_vllm={"true": True, "false": False, None: None}[args.use_vllm],
         model_path=args.model,
+        retain=args.retain,
     )
 
 

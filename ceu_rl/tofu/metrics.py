@@ -41,9 +41,12 @@ def option_probability(correct: float, wrong: Values) -> float:
 
 
 def truth_ratio(correct: float, wrong: Values) -> float:
-    """Truth ratio (TOFU, equation 1), with the geometric mean over the wrong answers, as TOFU's and its peers' code.
+    """Truth ratio (TOFU, equation 1), with the geometric mean over the wrong answers.
 
         R = exp(mean_i l(a_i)) / exp(l(a~))
+
+    The paper's equation has the arithmetic mean of exp(l(a_i)); its code and open-unlearning average l(a_i), and their
+    numbers are what these are compared with.
 
     Below 1 the model prefers the correct answer. Real authors and world facts have no paraphrase a~, and take the
     answer itself.

@@ -1,0 +1,589 @@
+"""`ceu-rl tofu-eval` against plain float64 logits, one answer at a time, and the one-sentence errors of bad input."""
+
+import copy
+import importlib.util
+import inspect
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import types
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from rouge_score.rouge_scorer import RougeScorer
+from scipy import stats
+
+from ceu_rl.builtin import build_bpe_tokenizer, build_model
+from ceu_rl.cli import main
+from ceu_rl.tofu import load_tofu
+from ceu_rl.tofu.evaluate import evaluate
+
+from .conftest import TINY
+
+TOFU = Path(os.environ.get("CEU_RL_TOFU") or Path(__file__).parents[1].parent / "shared" / "tofu")
+CONFIGS = ("forget01_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
+ROWS, NEW_TOKENS = 5, 12
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    rows = load_tofu("builtin:authors", "full")
+    return build_bpe_tokenizer([*rows["question"], *rows["answer"]], 400)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A few rows of each config of the built-in authors, without a holdout."""
+    folder = tmp_path_factory.mktemp("authors")
+    for config in CONFIGS:
+        rows = load_tofu("builtin:authors", config).select(range(ROWS)).to_list()
+        (folder / f"{config}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def learned(bpe, folder):
+    """A model that has learned the answers of the forget set in part."""
+    model = build_model(bpe, **TINY)
+    rows = load_tofu(str(folder), "forget01_perturbed")
+    texts = [f"{chat(row['question'])}{row['answer']}<|eos|>" for row in rows]
+    batch = bpe(texts, padding=True, padding_side="right", return_tensors="pt")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(40):
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.fixture(scope="module")
+def result(learned, bpe, folder):
+    return evaluate(learned, bpe, str(folder), "forget01", batch_size=7, max_new_tokens=NEW_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, bpe, learned):
+    """The learned model in a folder, and one with other weights that stands for the retain model."""
+    root = tmp_path_factory.mktemp("models")
+    for name, model in {"model": learned, "retain": build_model(bpe, seed=1, **TINY)}.items():
+        model.save_pretrained(root / name)
+        bpe.save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture
+def command(saved, folder, tmp_path):
+    """Run `ceu-rl tofu-eval` on the small folder into `tmp_path/name`; give its status and result file."""
+
+    def run(stored="model", name=None, **fields):
+        out = tmp_path / (name or stored)
+        given = {
+            "model": saved / stored,
+            "dataset": folder,
+            "split": "forget01",
+            "output_dir": out,
+            "max_new_tokens": 8,
+        }
+        flags = [f"--{key}={value}" for key, value in {**given, **fields}.items() if value is not None]
+        return main(["tofu-eval", *flags]), out / "tofu_eval.json"
+
+    return run
+
+
+def chat(question):
+    return f"<|bos|><|user|>{question}<|assistant|>"
+
+
+# The reference: float64, one sequence at a time, full logits
+
+
+def plain_logits(model, ids):
+    with torch.no_grad():
+        return model.double()(torch.tensor([ids])).logits[0].numpy()
+
+
+def log_softmax(z):
+    z = z - z.max()
+    return z - math.log(np.exp(z).sum())
+
+
+class Reference:
+    """Everything about one answer, from the logits of the whole sequence."""
+
+    def __init__(self, model, tokenizer, prompt_text, answer):
+        prompt = tokenizer(prompt_text).input_ids
+        ids = tokenizer(f"{prompt_text}{answer}<|eos|>").input_ids
+        assert ids[: len(prompt)] == prompt and ids[-1] == tokenizer.eos_token_id
+        self.prompt, self.answer, self.labels = prompt, answer, ids[len(prompt) :]
+        logits = plain_logits(model, ids)
+        self.rows = [log_softmax(logits[len(prompt) - 1 + t]) for t in range(len(self.labels))]
+        self.log_probs = [row[label] for row, label in zip(self.rows, self.labels, strict=True)]
+        self.mean = sum(self.log_probs) / len(self.log_probs)
+        self.matches = [row.argmax() == label for row, label in zip(self.rows, self.labels, strict=True)][:-1]
+
+    def attacks(self):
+        few = max(1, int(0.4 * len(self.matches)))
+        z = []
+        for row, log_p in zip(self.rows[:-1], self.log_probs, strict=False):
+            mu = sum(math.exp(x) * x for x in row)
+            sigma = math.sqrt(sum(math.exp(x) * (x - mu) ** 2 for x in row))
+            z.append((log_p - mu) / sigma)
+        return {
+            "loss": -self.mean,
+            "zlib": -self.mean / len(zlib.compress(self.answer.encode())),
+            "min_k": -sum(sorted(self.log_probs[:-1])[:few]) / few,
+            "min_k_plus_plus": -sum(sorted(z)[:few]) / few,
+        }
+
+
+def greedy(model, tokenizer, prompt, tokens):
+    """The greedy continuation, recomputed from the start for every token."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + tokens and tokenizer.eos_token_id not in ids[len(prompt) :]:
+        ids.append(int(plain_logits(model, ids)[-1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.fixture(scope="module")
+def reference(learned, bpe, folder):
+    """For each config and row, the answers by kind."""
+    model = build_model(bpe, **TINY)
+    model.load_state_dict(learned.state_dict())
+    model = model.double()
+
+    def score(row):
+        kinds = {"answer": [row["answer"]], "perturbed": row["perturbed_answer"]}
+        kinds["correct"] = [row.get("paraphrased_answer") or row["answer"]]
+        return {kind: [Reference(model, bpe, chat(row["question"]), a) for a in texts] for kind, texts in kinds.items()}
+
+    return model, {config: [score(row) for row in load_tofu(str(folder), config)] for config in CONFIGS}
+
+
+def test_every_value_of_a_row_is_that_of_plain_logits(result, reference):
+    _, expected = reference
+    close = dict(rel=2e-4, abs=1e-9)
+    for config in CONFIGS:
+        assert len(result["items"][config]) == result["rows"][config] == ROWS
+        for item, kinds in zip(result["items"][config], expected[config], strict=True):
+            (answer,), (correct,), wrong = kinds["answer"], kinds["correct"], kinds["perturbed"]
+            assert item["log_prob"] == pytest.approx(answer.mean, **close)
+            assert item["probability"] == pytest.approx(math.exp(answer.mean), **close)
+            assert item["correct_log_prob"] == pytest.approx(correct.mean, **close)
+            assert item["perturbed_log_probs"] == pytest.approx([w.mean for w in wrong], **close)
+            wrong_mass = sum(math.exp(w.mean) for w in wrong)
+            share = math.exp(answer.mean) / (math.exp(answer.mean) + wrong_mass)
+            assert item["option_probability"] == pytest.approx(share, **close)
+            ratio = math.prod(math.exp(w.mean) for w in wrong) ** (1 / len(wrong)) / math.exp(correct.mean)
+            assert item["truth_ratio"] == pytest.approx(ratio, rel=1e-3)
+            assert {name: item[name] for name in answer.attacks()} == pytest.approx(answer.attacks(), **close)
+            for found, text in zip(item["perturbed"], wrong, strict=True):
+                assert found == pytest.approx(text.attacks(), **close)
+
+
+def test_memorization_is_that_of_greedy_decoding(result, reference, bpe):
+    model, expected = reference
+    strengths = []
+    for item, kinds in zip(result["items"][CONFIGS[0]], expected[CONFIGS[0]], strict=True):
+        (answer,) = kinds["answer"]
+        text = answer.labels[:-1]
+        start = len(text) - 1
+        while (
+            start and greedy(model, bpe, answer.prompt + text[: start - 1], len(text) - start + 1) == text[start - 1 :]
+        ):
+            start -= 1
+        strengths.append(1 - start / len(text))
+        assert item["extraction_strength"] == pytest.approx(strengths[-1])
+        assert item["exact_memorization"] == pytest.approx(sum(answer.matches) / len(text))
+    assert len(set(strengths)) > 1, "the model must know some of it, else this shows nothing"
+    assert result["summary"]["forget_extraction_strength"] == pytest.approx(np.mean(strengths))
+
+
+def test_generation_is_greedy_and_rouge_that_of_the_library(result, reference, bpe):
+    model, expected = reference
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    for config in CONFIGS:
+        for item, kinds in zip(result["items"][config], expected[config], strict=True):
+            (answer,) = kinds["answer"]
+            tokens = greedy(model, bpe, answer.prompt, NEW_TOKENS)
+            assert item["generation"] == bpe.decode(tokens, skip_special_tokens=True).strip()
+            recall = scorer.score(answer.answer, item["generation"])["rougeL"].recall
+            assert item["rouge_l_recall"] == pytest.approx(recall)
+    assert result["summary"]["forget_rouge_l_recall"] > 0.2
+
+
+def test_the_summary_is_made_of_the_rows(result):
+    forget, retain, authors, facts = (result["items"][config] for config in CONFIGS)
+    summary = result["summary"]
+
+    def mean(rows, name, apply=float):
+        return pytest.approx(sum(apply(row[name]) for row in rows) / len(rows))
+
+    assert summary["forget_probability"] == mean(forget, "probability")
+    assert summary["forget_truth_ratio"] == mean(forget, "truth_ratio", lambda r: min(r, 1 / r))
+    assert summary["retain_probability"] == mean(retain, "probability")
+    nine = []
+    for name, rows in {"retain": retain, "real_authors": authors, "world_facts": facts}.items():
+        if name != "retain":
+            assert summary[f"{name}_probability"] == mean(rows, "option_probability")
+        assert summary[f"{name}_rouge_l_recall"] == mean(rows, "rouge_l_recall")
+        assert summary[f"{name}_truth_ratio"] == mean(rows, "truth_ratio", lambda r: max(0, 1 - r))
+        nine += [summary[f"{name}_{part}"] for part in ("probability", "rouge_l_recall", "truth_ratio")]
+    assert summary["model_utility"] == pytest.approx(stats.hmean(nine))
+    for attack in ("loss", "zlib", "min_k", "min_k_plus_plus"):
+        members = [row[attack] for row in forget]
+        others = [wrong[attack] for row in forget for wrong in row["perturbed"]]
+        won = np.mean([(m < o) + (m == o) / 2 for m in members for o in others])
+        assert summary[f"membership_auc_{attack}"] == pytest.approx(won)
+        assert won > 0.6, "the model has learned the members"
+    assert result["non_members"] == "perturbed answers of forget01_perturbed"
+    assert "forget_quality" not in summary
+
+
+def test_question_answer_template(learned, bpe, folder):
+    found = evaluate(learned, bpe, str(folder), "forget01", template="question_answer", max_new_tokens=1)
+    assert found["template"] == "question_answer"
+    model = build_model(bpe, **TINY)
+    model.load_state_dict(learned.state_dict())
+    for item, row in zip(found["items"][CONFIGS[0]], load_tofu(str(folder), CONFIGS[0]), strict=True):
+        plain = Reference(model, bpe, f"Question: {row['question']}\nAnswer:", f" {row['answer']}")
+        assert item["log_prob"] == pytest.approx(plain.mean, rel=2e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_batching_changes_nothing_and_leaves_no_trace(learned, bpe, folder, result, batch_size):
+    learned.train()
+    state = torch.get_rng_state()
+    again = evaluate(learned, bpe, str(folder), "forget01", batch_size=batch_size, max_new_tokens=NEW_TOKENS)
+    assert learned.training and torch.equal(torch.get_rng_state(), state)
+    learned.eval()
+    for config in CONFIGS:
+        for one, other in zip(result["items"][config], again["items"][config], strict=True):
+            assert one["generation"] == other["generation"]
+            assert one["log_prob"] == pytest.approx(other["log_prob"], rel=1e-4)
+            assert one["min_k_plus_plus"] == pytest.approx(other["min_k_plus_plus"], rel=1e-3)
+
+
+def test_one_pass_scores_every_answer_and_keeps_few_logits(learned, bpe, folder, monkeypatch):
+    shapes, forward = [], type(learned).forward
+
+    def count(self, *args, **kwargs):
+        outputs = forward(self, *args, **kwargs)
+        shapes.append((kwargs["input_ids"].shape, outputs.logits.shape))
+        return outputs
+
+    count.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(type(learned), "forward", count)
+    monkeypatch.setattr(learned, "generate", lambda input_ids, **_: input_ids)
+    evaluate(learned, bpe, str(folder), "forget01", batch_size=16)
+    answers = ROWS * (2 * (1 + 1 + 5) + 2 * (1 + 3))
+    assert [ids[0] for ids, _ in shapes] == [16] * (answers // 16) + [answers % 16]
+    assert sum(logits[1] for _, logits in shapes) < 0.8 * sum(ids[1] for ids, _ in shapes)
+
+
+def test_an_adapter_is_scored_as_its_model(learned, bpe, folder, result):
+    base = build_model(bpe, **TINY)
+    base.load_state_dict(learned.state_dict())
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    found = evaluate(adapted, bpe, str(folder), "forget01", max_new_tokens=NEW_TOKENS)
+    assert found["summary"] == pytest.approx(result["summary"], rel=1e-3)
+
+
+def test_a_token_that_the_model_rules_out_counts_for_nothing(learned, bpe, folder):
+    """A logit of -inf gives the values of one of -100 (exp of it is below any float32 next to the others)."""
+    unused = bpe.pad_token_id
+    found = []
+    for low in (-100.0, float("-inf")):
+
+        def rule_out(module, inputs, logits, low=low):
+            logits[..., unused] = low
+
+        hook = learned.lm_head.register_forward_hook(rule_out)
+        found.append(evaluate(learned, bpe, str(folder), "forget01", max_new_tokens=1)["items"][CONFIGS[0]][0])
+        hook.remove()
+    for name in ("log_prob", "min_k_plus_plus"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-6)
+
+
+# The command
+
+
+def test_the_builtin_authors_end_to_end(saved, tmp_path, capsys):
+    flags = ["--dataset", "builtin:authors", "--split", "forget01", "--max_new_tokens", "2", "--batch_size", "128"]
+    out = tmp_path / "out"
+    argv = ["tofu-eval", "--model", str(saved / "retain"), *flags, "--output_dir", str(out)]
+    assert main(argv) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "model_utility" in shown and "Non-members of the membership attacks: holdout10" in shown
+    result = json.loads((out / "tofu_eval.json").read_text())
+    assert result["rows"] == {**dict(zip(CONFIGS, (10, 100, 20, 20), strict=True)), "holdout10": 100}
+    assert (result["split"], result["template"], result["non_members"]) == ("forget01", "chat", "holdout10")
+    assert {"commit", "versions", "device", "date", "seed", "wall_time_s", "peak_memory_gib"} <= set(result)
+    assert result["command"] == "ceu-rl " + " ".join(argv)
+    assert all(math.isfinite(value) for value in result["summary"].values())
+    members, others = ([row["min_k"] for row in result["items"][name]] for name in (CONFIGS[0], "holdout10"))
+    won = np.mean([(m < o) + (m == o) / 2 for m in members for o in others])
+    assert result["summary"]["membership_auc_min_k"] == pytest.approx(won)
+
+
+def test_the_retain_result_can_come_later_or_at_once(command, tmp_path, capsys):
+    status, retain = command("retain")
+    assert status == 0 and "need --retain" in capsys.readouterr().out
+    status, path = command("model", "later")
+    assert status == 0
+    later = json.loads(path.read_text())
+    assert "forget_quality" not in later["summary"]
+    assert main(["tofu-eval", "--results", str(path), "--retain", str(retain)]) == 0
+    added = json.loads(path.read_text())
+    assert {key: value for key, value in added.items() if key not in ("summary", "retain")} == {
+        key: value for key, value in later.items() if key != "summary"
+    }
+    assert added["retain"] == str(retain)
+    other = json.loads(retain.read_text())
+    ratios = [[row["truth_ratio"] for row in each["items"][CONFIGS[0]]] for each in (added, other)]
+    assert added["summary"]["forget_quality"] == stats.ks_2samp(*ratios).pvalue < 1
+    auc, base = (1 - each["summary"]["membership_auc_min_k"] for each in (added, other))
+    assert added["summary"]["privacy_leakage"] == pytest.approx(100 * (auc - base) / base)
+    assert added["summary"].items() >= later["summary"].items()
+    status, at_once = command("model", "at_once", retain=retain)
+    assert status == 0
+    assert json.loads(at_once.read_text())["summary"] == added["summary"]
+
+
+def test_a_model_against_itself_is_indistinguishable(command):
+    _, path = command("retain")
+    status, again = command("retain", "again", retain=path)
+    summary = json.loads(again.read_text())["summary"]
+    assert (status, summary["forget_quality"], summary["privacy_leakage"]) == (0, 1.0, 0.0)
+
+
+# Bad input
+
+
+@pytest.fixture
+def refused(capsys):
+    """Check that the command ended in status 2 and one sentence that matches."""
+
+    def check(status, message):
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert status == 2 and error.startswith("ceu-rl tofu-eval: error: ")
+        assert re.search(message, error), error
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("split", "forget05"),
+        ("tokenizer", "0" * 16),
+        ("template", "question_answer"),
+        ("data", "x"),
+        ("non_members", "y"),
+    ],
+)
+def test_a_retain_result_of_something_else_is_refused(command, refused, tmp_path, field, value):
+    _, path = command()
+    before = path.read_text()
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**json.loads(before), field: value}))
+    status = main(["tofu-eval", "--results", str(path), "--retain", str(other)])
+    refused(status, f"result .*other.json has another {field} \\('{value}'\\) than this model's .*evaluate the retain")
+    assert path.read_text() == before
+
+
+def test_a_result_of_another_tokenizer_is_refused_before_the_model_is_scored(command, refused, saved, tmp_path):
+    """The tokenizer's own fingerprint, not one that was written into the file."""
+    _, retain = command("retain")
+    other = build_bpe_tokenizer(["another text"], 400)
+    build_model(other, **TINY).save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    status, path = command("model", "out", model=tmp_path / "other", retain=retain)
+    refused(status, "has another tokenizer")
+    assert not path.exists()
+
+
+def test_a_result_that_was_cut_short_is_refused(command, refused, tmp_path):
+    _, path = command()
+    text = path.read_text()
+    short = tmp_path / "short.json"
+    whole = json.loads(text)
+    for cut, message in (
+        (text[: len(text) // 2], "short.json is cut short or no JSON .*; run ceu-rl tofu-eval for it again"),
+        ("[]", "short.json has no 'split'"),
+        (
+            json.dumps({**whole, "items": {**whole["items"], CONFIGS[0]: whole["items"][CONFIGS[0]][:-1]}}),
+            f"is cut short: it has {ROWS - 1} of {ROWS} rows of {CONFIGS[0]}",
+        ),
+    ):
+        short.write_text(cut)
+        refused(main(["tofu-eval", "--results", str(path), "--retain", str(short)]), message)
+        refused(main(["tofu-eval", "--results", str(short), "--retain", str(path)]), message)
+    assert path.read_text() == text
+    refused(main(["tofu-eval", "--results", str(path)]), "--results needs --retain")
+    refused(main(["tofu-eval", "--results", str(path), "--retain", str(tmp_path / "no.json")]), "No such file.*no.json")
+
+
+def test_nothing_saved_is_overwritten(command, refused, saved, tmp_path):
+    _, path = command()
+    before = path.read_text()
+    refused(command()[0], "model/tofu_eval.json exists; choose another folder with --output_dir")
+    assert path.read_text() == before
+
+
+def test_logits_that_are_nan_name_the_row(bpe, folder, saved, command, refused, tmp_path):
+    broken = build_model(bpe, **TINY)
+    torch.nn.init.constant_(broken.lm_head.weight, math.nan)
+    broken.save_pretrained(tmp_path / "broken")
+    bpe.save_pretrained(tmp_path / "broken")
+    status, path = command("model", "out", model=tmp_path / "broken")
+    refused(status, r"logits are not finite in row \d of \w+_perturbed, .* log-probability of nan; take an earlier")
+    assert not path.exists()
+
+
+def test_nan_for_one_row_alone_names_that_row(bpe, folder, tmp_path):
+    rows = load_tofu(str(folder), CONFIGS[3]).to_list()
+    rows[3]["question"] += "<|system|>"  # a token that no other text has
+    bad = copy_folder(folder, tmp_path, CONFIGS[3], rows)
+    model = build_model(bpe, **TINY)
+    model.get_input_embeddings().weight.data[bpe.convert_tokens_to_ids("<|system|>")] = math.nan
+    with pytest.raises(ValueError, match="not finite in row 3 of world_facts_perturbed"):
+        evaluate(model, bpe, str(bad), "forget01", max_new_tokens=1)
+
+
+def copy_folder(folder, to, config, rows):
+    """The small folder with other rows in one config."""
+    for path in folder.glob("*.json"):
+        (to / path.name).write_text(path.read_text())
+    (to / f"{config}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return to
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": " "}, "The answer of row 2 of retain_perturbed is empty"),
+        ({"perturbed_answer": []}, "Row 2 of retain_perturbed has no perturbed_answer"),
+        ({"perturbed_answer": ["x", ""]}, "The answer of row 2 of retain_perturbed is empty"),
+        (
+            {"answer": "so " * 1100},
+            r"Row 2 of retain_perturbed has \d+ tokens and the model's context 1024, which would cut",
+        ),
+        (
+            {"question": "so " * 980},
+            r"question of row 2 .* has \d+ tokens, so that max_new_tokens 200 goes beyond .* 1024",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_scored_are_named(learned, bpe, folder, tmp_path, change, message):
+    rows = load_tofu(str(folder), "retain_perturbed").to_list()
+    rows[2].update(change)
+    with pytest.raises(ValueError, match=message):
+        evaluate(learned, bpe, str(copy_folder(folder, tmp_path, "retain_perturbed", rows)), "forget01")
+
+
+def test_a_template_that_swallows_the_answer_is_refused(learned, folder, bpe):
+    swallowing = copy.deepcopy(bpe)
+    swallowing.chat_template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    with pytest.raises(ValueError, match="template swallows the answer of row 0 of forget01_perturbed"):
+        evaluate(learned, swallowing, str(folder), "forget01")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"split": "forget02"}, "Unknown split 'forget02': choose one of forget01, forget05, forget10"),
+        ({"split": "forget05"}, "has no config 'forget05_perturbed': choose one of forget01_perturbed"),
+        ({"dataset": "builtin:poets"}, "use builtin:authors"),
+        ({"model": "no/such"}, "--model no/such holds no model with its tokenizer"),
+        ({"model": "no/such", "output_dir": None}, "--model no/such is no folder to write to"),
+        ({"batch_size": 0}, "batch_size is 0 and max_new_tokens 8; use at least 1 for both"),
+        ({"template": "qa"}, "template is 'qa'; use"),
+        ({"retain": "no.json"}, "No such file or directory: 'no.json'"),
+    ],
+)
+def test_a_command_that_cannot_work_is_refused(command, refused, fields, message):
+    status, path = command("model", "out", **fields)
+    refused(status, message)
+    assert not path.exists()
+
+
+def test_a_dataset_that_cannot_be_reached_is_named(command, refused):
+    refused(command("model", "out", dataset="nobody/nothing")[0], "nobody/nothing")
+
+
+def test_a_folder_without_a_model_is_refused(command, refused, saved, bpe, tmp_path):
+    bpe.save_pretrained(tmp_path / "tokenizer")
+    refused(command("model", "out", model=tmp_path / "tokenizer")[0], "tokenizer holds no model with its tokenizer")
+    refused(main(["tofu-eval"]), "--model is missing")
+
+
+def test_vllm_where_it_cannot_be_is_refused(learned, bpe, folder, tmp_path, monkeypatch):
+    def find_none(name, *rest):
+        return None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", find_none)
+        with pytest.raises(ImportError, match="use_vllm is True and vLLM is not installed"):
+            evaluate(learned, bpe, str(folder), "forget01", use_vllm=True, model_path=str(tmp_path))
+    monkeypatch.setattr("ceu_rl.rollouts.check_vllm", lambda: None)
+    with pytest.raises(ValueError, match="is no folder with a full model, which vLLM loads; merge an adapter"):
+        evaluate(learned, bpe, str(folder), "forget01", use_vllm=True, model_path=str(tmp_path))
+
+
+def test_an_engine_that_dies_is_named(learned, bpe, folder, saved, monkeypatch):
+    def die(**settings):
+        raise RuntimeError("no heads of 8")
+
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=die, SamplingParams=dict))
+    monkeypatch.setattr("ceu_rl.rollouts.check_vllm", lambda: None)
+    with pytest.raises(
+        ValueError, match=r"vLLM, while .* raised RuntimeError: no heads of 8; .* set use_vllm to false"
+    ):
+        evaluate(learned, bpe, str(folder), "forget01", use_vllm=True, model_path=str(saved / "model"))
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (make install)")
+def test_vllm_generates_the_same(bpe, folder, tmp_path):
+    """In a process of its own, which the engine does not outlive."""
+    # vLLM on CPU wants heads of at least 32
+    build_model(bpe, **{**TINY, "hidden_size": 64, "num_attention_heads": 2}).save_pretrained(tmp_path / "model")
+    bpe.save_pretrained(tmp_path / "model")
+    results = []
+    for use in ("true", "false"):
+        argv = ["--model", tmp_path / "model", "--dataset", folder, "--split", "forget01", "--use_vllm", use]
+        argv += ["--output_dir", tmp_path / use, "--max_new_tokens", 8]
+        run = subprocess.run(
+            [sys.executable, "-m", "ceu_rl.cli", "tofu-eval", *map(str, argv)],
+            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+        assert run.returncode == 0, run.stderr[-2000:]
+        results.append(json.loads((tmp_path / use / "tofu_eval.json").read_text()))
+    assert [each["generation"] for each in results] == ["vLLM", "transformers"]
+    same = [
+        one["generation"] == other["generation"]
+        for config in CONFIGS
+        for one, other in zip(*(each["items"][config] for each in results), strict=True)
+    ]
+    # Rounding may break a near tie
+    assert sum(same) >= 0.9 * len(same)
+
+
+@pytest.mark.skipif(not TOFU.is_dir(), reason=f"the TOFU dataset is not at {TOFU}; set CEU_RL_TOFU")
+def test_the_real_data_end_to_end(bpe, command):
+    status, path = command("retain", dataset=TOFU, batch_size=128, max_new_tokens=1)
+    result = json.loads(path.read_text())
+    assert status == 0 and result["rows"] == dict(zip(CONFIGS, (40, 400, 100, 117), strict=True))
+    assert {len(row["perturbed_log_probs"]) for row in result["items"][CONFIGS[0]]} == {5}
+    assert all(math.isfinite(value) for value in result["summary"].values())

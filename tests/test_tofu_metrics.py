@@ -1,0 +1,118 @@
+"""TOFU's metrics against their definitions, by hand, by brute force or by scipy."""
+
+import itertools
+import math
+import random
+import zlib
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from ceu_rl.tofu import metrics
+
+
+def test_probability_is_that_of_a_token_in_the_mean():
+    # p = 1/2 and 1/8 for its two tokens: (1/16)^(1/2) = 1/4
+    assert metrics.probability((math.log(1 / 2) + math.log(1 / 8)) / 2) == pytest.approx(0.25, rel=1e-15)
+
+
+def test_option_probability_by_hand():
+    options = [math.log(p) for p in (0.3, 0.1, 0.2)]
+    assert metrics.option_probability(math.log(0.4), options) == pytest.approx(0.4, rel=1e-14)
+    # Where exp underflows the share is still known: 1 / (1 + e^-1 + e^1)
+    share = 1 / (1 + math.exp(-1) + math.exp(1))
+    assert metrics.option_probability(-2000.0, [-2001.0, -1999.0]) == pytest.approx(share, rel=1e-14)
+
+
+def test_truth_ratio_by_hand():
+    # The geometric mean of 1/2 and 1/8 is 1/4, over 1/2 for the paraphrase; the arithmetic one would give 5/8
+    wrong = [math.log(1 / 2), math.log(1 / 8)]
+    assert metrics.truth_ratio(math.log(1 / 2), wrong) == pytest.approx(0.5, rel=1e-14)
+    assert metrics.forget_truth_ratio(0.5) == metrics.forget_truth_ratio(2.0) == 0.5
+    assert metrics.forget_truth_ratio(1.0) == 1.0 and metrics.forget_truth_ratio(0.0) == 0.0
+    assert metrics.utility_truth_ratio(0.25) == 0.75
+    assert metrics.utility_truth_ratio(3.0) == 0.0
+
+
+def test_a_truth_ratio_is_always_finite():
+    largest = metrics.truth_ratio(-5000.0, [-1.0])
+    assert largest == math.exp(700) and 0 < metrics.forget_truth_ratio(largest) < 1e-300
+    smallest = metrics.truth_ratio(-1.0, [-5000.0])
+    assert (smallest, metrics.utility_truth_ratio(smallest), metrics.forget_truth_ratio(smallest)) == (0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "generated", "recall"),
+    [
+        ("the cat sat on the mat", "a cat lay on a mat", 3 / 6),
+        ("He writes books", "book writing", 1 / 3),  # stemmed, in order: write or book
+        ("Paris", "The capital is Paris.", 1.0),  # recall, not precision
+        ("Paris", "", 0.0),
+    ],
+)
+def test_rouge_l_recall_by_hand(answer, generated, recall):
+    assert metrics.rouge_l_recall(answer, generated) == pytest.approx(recall)
+
+
+def test_memorization_over_every_pattern_of_matches():
+    for length in range(1, 9):
+        for matches in itertools.product([False, True], repeat=length):
+            start = min([k for k in range(length) if all(matches[k:])], default=length - 1)
+            assert metrics.extraction_strength(matches) == pytest.approx(1 - start / length)
+            assert metrics.exact_memorization(matches) == pytest.approx(sum(matches) / length)
+
+
+def test_loss_and_zlib_by_hand():
+    assert metrics.loss_score(-1.5) == 1.5
+    text = "Zoë lives in Oslo, in Oslo, in Oslo."
+    assert metrics.zlib_score(-1.5, text) == pytest.approx(1.5 / len(zlib.compress(text.encode("utf-8"))))
+
+
+def test_min_k_by_hand():
+    log_probs = [-1.0, -5.0, -2.0, -4.0, -3.0]
+    assert metrics.min_k_score(log_probs) == (5 + 4) / 2  # the two lowest of five
+    assert metrics.min_k_score(log_probs, 1.0) == 3
+    assert metrics.min_k_score([-7.0]) == 7  # at least one
+    means, variances = [-2.0] * 5, [4.0, 1.0, 1.0, 0.0, 1.0]
+    # z = 0.5, -3, 0, -2 / sqrt(1e-6), -1
+    expected = (3 + 2000) / 2
+    assert metrics.min_k_plus_plus_score(log_probs, means, variances) == pytest.approx(expected)
+
+
+def test_auc_over_all_pairs():
+    rng = random.Random(0)
+    for _ in range(20):
+        members, others = ([rng.randrange(6) for _ in range(rng.randint(1, 9))] for _ in range(2))
+        won = [(m < o) + (m == o) / 2 for m in members for o in others]
+        assert metrics.membership_auc(members, others) == pytest.approx(np.mean(won), abs=1e-12)
+    assert metrics.membership_auc([0.1, 0.2], [0.3, 0.4, 0.5]) == 1.0
+
+
+def test_privacy_leakage_by_hand():
+    # MUSE's AUC counts non-members as positive: 0.1 for the model and 0.5 for the retain model
+    assert metrics.privacy_leakage(0.9, 0.5) == pytest.approx(100 * (0.1 - 0.5) / 0.5, rel=1e-9)
+    assert metrics.privacy_leakage(0.3, 0.5) == pytest.approx(40, rel=1e-9)
+    assert metrics.privacy_leakage(0.7, 0.7) == 0
+    assert math.isfinite(metrics.privacy_leakage(0.5, 1.0))
+
+
+def test_forget_quality_is_the_p_value_of_scipy():
+    rng = np.random.default_rng(0)
+    ratios, others = rng.lognormal(size=40), rng.lognormal(0.8, size=40)
+    quality = metrics.forget_quality(ratios, others)
+    assert quality == stats.ks_2samp(ratios, others).pvalue and quality < 0.05
+    assert metrics.forget_quality(1 / ratios, 1 / others) == pytest.approx(quality)
+    assert metrics.forget_quality(ratios, ratios[::-1]) == 1.0
+    # Of the 6 orders of two and two values, 2 part them completely
+    assert metrics.forget_quality([1, 2], [3, 4]) == pytest.approx(1 / 3)
+
+
+def test_model_utility_is_the_harmonic_mean_of_nine():
+    names = [f"{part}_{metric}" for part in metrics.UTILITY_SETS for metric in metrics.UTILITY_METRICS]
+    assert len(set(names)) == 9
+    values = dict(zip(names, np.linspace(0.1, 0.9, 9), strict=True))
+    utility = metrics.model_utility({**values, "forget_probability": 1e-9})
+    assert utility == pytest.approx(9 / sum(1 / value for value in values.values()))
+    assert utility == pytest.approx(stats.hmean(list(values.values())))
+    assert metrics.model_utility({**values, names[4]: 0.0}) == 0.0
