@@ -109,7 +109,7 @@ def test_sft_and_dpo_on_the_builtin_task(tmp_path):
 
 def test_help_and_env(capsys):
     assert main([]) == main(["--help"]) == 0
-    assert "ceu-rl sft|dpo|grpo --config RECIPE.yaml" in capsys.readouterr().out
+    assert "ceu-rl sft|dpo|grpo|unlearn --config RECIPE.yaml" in capsys.readouterr().out
     assert main(["env"]) == 0
     out = capsys.readouterr().out
     assert torch.__version__ in out and "vLLM works" in out
