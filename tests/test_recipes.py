@@ -93,6 +93,8 @@ def stand_in(tmp_path_factory, tokenizer):
 IN_THE_PLACE_OF = {
     "dpo": {"eval_steps": 1},
     "grpo": {"use_vllm": "false", "num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 4},
+    "sft": {"dataset_name": "builtin:authors", "model_name_or_path": "builtin:llama"},
+    "unlearn": {"dataset_name": "builtin:authors"},
 }
 
 
@@ -101,9 +103,9 @@ def test_it_runs_on_a_stand_in(path, stand_in, tmp_path):
     """The recipe as it is, with a tiny model and data, for one step on the CPU."""
     method = method_of(path)
     overrides = {
-        **IN_THE_PLACE_OF[method],
         "model_name_or_path": stand_in / "model",
         "dataset_name": stand_in / ("data" if method == "dpo" else "maths"),
+        **IN_THE_PLACE_OF[method],
         "output_dir": tmp_path / "out",
         "max_steps": 1,
         "gradient_accumulation_steps": 1,
