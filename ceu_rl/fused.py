@@ -16,6 +16,9 @@ No difference of nearly equal numbers occurs, so nothing is lost as p_y -> 0 or 
 gradients are formed in the forward pass, chunk by chunk of tokens: three matrix products, nothing recomputed.
 """
 
+import functools
+import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from torch.nn import functional as F
 
 # Logits held at a time: large enough that reading the weight is hidden behind the product, and no larger
 _LOGITS_PER_CHUNK = {"cpu": 2**24, "cuda": 2**27}
+_LOGITS_IN_CACHE = 2**20
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -170,22 +174,51 @@ def _softmax_of_others(z: torch.Tensor, index: torch.Tensor, unlearned: int) -> 
     """
     label_logit = z.gather(1, index)
     z.scatter_(1, index, float("-inf"))
-    largest = z.amax(dim=1, keepdim=True)
-    z -= largest
-    # exp is 0 from here on, in float64 too, and 0 * -1e4 is 0 where 0 * -inf would be NaN
-    shifted = z[:unlearned].clamp_(min=-1e4)
-    expected_shift = torch.linalg.vecdot(shifted.exp(), shifted)
-    total = z.exp_().sum(dim=1, keepdim=True)
-    z /= total
+    softmax_, block = _softmax_for(z)
+    parts = [softmax_(part, n * block < unlearned) for n, part in enumerate(z.split(block))]
+    log_normalizer, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
     z.scatter_(1, index, -1.0)
-    log_odds = (label_logit - largest - total.log()).squeeze(1)
-    total = total.squeeze(1)
+    log_odds = label_logit.squeeze(1) - log_normalizer
     sign = torch.ones_like(log_odds)
     sign[:unlearned] = -1.0
     losses = -F.logsigmoid(sign * log_odds)
-    # H(q) with S = sum_i exp(z_i - max): log S - sum_i q_i (z_i - max), two terms that are never negative
-    losses[:unlearned] += total[:unlearned].log() - expected_shift / total[:unlearned]
+    losses[:unlearned] += entropy[:unlearned]
     return losses, sign * torch.sigmoid(-sign * log_odds)
+
+
+def _softmax_(z: torch.Tensor, with_entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Overwrite logits (n, V) by their softmax; return its log-normalizer (n,) and, if wanted, its entropy (n,)."""
+    largest = z.amax(dim=1, keepdim=True)
+    z -= largest
+    shift = torch.zeros_like(largest)
+    if with_entropy:
+        # exp is 0 from here on, in float64 too, and 0 * -1e4 is 0 where 0 * -inf would be NaN
+        z.clamp_(min=-1e4)
+        unnormalized = z.exp()
+        shift = (unnormalized * z).sum(dim=1, keepdim=True)
+        z.copy_(unnormalized)
+    else:
+        z.exp_()
+    total = z.sum(dim=1, keepdim=True)
+    z /= total
+    # H = log S - sum_i p_i (z_i - max) with S = sum_i exp(z_i - max): two terms that are never negative
+    return (largest + total.log()).squeeze(1), (total.log() - shift / total).squeeze(1)
+
+
+def _softmax_for(z: torch.Tensor) -> tuple[Callable[[torch.Tensor, bool], tuple[torch.Tensor, torch.Tensor]], int]:
+    """The softmax to use for these logits, and the rows to give it at a time.
+
+    Compiled on a GPU, where its passes become two. A CPU takes rows that fit its cache through the same passes, which
+    measures as fast as the compiled form without the seconds that compiling takes.
+    """
+    if z.is_cuda and importlib.util.find_spec("triton"):
+        return _compiled_softmax(), max(1, len(z))
+    return _softmax_, max(1, (len(z) if z.is_cuda else _LOGITS_IN_CACHE // z.shape[1]))
+
+
+@functools.cache
+def _compiled_softmax() -> Callable[[torch.Tensor, bool], tuple[torch.Tensor, torch.Tensor]]:
+    return torch.compile(_softmax_, dynamic=True)
 
 
 def _transform(z: torch.Tensor, logit_scale: float, softcap: float | None, keep_slope: bool) -> torch.Tensor | None:

@@ -1,103 +1,148 @@
-"""Memory and time of the fused CE-U loss, against the naive loss on logits and TRL's fused log-probabilities.
+"""Memory and time of the CE-U loss from hidden states: this package's, a loss on logits, and TRL's fused head.
 
-    OMP_NUM_THREADS=2 python docs/results/fused/benchmark.py OUTPUT.json
+    python docs/results/fused/benchmark.py                                 # CPU, 2 threads, float32: about 5 minutes
+    python docs/results/fused/benchmark.py --device cuda --dtype bfloat16 --hidden_size 4096
 
-Forward and backward of one loss, in float32, with gradients for hidden states and weight: 1024 tokens, hidden size 512,
-vocabulary 128,256. Each peak is that of a process of its own, above what it holds before the loss; times are medians
-of turns that the methods take in one process. `logits` is the expression that the peers compute: all logits, the label
-masked, a softmax without gradient, a cross entropy with soft targets. `trl` takes CE-U's gradient from TRL's fused
-log-probabilities, by weighting each with its odds.
+Hardware: 2 CPU cores and 8 GiB, or one GPU. It writes `memory-<device>-<dtype>.json` and `time-<device>-<dtype>.json`
+beside itself. Memory is the peak above the start, over forward and backward, each in a process of its own. Times are
+taken in turn, round after round in one process, so that whatever else the machine does meets every method alike.
 """
 
+import argparse
 import json
-import resource
-import shlex
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
 from torch.nn import functional as F
-from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
+from trl.kernels import ChunkedLogProbFunction
 
 from ceu_rl.fused import fused_linear_unlearning_loss
 from ceu_rl.losses import descent_weight
 from ceu_rl.provenance import environment
 
-HIDDEN, VOCABULARY, TOKENS, TURNS, SEED = 512, 128_256, 1024, 5, 0
+SEED = 0
 
 
-def ours(hidden, weight, labels):
+def fused(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return fused_linear_unlearning_loss(hidden, weight, labels)
 
 
-def logits(hidden, weight, labels):
+def logits(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """All logits, the label masked, and cross entropy with the detached softmax as its target."""
     z = hidden @ weight.T
-    q = z.detach().scatter(-1, labels[:, None], float("-inf")).softmax(-1)
-    return F.cross_entropy(z, q)
+    masked = z.scatter(-1, labels.unsqueeze(-1), float("-inf"))
+    return F.cross_entropy(z, masked.softmax(dim=-1).detach())
 
 
-def trl(hidden, weight, labels):
-    log_probs = _ChunkedLogProbFunction.apply(
-        hidden, weight, None, labels, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("log_probs",)
-    )[0]
+def trl(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """TRL 1.16's fused log-probabilities, as its head calls them, with the odds as the weight of the gradient."""
+    log_probs = ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 32768, None, 1.0, ("log_probs",))[0]
     return (descent_weight(log_probs, max_weight=float("inf")) * log_probs).mean()
 
 
-METHODS = {"ours": ours, "logits": logits, "trl": trl}
+METHODS: dict[str, Callable[..., torch.Tensor]] = {"fused": fused, "logits": logits, "trl": trl}
 
 
-def problem(tokens):
-    generator = torch.Generator().manual_seed(SEED)
-    hidden = torch.randn(tokens, HIDDEN, generator=generator).requires_grad_()
-    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator).mul_(0.02).requires_grad_()
-    return hidden, weight, torch.randint(0, VOCABULARY, (tokens,), generator=generator)
+def inputs(args: argparse.Namespace, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(SEED)
+    shape = {"device": args.device, "dtype": getattr(torch, args.dtype)}
+    hidden = torch.randn(tokens, args.hidden_size, **shape).requires_grad_()
+    weight = torch.randn(args.vocabulary, args.hidden_size, **shape).mul_(args.hidden_size**-0.5).requires_grad_()
+    return hidden, weight, torch.randint(0, args.vocabulary, (tokens,), device=args.device)
 
 
-def peak_gib(method, tokens):
-    """Run in a process of its own: peak resident memory of one loss with its gradients, above the start, in GiB."""
-    inputs = problem(tokens)
-    start = psutil.Process().memory_info().rss
-    METHODS[method](*inputs).backward()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - start / 2**30
+def resident_gib(field: str) -> float:
+    """`VmRSS` (now) or `VmHWM` (peak) of this process, as Linux counts it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**20
 
 
-def main(output):
-    peaks = {}
-    for method, tokens in [("ours", 1024), ("logits", 1024), ("trl", 1024), ("ours", 4096), ("ours", 16384)]:
-        command = [sys.executable, __file__, "--peak", method, str(tokens)]
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
-        peaks.setdefault(method, {})[str(tokens)] = round(float(found), 3)
-        print(f"{method} at {tokens} tokens: {found} GiB", file=sys.stderr)
-    inputs, seconds = problem(TOKENS), {method: [] for method in METHODS}
-    for turn in range(TURNS + 1):
+def peak_above_start_gib(args: argparse.Namespace, method: str, tokens: int) -> float:
+    METHODS[method](*inputs(args, 2)).backward()  # what a library sets up on first use is no cost of the loss
+    hidden, weight, labels = inputs(args, tokens)
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        METHODS[method](hidden, weight, labels).backward()
+        return (torch.cuda.max_memory_allocated() - start) / 2**30
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    start_gib = resident_gib("VmRSS")
+    METHODS[method](hidden, weight, labels).backward()
+    return resident_gib("VmHWM") - start_gib
+
+
+def measure_memory(args: argparse.Namespace) -> list[dict]:
+    runs = [(method, args.tokens) for method in METHODS] + [("fused", args.tokens * factor) for factor in (4, 16)]
+    rows = []
+    for method, tokens in runs:
+        command = [sys.executable, __file__, *sys.argv[1:], "--worker", method, str(tokens)]
+        result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        rows.append({"method": method, "tokens": tokens, "peak_above_start_gib": round(float(result.stdout), 3)})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def measure_time(args: argparse.Namespace) -> list[dict]:
+    hidden, weight, labels = inputs(args, args.tokens)
+    synchronize = torch.cuda.synchronize if args.device == "cuda" else lambda: None
+    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
+    for turn in range(args.rounds + 1):
         for method, loss in METHODS.items():
+            hidden.grad = weight.grad = None
+            synchronize()
             start = time.perf_counter()
-            torch.autograd.grad(loss(*inputs), inputs[:2])
-            if turn:  # the first turn warms up
+            loss(hidden, weight, labels).backward()
+            synchronize()
+            if turn > 0:  # the first round warms up
                 seconds[method].append(time.perf_counter() - start)
-        print(f"turn {turn} of {TURNS}", file=sys.stderr)
-    median = {method: statistics.median(times) for method, times in seconds.items()}
-    result = {
-        "command": shlex.join(["python", "docs/results/fused/benchmark.py", *sys.argv[1:]]),
-        "hidden": HIDDEN,
-        "vocabulary": VOCABULARY,
-        "tokens": TOKENS,
-        "seed": SEED,
-        "peak_gib_above_start": peaks,
-        "gradient_of_weight_gib": round(HIDDEN * VOCABULARY * 4 / 2**30, 3),
-        "median_s": {method: round(value, 3) for method, value in median.items()},
-        "time_over_ours": {method: round(value / median["ours"], 2) for method, value in median.items()},
-        **environment(),
-    }
-    Path(output).write_text(json.dumps(result, indent=2) + "\n")
+        print({method: round(values[-1], 3) for method, values in seconds.items() if values}, flush=True)
+    return [
+        {
+            "method": method,
+            "tokens": args.tokens,
+            "seconds": [round(value, 4) for value in values],
+            "median_s": round(statistics.median(values), 4),
+            "times_fused": round(statistics.median(a / b for a, b in zip(values, seconds["fused"], strict=True)), 2),
+        }
+        for method, values in seconds.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--hidden_size", type=int, default=512)
+    parser.add_argument("--vocabulary", type=int, default=128_256)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=["memory", "time"])
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--worker", nargs=2, metavar=("METHOD", "TOKENS"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.worker:
+        print(peak_above_start_gib(args, args.worker[0], int(args.worker[1])))
+        return
+    settings = {name: getattr(args, name) for name in ("device", "dtype", "hidden_size", "vocabulary", "threads")}
+    for name, measure in {"memory": measure_memory, "time": measure_time}.items():
+        if args.only in (None, name):
+            report = {
+                "command": " ".join(["python", "docs/results/fused/benchmark.py", *sys.argv[1:]]),
+                "seed": SEED,
+                **settings,
+                **environment(),
+                "rows": measure(args),
+            }
+            path = args.output / f"{name}-{args.device}-{args.dtype}.json"
+            path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--peak":
-        print(peak_gib(sys.argv[2], int(sys.argv[3])))
-    else:
-        main(*sys.argv[1:])
+    main()
