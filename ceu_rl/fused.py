@@ -186,7 +186,9 @@ def _softmax_of_others(z: torch.Tensor, index: torch.Tensor, unlearned: int) -> 
     return losses, sign * torch.sigmoid(-sign * log_odds)
 
 
-def _softmax_(z: torch.Tensor, with_entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _softmax_(
+    z: torch.Tensor, with_entropy: bool, scratch: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Overwrite logits (n, V) by their softmax; return its log-normalizer (n,) and, if wanted, its entropy (n,)."""
     largest = z.amax(dim=1, keepdim=True)
     z -= largest
@@ -194,8 +196,8 @@ def _softmax_(z: torch.Tensor, with_entropy: bool) -> tuple[torch.Tensor, torch.
     if with_entropy:
         # exp is 0 from here on, in float64 too, and 0 * -1e4 is 0 where 0 * -inf would be NaN
         z.clamp_(min=-1e4)
-        unnormalized = z.exp()
-        shift = (unnormalized * z).sum(dim=1, keepdim=True)
+        unnormalized = torch.exp(z, out=None if scratch is None else scratch[: len(z)])
+        shift = z.mul_(unnormalized).sum(dim=1, keepdim=True)
         z.copy_(unnormalized)
     else:
         z.exp_()
@@ -205,20 +207,25 @@ def _softmax_(z: torch.Tensor, with_entropy: bool) -> tuple[torch.Tensor, torch.
     return (largest + total.log()).squeeze(1), (total.log() - shift / total).squeeze(1)
 
 
-def _softmax_for(z: torch.Tensor) -> tuple[Callable[[torch.Tensor, bool], tuple[torch.Tensor, torch.Tensor]], int]:
+_Softmax = Callable[[torch.Tensor, bool], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _softmax_for(z: torch.Tensor) -> tuple[_Softmax, int]:
     """The softmax to use for these logits, and the rows to give it at a time.
 
     Compiled on a GPU, where its passes become two. A CPU takes rows that fit its cache through the same passes, which
     measures as fast as the compiled form without the seconds that compiling takes.
     """
-    if z.is_cuda and importlib.util.find_spec("triton"):
-        return _compiled_softmax(), max(1, len(z))
-    return _softmax_, max(1, (len(z) if z.is_cuda else _LOGITS_IN_CACHE // z.shape[1]))
+    if z.is_cuda:
+        return _compiled_softmax() if importlib.util.find_spec("triton") else _softmax_, max(1, len(z))
+    block = max(1, _LOGITS_IN_CACHE // z.shape[1])
+    # One scratch for all blocks: one for each would leave holes in the heap, which grows by the size of the chunk
+    return functools.partial(_softmax_, scratch=torch.empty_like(z[:block])), block
 
 
 @functools.cache
-def _compiled_softmax() -> Callable[[torch.Tensor, bool], tuple[torch.Tensor, torch.Tensor]]:
-    return torch.compile(_softmax_, dynamic=True)
+def _compiled_softmax() -> _Softmax:
+    return torch.compile(_softmax_, dynamic=True, fullgraph=True)
 
 
 def _transform(z: torch.Tensor, logit_scale: float, softcap: float | None, keep_slope: bool) -> torch.Tensor | None:
