@@ -145,7 +145,7 @@ class _FusedLoss(torch.autograd.Function):
             if grad_weight is not None:
                 _add_product(grad_weight, z.t(), h * coefficient.unsqueeze(-1), dtype)
             if grad_hidden is not None:
-                _product(z.to(dtype), weight, grad_hidden[chunk])
+                _add_product(grad_hidden[chunk], z, weight, dtype)
                 grad_hidden[chunk] *= coefficient.unsqueeze(-1)
         ctx.gradients = gradients
         return losses.sum()
@@ -251,11 +251,17 @@ def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> None:
-    """`total += a @ b` for a float32 `total`, with factors in `dtype` on a GPU, whose sum is not rounded to it."""
+    """`total += a @ b` for a float32 `total`, which is not rounded to half precision on the way.
+
+    A GPU takes factors in `dtype`. A CPU takes them in float32, so it casts a `b` of half precision block by block.
+    """
     if dtype in _HALF and total.is_cuda:
         torch.addmm(total, a.to(dtype), b.to(dtype), out_dtype=total.dtype, out=total)
-    else:
+    elif b.dtype == total.dtype:
         total.addmm_(a, b)
+    else:
+        for left, right in zip(a.split(4096, dim=1), b.split(4096), strict=True):
+            total.addmm_(left, right.to(total.dtype))
 
 
 def _gather(parameter: torch.Tensor) -> torch.Tensor:
