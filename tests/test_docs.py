@@ -133,3 +133,16 @@ def test_a_row_of_the_time_of_grpo_is_that_of_its_file(size):
     ratios = [found[f"step_time_{pair}"] for pair in ("ceu_over_stock_vllm", "ceu_over_stock_generate")]
     cells = [found["step_time_vllm_over_generate"], speed["vllm-ceu"], speed["generate-ceu"], *ratios]
     assert " | ".join(map(str, cells)) + " |" in (ROOT / "docs" / "results.md").read_text()
+
+
+def test_the_rows_of_the_fused_loss_are_those_of_its_files():
+    memory, seconds = (
+        json.loads((RESULTS / "fused" / f"{kind}-cpu-float32.json").read_text())["rows"] for kind in ("memory", "time")
+    )
+    text = (ROOT / "docs" / "results.md").read_text()
+    peaks = {row["method"]: row["peak_above_start_gib"] for row in memory if row["tokens"] == 1024}
+    for row in seconds:
+        peak, median = peaks[row["method"]], row["median_s"]
+        assert f"| {row['method']} | {peak} | {median:.3f} | {row['times_fused']} |" in text
+    larger = [str(row["peak_above_start_gib"]) for row in memory if row["tokens"] > 1024]
+    assert f"{' and '.join(larger)} GiB" in text
