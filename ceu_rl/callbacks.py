@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import ProgressCallback, TrainerCallback
+from transformers import AutoModelForCausalLM, ProgressCallback, TrainerCallback
 
-from .builtin import Task, evaluate_accuracy
+from .builtin import Task, evaluate_accuracy, evaluate_samples
 
 
 class Progress(ProgressCallback):
@@ -36,18 +36,22 @@ class MetricsFile(TrainerCallback):
 
 
 class TaskScore(TrainerCallback):
-    """Logs greedy and sampled accuracy on a built-in task at every evaluation."""
+    """Logs greedy and sampled accuracy on a built-in task at every evaluation.
 
-    def __init__(self, trainer: Any, task: Task, prompts: Any) -> None:
+    With a `reference`, the folder of the model at the start, also divergence from it and entropy of the samples.
+    """
+
+    def __init__(self, trainer: Any, task: Task, prompts: Any, reference: str | None = None) -> None:
         self.trainer, self.task, self.prompts = trainer, task, list(prompts)
+        self.reference = reference and AutoModelForCausalLM.from_pretrained(reference).eval()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Every process generates the same answers: sharded models need all of them to take part
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        scores = {
-            f"eval_{name}_accuracy": evaluate_accuracy(
-                model, self.trainer.processing_class, self.task, self.prompts, sample=name == "sampled", seed=args.seed
-            )
-            for name in ("greedy", "sampled")
-        }
-        self.trainer.log(scores)
+        given = (self.trainer.processing_class, self.task, self.prompts)
+        scores = {"greedy_accuracy": evaluate_accuracy(model, *given)}
+        if self.reference:
+            scores |= evaluate_samples(model, self.reference.to(model.device), *given, seed=args.seed)
+        else:
+            scores["sampled_accuracy"] = evaluate_accuracy(model, *given, sample=True, seed=args.seed)
+        self.trainer.log({f"eval_{name}": value for name, value in scores.items()})

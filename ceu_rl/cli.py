@@ -82,6 +82,7 @@ def train(method: str, argv: list[str]) -> int:
             "steps": step,
             "processes": trainer.accelerator.num_processes,
             "metrics": {key: value for key, value in final.items() if key not in ("step", "epoch")},
+            **_response_lengths(trainer.eval_dataset),
             "wall_time_s": round(time.perf_counter() - start, 1),
             "peak_memory_gib": round(peak_memory_gib(), 3),
             **provenance,
@@ -93,6 +94,16 @@ def train(method: str, argv: list[str]) -> int:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0
+
+
+def _response_lengths(dataset: Any) -> dict[str, dict[str, float]]:
+    """Mean tokens of the held-out responses, which turn log-probabilities of responses into nats per token."""
+    from datasets import Dataset
+
+    columns = {"chosen": "chosen_ids", "rejected": "rejected_ids"}
+    if not isinstance(dataset, Dataset) or not set(columns.values()) <= set(dataset.column_names):
+        return {}
+    return {"eval_tokens": {name: sum(map(len, dataset[ids])) / len(dataset) for name, ids in columns.items()}}
 
 
 def parser_for(method: str) -> Any:
@@ -204,7 +215,8 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
         trainer.add_callback(Progress)
     trainer.add_callback(MetricsFile)
     if task is not None and "eval" in datasets:
-        trainer.add_callback(TaskScore(trainer, task, datasets["eval"]["prompt"]))
+        start = None if method == "sft" else model_config.model_name_or_path
+        trainer.add_callback(TaskScore(trainer, task, datasets["eval"]["prompt"], start))
     return trainer
 
 

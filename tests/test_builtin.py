@@ -1,5 +1,6 @@
 """The embedded default: tokenizer, tiny model, the tasks, and their scoring."""
 
+import dataclasses
 import random
 
 import pytest
@@ -14,12 +15,14 @@ from ceu_rl.builtin import (
     build_model,
     build_tokenizer,
     evaluate_accuracy,
+    evaluate_samples,
     generate_answers,
     get_task,
     load_builtin_dataset,
     maze,
 )
 from ceu_rl.builtin.addition import TASK, addition_trace, computed_places, corrupt, is_correct
+from ceu_rl.builtin.score import generate_tokens
 
 COLUMNS = {
     "sft": {"prompt", "completion"},
@@ -425,6 +428,39 @@ def test_a_model_that_knows_the_answer_scores_and_loses_by_its_share_of_errors(t
     assert evaluate_accuracy(model, tokenizer, get_task("builtin:addition"), prompts) == 0.5
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     assert evaluate_accuracy(adapted, tokenizer, get_task("builtin:addition"), prompts) == 0.5
+
+
+def test_divergence_from_the_start_is_that_of_each_sample_alone(tokenizer):
+    """Against one row at a time, without padding, in float64; samples of several lengths."""
+    model, reference = build_model(tokenizer), build_model(tokenizer, seed=1)
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] *= 20  # likely after some prefixes
+    prompts = [user("1+2="), user("123+567="), user("99+1="), user("5+5=")]
+    task = get_task("builtin:maze")
+    found = evaluate_samples(model, reference, tokenizer, maze_like(task), prompts, seed=3)
+    total, entropy, count, lengths = 0.0, 0.0, 0, set()
+    for questions, answers in generate_tokens(model, tokenizer, prompts, task.max_new_tokens, sample=True, seed=3):
+        for question, answer in zip(questions.tolist(), answers.tolist(), strict=True):
+            question = [token for token in question if token != tokenizer.pad_token_id]
+            if tokenizer.eos_token_id in answer:
+                answer = answer[: answer.index(tokenizer.eos_token_id) + 1]
+            lengths.add(len(answer))
+            ids = torch.tensor([question + answer])
+            with torch.no_grad():
+                p, q = (m(ids).logits[0, len(question) - 1 : -1].double().softmax(-1) for m in (model, reference))
+            total += (p * (p / q).log()).sum().item()
+            entropy -= (p * p.log()).sum().item()
+            count += len(answer)
+    assert len(lengths) > 1
+    assert found["kl"] == pytest.approx(total / count, rel=1e-4) and found["kl"] > 0.01
+    assert found["sampled_entropy"] == pytest.approx(entropy / count, rel=1e-4)
+    same = evaluate_samples(model, model, tokenizer, maze_like(task), prompts, seed=3)
+    assert same == {**found, "kl": 0.0}
+
+
+def maze_like(task):
+    """The task with a verifier that takes any question."""
+    return dataclasses.replace(task, is_correct=lambda prompt, answer: False)
 
 
 def test_scoring_no_prompts_is_refused(tokenizer, model):

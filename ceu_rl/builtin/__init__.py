@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 
 from ceu_rl.builtin import addition, maze
 from ceu_rl.builtin.model import build_model
-from ceu_rl.builtin.score import evaluate_accuracy, generate_answers
+from ceu_rl.builtin.score import evaluate_accuracy, evaluate_samples, generate_answers
 from ceu_rl.builtin.task import Example, Task
 from ceu_rl.builtin.tokenizer import build_bpe_tokenizer, build_tokenizer
 
@@ -22,6 +22,7 @@ __all__ = [
     "build_model",
     "build_tokenizer",
     "evaluate_accuracy",
+    "evaluate_samples",
     "generate_answers",
     "get_task",
     "load_builtin_dataset",

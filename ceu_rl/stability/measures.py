@@ -41,7 +41,8 @@ def loss_spikes(values: Sequence[float], factor: float = 10.0, window: int = WIN
 
 
 def _outliers(values: Sequence[float], window: int, limit: Callable[[np.ndarray], float]) -> list[int]:
-    found, before = [], []
+    found: list[int] = []
+    before: list[float] = []
     for place, value in enumerate(values):
         if not math.isfinite(value):
             continue
@@ -122,8 +123,8 @@ def range_ratio(
 ) -> float:
     """How many times as large our [`stable_range`] is as stock's.
 
-    An arm that is stable at no rate counts as if it were at its lowest. The ratio is then a bound, as it is where an arm
-    is stable at the highest rate that was tried.
+    An arm that is stable at no rate counts as if it were at its lowest. The ratio is then a bound, as it is where an
+    arm is stable at the highest rate that was tried.
     """
     ranges = [stable_range(scores, base, keep) or min(scores) for scores in (ours, stock)]
     return ranges[0] / ranges[1]
