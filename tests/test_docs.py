@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ceu_rl.stability.report import table_rows
+from ceu_rl.stability.report import Run, table_rows
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -68,7 +68,7 @@ def test_the_code_of_the_readme_runs(tiny_model, tokenizer, preferences, tmp_pat
 
 def test_the_demo_in_the_results_is_that_of_its_files():
     results = (ROOT / "docs" / "results.md").read_text()
-    for row in table_rows(STUDY / "demo", ["stock", "ceu", "paper"], {}):
+    for row in table_rows([Run(arm, {}, 0, STUDY / "demo" / arm) for arm in ("stock", "ceu", "paper")]):
         assert "| " + " | ".join(row) + " |" in results
     readme = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
     assert len(readme) >= 5 and all(line in results for line in readme)

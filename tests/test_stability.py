@@ -4,13 +4,10 @@ import json
 import os
 import shutil
 
-import matplotlib.image
 import pytest
 import yaml
-from rich.console import Console
 
 from ceu_rl.cli import main
-from ceu_rl.stability.report import write_report
 
 
 @pytest.fixture
@@ -88,26 +85,3 @@ def test_a_recipe_in_no_methods_folder_is_refused(tmp_path, capsys):
     (tmp_path / "a.yaml").write_text("{}")
     assert main(["compare", str(tmp_path / "a.yaml"), "--output_dir", str(tmp_path / "out")]) == 2
     assert "is in no folder named dpo or grpo" in capsys.readouterr().err
-
-
-def test_report_of_hand_made_runs(tmp_path):
-    norms = {"calm": [0.5, 0.7, 0.6], "wild": [0.5, 40.0, 3.0]}
-    for arm, values in norms.items():
-        (tmp_path / arm).mkdir()
-        entries = [
-            *({"step": i, "grad_norm": value, "loss": 0.7} for i, value in enumerate(values, 1)),
-            {"step": 0, "eval_greedy_accuracy": 1.0, "eval_logps/chosen": -0.35},
-            {"step": 3, "eval_greedy_accuracy": 0.25, "eval_logps/chosen": -9.5},
-        ]
-        (tmp_path / arm / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    console = Console(record=True, width=200)
-    write_report(tmp_path, ["calm", "wild", "missing"], {"wild": "exit status 1", "missing": "killed"}, console)
-    rows = (tmp_path / "report.md").read_text().splitlines()
-    assert "|  | calm | wild | missing |" in rows
-    assert "| greedy accuracy | 1.000 → 0.250 | 1.000 → 0.250 | none |" in rows
-    assert "| chosen log-prob | -0.350 → -9.500 | -0.350 → -9.500 | none |" in rows
-    assert "| max gradient norm | 0.70 | 40.00 | none |" in rows
-    assert "| time (s) | not finished | exit status 1 | killed |" in rows
-    assert "killed" in console.export_text()
-    picture = matplotlib.image.imread(tmp_path / "report.png")
-    assert picture.shape[0] > 500 and picture.std() > 0.05  # something is drawn

@@ -1,26 +1,50 @@
-"""The report of a comparison: a table, curves, and the commands and provenance behind them."""
+"""The report of a comparison: `report.html` to read, `report.json` with every number, and a table in the terminal.
 
+[`write_report`] reads the folders of the runs and nothing else, so that calling it again rebuilds the report.
+"""
+
+import inspect
 import json
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import jinja2
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-# Title, metric, logarithmic: the curves of the plot
-PANELS = (
-    ("chosen log-probability (nats, held out)", "eval_logps/chosen", False),
-    ("rejected log-probability (nats, held out)", "eval_logps/rejected", False),
-    ("gradient norm before clipping", "grad_norm", True),
-    ("greedy accuracy", "eval_greedy_accuracy", False),
-    ("sampled accuracy", "eval_sampled_accuracy", False),
-    ("loss", "loss", False),
+from . import figures, measures
+from .runs import STATUSES, Run
+from .summary import arms, condition, conditions, find_scores, grouped, is_reference, summarize
+from .verdict import number, rate, setting_name, verdict
+
+__all__ = ["Run", "table_rows", "write_report"]
+
+# Heading, key of a group, definition
+COLUMNS: tuple[tuple[str, str, Callable[..., Any] | str], ...] = (
+    ("gradient norm, median", "grad_norm_median", "Median over the steps of the norm before clipping."),
+    ("gradient norm, largest", "grad_norm_largest", "The largest of all steps and seeds."),
+    ("gradient spikes", "grad_norm_spikes", measures.spikes),
+    ("loss spikes", "loss_spikes", measures.loss_spikes),
+    ("displacement of chosen", "displacement", measures.displacement),
+    ("depth of rejected", "depth", measures.depth),
+    ("KL", "kl", "Divergence from the model before training on sampled answers at the end, in nats per token."),
+    ("entropy change", "entropy_change", measures.change),
+    ("drawdown", "drawdown", measures.drawdown),
+    ("collapse", "collapse_step", measures.collapse_step),
+    ("steps not finite", "non_finite_steps", "Steps whose loss or gradient norm is not finite."),
+    (
+        "time",
+        "seconds_per_step_ratio",
+        "Seconds per step with the evaluations, over the baseline's at the same setting.",
+    ),
+    ("memory", "peak_memory_gib_ratio", "Peak memory over the baseline's at the same setting."),
 )
-# Row, metric: shown as first -> last
+COUNTS = ("grad_norm_spikes", "loss_spikes", "non_finite_steps")
+
+# Row, key: shown as first -> last
 ROWS = (
     ("greedy accuracy", "eval_greedy_accuracy"),
     ("sampled accuracy", "eval_sampled_accuracy"),
@@ -29,95 +53,214 @@ ROWS = (
 )
 
 
-def write_report(folder: Path, arms: list[str], failed: dict[str, str], console: Console) -> None:
-    """Print the table and write `report.md` and `report.png` into the folder of the comparison.
+def write_report(folder: Path, runs: Sequence[Run], console: Console, command: str) -> dict[str, Any]:
+    """Write `report.html` and `report.json` into a folder, and print the verdict and a table.
 
     Args:
-        folder: The comparison; each arm has a folder in it with `metrics.jsonl` and, if it finished, `result.json`.
-        arms: Their names, in the order to show.
-        failed: The reason for each arm that did not finish; it is shown in the place of its time.
-        console: Where the table is printed.
+        folder: Where to write; it is made if it is not there.
+        runs: The runs of the comparison, the baseline's arm first. They may have failed or be missing.
+        console: Where to print.
+        command: The command that made the comparison, for the report.
+
+    Returns:
+        What `report.json` holds: `command`, `verdict`, `base`, `tokens`, `ranges`, `differences`, `best`, `tofu`,
+        `groups` (each arm at each setting), `runs`, `provenance`. Numbers that are not finite are None.
     """
-    header, *rows = table_rows(folder, arms, failed)
-    table = Table(*header, title=f"{folder}: first evaluation → last")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-
-    _plot({arm: _read_curves(folder / arm) for arm in arms}, folder / "report.png")
-    lines = [
-        f"# {folder.name}",
-        "",
-        "First evaluation → last, on held-out rows. Log-probabilities are sums over a response, in nats. One learning",
-        "rate and one seed show what can happen, not which method is better: compare each at its own best rate.",
-        "",
-        *("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)),
-        "",
-        "![curves of every arm](report.png)",
-        "",
-        "## How it was made",
-        "",
-    ]
-    for arm in arms:
-        if result := _read_result(folder / arm):
-            versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-            lines.append(
-                f"- {arm}: `{result['command']}`, seed {result['seed']}, {result['date']}, commit {result['commit']}, "
-                f"{result['device']}, {result['peak_memory_gib']} GiB at the peak; {versions}."
-            )
-    (folder / "report.md").write_text("\n".join(lines) + "\n")
-    console.print(f"Report: {folder / 'report.md'}, curves: {folder / 'report.png'}")
+    summary = summarize(runs, command)
+    report = _clean({"command": command, "verdict": verdict(summary), **summary})
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(_json(report))
+    (folder / "report.html").write_text(_html(folder.resolve().name, runs, report))
+    _print(folder, runs, report, console)
+    return report
 
 
-def table_rows(folder: Path, arms: list[str], failed: dict[str, str]) -> list[list[str]]:
-    """The cells of the table, a column for each arm, the header first; see `write_report`."""
-    columns = [_column(arm, _read_curves(folder / arm), _read_result(folder / arm), failed.get(arm)) for arm in arms]
+def table_rows(runs: Sequence[Run]) -> list[list[str]]:
+    """The cells of a table with a column for each run, the header first; metrics are shown as first → last."""
     labels = ["", "learning rate", *(label for label, _ in ROWS), "max gradient norm", "time (s)"]
-    return [list(row) for row in zip(labels, *columns, strict=True)]
+    return [list(row) for row in zip(labels, *map(_column, runs), strict=True)]
 
 
-def _read_result(run: Path) -> dict[str, Any] | None:
-    path = run / "result.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def _read_curves(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every metric as (step, value) pairs."""
-    path = run / "metrics.jsonl"
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        entry = json.loads(line)
-        for key, value in entry.items():
-            if isinstance(value, int | float):
-                curves.setdefault(key, []).append((entry["step"], value))
-    return curves
-
-
-def _column(arm: str, curves: dict[str, Any], result: dict[str, Any] | None, failure: str | None) -> list[str]:
-    rates = [value for _, value in curves.get("learning_rate", [])]
-    cells = [arm, f"{max(rates):.3g}" if rates else "none"]
-    for _, metric in ROWS:
-        values = [value for _, value in curves.get(metric, [])]
+def _column(run: Run) -> list[str]:
+    cells = [run.arm, "none" if run.learning_rate is None else f"{run.learning_rate:.3g}"]
+    for _, key in ROWS:
+        values = run.values(key)
         cells.append(f"{values[0]:.3f} → {values[-1]:.3f}" if values else "none")
-    norms = [value for _, value in curves.get("grad_norm", [])]
+    norms = run.values("grad_norm")
     cells.append(f"{max(norms):.2f}" if norms else "none")
-    cells.append(f"{result['wall_time_s']:.0f}" if result else failure or "not finished")
+    cells.append(f"{run.result['wall_time_s']:.0f}" if run.result else run.status)
     return cells
 
 
-def _plot(curves: dict[str, Any], path: Path) -> None:
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
-    for axis, (title, metric, logarithmic) in zip(axes.flat, PANELS, strict=True):
-        for number, (arm, values) in enumerate(curves.items()):
-            points = values.get(metric, [])
-            axis.plot(*zip(*points, strict=True) if points else ([], []), label=arm, color=f"C{number}")
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        if logarithmic:
-            axis.set_yscale("log")
-        if "accuracy" in metric:
-            axis.set_ylim(-0.02, 1.02)
-    axes.flat[0].legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def _clean(value: Any) -> Any:
+    """The same with None for numbers that are not finite, six significant digits for the others, and plain keys."""
+    if isinstance(value, Mapping):
+        return {str(key): _clean(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(each) for each in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def _json(report: Mapping[str, Any]) -> str:
+    """JSON with a line for each item of a list at the top, such as a run."""
+
+    def dump(value: Any) -> str:
+        if isinstance(value, list) and value:
+            return "[\n  " + ",\n  ".join(json.dumps(item, allow_nan=False) for item in value) + "\n ]"
+        return json.dumps(value, allow_nan=False)
+
+    return "{\n " + ",\n ".join(f"{json.dumps(key)}: {dump(value)}" for key, value in report.items()) + "\n}\n"
+
+
+def _print(folder: Path, runs: Sequence[Run], report: Mapping[str, Any], console: Console) -> None:
+    first, *rest = report["verdict"]
+    console.print(first, style="bold", markup=False, highlight=False)
+    for sentence in rest:
+        console.print(f"- {sentence}", markup=False, highlight=False)
+    console.print(_first_to_last(runs) if len(runs) <= 4 and len(grouped(runs)) == len(runs) else _overview(report))
+    console.print(f"Report: {folder / 'report.html'}, numbers: {folder / 'report.json'}", markup=False, soft_wrap=True)
+
+
+def _first_to_last(runs: Sequence[Run]) -> Table:
+    header, *rows = table_rows(runs)
+    table = Table(*header, title="First evaluation → last")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _overview(report: Mapping[str, Any]) -> Table:
+    headings = [name if len(name) < 25 else name.split(" of ")[0] for name in report["base"]]
+    table = Table("arm", "setting", "seeds", *headings, "max grad norm", "displacement", "status", box=box.SIMPLE_HEAD)
+    for group in report["groups"]:
+        seeds = group["seeds"]
+        short = setting_name(group["setting"]).replace("learning rate", "lr")
+        table.add_row(
+            group["arm"],
+            short,
+            str(sum(seeds.values())),
+            *(number(score and score["mean"]) for score in group["final"].values()),
+            number(group["grad_norm_largest"]),
+            number(group["displacement"]),
+            ", ".join(f"{count} {status}" for status, count in seeds.items() if count),
+        )
+    return table
+
+
+def _html(title: str, runs: Sequence[Run], report: Mapping[str, Any]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    looks = figures.styles([arm for arm in arms(runs) if not is_reference(arm)])
+    looks.update({arm: figures.styles([arm])[arm] for arm in arms(runs) if arm not in looks})
+    columns = [column for column in COLUMNS if any(group[column[1]] is not None for group in report["groups"])]
+    return environment.get_template("report.html.jinja").render(
+        title=title,
+        report=report,
+        looks=looks,
+        baseline=next(iter(looks), None),
+        finals=_final_figures(runs, report, looks),
+        plane=figures.tofu_plane(report["tofu"], looks, "tofu")
+        if report["tofu"] and report["tofu"]["points"]
+        else None,
+        curves=_curve_figures(runs, looks),
+        columns=columns,
+        table=_table(report, columns),
+        absent=[heading for heading, key, _ in COLUMNS if key not in [column[1] for column in columns]],
+        definitions=[(heading, _definition(text)) for heading, _, text in columns],
+        broken=[run for run in runs if run.status != "finished"],
+        setting_name=setting_name,
+        number=number,
+    )
+
+
+def _final_figures(runs: Sequence[Run], report: Mapping[str, Any], looks: Mapping[str, Any]) -> list[dict[str, str]]:
+    """One figure for each score and setting beside the learning rate."""
+    found = []
+    for place, score in enumerate(find_scores(runs)):
+        for number_, rest in enumerate(conditions(runs)):
+            members = [run for run in runs if condition(run) == rest]
+            if not any(score.final(run) is not None for run in members):
+                continue
+            several = any(len({run.learning_rate for run in members if run.arm == arm}) > 1 for arm in arms(members))
+            draw = figures.range_plot if several else figures.final_plot
+            svg = draw(members, score, report["base"][score.name], looks, f"final{place}x{number_}")
+            found.append({"title": score.name + (f", {setting_name(rest)}" if rest else ""), "svg": svg})
+    return found
+
+
+def _curve_figures(runs: Sequence[Run], looks: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each metric with a panel for each setting, all on one scale; with one setting, all in one row."""
+    settings: list[Mapping[str, str]] = []
+    for members in grouped(runs):
+        if members[0].setting not in settings:
+            settings.append(members[0].setting)
+    rows = []
+    for place, panel in enumerate(figures.panels(runs)):
+        limits = figures.shared_limits(runs, panel)
+        row = []
+        for number_, setting in enumerate(settings):
+            members = [run for run in runs if run.setting == setting]
+            title = panel.title if len(settings) == 1 else setting_name(setting)
+            size = (4.2, 2.7) if len(settings) == 1 else (3.1, 2.4)
+            row.append(figures.curve(members, panel, looks, f"curve{place}x{number_}", title, limits, size))
+        rows.append({"title": panel.title, "panels": row})
+    if len(settings) == 1:
+        return [{"title": None, "panels": [row["panels"][0] for row in rows]}] if rows else []
+    return rows
+
+
+def _table(report: Mapping[str, Any], columns: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
+    rows = []
+    for group in report["groups"]:
+        seeds = group["seeds"]
+        cells = []
+        for name, score in group["final"].items():
+            base = report["base"][name]
+            lost = score and base and score["min"] < measures.KEEP * base and name != "held-out preference accuracy"
+            cells.append({"text": _spread(score), "lost": bool(lost)})
+        for _, key, _ in columns:
+            cells.append({"text": _cell(group, key), "lost": key in COUNTS and bool(group[key])})
+        rows.append(
+            {
+                "arm": group["arm"],
+                "setting": setting_name(group["setting"]) if group["setting"] else _own_rate(group),
+                "seeds": ", ".join(f"{seeds[status]} {status}" for status in STATUSES if seeds[status]),
+                "cells": cells,
+            }
+        )
+    return rows
+
+
+def _own_rate(group: Mapping[str, Any]) -> str:
+    return "as in the recipe" if group["learning_rate"] is None else f"learning rate {rate(group['learning_rate'])}"
+
+
+def _spread(score: Mapping[str, Any] | None) -> str:
+    if score is None:
+        return "none"
+    if score["seeds"] == 1:
+        return number(score["mean"])
+    return f"{number(score['mean'])} ({number(score['min'])} to {number(score['max'])})"
+
+
+def _cell(group: Mapping[str, Any], key: str) -> str:
+    value = group[key]
+    if key == "collapse_step":
+        return "no" if value is None else f"{group['collapsed']} from step {value}"
+    if key.endswith("_ratio") and value is not None:
+        return f"{value:.2f}"
+    return number(value)
+
+
+def _definition(text: Callable[..., Any] | str) -> str:
+    """A sentence, or the first paragraph of a function's docstring without its marks."""
+    if callable(text):
+        text = " ".join((inspect.getdoc(text) or "").split("\n\n")[0].split())
+    return text.replace("`", "")

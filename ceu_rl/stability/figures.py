@@ -1,0 +1,322 @@
+"""The figures of a report: each one panel, drawn by matplotlib, as SVG that stands inside an HTML page."""
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from .measures import KEEP
+from .runs import Run
+from .summary import ENTROPIES, FORGET_QUALITY, KEEP_UTILITY, Score, arms, finals, response_tokens
+from .verdict import number, rate
+
+BASELINE = "#404040"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: safe for colour blindness
+MARKERS = "osD^vPX"
+SYMBOLS = "●■◆▲▼✚✖"
+BINS = 60  # points of a curve that was logged at every step
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "ceu_rl",
+    "text.parse_math": False,  # a name may have a dollar sign
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#808080",
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True)
+class Style:
+    """How an arm is drawn, the same in every figure."""
+
+    colour: str
+    marker: str
+    symbol: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A curve over steps: what it shows, where it is logged, and its scale."""
+
+    title: str
+    key: str
+    logarithmic: bool = False
+    bounded: bool = False
+    divisor: float = 1.0
+
+
+def styles(names: Sequence[str]) -> dict[str, Style]:
+    """The first arm is the baseline, in grey."""
+    looks = {}
+    for place, name in enumerate(names):
+        colour = COLOURS[(place - 1) % len(COLOURS)] if place else BASELINE
+        looks[name] = Style(colour, MARKERS[place % len(MARKERS)], SYMBOLS[place % len(SYMBOLS)])
+    return looks
+
+
+def panels(runs: Sequence[Run]) -> list[Panel]:
+    """The panels for which at least one run has data."""
+    tokens = response_tokens(runs)
+    unit = "nats per token" if tokens else "nats per response"
+    entropy = next((key for key in ENTROPIES if any(run.values(key) for run in runs)), ENTROPIES[-1])
+    reward = "eval_reward" if any(run.values("eval_reward") for run in runs) else "reward"
+    found = (
+        Panel("greedy accuracy", "eval_greedy_accuracy", bounded=True),
+        Panel("sampled accuracy", "eval_sampled_accuracy", bounded=True),
+        Panel("reward, held out" if reward == "eval_reward" else "reward, training", reward),
+        Panel("preference accuracy, held out", "eval_rewards/accuracies", bounded=True),
+        Panel(f"chosen log-probability, {unit}", "eval_logps/chosen", divisor=tokens.get("chosen", 1.0)),
+        Panel(f"rejected log-probability, {unit}", "eval_logps/rejected", divisor=tokens.get("rejected", 1.0)),
+        Panel("gradient norm before clipping", "grad_norm", logarithmic=True),
+        Panel("loss", "loss"),
+        Panel("loss on the forget set", "forget_loss"),
+        Panel("loss on the retain set", "retain_loss"),
+        Panel("KL from the start, nats per token", "eval_kl"),
+        Panel("entropy, nats per token", entropy),
+    )
+    return [panel for panel in found if any(math.isfinite(value) for run in runs for value in run.values(panel.key))]
+
+
+def range_plot(runs: Sequence[Run], score: Score, base: float | None, looks: Mapping[str, Style], name: str) -> str:
+    """Final score against learning rate: mean over seeds, whiskers from the least to the largest.
+
+    A marker is filled where every seed keeps 95 % of the base's score, and a cross at the bottom is a diverged run.
+    """
+    spoken = []
+
+    def draw(axes: Axes) -> None:
+        limit = KEEP * base if base is not None and base > 0 and score.kept else -math.inf
+        drawn = [arm for arm in arms(runs) if finals([r for r in runs if r.arm == arm], score)]
+        for place, arm in enumerate(drawn):
+            grid, look = finals([run for run in runs if run.arm == arm], score), looks[arm]
+            shift = 1.045 ** (place - (len(drawn) - 1) / 2)
+            points = [(x, [v for v in ys.values() if math.isfinite(v)], len(ys)) for x, ys in sorted(grid.items())]
+            known = [(x, ys, count) for x, ys, count in points if ys]
+            means = [float(np.mean(ys)) for _, ys, _ in known]
+            xs = [x * shift for x, _, _ in known]
+            axes.plot(xs, means, color=look.colour, zorder=3)
+            for x, mean, (_, ys, count) in zip(xs, means, known, strict=True):
+                keeps = min(ys) >= limit and len(ys) == count
+                axes.errorbar(x, mean, [[mean - min(ys)], [max(ys) - mean]], color=look.colour, capsize=2.5, lw=1)
+                axes.plot(
+                    x, mean, look.marker, color=look.colour, mfc=look.colour if keeps else "white", ms=6, zorder=4
+                )
+            lost = [x * shift for x, ys, count in points if len(ys) < count]
+            axes.plot(lost, [0.03] * len(lost), "x", color=look.colour, transform=axes.get_xaxis_transform(), ms=7)
+            spoken.append(
+                f"{arm}: " + ", ".join(f"{number(m)} at {rate(x)}" for m, (x, *_) in zip(means, known, strict=True))
+            )
+        _reference_lines(axes.axhline, base, limit)
+        _rate_axis(axes, sorted({run.learning_rate for run in runs if run.learning_rate}))
+        axes.set_xlabel("learning rate")
+        axes.set_ylabel(f"final {score.name}" if len(score.name) < 40 else "final score")
+        if "accuracy" in score.name:
+            axes.set_ylim(-0.04, 1.04)
+
+    return _svg(draw, (5.6, 3.7), name, lambda: f"Final {score.name} against learning rate. {'; '.join(spoken)}.")
+
+
+def final_plot(runs: Sequence[Run], score: Score, base: float | None, looks: Mapping[str, Style], name: str) -> str:
+    """The final score of each arm where there is one learning rate: a dot for each seed, and a bar at their mean."""
+    spoken = []
+
+    def draw(axes: Axes) -> None:
+        names = arms(runs)
+        for place, arm in enumerate(names):
+            values = [value for run in runs if run.arm == arm and (value := score.final(run)) is not None]
+            finite, look = [value for value in values if math.isfinite(value)], looks[arm]
+            heights = place + np.linspace(-0.12, 0.12, len(finite)) if len(finite) > 1 else [place] * len(finite)
+            axes.plot(finite, heights, look.marker, color=look.colour, alpha=0.75, ms=7, zorder=3)
+            if finite:
+                axes.plot([np.mean(finite)] * 2, [place - 0.3, place + 0.3], color=look.colour, lw=2)
+            outcome = number(float(np.mean(finite))) if finite else "diverged" if values else "no result"
+            if not finite:
+                axes.text(0.02, place, outcome, transform=axes.get_yaxis_transform(), va="center", color=look.colour)
+            spoken.append(f"{arm} {outcome}")
+        _reference_lines(axes.axvline, base, KEEP * base if base and base > 0 and score.kept else -math.inf)
+        axes.set_yticks(range(len(names)), [name if len(name) <= 18 else f"{name[:17]}…" for name in names])
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_xlabel(f"final {score.name}")
+        axes.grid(axis="y", visible=False)
+        if "accuracy" in score.name:
+            axes.set_xlim(-0.04, 1.04)
+
+    height = 1.3 + 0.45 * len(arms(runs))
+    return _svg(draw, (5.6, height), name, lambda: f"Final {score.name}: {', '.join(spoken)}.")
+
+
+def curve(
+    runs: Sequence[Run],
+    panel: Panel,
+    looks: Mapping[str, Style],
+    name: str,
+    title: str,
+    limits: tuple[float, float] | None = None,
+    size: tuple[float, float] = (4.2, 2.7),
+) -> str:
+    """One metric over steps: the mean over seeds, a band from least to largest, a cross where a run broke off."""
+    shown = [arm for arm in arms(runs) if any(run.values(panel.key) for run in runs if run.arm == arm)]
+
+    def draw(axes: Axes) -> None:
+        for arm in shown:
+            series = [scaled(run, panel) for run in runs if run.arm == arm]
+            steps, middle, low, high = band(series)
+            axes.fill_between(steps, low, high, color=looks[arm].colour, alpha=0.16, lw=0)
+            marker = looks[arm].marker if len(steps) <= 12 else None
+            axes.plot(steps, middle, color=looks[arm].colour, marker=marker, ms=3.5, zorder=3)
+            for run in runs:
+                ends = [(step, value) for step, value in scaled(run, panel) if math.isfinite(value)]
+                if run.arm == arm and run.status != "finished" and ends:
+                    axes.plot(*ends[-1], "x", color=looks[arm].colour, ms=7, mew=2, zorder=4)
+        if panel.logarithmic:
+            _log_axis(axes)
+        axes.set_xlabel("step")
+        axes.set_title(title, fontsize=9)
+        if limits:
+            axes.set_ylim(*limits)
+        if not shown:
+            axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="#666666")
+            axes.set_xticks([])
+
+    alt = f"{panel.title} over steps{', ' + title if title != panel.title else ''}: {', '.join(shown) or 'no data'}."
+    return _svg(draw, size, name, lambda: alt)
+
+
+def scaled(run: Run, panel: Panel) -> list[tuple[int, float]]:
+    return [(step, value / panel.divisor) for step, value in run.series(panel.key)]
+
+
+def shared_limits(runs: Sequence[Run], panel: Panel) -> tuple[float, float] | None:
+    """Limits of the vertical axis for all settings of a metric, so that they can be compared."""
+    values = [value for run in runs for _, value in scaled(run, panel) if math.isfinite(value)]
+    if panel.bounded:
+        return -0.04, 1.04
+    if panel.logarithmic:
+        values = [value for value in values if value > 0]
+        return (min(values) / 1.3, max(values) * 1.3) if values else None
+    margin = 0.05 * (max(values) - min(values)) or 0.5
+    return min(values) - margin, max(values) + margin
+
+
+def band(series: Sequence[Sequence[tuple[int, float]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Steps, mean over seeds, least and largest. Curves with more than `BINS` points are put into that many bins of
+    steps: the middle is then the mean over seeds of the median in a bin, and the band goes over its steps too."""
+    points = [[(step, value) for step, value in one if math.isfinite(value)] for one in series]
+    places = sorted({step for one in points for step, _ in one})
+    if not places:
+        return (np.array([]),) * 4
+    edges = np.linspace(places[0], places[-1], BINS + 1) if len(places) > BINS else None
+
+    def of(step: int) -> float:
+        if edges is None:
+            return step
+        cell = min(int(np.searchsorted(edges, step, side="right")), BINS) - 1
+        return float(edges[cell] + edges[cell + 1]) / 2
+
+    cells: dict[float, list[list[float]]] = {}
+    for seed, one in enumerate(points):
+        for step, value in one:
+            cells.setdefault(of(step), [[] for _ in points])[seed].append(value)
+    steps = np.array(sorted(cells))
+    filled = [[values for values in cells[step] if values] for step in steps]
+    middle = np.array([np.mean([np.median(values) for values in each]) for each in filled])
+    low, high = (np.array([edge(edge(values) for values in each) for each in filled]) for edge in (min, max))
+    return steps, middle, low, high
+
+
+def tofu_plane(found: Mapping[str, Any], looks: Mapping[str, Style], name: str) -> str:
+    """Forget quality against model utility: medians over seeds in front of the seeds, and the Pareto front."""
+    points, references = found["points"], {"before unlearning": found["base"], "retain model": found["retain"]}
+    known = {label: each for label, each in references.items() if each and len(each) == 2}
+    qualities = [q for p in points for _, q in p["seeds"]] + [each["forget_quality"] for each in known.values()]
+    floor = min([value for value in qualities if value > 0], default=1e-3) / 3
+
+    def draw(axes: Axes) -> None:
+        axes.axhline(FORGET_QUALITY, color="#808080", ls="--", lw=1)
+        if found["base"]:
+            axes.axvline(KEEP_UTILITY * found["base"]["model_utility"], color="#808080", ls="--", lw=1)
+        front = sorted((p["model_utility"], max(p["forget_quality"], floor)) for p in points if p["front"])
+        axes.plot(*zip(*front, strict=True), color="#b0b0b0", lw=5, alpha=0.5, drawstyle="steps-pre", zorder=1)
+        for arm in dict.fromkeys(point["arm"] for point in points):
+            _arm_on_plane(axes, [point for point in points if point["arm"] == arm], looks[arm], floor)
+        for (label, each), marker in zip(known.items(), "*P", strict=False):
+            place = each["model_utility"], max(each["forget_quality"], floor)
+            axes.plot(*place, marker, color="black", ms=11, zorder=5)
+            axes.annotate(label, place, (7, 5), textcoords="offset points", fontsize=8)
+        _log_axis(axes)
+        axes.set_xlabel("model utility")
+        axes.set_ylabel("forget quality (p-value)")
+        axes.margins(x=0.14, y=0.08)
+
+    spoken = [f"{p['arm']} {number(p['model_utility'])}, {number(p['forget_quality'])}" for p in points]
+    alt = f"Forget quality against model utility, as utility, quality: {'; '.join(spoken)}."
+    return _svg(draw, (6.4, 4.6), name, lambda: alt)
+
+
+def _arm_on_plane(axes: Axes, points: Sequence[Mapping[str, Any]], look: Style, floor: float) -> None:
+    xs = [point["model_utility"] for point in points]
+    ys = [max(point["forget_quality"], floor) for point in points]
+    axes.plot(xs, ys, color=look.colour, lw=0.9, alpha=0.6)
+    seeds = [(u, max(q, floor)) for point in points for u, q in point["seeds"] if len(point["seeds"]) > 1]
+    if seeds:
+        axes.plot(*zip(*seeds, strict=True), look.marker, color=look.colour, ms=3.5, alpha=0.35, lw=0)
+    for point, x, y in zip(points, xs, ys, strict=True):
+        axes.plot(x, y, look.marker, color=look.colour, ms=7, zorder=4)
+        if point["learning_rate"] is not None:
+            text = rate(point["learning_rate"])
+            axes.annotate(text, (x, y), (6, -9), textcoords="offset points", fontsize=7.5, color=look.colour)
+
+
+def _reference_lines(line: Callable[..., Any], base: float | None, limit: float) -> None:
+    if base is not None:
+        line(base, color="#808080", lw=1, ls=":", zorder=1)
+    if math.isfinite(limit):
+        line(limit, color="#808080", lw=1, ls="--", zorder=1)
+
+
+def _rate_axis(axes: Axes, rates: Sequence[float]) -> None:
+    axes.set_xscale("log")
+    if 0 < len(rates) <= 8:
+        axes.set_xticks(rates, [rate(each) for each in rates])
+        axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axes.set_xlim(rates[0] / 1.5, rates[-1] * 1.5)
+
+
+def _log_axis(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(numticks=7))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if 1e-3 <= value < 1e5 else rate(value)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _svg(draw: Callable[[Axes], None], size: tuple[float, float], name: str, alt: Callable[[], str]) -> str:
+    """Draw on one pair of axes; return an `<svg>` that scales with its box, and whose ids begin with the name."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.subplots())
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = file.getvalue()
+    body = svg[svg.index("<svg") :]
+    width, height = (72 * side for side in size)
+    tag = f'<svg role="img" aria-label="{_escape(alt())}" viewBox="0 0 {width:g} {height:g}" '
+    body = re.sub(r"<svg[^>]*>", tag + 'xmlns:xlink="http://www.w3.org/1999/xlink">', body, count=1)
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", body)
+
+
+def _escape(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

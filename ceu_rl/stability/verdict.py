@@ -1,0 +1,230 @@
+"""The numbers of a comparison in sentences: the first is the verdict, the rest is what else has to be known.
+
+The form of a sentence does not depend on who wins: the better one stands first.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .summary import FORGET_QUALITY, is_reference
+
+
+def verdict(summary: Mapping[str, Any]) -> list[str]:
+    """One sentence for each arm and score against the baseline, the first arm's first score in front."""
+    names = _unique(run["arm"] for run in summary["runs"])
+    baseline, others = names[0] if names else "", [name for name in names[1:] if not is_reference(name)]
+    sentences = _tofu(summary["tofu"]) if summary["tofu"] else []
+    for score in summary["base"]:
+        for arm in others or [baseline]:
+            for kind, say in (("ranges", _range), ("differences", _difference)):
+                for entry in summary[kind]:
+                    if (entry["score"], entry["arm"]) == (score, arm):
+                        sentences.append(_at(entry["setting"], say(entry, baseline)))
+    sentences.sort(key=lambda sentence: sentence.startswith("No comparison"))
+    if not sentences:
+        sentences.append(_nothing(summary))
+    return sentences + _best(summary) + _left_out(summary["runs"])
+
+
+def rate(value: float) -> str:
+    """A learning rate as people write it: 3e-05 is 3e-5."""
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for people: three significant digits, without an exponent where it is readable so; none for None."""
+    if value is None:
+        return "none"
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        shown = f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
+        return f"{float(shown):g}" if abs(value) < 1000 else shown
+    return f"{value:.2g}"
+
+
+def setting_name(setting: Mapping[str, str]) -> str:
+    """A setting in words, such as "learning rate 3e-5, beta 0.5"."""
+    if not setting:
+        return "as in the recipe"
+    return ", ".join(f"{name.replace('_', ' ')} {_value(name, value)}" for name, value in setting.items())
+
+
+def _value(name: str, value: str) -> str:
+    return rate(float(value)) if name == "learning_rate" else value
+
+
+def _at(setting: Mapping[str, str], sentence: str) -> str:
+    return f"With {setting_name(setting)}: {sentence}" if setting else sentence
+
+
+def _range(entry: Mapping[str, Any], baseline: str) -> str:
+    arm, score, ratio = entry["arm"], entry["score"], entry["ratio"]
+    if not entry["seeds"]:
+        return f"No comparison of {arm} in {score}: no seed has an outcome at every learning rate."
+    if arm == baseline:
+        reach, seeds = _reach(entry["range"], entry["rates"]), _seeds(len(entry["seeds"]))
+        return f"{arm} keeps 95 % of the base's {score} {reach} ({seeds})."
+    if ratio is None:
+        return f"No comparison of {arm} in {score}: {baseline} has no outcome."
+    pairs = [(arm, entry["range"], entry["rates"]), (baseline, entry["baseline_range"], entry["baseline_rates"])]
+    interval = entry["interval"]
+    if ratio < 1 or (ratio == 1 and entry["range"] is None):
+        pairs, ratio, interval = pairs[::-1], 1 / ratio, interval and [1 / interval[1], 1 / interval[0]]
+    first, second = pairs[0][0], pairs[1][0]
+    keeps = f"{first} keeps 95 % of the base's {score} {_reach(*pairs[0][1:])}, {second} {_reach(*pairs[1][1:], '')}"
+    spread = _interval(interval, len(entry["seeds"]))
+    if ratio == 1:
+        return f"{keeps}: {_same(entry)} ({spread})."
+    unsure = "; 1 lies within it" if interval and interval[0] <= 1 <= interval[1] else ""
+    return f"{keeps}: {_bound(entry)}{number(ratio, 2)} times as far ({spread}{unsure})."
+
+
+def _reach(reach: float | None, rates: Sequence[float], unit: str = "a learning rate of ") -> str:
+    if reach is None:
+        return f"at none tried (below {rate(min(rates))})"
+    if reach == max(rates):
+        return f"up to at least {unit}{rate(reach)} (the largest tried)"
+    return f"up to {unit}{rate(reach)}"
+
+
+def _bound(entry: Mapping[str, Any]) -> str:
+    """An open end of the winner's range makes the ratio at least, one of the loser's makes it at most what it is."""
+    ours, theirs = entry["range"], entry["baseline_range"]
+    tops = ours == max(entry["rates"]), theirs == max(entry["baseline_rates"])
+    wins = entry["ratio"] > 1
+    winner_open, loser_open = tops if wins else tops[::-1]
+    loser_below = (theirs if wins else ours) is None
+    if loser_open and not winner_open:
+        return "at most "
+    return "at least " if winner_open or loser_below else ""
+
+
+def _same(entry: Mapping[str, Any]) -> str:
+    """What a ratio of 1 says, which is also that of ranges that end outside the rates tried."""
+    ours, theirs = entry["range"], entry["baseline_range"]
+    if ours == theirs and ours is not None and ours < max(entry["rates"]):
+        return "the same range"
+    if ours == theirs:
+        return "these rates cannot tell them apart"
+    return "how many times as far, these rates do not show"
+
+
+def _difference(entry: Mapping[str, Any], baseline: str) -> str:
+    arm, score, gap = entry["arm"], entry["score"], entry["difference"]
+    final, other = entry["final"], entry["baseline_final"]
+    if arm == baseline:
+        if final is None:
+            return f"{arm} has no final {score}: every seed diverged."
+        return f"{arm} ends with a {score} of {number(final)} ({_seeds(entry['seeds'])})."
+    lost = _diverged(arm, baseline, entry["diverged"])
+    if gap is None:
+        known = [
+            f"{name} ends with {number(end)}" for name, end in ((arm, final), (baseline, other)) if end is not None
+        ]
+        return f"No comparison of {arm} in {score}: {'; '.join([*lost, *known]) or 'no seed finished in both arms'}."
+    spread, interval = _interval(entry["interval"], entry["seeds"]), entry["interval"]
+    unsure = "; 0 lies within it" if gap and interval and interval[0] <= 0 <= interval[1] else ""
+    verb = "the same" if gap == 0 else f"{number(abs(gap))} {'higher' if gap > 0 else 'lower'}"
+    also = f" {' and '.join(lost)}." if lost else ""
+    ends = f"{arm} ends with a {score} of {number(final)}, {baseline} with {number(other)}"
+    return f"{ends}: {verb} ({spread}{unsure}).{also}"
+
+
+def _diverged(arm: str, baseline: str, counts: Sequence[int]) -> list[str]:
+    return [f"{_seeds(count)} of {name} diverged" for name, count in zip((arm, baseline), counts, strict=True) if count]
+
+
+def _interval(interval: Sequence[float] | None, seeds: int) -> str:
+    if interval is None:
+        return "one seed: no interval"
+    return f"95 % interval over {seeds} seeds {number(interval[0])} to {number(interval[1])}"
+
+
+def _seeds(count: int) -> str:
+    return "1 seed" if count == 1 else f"{count} seeds"
+
+
+def _tofu(found: Mapping[str, Any]) -> list[str]:
+    base = (found["base"] or {}).get("model_utility")
+    points = found["points"]
+    sentences = []
+    if base is None:
+        sentences.append(
+            "The base's model utility is not known, so that only forget quality is compared: add the model before "
+            "unlearning as an arm named full."
+        )
+    elif points:
+        sentences.append(
+            _reached(
+                points,
+                f"a forget quality above {FORGET_QUALITY} at a model utility within 10 % of the base's {number(base)}",
+            )
+        )
+    if front := [f"{p['arm']} ({setting_name(p['setting'])})" for p in points if p["front"]]:
+        sentences.append(f"On the Pareto front of forget quality and model utility: {', '.join(front)}.")
+    if found["without_forget_quality"]:
+        sentences.append(
+            f"Without a forget quality, which needs a retain model: {', '.join(found['without_forget_quality'])}."
+        )
+    return sentences
+
+
+def _reached(points: Sequence[Mapping[str, Any]], goal: str) -> str:
+    arms = _unique(point["arm"] for point in points)
+    there = {arm: [p for p in points if p["arm"] == arm and p["reached"]] for arm in arms}
+    seeds = sorted({len(point["seeds"]) for point in points})
+    count = f"each with {seeds[0]}" if len(seeds) == 1 else f"with {seeds[0]} to {seeds[-1]}"
+    count += " seed, so without an interval" if seeds == [1] else " seeds, all of which count"
+    reach = [f"{arm} ({'; '.join(setting_name(p['setting']) for p in there[arm])})" for arm in arms if there[arm]]
+    not_there = [arm for arm in arms if not there[arm]]
+    if not reach:
+        return f"No arm reaches {goal} ({count}): not {_join(not_there, 'or')}."
+    rest = f"; {_join(not_there, 'and')} at no setting tried" if not_there else ""
+    return f"{_join(reach, 'and')} reach{'es'[: 2 * (len(reach) == 1)]} {goal}{rest} ({count})."
+
+
+def _best(summary: Mapping[str, Any]) -> list[str]:
+    """Each arm at its own best setting, where it had several: a wide range alone says nothing of how far it got."""
+    sentences = []
+    for score in summary["base"]:
+        found = [entry for entry in summary["best"] if entry["score"] == score]
+        if any(entry["settings"] > 1 for entry in found):
+            ends = [f"{e['arm']} {number(e['mean'])} ({setting_name(e['setting'])})" for e in found]
+            sentences.append(f"Mean final {score} of each arm at its own best setting: {', '.join(ends)}.")
+    return sentences
+
+
+def _left_out(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    sentences = []
+    for status, one, many in (
+        (
+            "diverged",
+            "run diverged, which counts as having lost the score",
+            "runs diverged, which counts as having lost the score",
+        ),
+        ("failed", "runs failed and is left out", "runs failed and are left out"),
+        ("missing", "runs is missing and is left out", "runs are missing and are left out"),
+    ):
+        found = [run["arm"] for run in runs if run["status"] == status]
+        if found:
+            names = _join([f"{found.count(arm)} of {arm}" for arm in _unique(found)], "and")
+            sentences.append(f"{len(found)} of {len(runs)} {one if len(found) == 1 else many}: {names}.")
+    return sentences
+
+
+def _nothing(summary: Mapping[str, Any]) -> str:
+    if not summary["runs"]:
+        return "There are no runs to compare."
+    if not any(run["status"] == "finished" for run in summary["runs"]):
+        return "No run has finished, so that there is nothing to compare yet."
+    if not summary["base"]:
+        return "No run logged an evaluation, so that there is no score: set eval_strategy and eval_on_start."
+    return "There is no score before training to hold the runs against: set eval_on_start."
+
+
+def _join(items: Sequence[str], word: str) -> str:
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} {word} {items[-1]}" if items else ""
+
+
+def _unique(items: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(items))
