@@ -9,7 +9,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from ceu_rl.builtin import authors, build_bpe_tokenizer
-from ceu_rl.tofu import check_forget_and_retain, load_tofu, to_prompt_completion
+from ceu_rl.tofu import load_tofu, to_prompt_completion
 from ceu_rl.tofu.data import SPLITS, get_split, tofu_configs, tokenize
 
 TOFU = Path(os.environ.get("CEU_RL_TOFU") or Path(__file__).parents[1].parent / "shared" / "tofu")
@@ -144,25 +144,12 @@ def test_no_rows_are_refused(bpe):
 # forget and retain
 
 
-def test_forget_and_retain_must_part(bpe):
-    rows = Dataset.from_list(ROWS)
-    check_forget_and_retain(rows.select([0]), rows.select([1]))
-    check_forget_and_retain(rows)
-    with pytest.raises(ValueError, match="The forget set has no rows"):
-        check_forget_and_retain([], rows)
-    with pytest.raises(ValueError, match=r"1 of the 2 rows of the forget set are in the retain set too, .* 'Where do"):
-        check_forget_and_retain(rows, rows.select([1]))
-    for template in ("chat", "question_answer"):
-        with pytest.raises(ValueError, match=r"2 of the 2 rows .*'(Question: )?Who are you"):
-            check_forget_and_retain(*[to_prompt_completion(rows, bpe, template)] * 2)
-
-
 def check_splits(name, share):
     """forget + retain = full, disjoint and nested; the perturbed configs are of the same rows."""
     full, smaller = pairs(load_tofu(name, "full")), set()
     for split, configs in SPLITS.items():
         forget, retain = load_tofu(name, split), load_tofu(name, configs.retain)
-        check_forget_and_retain(forget, retain)
+        assert not set(forget["question"]) & set(retain["question"])
         assert len(forget) == share[split] * len(full)
         assert sorted(pairs(forget) + pairs(retain)) == sorted(full)
         assert smaller <= set(pairs(forget))

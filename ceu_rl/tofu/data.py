@@ -1,7 +1,7 @@
 """TOFU's rows, from the Hub, from a folder in the Hub's layout or built in, and as TRL's SFTTrainer takes them."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -189,32 +189,3 @@ def tokenize(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], list[in
         ids = tokenizer.apply_chat_template([*prompt, *completion], return_dict=True)["input_ids"]
     start = common_prefix_length(prompt_ids, ids)
     return ids[:start], ids[start:]
-
-
-def check_forget_and_retain(
-    forget: Iterable[Mapping[str, Any]], retain: Iterable[Mapping[str, Any]] | None = None
-) -> None:
-    """Check that there is something to forget and that none of it is to be retained.
-
-    Rows are compared by question, or by prompt where they have no question.
-
-    Raises:
-        ValueError: for an empty forget set, and for one that overlaps the retain set.
-    """
-    forgotten = [_question(row) for row in forget]
-    if not forgotten:
-        raise ValueError("The forget set has no rows; give it at least one to forget.")
-    retained = {_question(row) for row in retain or ()}
-    shared = [question for question in forgotten if question in retained]
-    if shared:
-        raise ValueError(
-            f"{len(shared)} of the {len(forgotten)} rows of the forget set are in the retain set too, the first is "
-            f"{shared[0][:200]!r}; take them out of one of the two."
-        )
-
-
-def _question(row: Mapping[str, Any]) -> str:
-    if "question" in row:
-        return row["question"]
-    prompt = row["prompt"]
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
