@@ -44,12 +44,13 @@ def evaluate(folder: Path, dataset: str, retain: bool) -> int:
 
 
 def keep(folder: Path, output: Path) -> None:
-    """Settings, provenance and summary in one small file; the values of each row stay in the folder."""
+    """Settings, provenance, summary and the forget set's truth ratios; the other values of each row stay behind."""
     made = json.loads((folder / "result.json").read_text())
     found = json.loads((folder / "tofu_eval.json").read_text())
-    found.pop("items")
+    ratios = [float(f"{row['truth_ratio']:.6g}") for row in found.pop("items")["forget10_perturbed"]]
+    result = json.dumps({"training": made, "evaluation": found}, indent=1)
     output.mkdir(parents=True, exist_ok=True)
-    (output / f"{folder.name}.json").write_text(json.dumps({"training": made, "evaluation": found}, indent=1) + "\n")
+    (output / f"{folder.name}.json").write_text(f'{result[:-2]},\n "forget_truth_ratios": {json.dumps(ratios)}\n}}\n')
 
 
 def cell(name: str, rate: str, dataset: str, output: Path) -> None:
