@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from .measures import KEEP
 from .runs import Run
@@ -100,6 +100,7 @@ def range_plot(runs: Sequence[Run], score: Score, base: float | None, looks: Map
 
     def draw(axes: Axes) -> None:
         limit = KEEP * base if base is not None and base > 0 and score.kept else -math.inf
+        crosses: list[tuple[float, str]] = []
         drawn = [arm for arm in arms(runs) if finals([r for r in runs if r.arm == arm], score)]
         for place, arm in enumerate(drawn):
             grid, look = finals([run for run in runs if run.arm == arm], score), looks[arm]
@@ -115,17 +116,16 @@ def range_plot(runs: Sequence[Run], score: Score, base: float | None, looks: Map
                 axes.plot(
                     x, mean, look.marker, color=look.colour, mfc=look.colour if keeps else "white", ms=6, zorder=4
                 )
-            lost = [x * shift for x, ys, count in points if len(ys) < count]
-            axes.plot(lost, [0.03] * len(lost), "x", color=look.colour, transform=axes.get_xaxis_transform(), ms=7)
+            crosses += [(x * shift, look.colour) for x, ys, count in points if len(ys) < count]
             spoken.append(
                 f"{arm}: " + ", ".join(f"{number(m)} at {rate(x)}" for m, (x, *_) in zip(means, known, strict=True))
             )
         _reference_lines(axes.axhline, base, limit)
         _rate_axis(axes, sorted({run.learning_rate for run in runs if run.learning_rate}))
         axes.set_xlabel("learning rate")
-        axes.set_ylabel(f"final {score.name}" if len(score.name) < 40 else "final score")
         if "accuracy" in score.name:
             axes.set_ylim(-0.04, 1.04)
+        _diverged(axes, crosses)
 
     return _svg(draw, (5.6, 3.7), name, lambda: f"Final {score.name} against learning rate. {'; '.join(spoken)}.")
 
@@ -150,7 +150,6 @@ def final_plot(runs: Sequence[Run], score: Score, base: float | None, looks: Map
         _reference_lines(axes.axvline, base, KEEP * base if base and base > 0 and score.kept else -math.inf)
         axes.set_yticks(range(len(names)), [name if len(name) <= 18 else f"{name[:17]}…" for name in names])
         axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.set_xlabel(f"final {score.name}")
         axes.grid(axis="y", visible=False)
         if "accuracy" in score.name:
             axes.set_xlim(-0.04, 1.04)
@@ -200,16 +199,28 @@ def scaled(run: Run, panel: Panel) -> list[tuple[int, float]]:
     return [(step, value / panel.divisor) for step, value in run.series(panel.key)]
 
 
-def shared_limits(runs: Sequence[Run], panel: Panel) -> tuple[float, float] | None:
-    """Limits of the vertical axis for all settings of a metric, so that they can be compared."""
-    values = [value for run in runs for _, value in scaled(run, panel) if math.isfinite(value)]
+def shared_limits(runs: Sequence[Run], panel: Panel) -> tuple[float, float]:
+    """Limits of the vertical axis for all settings of a metric, so that they can be compared.
+
+    The middle 98 % of the values, where a few others would take more than two thirds of the axis.
+    """
     if panel.bounded:
         return -0.04, 1.04
+    low, high = extent(runs, panel)
     if panel.logarithmic:
-        values = [value for value in values if value > 0]
-        return (min(values) / 1.3, max(values) * 1.3) if values else None
-    margin = 0.05 * (max(values) - min(values)) or 0.5
-    return min(values) - margin, max(values) + margin
+        return low / 1.3, high * 1.3
+    middle = np.percentile([value for run in runs for _, value in scaled(run, panel) if math.isfinite(value)], (1, 99))
+    if high - low > 3 * (middle[1] - middle[0]) > 0:
+        low, high = float(middle[0]), float(middle[1])
+    margin = 0.05 * (high - low) or 0.5
+    return low - margin, high + margin
+
+
+def extent(runs: Sequence[Run], panel: Panel) -> tuple[float, float]:
+    """The least and the largest finite value, for a logarithmic panel of those above 0."""
+    values = [value for run in runs for _, value in scaled(run, panel) if math.isfinite(value)]
+    values = [value for value in values if value > 0] if panel.logarithmic else values
+    return min(values, default=1.0), max(values, default=1.0)
 
 
 def band(series: Sequence[Sequence[tuple[int, float]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -288,11 +299,25 @@ def _reference_lines(line: Callable[..., Any], base: float | None, limit: float)
         line(limit, color="#808080", lw=1, ls="--", zorder=1)
 
 
+def _diverged(axes: Axes, crosses: Sequence[tuple[float, str]]) -> None:
+    """A line of its own below the scores for the runs that diverged."""
+    if not crosses:
+        return
+    low, high = axes.get_ylim()
+    axes.set_ylim(low - 0.12 * (high - low), high)
+    axes.axhspan(low - 0.12 * (high - low), low, color="#f0f0f0", lw=0, zorder=0)
+    axes.text(0.01, 0.05, "diverged", transform=axes.transAxes, va="center", color="#555555", fontsize=8)
+    for x, colour in crosses:
+        axes.plot(x, 0.05, "x", color=colour, transform=axes.get_xaxis_transform(), ms=7, mew=2, zorder=4)
+
+
 def _rate_axis(axes: Axes, rates: Sequence[float]) -> None:
     axes.set_xscale("log")
     if 0 < len(rates) <= 8:
-        axes.set_xticks(rates, [rate(each) for each in rates])
-        axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axes.set_xticks(rates)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: rate(value)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    if rates:
         axes.set_xlim(rates[0] / 1.5, rates[-1] * 1.5)
 
 

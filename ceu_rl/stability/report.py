@@ -17,13 +17,15 @@ from rich.table import Table
 
 from . import figures, measures
 from .runs import STATUSES, Run
-from .summary import arms, condition, conditions, find_scores, grouped, is_reference, summarize
+from .summary import ORIGIN, PLANE, arms, condition, conditions, finals, find_scores, grouped, is_reference, summarize
 from .verdict import number, rate, setting_name, verdict
 
 __all__ = ["Run", "table_rows", "write_report"]
 
 # Heading, key of a group, definition
 COLUMNS: tuple[tuple[str, str, Callable[..., Any] | str], ...] = (
+    ("model utility", "model_utility", "Of TOFU: harmonic mean of nine scores off the forget set."),
+    ("forget quality", "forget_quality", "Of TOFU: p-value that the model cannot be told from the retain model."),
     ("gradient norm, median", "grad_norm_median", "Median over the steps of the norm before clipping."),
     ("gradient norm, largest", "grad_norm_largest", "The largest of all steps and seeds."),
     ("gradient spikes", "grad_norm_spikes", measures.spikes),
@@ -88,7 +90,8 @@ def _column(run: Run) -> list[str]:
         cells.append(f"{values[0]:.3f} → {values[-1]:.3f}" if values else "none")
     norms = run.values("grad_norm")
     cells.append(f"{max(norms):.2f}" if norms else "none")
-    cells.append(f"{run.result['wall_time_s']:.0f}" if run.result else run.status)
+    seconds = (run.result or {}).get("wall_time_s")
+    cells.append(run.status if seconds is None else f"{seconds:.0f}")
     return cells
 
 
@@ -133,17 +136,18 @@ def _first_to_last(runs: Sequence[Run]) -> Table:
 
 def _overview(report: Mapping[str, Any]) -> Table:
     headings = [name if len(name) < 25 else name.split(" of ")[0] for name in report["base"]]
-    table = Table("arm", "setting", "seeds", *headings, "max grad norm", "displacement", "status", box=box.SIMPLE_HEAD)
+    columns = {"max grad norm": "grad_norm_largest", "displacement": "displacement"}
+    if report["tofu"]:
+        columns = {name.replace("_", " "): name for name in PLANE} | columns
+    table = Table("arm", "setting", *headings, *columns, "status", box=box.SIMPLE_HEAD)
     for group in report["groups"]:
         seeds = group["seeds"]
         short = setting_name(group["setting"]).replace("learning rate", "lr")
         table.add_row(
             group["arm"],
             short,
-            str(sum(seeds.values())),
-            *(number(score and score["mean"]) for score in group["final"].values()),
-            number(group["grad_norm_largest"]),
-            number(group["displacement"]),
+            *(_fixed(score and score["mean"]) for score in group["final"].values()),
+            *(number(group[key]) for key in columns.values()),
             ", ".join(f"{count} {status}" for status, count in seeds.items() if count),
         )
     return table
@@ -172,9 +176,11 @@ def _html(title: str, runs: Sequence[Run], report: Mapping[str, Any]) -> str:
         curves=_curve_figures(runs, looks),
         columns=columns,
         table=_table(report, columns),
-        absent=[heading for heading, key, _ in COLUMNS if key not in [column[1] for column in columns]],
+        absent=[column[0] for column in COLUMNS if column not in columns and column[1] not in PLANE],
         definitions=[(heading, _definition(text)) for heading, _, text in columns],
         broken=[run for run in runs if run.status != "finished"],
+        table_header=[f"final {name}" for name in report["base"]] + [column[0] for column in columns],
+        differ=[name for name in ORIGIN if any(e[name] != report["provenance"][0][name] for e in report["provenance"])],
         setting_name=setting_name,
         number=number,
     )
@@ -188,7 +194,7 @@ def _final_figures(runs: Sequence[Run], report: Mapping[str, Any], looks: Mappin
             members = [run for run in runs if condition(run) == rest]
             if not any(score.final(run) is not None for run in members):
                 continue
-            several = any(len({run.learning_rate for run in members if run.arm == arm}) > 1 for arm in arms(members))
+            several = any(len(finals([run for run in members if run.arm == arm], score)) > 1 for arm in arms(members))
             draw = figures.range_plot if several else figures.final_plot
             svg = draw(members, score, report["base"][score.name], looks, f"final{place}x{number_}")
             found.append({"title": score.name + (f", {setting_name(rest)}" if rest else ""), "svg": svg})
@@ -210,44 +216,51 @@ def _curve_figures(runs: Sequence[Run], looks: Mapping[str, Any]) -> list[dict[s
             title = panel.title if len(settings) == 1 else setting_name(setting)
             size = (4.2, 2.7) if len(settings) == 1 else (3.1, 2.4)
             row.append(figures.curve(members, panel, looks, f"curve{place}x{number_}", title, limits, size))
-        rows.append({"title": panel.title, "panels": row})
+        rows.append({"title": panel.title, "panels": row, "note": _outside(limits, figures.extent(runs, panel))})
     if len(settings) == 1:
-        return [{"title": None, "panels": [row["panels"][0] for row in rows]}] if rows else []
+        notes = [f"{row['title']}: {row['note']}" for row in rows if row["note"]]
+        return [{"title": None, "panels": [row["panels"][0] for row in rows], "note": " ".join(notes)}] if rows else []
     return rows
 
 
-def _table(report: Mapping[str, Any], columns: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
-    rows = []
+def _outside(limits: tuple[float, float], extent: tuple[float, float]) -> str:
+    if limits[0] <= extent[0] and extent[1] <= limits[1]:
+        return ""
+    return f"The axis leaves out the outermost values, which go from {number(extent[0])} to {number(extent[1])}."
+
+
+def _table(report: Mapping[str, Any], columns: Sequence[Sequence[Any]]) -> list[list[dict[str, Any]]]:
+    """The rows of each setting, an arm each; what is set beside the learning rate is in the first of its rows."""
+    settings: dict[str, list[dict[str, Any]]] = {}
     for group in report["groups"]:
-        seeds = group["seeds"]
         cells = []
         for name, score in group["final"].items():
             base = report["base"][name]
-            lost = score and base and score["min"] < measures.KEEP * base and name != "held-out preference accuracy"
-            cells.append({"text": _spread(score), "lost": bool(lost)})
+            lost = score and base and name != "held-out preference accuracy" and score["min"] < measures.KEEP * base
+            cells.append(
+                {"text": _fixed(score and score["mean"]), "more": _least_to_largest(score), "lost": bool(lost)}
+            )
         for _, key, _ in columns:
-            cells.append({"text": _cell(group, key), "lost": key in COUNTS and bool(group[key])})
-        rows.append(
-            {
-                "arm": group["arm"],
-                "setting": setting_name(group["setting"]) if group["setting"] else _own_rate(group),
-                "seeds": ", ".join(f"{seeds[status]} {status}" for status in STATUSES if seeds[status]),
-                "cells": cells,
-            }
-        )
-    return rows
+            cells.append({"text": _cell(group, key), "more": "", "lost": key in COUNTS and bool(group[key])})
+        given = "none" if group["learning_rate"] is None else rate(group["learning_rate"])
+        row = {"arm": group["arm"], "rate": given, "seeds": _seeds(group["seeds"]), "cells": cells}
+        row["beside"] = setting_name({k: v for k, v in group["setting"].items() if k != "learning_rate"}, none="")
+        settings.setdefault(str(group["setting"]), []).append(row)
+    return list(settings.values())
 
 
-def _own_rate(group: Mapping[str, Any]) -> str:
-    return "as in the recipe" if group["learning_rate"] is None else f"learning rate {rate(group['learning_rate'])}"
+def _seeds(seeds: Mapping[str, int]) -> str:
+    """The number that finished, and the others if there are any."""
+    others = [f"{seeds[status]} {status}" for status in STATUSES[1:] if seeds[status]]
+    return ", ".join([str(seeds["finished"]), *others])
 
 
-def _spread(score: Mapping[str, Any] | None) -> str:
-    if score is None:
-        return "none"
-    if score["seeds"] == 1:
-        return number(score["mean"])
-    return f"{number(score['mean'])} ({number(score['min'])} to {number(score['max'])})"
+def _fixed(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
+
+
+def _least_to_largest(score: Mapping[str, Any] | None) -> str:
+    return f"{score['min']:.3f} to {score['max']:.3f}" if score and score["seeds"] > 1 else ""
 
 
 def _cell(group: Mapping[str, Any], key: str) -> str:

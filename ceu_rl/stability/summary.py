@@ -15,6 +15,7 @@ from .runs import STATUSES, Run
 
 FORGET_QUALITY = 0.05  # p-value above which an unlearned model cannot be told from the retain model
 KEEP_UTILITY = 0.9  # share of the base's model utility
+PLANE = ("model_utility", "forget_quality")
 ENTROPIES = ("eval_sampled_entropy", "eval_entropy", "entropy")
 CURVES = (
     "eval_greedy_accuracy",
@@ -164,7 +165,6 @@ def _record(run: Run, scores: Sequence[Score], tokens: Mapping[str, float]) -> d
         "date": outcome.get("date"),
         "final": {score.name: score.final(run) for score in scores},
         "measures": measure(run, scores, tokens),
-        "tofu": run.tofu and {name: run.tofu.get(name) for name in ("forget_quality", "model_utility")},
         "curves": _curves(run),
     }
 
@@ -195,6 +195,7 @@ def measure(run: Run, scores: Sequence[Score], tokens: Mapping[str, float]) -> d
             [v for _, v in score], lambda values: measures.collapse_step([t for t, _ in score], values)
         ),
         "non_finite_steps": len(bad) if norms or losses else None,
+        **{name: (run.tofu or {}).get(name) for name in PLANE},
         "seconds_per_step": _seconds_per_step(run),
         "peak_memory_gib": (run.result or {}).get("peak_memory_gib"),
     }
@@ -226,7 +227,7 @@ def _groups(runs: Sequence[Run], records: Sequence[Mapping[str, Any]], scores: S
             {
                 "arm": members[0].arm,
                 "setting": dict(members[0].setting),
-                "learning_rate": next((r["learning_rate"] for r in found if r["learning_rate"] is not None), None),
+                "learning_rate": known_rate(members),
                 "seeds": {status: sum(r["status"] == status for r in found) for status in STATUSES},
                 "final": {score.name: _spread(r["final"][score.name] for r in found) for score in scores},
                 **_over_seeds([r["measures"] for r in found]),
@@ -265,14 +266,21 @@ def _spread(values: Iterable[float | None]) -> dict[str, Any] | None:
     return {"mean": statistics.fmean(finite), "min": min(finite), "max": max(finite), "seeds": len(finite)}
 
 
-def finals(runs: Iterable[Run], score: Score) -> dict[float, dict[int, float]]:
-    """For each learning rate the final score of each seed, without runs that failed or are missing."""
+def finals(runs: Sequence[Run], score: Score) -> dict[float, dict[int, float]]:
+    """For each learning rate of one arm the final score of each seed, without runs that failed or are missing.
+
+    A rate that no run of a setting tells is 0.
+    """
     grid: dict[float, dict[int, float]] = {}
-    for run in runs:
-        if run.learning_rate is not None:
-            value = score.final(run)
-            grid.setdefault(run.learning_rate, {}).update({} if value is None else {run.seed: value})
+    for members in grouped(runs):
+        ends = {run.seed: value for run in members if (value := score.final(run)) is not None}
+        grid.setdefault(known_rate(members) or 0.0, {}).update(ends)
     return grid
+
+
+def known_rate(members: Iterable[Run]) -> float | None:
+    """The learning rate of runs of one setting; those that failed early do not tell."""
+    return next((run.learning_rate for run in members if run.learning_rate is not None), None)
 
 
 def _ranges(runs: Sequence[Run], score: Score, base: float | None) -> list[dict[str, Any]]:
@@ -285,7 +293,7 @@ def _ranges(runs: Sequence[Run], score: Score, base: float | None) -> list[dict[
     found = []
     for rest in conditions(runs):
         names = arms(runs)
-        grids = {name: finals((r for r in runs if r.arm == name and condition(r) == rest), score) for name in names}
+        grids = {name: finals([r for r in runs if r.arm == name and condition(r) == rest], score) for name in names}
         for name in names:
             if max(len(grids[name]), len(grids[names[0]])) > 1 and grids[name]:
                 found.append({"score": score.name, "arm": name, "setting": rest, **_range(grids, name, names[0], base)})
@@ -316,7 +324,7 @@ def _differences(runs: Sequence[Run], score: Score) -> list[dict[str, Any]]:
     """Where an arm has one learning rate: its final score less the baseline's, over the seeds that finished in both."""
     found, names = [], arms(runs)
     for rest in conditions(runs):
-        ends = {name: finals((r for r in runs if r.arm == name and condition(r) == rest), score) for name in names}
+        ends = {name: finals([r for r in runs if r.arm == name and condition(r) == rest], score) for name in names}
         for name in names:
             if max(len(ends[name]), len(ends[names[0]])) > 1 or not ends[name]:
                 continue
@@ -329,7 +337,7 @@ def _differences(runs: Sequence[Run], score: Score) -> list[dict[str, Any]]:
                     "score": score.name,
                     "arm": name,
                     "setting": rest,
-                    "learning_rate": next(iter(ends[name])),
+                    "learning_rate": next(iter(ends[name])) or None,
                     "seeds": len(finite),
                     "diverged": [sum(math.isnan(value) for value in each.values()) for each in (ours, stock)],
                     "final": _mean(a for a, _ in finite) if finite else _mean(ours.values()),
@@ -378,7 +386,7 @@ def _tofu(runs: Sequence[Run]) -> dict[str, Any] | None:
             {
                 "arm": members[0].arm,
                 "setting": dict(members[0].setting),
-                "learning_rate": members[0].learning_rate,
+                "learning_rate": known_rate(members),
                 "seeds": seeds,
                 "model_utility": statistics.median(u for u, _ in seeds),
                 "forget_quality": statistics.median(q for _, q in seeds),
@@ -390,12 +398,13 @@ def _tofu(runs: Sequence[Run]) -> dict[str, Any] | None:
     front = measures.pareto_front([(point["model_utility"], point["forget_quality"]) for point in points])
     for number, point in enumerate(points):
         point["front"] = number in front
-    unplaced = _unique(run.arm for run in runs if run.tofu and not is_reference(run.arm) and not _placed(run))
-    return {"base": base, "retain": retain, "points": points, "without_forget_quality": unplaced}
+    methods = [run for run in runs if run.status == "finished" and not is_reference(run.arm)]
+    unplaced = _unique(run.arm for run in methods if not _placed(run))
+    return {"base": base, "retain": retain, "points": points, "not_placed": unplaced}
 
 
 def _placed(run: Run) -> bool:
-    return run.tofu is not None and all(run.tofu.get(name) is not None for name in ("model_utility", "forget_quality"))
+    return run.tofu is not None and all(run.tofu.get(name) is not None for name in PLANE)
 
 
 def is_reference(arm: str) -> bool:
@@ -418,7 +427,7 @@ def _tofu_retain(runs: Sequence[Run]) -> dict[str, float] | None:
 
 
 def _plane(run: Run) -> dict[str, float]:
-    return {name: run.tofu[name] for name in ("model_utility", "forget_quality") if run.tofu and name in run.tofu}
+    return {name: run.tofu[name] for name in PLANE if run.tofu and name in run.tofu}
 
 
 ORIGIN = ("commit", "device", "versions")

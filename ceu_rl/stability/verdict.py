@@ -42,10 +42,10 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.2g}"
 
 
-def setting_name(setting: Mapping[str, str]) -> str:
+def setting_name(setting: Mapping[str, str], none: str = "as in the recipe") -> str:
     """A setting in words, such as "learning rate 3e-5, beta 0.5"."""
     if not setting:
-        return "as in the recipe"
+        return none
     return ", ".join(f"{name.replace('_', ' ')} {_value(name, value)}" for name, value in setting.items())
 
 
@@ -68,13 +68,13 @@ def _range(entry: Mapping[str, Any], baseline: str) -> str:
         return f"No comparison of {arm} in {score}: {baseline} has no outcome."
     pairs = [(arm, entry["range"], entry["rates"]), (baseline, entry["baseline_range"], entry["baseline_rates"])]
     interval = entry["interval"]
-    if ratio < 1 or (ratio == 1 and entry["range"] is None):
+    if ratio < 1 or (ratio == 1 and entry["range"] is None and entry["baseline_range"]):
         pairs, ratio, interval = pairs[::-1], 1 / ratio, interval and [1 / interval[1], 1 / interval[0]]
     first, second = pairs[0][0], pairs[1][0]
     keeps = f"{first} keeps 95 % of the base's {score} {_reach(*pairs[0][1:])}, {second} {_reach(*pairs[1][1:], '')}"
     spread = _interval(interval, len(entry["seeds"]))
     if ratio == 1:
-        return f"{keeps}: {_same(entry)} ({spread})."
+        return f"{keeps}: {_same(entry)}{f' ({spread})' if entry['range'] and entry['baseline_range'] else ''}."
     unsure = "; 1 lies within it" if interval and interval[0] <= 1 <= interval[1] else ""
     return f"{keeps}: {_bound(entry)}{number(ratio, 2)} times as far ({spread}{unsure})."
 
@@ -162,10 +162,9 @@ def _tofu(found: Mapping[str, Any]) -> list[str]:
         )
     if front := [f"{p['arm']} ({setting_name(p['setting'])})" for p in points if p["front"]]:
         sentences.append(f"On the Pareto front of forget quality and model utility: {', '.join(front)}.")
-    if found["without_forget_quality"]:
-        sentences.append(
-            f"Without a forget quality, which needs a retain model: {', '.join(found['without_forget_quality'])}."
-        )
+    if found["not_placed"]:
+        arms = _join(found["not_placed"], "and")
+        sentences.append(f"Runs without a forget quality, for want of an evaluation or of a retain model: {arms}.")
     return sentences
 
 
@@ -190,16 +189,19 @@ def _best(summary: Mapping[str, Any]) -> list[str]:
         found = [entry for entry in summary["best"] if entry["score"] == score]
         if any(entry["settings"] > 1 for entry in found):
             ends = [f"{e['arm']} {number(e['mean'])} ({setting_name(e['setting'])})" for e in found]
-            sentences.append(f"Mean final {score} of each arm at its own best setting: {', '.join(ends)}.")
+            sentences.append(
+                f"Mean final {score} of each arm at its own best setting, of those where every seed finished: "
+                f"{', '.join(ends)}."
+            )
     return sentences
 
 
 def _left_out(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    sentences = []
+    sentences, arms = [], _unique(run["arm"] for run in runs)
     for status, one, many in (
         (
             "diverged",
-            "run diverged, which counts as having lost the score",
+            "runs diverged, which counts as having lost the score",
             "runs diverged, which counts as having lost the score",
         ),
         ("failed", "runs failed and is left out", "runs failed and are left out"),
@@ -207,7 +209,7 @@ def _left_out(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     ):
         found = [run["arm"] for run in runs if run["status"] == status]
         if found:
-            names = _join([f"{found.count(arm)} of {arm}" for arm in _unique(found)], "and")
+            names = _join([f"{found.count(arm)} of {arm}" for arm in arms if arm in found], "and")
             sentences.append(f"{len(found)} of {len(runs)} {one if len(found) == 1 else many}: {names}.")
     return sentences
 
@@ -219,7 +221,10 @@ def _nothing(summary: Mapping[str, Any]) -> str:
         return "No run has finished, so that there is nothing to compare yet."
     if not summary["base"]:
         return "No run logged an evaluation, so that there is no score: set eval_strategy and eval_on_start."
-    return "There is no score before training to hold the runs against: set eval_on_start."
+    if all(base is None for base in summary["base"].values()):
+        return "There is no score before training to hold the runs against: set eval_on_start."
+    known = ", ".join(f"{name} {number(base)}" for name, base in summary["base"].items())
+    return f"There is no share of the base's score to keep ({known}), so that no range is given."
 
 
 def _join(items: Sequence[str], word: str) -> str:

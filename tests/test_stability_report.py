@@ -1,0 +1,514 @@
+"""The report: numbers against hand-worked ones, runs of every kind, and the page in a real browser."""
+
+import base64
+import io
+import json
+import math
+import re
+import shutil
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+
+from ceu_rl.stability.report import Run, table_rows, write_report
+from ceu_rl.stability.summary import summarize
+from ceu_rl.stability.verdict import number, rate, verdict
+
+ORIGIN = {"commit": "0" * 40, "versions": {"torch": "2.13.0"}, "device": "CPU"}
+COMMAND = "ceu-rl compare stock.yaml ceu.yaml --learning_rate 1e-6 1e-5 1e-4"
+
+
+def maker(root):
+    """A function that makes one run in its folder: `log` is a list of entries, `end` one of the outcomes."""
+
+    def run(arm, setting=None, seed=0, log=(), end="finished", **result):
+        name = ",".join(f"{key}={value}" for key, value in (setting or {}).items()) or "recipe"
+        made = Run(arm, setting or {}, seed, root / arm.replace("/", "_") / name / str(seed))
+        made.folder.mkdir(parents=True)
+        if log:
+            (made.folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+        outcome = {
+            "command": f"ceu-rl dpo --config {arm}.yaml",
+            "date": "2026-11-24T10:00:00+00:00",
+            **ORIGIN,
+            **result,
+        }
+        if end == "finished":
+            (made.folder / "result.json").write_text(json.dumps({"steps": 100, "settings": {}, **outcome}))
+        elif end in ("diverged", "failed"):
+            failure = {"status": 1, "reason": f"it {end}", "log_tail": ["last <line>"], "diverged": end == "diverged"}
+            (made.folder / "failure.json").write_text(json.dumps(failure | outcome))
+        return made
+
+    return run
+
+
+@pytest.fixture
+def make(tmp_path):
+    return maker(tmp_path / "runs")
+
+
+def scored(*values, key="eval_greedy_accuracy", **more):
+    """A log with evaluations at the steps 0, 50, 100 and so on."""
+    return [{"step": 50 * place, key: value, **more} for place, value in enumerate(values)]
+
+
+@pytest.fixture
+def report(tmp_path):
+    """Write the report and read back what it wrote: the dict, the page, and the terminal."""
+
+    def write(runs):
+        console = Console(record=True, width=100, file=io.StringIO())
+        folder = tmp_path / "report"
+        returned = write_report(folder, runs, console, COMMAND)
+        text = (folder / "report.json").read_text()
+        assert json.loads(text, parse_constant=pytest.fail) == returned
+        return returned, (folder / "report.html").read_text(), console.export_text()
+
+    return write
+
+
+def grid(make, ends):
+    """Runs from the base 1.0 to the last score of each seed, by arm and learning rate; NaN: diverged."""
+    return [
+        make(
+            arm,
+            {"learning_rate": each},
+            seed,
+            scored(1.0, *([] if math.isnan(score) else [score])),
+            end="diverged" if math.isnan(score) else "finished",
+        )
+        for arm, by_rate in ends.items()
+        for each, scores in by_rate.items()
+        for seed, score in enumerate(scores)
+    ]
+
+
+def test_the_range_of_a_hand_made_grid(make, report):
+    """95 % of 1.0 is 0.95. ceu keeps it up to 1e-5 with every seed, stock up to 1e-6, so ten times as far. Without
+    seed 1 stock keeps it up to 1e-5 as well, so that resamples have the ratios 10 and 1."""
+    runs = grid(
+        make,
+        {
+            "stock": {"1e-6": [0.99, 0.96], "1e-5": [0.97, 0.60], "1e-4": [0.1, math.nan]},
+            "ceu": {"1e-6": [0.99, 0.99], "1e-5": [0.98, 0.95], "1e-4": [0.94, 0.93]},
+        },
+    )
+    found, page, terminal = report(runs)
+    sentence = (
+        "ceu keeps 95 % of the base's greedy accuracy up to a learning rate of 1e-5, stock up to 1e-6: "
+        "10 times as far (95 % interval over 2 seeds 1 to 10; 1 lies within it)."
+    )
+    assert found["verdict"][0] == sentence
+    assert sentence.replace("'", "&#39;") in page
+    assert sentence in " ".join(terminal.split())
+    assert found["verdict"][-1] == "1 of 12 runs diverged, which counts as having lost the score: 1 of stock."
+    stock, ceu = found["ranges"]
+    assert (stock["range"], stock["ratio"], stock["interval"]) == (1e-6, None, None)
+    assert (ceu["range"], ceu["baseline_range"], ceu["ratio"], ceu["interval"]) == (1e-5, 1e-6, 10, [1, 10])
+    assert ceu["seeds"] == [0, 1] and not ceu["at_most_tried"]
+    assert [entry["mean"] for entry in found["best"]] == [0.975, 0.99]
+
+
+def test_the_verdict_says_that_stock_is_better_in_the_same_form(make, report):
+    ends = {
+        "stock": {"1e-6": [1.0], "1e-5": [1.0], "1e-4": [0.5]},
+        "ceu": {"1e-6": [1.0], "1e-5": [0.9], "1e-4": [0.9]},
+    }
+    assert report(grid(make, ends))[0]["verdict"][0] == (
+        "stock keeps 95 % of the base's greedy accuracy up to a learning rate of 1e-5, ceu up to 1e-6: "
+        "10 times as far (one seed: no interval)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("stock", "ceu", "words"),
+    [
+        (
+            [1, 0],
+            [1, 1],
+            "ceu {} up to at least a learning rate of 1e-5 (the largest tried), stock up to 1e-6: at least 10 ",
+        ),
+        (
+            [0, 0],
+            [1, 1],
+            "ceu {} up to at least a learning rate of 1e-5 (the largest tried), stock at none tried (below ",
+        ),
+        (
+            [0, 0],
+            [1, 0],
+            "ceu {} up to a learning rate of 1e-6, stock at none tried (below 1e-6): how many times as far",
+        ),
+        (
+            [1, 0],
+            [0, 0],
+            "stock {} up to a learning rate of 1e-6, ceu at none tried (below 1e-6): how many times as far",
+        ),
+        (
+            [0, 0],
+            [0, 0],
+            "ceu {} at none tried (below 1e-6), stock at none tried (below 1e-6): these rates cannot tell",
+        ),
+        (
+            [1, 1],
+            [1, 1],
+            "ceu {} up to at least a learning rate of 1e-5 (the largest tried), stock up to at least 1e-5",
+        ),
+        (
+            [1, 0],
+            [1, 0],
+            "ceu {} up to a learning rate of 1e-6, stock up to 1e-6: the same range (one seed: no interval)",
+        ),
+        (
+            [1, 1],
+            [1, 0],
+            "stock {} up to at least a learning rate of 1e-5 (the largest tried), ceu up to 1e-6: at least 10",
+        ),
+    ],
+)
+def test_open_ends_of_a_range(make, stock, ceu, words):
+    ends = {name: {"1e-6": [ends[0]], "1e-5": [ends[1]]} for name, ends in (("stock", stock), ("ceu", ceu))}
+    sentence = verdict(summarize(grid(make, ends), COMMAND))[0]
+    assert sentence.startswith(words.format("keeps 95 % of the base's greedy accuracy"))
+
+
+def test_failed_and_missing_runs_are_left_out_and_named(make, report):
+    ends = {
+        "stock": {"1e-6": [1.0, 1.0], "1e-5": [0.2, 0.2]},
+        "ceu": {"1e-6": [1.0, 1.0], "1e-5": [1.0, 0.2]},
+    }
+    runs = grid(make, ends)
+    shutil.rmtree(runs[-1].folder)
+    runs[-1] = make("ceu", {"learning_rate": "1e-5"}, 1, [{"step": 7, "loss": 0.5}], end="missing")
+    runs += [
+        make("ceu", {"learning_rate": "1e-6"}, 2, end="failed"),
+        make("stock", {"learning_rate": "1e-6"}, 2, end="no"),
+    ]
+    found, page, terminal = report(runs)
+    assert found["ranges"][1]["seeds"] == [0]
+    assert "at least 10 times as far (one seed: no interval)." in found["verdict"][0]
+    assert "1 of 10 runs failed and is left out: 1 of ceu." in found["verdict"]
+    assert "2 of 10 runs are missing and are left out: 1 of stock and 1 of ceu." in found["verdict"]
+    assert [run["status"] for run in found["runs"][-3:]] == ["missing", "failed", "missing"]
+    assert "no result; the log ends at step 7" in page and "it has not started" in page
+    assert "it failed" in page and "last &lt;line&gt;" in page
+    assert "1 failed" in terminal and "missing" in terminal
+
+
+def test_a_single_rate_gives_the_difference_over_seeds(make, report):
+    """Differences 0.2 and 0.4: their mean is 0.3, and the means of resamples go from 0.2 to 0.4."""
+    ends = {"stock": [0.5, 0.6], "ceu": [0.7, 1.0]}
+    runs = [make(arm, {}, seed, scored(0.9, end)) for arm, values in ends.items() for seed, end in enumerate(values)]
+    found, page, _ = report(runs)
+    assert found["verdict"] == [
+        "ceu ends with a greedy accuracy of 0.85, stock with 0.55: 0.3 higher (95 % interval over 2 seeds 0.2 to 0.4)."
+    ]
+    assert "<svg" in page and "as in the recipe" not in page
+
+    lower = [make(arm, {}, 5, scored(0.9, end)) for arm, end in (("stock", 0.9), ("ceu", 0.5))]
+    assert report(lower)[0]["verdict"] == [
+        "ceu ends with a greedy accuracy of 0.5, stock with 0.9: 0.4 lower (one seed: no interval)."
+    ]
+
+
+def test_a_baseline_that_diverged_has_no_score(make, report):
+    runs = [make("stock", log=scored(0.9), end="diverged"), make("ceu", log=scored(0.9, 0.8))]
+    found, page, _ = report(runs)
+    assert found["verdict"][0] == (
+        "No comparison of ceu in greedy accuracy: 1 seed of stock diverged; ceu ends with 0.8."
+    )
+    assert found["runs"][0]["final"] == {"greedy accuracy": None}
+    assert "stock, seed 0: diverged" in page.replace("\n", "")
+
+
+def test_measures_of_a_log_with_values_that_are_not_finite(make, report):
+    log = [
+        *scored(1.0, 0.4, 0.3, **{"eval_logps/rejected": -12.0}),
+        *({"step": step, "loss": 0.5, "grad_norm": 1.0, "learning_rate": 1e-5} for step in range(1, 10)),
+        {"step": 10, "loss": math.nan, "grad_norm": math.inf},
+        {"step": 11, "loss": 0.5, "grad_norm": 30.0},
+        {"step": 12, "eval_logps/chosen": -1.0},
+        {"step": 13, "eval_logps/chosen": -3.0},
+    ]
+    run = make("stock", log=log, eval_tokens={"chosen": 2.0, "rejected": 4.0}, metrics={"train_runtime": 50.0})
+    with open(run.folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 14, "lo')  # what a kill leaves
+    found, page, _ = report([run])
+    expected = {
+        "grad_norm_largest": 30, "grad_norm_median": 1, "grad_norm_spikes": 1, "loss_spikes": 0, "non_finite_steps": 1,
+        "displacement": -1, "depth": 3, "drawdown": 0.7, "collapse_step": 50, "seconds_per_step": 0.5, "kl": None,
+    }  # fmt: skip
+    measures = found["runs"][0]["measures"]
+    assert {name: measures[name] for name in expected} == expected
+    assert found["groups"][0]["seconds_per_step_ratio"] == 1
+    assert found["runs"][0]["learning_rate"] == 1e-5
+    assert found["runs"][0]["curves"]["eval_greedy_accuracy"] == [1.0, None, None, 0.4, 0.3]
+    assert "nats per token" in page and "needs" not in found["verdict"][0]
+    assert "No run logged what these need: KL" in " ".join(page.split())
+
+
+def test_without_a_verifier_the_score_is_the_probability_of_chosen_tokens(make, report):
+    """exp(-2 / 4) is the geometric mean of four tokens whose log-probabilities sum to -2."""
+    ends = {"stock": {"1e-6": -2.1, "1e-5": -4.0}, "ceu": {"1e-6": -1.9, "1e-5": -2.0}}
+    runs = [
+        make(
+            arm,
+            {"learning_rate": each},
+            log=scored(-2.0, end, key="eval_logps/chosen", **{"eval_rewards/accuracies": 0.7}),
+            eval_tokens={"chosen": 4.0, "rejected": 5.0},
+        )
+        for arm, values in ends.items()
+        for each, end in values.items()
+    ]
+    found, _, terminal = report(runs)
+    name = "probability per token of held-out chosen responses"
+    assert found["base"] == {name: pytest.approx(math.exp(-0.5), rel=1e-5), "held-out preference accuracy": 0.7}
+    assert found["verdict"][0] == (
+        f"ceu keeps 95 % of the base's {name} up to at least a learning rate of 1e-5 (the largest tried), stock up to "
+        "1e-6: at least 10 times as far (one seed: no interval)."
+    )
+    assert {entry["score"] for entry in found["ranges"]} == {name}  # preference accuracy starts at 0 by construction
+    assert max(len(line) for line in terminal.splitlines() if not line.startswith("Report: ")) <= 100
+
+
+def test_a_reward_that_is_negative_has_no_share_to_keep(make, report):
+    runs = [
+        make("stock", {"learning_rate": each}, log=scored(-2.0, -1.0, key="eval_reward")) for each in ("1e-6", "1e-5")
+    ]
+    found, _, _ = report(runs)
+    assert found["ranges"] == []
+    assert found["verdict"][0] == (
+        "There is no share of the base's score to keep (held-out reward -2), so that no range is given."
+    )
+
+
+@pytest.mark.parametrize(
+    ("log", "end", "words"),
+    [
+        ([], "finished", "No run logged an evaluation"),
+        ([{"step": 1, "loss": 0.5}], "finished", "No run logged an evaluation"),
+        ([], "missing", "No run has finished"),
+        ([{"step": 1, "loss": math.nan}], "failed", "No run has finished"),
+        ([{"step": 50, "eval_greedy_accuracy": 0.5}], "finished", "stock ends with a greedy accuracy of 0.5 (1 seed)."),
+    ],
+)
+def test_little_to_report(make, report, log, end, words):
+    found, page, terminal = report([make("stock", log=log, end=end)])
+    assert found["verdict"][0].startswith(words) and words in terminal
+    assert "</html>" in page
+
+
+def test_no_runs_at_all(report):
+    assert report([])[0]["verdict"] == ["There are no runs to compare."]
+
+
+def test_names_are_escaped_and_nothing_is_loaded(make, report):
+    runs = [make(arm, log=scored(1.0, 0.5, loss=0.1)) for arm in ("stock", 'a<b>&"c$x_1$')]
+    _, page, _ = report(runs)
+    assert "a<b>" not in page and "a&lt;b&gt;&amp;" in page
+    assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#)|url\((?!#)|@import|<script|<link""", page)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert {ref for ref in re.findall(r'(?:href="#|url\(#)([^")]+)', page)} <= set(ids)
+
+
+def unlearned(make, arm, each, quality, utility, seed=0):
+    run = make(
+        arm, {"learning_rate": each} if each else {}, seed, [{"step": 1, "forget_loss": 2.0, "retain_loss": 1.0}]
+    )
+    summary = {"forget_quality": quality, "model_utility": utility, "forget_probability": 0.1}
+    (run.folder / "tofu_eval.json").write_text(json.dumps({"summary": summary, "items": {}}))
+    return run
+
+
+def test_tofu_on_the_plane(make, report):
+    """90 % of the base's utility 0.6 is 0.54. paper at 1e-4 forgets but loses it; grad_diff at 1e-4 is beaten by paper
+    at 1e-5 in both."""
+    runs = [
+        unlearned(make, "full", None, 1e-20, 0.6),
+        unlearned(make, "retain90", None, 1.0, 0.61),
+        *(unlearned(make, "grad_diff", each, *at) for each, at in (("1e-5", (1e-9, 0.59)), ("1e-4", (0.01, 0.2)))),
+        *(unlearned(make, "paper", each, *at) for each, at in (("1e-5", (0.06, 0.55)), ("1e-4", (0.5, 0.4)))),
+        make("npo", {"learning_rate": "1e-5"}),
+    ]
+    found, page, terminal = report(runs)
+    assert found["verdict"][0] == (
+        "paper (learning rate 1e-5) reaches a forget quality above 0.05 at a model utility within 10 % of the base's "
+        "0.6; grad_diff at no setting tried (each with 1 seed, so without an interval)."
+    )
+    assert found["verdict"][1].endswith(
+        ": grad_diff (learning rate 1e-5), paper (learning rate 1e-5), paper (learning rate 1e-4)."
+    )
+    assert found["verdict"][2].endswith("for want of an evaluation or of a retain model: npo.")
+    assert [point["front"] for point in found["tofu"]["points"]] == [True, True, False, True]
+    assert "Forget quality and model utility</h2>" in page and "loss on the forget set" in page
+    assert "model utility" in terminal
+
+
+def test_where_the_runs_come_from_is_said_once_and_differences_are_said(make, report):
+    runs = [
+        make("stock", log=scored(1.0)),
+        make("ceu", log=scored(1.0)),
+        make("paper", log=scored(1.0), commit="1" * 40),
+    ]
+    found, page, _ = report(runs)
+    assert [entry["runs"] for entry in found["provenance"]] == [2, 1]
+    assert [run["provenance"] for run in found["runs"]] == [0, 0, 1]
+    assert "The runs differ in where they come from: commit." in page
+    assert COMMAND in page and "ceu-rl dpo --config paper.yaml" in page
+
+
+def test_the_record_of_a_study_is_small(make, report, tmp_path):
+    scores = {f"eval_{name}": 0.123456789 for name in ("greedy_accuracy", "sampled_accuracy", "kl", "logps/chosen")}
+    log = [{"step": step, **scores} for step in range(0, 301, 50)]
+    rates = {"learning_rate": "1e-5"}
+    report([make(arm, rates, seed, log, metrics=scores) for arm in ("stock", "ceu") for seed in range(3)])
+    assert (tmp_path / "report" / "report.json").stat().st_size < 6 * 2500 + 3000
+
+
+def test_first_to_last(make):
+    norms = {"calm": [0.5, 0.7, 0.6], "wild": [0.5, 40.0, 3.0]}
+    runs = [
+        make(
+            arm,
+            log=[*({"step": i, "grad_norm": v} for i, v in enumerate(values, 1)), *scored(1.0, 0.25)],
+            end="failed" if arm == "wild" else "finished",
+            wall_time_s=65.7,
+        )
+        for arm, values in norms.items()
+    ]
+    rows = table_rows([*runs, make("missing", end="missing")])
+    assert ["", "calm", "wild", "missing"] in rows
+    assert ["greedy accuracy", "1.000 → 0.250", "1.000 → 0.250", "none"] in rows
+    assert ["max gradient norm", "0.70", "40.00", "none"] in rows
+    assert ["time (s)", "66", "failed", "missing"] in rows
+
+
+def test_numbers_for_people():
+    assert [rate(value) for value in (3e-5, 1e-4, 2.5e-6)] == ["3e-5", "1e-4", "2.5e-6"]
+    values = (None, 0, 0.996, 33.333, 1234.5, 1e-20, -0.4435184)
+    assert [number(value) for value in values] == ["none", "0", "0.996", "33.3", "1234", "1e-20", "-0.444"]
+
+
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --hide-scrollbars --force-device-scale-factor=1"
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install -e .[dev]")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("there is no chromium with chromedriver (Debian packages chromium and chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
+        options.add_argument(flag)
+    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield started
+    started.quit()
+
+
+def curves(end, seed):
+    """A log of 60 steps towards a final score, with all that a run can log."""
+    noise = np.random.default_rng(seed)
+    return [
+        {
+            "step": step,
+            "loss": 0.7 - 0.3 * step / 60,
+            "grad_norm": float(np.exp(noise.normal())),
+            "entropy": 0.1,
+            **(
+                {
+                    "eval_greedy_accuracy": 1 + (end - 1) * step / 60,
+                    "eval_sampled_accuracy": 0.6 * (1 + (end - 1) * step / 60),
+                    "eval_logps/chosen": -0.4 - (1 - end) * step / 3,
+                    "eval_logps/rejected": -6.0 - step / 6,
+                    "eval_kl": (1 - end) * step / 60,
+                }
+                if step % 10 == 0
+                else {}
+            ),
+        }
+        for step in range(61)
+    ]
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """The page of a grid and that of TOFU, with the number of their figures."""
+    falls, runs = {"stock": 1.0, "ceu": 0.1, "a-recipe-with-quite-a-long-name": 0.4}, []
+    make = maker(tmp_path_factory.mktemp("grid"))
+    for arm, fall in falls.items():
+        for place, each in enumerate(("1e-6", "1e-5", "1e-4")):
+            for seed in range(2):
+                end = "diverged" if arm == "stock" and place == 2 and seed else "finished"
+                runs.append(make(arm, {"learning_rate": each}, seed, curves(1 - fall * place / 2, seed), end=end))
+    runs.append(make("ceu", {"learning_rate": "1e-6"}, 2, end="failed"))
+    make = maker(tmp_path_factory.mktemp("tofu"))
+    values = {"grad_diff": ((1e-9, 0.59), (0.01, 0.2)), "paper": ((0.06, 0.55), (0.5, 0.4))}
+    plane = [unlearned(make, "full", None, 1e-20, 0.6)]
+    for arm, each in values.items():
+        plane += [unlearned(make, arm, lr, *at) for lr, at in zip(("1e-5", "1e-4"), each, strict=True)]
+    made = {}
+    for name, members, count in (("grid", runs, 2 + 3 * 8), ("tofu", plane, 1 + 3 * 2)):
+        folder = tmp_path_factory.mktemp(f"report-{name}")
+        write_report(folder, members, Console(file=io.StringIO()), COMMAND)
+        made[name] = (folder / "report.html").as_uri(), count
+    return made
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("name", ["grid", "tofu"])
+def test_the_page_in_a_browser(browser, pages, name, width):
+    address, count = pages[name]
+    view = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", view)
+    browser.get(address)
+    assert browser.execute_script("return innerWidth") == width
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+    figures = browser.find_elements("css selector", "figure.plot svg")
+    assert len(figures) == count
+    for figure in figures:
+        assert figure.size["width"] >= 200 and figure.size["height"] >= 120
+        assert figure.get_attribute("aria-label")
+        picture = imread(io.BytesIO(base64.b64decode(figure.screenshot_as_base64)))
+        ink = (picture[..., :3].min(axis=-1) < 0.6).mean()
+        assert picture[..., :3].std() > 0.02 and ink > 0.005, f"blank: {figure.get_attribute('aria-label')}"
+    assert browser.execute_script(TEXT_OUTSIDE) == []
+    assert browser.execute_script(TEXT_OVER_TEXT) == []
+    # The verdict is what is read first
+    assert browser.find_element("css selector", ".verdict strong").location["y"] < 300
+
+
+TEXT_OUTSIDE = """
+const outside = [];
+for (const svg of document.querySelectorAll('figure.plot svg')) {
+  const box = svg.getBoundingClientRect();
+  for (const text of svg.querySelectorAll('text')) {
+    const at = text.getBoundingClientRect();
+    if (at.left < box.left - 1 || at.right > box.right + 1 || at.top < box.top - 1 || at.bottom > box.bottom + 1)
+      outside.push(svg.getAttribute('aria-label') + ': ' + text.textContent);
+  }
+}
+return outside;
+"""
+
+# Of the labels of an axis and the titles; what is written next to points may be close
+TEXT_OVER_TEXT = """
+const over = [];
+for (const svg of document.querySelectorAll('figure.plot svg')) {
+  const texts = [...svg.querySelectorAll('[id*="axis_"] text')].map(text => [text, text.getBoundingClientRect()]);
+  texts.forEach(([one, a], i) => texts.slice(i + 1).forEach(([other, b]) => {
+    const wide = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+    const high = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+    if (wide > 1 && high > 3) over.push([svg.getAttribute('aria-label'), one.textContent, other.textContent]);
+  }));
+}
+return over;
+"""
