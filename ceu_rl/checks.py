@@ -157,6 +157,10 @@ class StopAtNonFinite:
         raise NotImplementedError
 
 
+class RolloutError(ValueError):
+    """A rollout or its reward cannot be used; the message names the cause and the row or function."""
+
+
 def saved_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
     """Step and folder of each checkpoint in `output_dir`, first to last, without those whose saving was cut short."""
     states = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")

@@ -1,7 +1,7 @@
 """`ceu-rl COMMAND`: one recipe in, one finished run out.
 
     ceu-rl sft|dpo|grpo|unlearn --config RECIPE.yaml [--any_field value ...]
-    ceu-rl compare RECIPE.yaml ... --output_dir DIR
+    ceu-rl compare RECIPE.yaml ... [--learning_rate a b ...] [--seed 0 1 ...] [--any_field v1 v2 ...] [--jobs N]
     ceu-rl tofu-eval --model DIR --dataset NAME --split forget10 [--retain DIR/tofu_eval.json]
     ceu-rl env
 
@@ -11,7 +11,6 @@ provenance in `result.json`.
 """
 
 import importlib
-import json
 import os
 import shlex
 import subprocess
@@ -21,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .provenance import environment, peak_memory_gib, recipe_settings
+from .provenance import environment, peak_memory_gib, recipe_settings, write_json
 
 BUILTIN_MODEL = "builtin:llama"
 
@@ -55,7 +54,7 @@ def train(method: str, argv: list[str]) -> int:
     import torch
     import yaml
 
-    from .rollouts import RolloutError
+    from .checks import RolloutError
 
     start, provenance = time.perf_counter(), environment()
     try:
@@ -87,7 +86,7 @@ def train(method: str, argv: list[str]) -> int:
             "peak_memory_gib": round(peak_memory_gib(), 3),
             **provenance,
         }
-        Path(args.output_dir, "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        write_json(Path(args.output_dir, "result.json"), result)
         print(f"The model, metrics.jsonl and result.json are in {args.output_dir}.")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
@@ -108,20 +107,36 @@ def _response_lengths(dataset: Any) -> dict[str, dict[str, float]]:
 
 def parser_for(method: str) -> Any:
     """TRL's parser for the recipes of one method."""
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
-    from trl.scripts.grpo import GRPOScriptArguments
+    from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
-    from .dpo import CEUDPOConfig
-    from .grpo import CEUGRPOConfig
-    from .unlearn import UnlearnConfig, UnlearnScriptArguments
-
-    config = {"sft": SFTConfig, "dpo": CEUDPOConfig, "grpo": CEUGRPOConfig, "unlearn": UnlearnConfig}[method]
-    script = {"grpo": GRPOScriptArguments, "unlearn": UnlearnScriptArguments}.get(method, ScriptArguments)
+    script, config, _ = _classes(method)
     return TrlParser(
         (script, config, ModelConfig, DatasetMixtureConfig),  # type: ignore[arg-type]
         prog=f"ceu-rl {method}",
         usage=f"ceu-rl {method} --config RECIPE.yaml [--any_field value ...]",
     )
+
+
+def _classes(method: str) -> tuple[Any, Any, Any]:
+    """Script arguments, config and trainer of a method. GRPO's bring vLLM, which takes seconds to import."""
+    from trl import ScriptArguments, SFTConfig, SFTTrainer
+
+    match method:
+        case "dpo":
+            from .dpo import CEUDPOConfig, CEUDPOTrainer
+
+            return ScriptArguments, CEUDPOConfig, CEUDPOTrainer
+        case "grpo":
+            from trl.scripts.grpo import GRPOScriptArguments
+
+            from .grpo import CEUGRPOConfig, CEUGRPOTrainer
+
+            return GRPOScriptArguments, CEUGRPOConfig, CEUGRPOTrainer
+        case "unlearn":
+            from .unlearn import UnlearnConfig, UnlearnScriptArguments, UnlearnTrainer
+
+            return UnlearnScriptArguments, UnlearnConfig, UnlearnTrainer
+    return ScriptArguments, SFTConfig, SFTTrainer
 
 
 def _parse(method: str, argv: list[str]) -> tuple[Any, Any, Any, Any]:
@@ -158,14 +173,11 @@ def _resume_from(output_dir: str, checkpoint: str | None) -> str | None:
 
 def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixture: Any) -> Any:
     from transformers import AutoTokenizer, ProgressCallback
-    from trl import SFTTrainer, get_peft_config, get_quantization_config
+    from trl import get_peft_config, get_quantization_config
 
     from .builtin import build_bpe_tokenizer, build_model, build_tokenizer
     from .callbacks import MetricsFile, Progress, TaskScore
-    from .dpo import CEUDPOTrainer
-    from .grpo import CEUGRPOTrainer
     from .tofu.data import has_questions, load_tofu, to_prompt_completion
-    from .unlearn import UnlearnTrainer
 
     datasets, task = _load_dataset(method, script, mixture, evaluates=args.eval_strategy != "no" or args.eval_on_start)
     asks = method in ("sft", "unlearn") and any(has_questions(dataset) for dataset in datasets.values())
@@ -204,7 +216,8 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
         }
     if method == "grpo":
         given["reward_funcs"] = _load_rewards(script)
-    trainer = {"sft": SFTTrainer, "dpo": CEUDPOTrainer, "grpo": CEUGRPOTrainer, "unlearn": UnlearnTrainer}[method](
+    _, _, trainer_class = _classes(method)
+    trainer = trainer_class(
         args=args,
         peft_config=get_peft_config(model_config),
         **{f"{name}_dataset": dataset for name, dataset in datasets.items()},

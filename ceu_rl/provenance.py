@@ -1,12 +1,14 @@
 """Where a result comes from: what was run, of which commit, with which versions, on which device."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -69,3 +71,11 @@ def peak_memory_gib() -> float:
         return torch.cuda.max_memory_allocated() / 2**30
     # Linux counts in KiB, macOS in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a result file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    part.replace(path)

@@ -19,6 +19,8 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from trl.generation.vllm_generation import VLLMGeneration
 
+from .checks import RolloutError
+
 SUPPORTED_VLLM = SpecifierSet("==0.31.*")
 
 
@@ -54,10 +56,6 @@ class ReloadingVLLMGeneration(VLLMGeneration):
                 )
         with _vllm_named("generating completions"):
             return super().generate(prompts, *args, **kwargs)
-
-
-class RolloutError(ValueError):
-    """A rollout or its reward cannot be used; the message names the cause and the row or function."""
 
 
 class _NameCause:
