@@ -2,8 +2,8 @@
 
     python docs/results/tofu/base.py --config recipes/tofu/tiny/full.yaml --dataset_name FOLDER
 
-On a CPU TRL's fused head scores every position, prompt and padding included, and takes about 1.7 times as long a step
-for this model. The loss is the same but for rounding; data, order, optimizer and schedule are those of the recipe.
+On a CPU TRL's fused head scores every position, prompt and padding included, which takes longer. The loss is the same
+but for rounding; data, order, optimizer and schedule are those of the recipe.
 """
 
 import json
