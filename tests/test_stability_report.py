@@ -102,7 +102,7 @@ def test_the_range_of_a_hand_made_grid(make, report):
         "10 times as far (95 % interval over 2 seeds 1 to 10; 1 lies within it)."
     )
     assert found["verdict"][0] == sentence
-    assert sentence.replace("'", "&#39;") in page
+    assert sentence.replace("'", "&#39;") in re.sub(r"</?span[^>]*>", "", page)
     assert sentence in " ".join(terminal.split())
     assert found["verdict"][-1] == "1 of 12 runs diverged, which counts as having lost the score: 1 of stock."
     stock, ceu = found["ranges"]
@@ -455,7 +455,7 @@ def pages(tmp_path_factory):
     for arm, each in values.items():
         plane += [unlearned(make, arm, lr, *at) for lr, at in zip(("1e-5", "1e-4"), each, strict=True)]
     made = {}
-    for name, members, count in (("grid", runs, 2 + 3 * 8), ("tofu", plane, 1 + 3 * 2)):
+    for name, members, count in (("grid", runs, 2 + 3 * 8), ("tofu", plane, 1 + 2 * 2)):
         folder = tmp_path_factory.mktemp(f"report-{name}")
         write_report(folder, members, Console(file=io.StringIO()), COMMAND)
         made[name] = (folder / "report.html").as_uri(), count

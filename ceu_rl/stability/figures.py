@@ -59,13 +59,14 @@ class Panel:
     divisor: float = 1.0
 
 
-def styles(names: Sequence[str]) -> dict[str, Style]:
-    """The first arm is the baseline, in grey."""
+def styles(compared: Sequence[str], every: Sequence[str]) -> dict[str, Style]:
+    """The first of the arms that are compared is the baseline, in grey; an arm beside them is a star."""
     looks = {}
-    for place, name in enumerate(names):
+    for place, name in enumerate(compared):
         colour = COLOURS[(place - 1) % len(COLOURS)] if place else BASELINE
         looks[name] = Style(colour, MARKERS[place % len(MARKERS)], SYMBOLS[place % len(SYMBOLS)])
-    return looks
+    beside = (name for name in every if name not in looks)
+    return looks | {name: Style("#000000", "*", "☆" if name.startswith("retain") else "★") for name in beside}
 
 
 def panels(runs: Sequence[Run]) -> list[Panel]:
@@ -127,7 +128,7 @@ def range_plot(runs: Sequence[Run], score: Score, base: float | None, looks: Map
             axes.set_ylim(-0.04, 1.04)
         _diverged(axes, crosses)
 
-    return _svg(draw, (5.6, 3.7), name, lambda: f"Final {score.name} against learning rate. {'; '.join(spoken)}.")
+    return _svg(draw, (5.0, 3.3), name, lambda: f"Final {score.name} against learning rate. {'; '.join(spoken)}.")
 
 
 def final_plot(runs: Sequence[Run], score: Score, base: float | None, looks: Mapping[str, Style], name: str) -> str:
@@ -155,7 +156,7 @@ def final_plot(runs: Sequence[Run], score: Score, base: float | None, looks: Map
             axes.set_xlim(-0.04, 1.04)
 
     height = 1.3 + 0.45 * len(arms(runs))
-    return _svg(draw, (5.6, height), name, lambda: f"Final {score.name}: {', '.join(spoken)}.")
+    return _svg(draw, (5.0, height), name, lambda: f"Final {score.name}: {', '.join(spoken)}.")
 
 
 def curve(
@@ -261,35 +262,50 @@ def tofu_plane(found: Mapping[str, Any], looks: Mapping[str, Style], name: str) 
         if found["base"]:
             axes.axvline(KEEP_UTILITY * found["base"]["model_utility"], color="#808080", ls="--", lw=1)
         front = sorted((p["model_utility"], max(p["forget_quality"], floor)) for p in points if p["front"])
-        axes.plot(*zip(*front, strict=True), color="#b0b0b0", lw=5, alpha=0.5, drawstyle="steps-pre", zorder=1)
+        axes.plot(*zip(*front, strict=True), color="#b0b0b0", lw=4, alpha=0.5, drawstyle="steps-pre", zorder=1)
         for arm in dict.fromkeys(point["arm"] for point in points):
             _arm_on_plane(axes, [point for point in points if point["arm"] == arm], looks[arm], floor)
-        for (label, each), marker in zip(known.items(), "*P", strict=False):
+        for label, each in known.items():
             place = each["model_utility"], max(each["forget_quality"], floor)
-            axes.plot(*place, marker, color="black", ms=11, zorder=5)
-            axes.annotate(label, place, (7, 5), textcoords="offset points", fontsize=8)
+            fill = "white" if label == "retain model" else "black"
+            axes.plot(*place, "*", color="black", mfc=fill, ms=12, zorder=5)
+            offset = (0, 8) if label == "retain model" else (0, -15)
+            axes.annotate(label, place, offset, textcoords="offset points", fontsize=8, ha="center")
         _log_axis(axes)
+        decades = math.ceil(-math.log10(floor))
+        axes.set_yticks([10.0**-power for power in range(0, decades + 1, max(1, round(decades / 6)))])
+        axes.set_ylim(10 ** (-1.08 * decades), 10 ** (0.1 * decades))
         axes.set_xlabel("model utility")
         axes.set_ylabel("forget quality (p-value)")
-        axes.margins(x=0.14, y=0.08)
+        axes.margins(x=0.08)
+        _name_rates(axes, sorted(points, key=lambda point: not point["front"]), looks, floor)
 
     spoken = [f"{p['arm']} {number(p['model_utility'])}, {number(p['forget_quality'])}" for p in points]
     alt = f"Forget quality against model utility, as utility, quality: {'; '.join(spoken)}."
-    return _svg(draw, (6.4, 4.6), name, lambda: alt)
+    return _svg(draw, (5.0, 4.2), name, lambda: alt)
 
 
 def _arm_on_plane(axes: Axes, points: Sequence[Mapping[str, Any]], look: Style, floor: float) -> None:
     xs = [point["model_utility"] for point in points]
     ys = [max(point["forget_quality"], floor) for point in points]
-    axes.plot(xs, ys, color=look.colour, lw=0.9, alpha=0.6)
+    axes.plot(xs, ys, color=look.colour, marker=look.marker, lw=0.9, ms=7, zorder=4)
     seeds = [(u, max(q, floor)) for point in points for u, q in point["seeds"] if len(point["seeds"]) > 1]
     if seeds:
         axes.plot(*zip(*seeds, strict=True), look.marker, color=look.colour, ms=3.5, alpha=0.35, lw=0)
-    for point, x, y in zip(points, xs, ys, strict=True):
-        axes.plot(x, y, look.marker, color=look.colour, ms=7, zorder=4)
-        if point["learning_rate"] is not None:
-            text = rate(point["learning_rate"])
-            axes.annotate(text, (x, y), (6, -9), textcoords="offset points", fontsize=7.5, color=look.colour)
+
+
+def _name_rates(axes: Axes, points: Sequence[Mapping[str, Any]], looks: Mapping[str, Style], floor: float) -> None:
+    """Write the learning rate beside a point, where no other one stands yet."""
+    to_axes = axes.transData + axes.transAxes.inverted()
+    taken: list[tuple[float, float]] = []
+    for point in points:
+        place = point["model_utility"], max(point["forget_quality"], floor)
+        x, y = to_axes.transform(place)
+        if point["learning_rate"] is None or any(abs(x - a) < 0.07 and abs(y - b) < 0.045 for a, b in taken):
+            continue
+        taken.append((x, y))
+        text, colour = rate(point["learning_rate"]), looks[point["arm"]].colour
+        axes.annotate(text, place, (6, -9), textcoords="offset points", fontsize=7.5, color=colour)
 
 
 def _reference_lines(line: Callable[..., Any], base: float | None, limit: float) -> None:

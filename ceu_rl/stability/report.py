@@ -6,18 +6,32 @@
 import inspect
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from . import figures, measures
 from .runs import STATUSES, Run
-from .summary import ORIGIN, PLANE, arms, condition, conditions, finals, find_scores, grouped, is_reference, summarize
+from .summary import (
+    ORIGIN,
+    PLANE,
+    arms,
+    by_setting,
+    condition,
+    conditions,
+    finals,
+    find_scores,
+    grouped,
+    methods,
+    summarize,
+)
 from .verdict import number, rate, setting_name, verdict
 
 __all__ = ["Run", "table_rows", "write_report"]
@@ -44,6 +58,7 @@ COLUMNS: tuple[tuple[str, str, Callable[..., Any] | str], ...] = (
     ),
     ("memory", "peak_memory_gib_ratio", "Peak memory over the baseline's at the same setting."),
 )
+ABSENT = "—"
 COUNTS = ("grad_norm_spikes", "loss_spikes", "non_finite_steps")
 
 # Row, key: shown as first -> last
@@ -65,8 +80,8 @@ def write_report(folder: Path, runs: Sequence[Run], console: Console, command: s
         command: The command that made the comparison, for the report.
 
     Returns:
-        What `report.json` holds: `command`, `verdict`, `base`, `tokens`, `ranges`, `differences`, `best`, `tofu`,
-        `groups` (each arm at each setting), `runs`, `provenance`. Numbers that are not finite are None.
+        What `report.json` holds: `command`, `verdict`, `arms`, `base`, `tokens`, `ranges`, `differences`, `best`,
+        `tofu`, `groups` (each arm at each setting), `runs`, `provenance`. Numbers that are not finite are None.
     """
     summary = summarize(runs, command)
     report = _clean({"command": command, "verdict": verdict(summary), **summary})
@@ -136,9 +151,9 @@ def _first_to_last(runs: Sequence[Run]) -> Table:
 
 def _overview(report: Mapping[str, Any]) -> Table:
     headings = [name if len(name) < 25 else name.split(" of ")[0] for name in report["base"]]
-    columns = {"max grad norm": "grad_norm_largest", "displacement": "displacement"}
-    if report["tofu"]:
-        columns = {name.replace("_", " "): name for name in PLANE} | columns
+    columns = {name.replace("_", " "): name for name in PLANE}
+    columns |= {"max grad norm": "grad_norm_largest", "displacement": "displacement"}
+    columns = {name: key for name, key in columns.items() if any(group[key] is not None for group in report["groups"])}
     table = Table("arm", "setting", *headings, *columns, "status", box=box.SIMPLE_HEAD)
     for group in report["groups"]:
         seeds = group["seeds"]
@@ -147,7 +162,7 @@ def _overview(report: Mapping[str, Any]) -> Table:
             group["arm"],
             short,
             *(_fixed(score and score["mean"]) for score in group["final"].values()),
-            *(number(group[key]) for key in columns.values()),
+            *(_cell(group, key) for key in columns.values()),
             ", ".join(f"{count} {status}" for status, count in seeds.items() if count),
         )
     return table
@@ -161,19 +176,18 @@ def _html(title: str, runs: Sequence[Run], report: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    looks = figures.styles([arm for arm in arms(runs) if not is_reference(arm)])
-    looks.update({arm: figures.styles([arm])[arm] for arm in arms(runs) if arm not in looks})
+    environment.filters["unbroken"] = _unbroken
+    looks, compared = figures.styles(report["arms"], arms(runs)), methods(runs)
     columns = [column for column in COLUMNS if any(group[column[1]] is not None for group in report["groups"])]
     return environment.get_template("report.html.jinja").render(
         title=title,
         report=report,
         looks=looks,
-        baseline=next(iter(looks), None),
-        finals=_final_figures(runs, report, looks),
+        finals=_final_figures(compared, report, looks),
         plane=figures.tofu_plane(report["tofu"], looks, "tofu")
         if report["tofu"] and report["tofu"]["points"]
         else None,
-        curves=_curve_figures(runs, looks),
+        curves=_curve_figures(compared, looks),
         columns=columns,
         table=_table(report, columns),
         absent=[column[0] for column in COLUMNS if column not in columns and column[1] not in PLANE],
@@ -186,7 +200,14 @@ def _html(title: str, runs: Sequence[Run], report: Mapping[str, Any]) -> str:
     )
 
 
-def _final_figures(runs: Sequence[Run], report: Mapping[str, Any], looks: Mapping[str, Any]) -> list[dict[str, str]]:
+def _unbroken(sentence: str) -> Markup:
+    """A sentence whose learning rates are not broken at their minus."""
+    return Markup(re.sub(r"\d[\d.]*e-\d+", r'<span class="unbroken">\g<0></span>', str(escape(sentence))))
+
+
+def _final_figures(
+    runs: Sequence[Run], report: Mapping[str, Any], looks: Mapping[str, figures.Style]
+) -> list[dict[str, str]]:
     """One figure for each score and setting beside the learning rate."""
     found = []
     for place, score in enumerate(find_scores(runs)):
@@ -201,26 +222,30 @@ def _final_figures(runs: Sequence[Run], report: Mapping[str, Any], looks: Mappin
     return found
 
 
-def _curve_figures(runs: Sequence[Run], looks: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each metric with a panel for each setting, all on one scale; with one setting, all in one row."""
-    settings: list[Mapping[str, str]] = []
-    for members in grouped(runs):
-        if members[0].setting not in settings:
-            settings.append(members[0].setting)
-    rows = []
-    for place, panel in enumerate(figures.panels(runs)):
+def _curve_figures(runs: Sequence[Run], looks: Mapping[str, figures.Style]) -> list[dict[str, Any]]:
+    """For each metric a strip of panels for each condition, a panel for each learning rate, all on one scale.
+
+    With one setting there is one strip of all metrics.
+    """
+    settings: dict[str, list[list[Run]]] = {}
+    for members in by_setting(runs):
+        settings.setdefault(str(condition(members[0])), []).append(members)
+    single = len(by_setting(runs)) == 1
+    size = (4.2, 2.7) if single else (3.1, 2.4)
+    rows: list[dict[str, Any]] = []
+    for panel in figures.panels(runs):
         limits = figures.shared_limits(runs, panel)
-        row = []
-        for number_, setting in enumerate(settings):
-            members = [run for run in runs if run.setting == setting]
-            title = panel.title if len(settings) == 1 else setting_name(setting)
-            size = (4.2, 2.7) if len(settings) == 1 else (3.1, 2.4)
-            row.append(figures.curve(members, panel, looks, f"curve{place}x{number_}", title, limits, size))
-        rows.append({"title": panel.title, "panels": row, "note": _outside(limits, figures.extent(runs, panel))})
-    if len(settings) == 1:
-        notes = [f"{row['title']}: {row['note']}" for row in rows if row["note"]]
-        return [{"title": None, "panels": [row["panels"][0] for row in rows], "note": " ".join(notes)}] if rows else []
-    return rows
+        strips: list[list[str]] = []
+        for strip in settings.values():
+            titles = [panel.title if single else setting_name(members[0].setting) for members in strip]
+            names = [f"curve{len(rows)}x{len(strips)}x{place}" for place in range(len(strip))]
+            drawn = zip(strip, names, titles, strict=True)
+            strips.append([figures.curve(each, panel, looks, name, title, limits, size) for each, name, title in drawn])
+        rows.append({"title": panel.title, "strips": strips, "note": _outside(limits, figures.extent(runs, panel))})
+    if not single or not rows:
+        return rows
+    notes = " ".join(f"{row['title']}: {row['note']}" for row in rows if row["note"])
+    return [{"title": None, "strips": [[row["strips"][0][0] for row in rows]], "note": notes}]
 
 
 def _outside(limits: tuple[float, float], extent: tuple[float, float]) -> str:
@@ -242,7 +267,7 @@ def _table(report: Mapping[str, Any], columns: Sequence[Sequence[Any]]) -> list[
             )
         for _, key, _ in columns:
             cells.append({"text": _cell(group, key), "more": "", "lost": key in COUNTS and bool(group[key])})
-        given = "none" if group["learning_rate"] is None else rate(group["learning_rate"])
+        given = ABSENT if group["learning_rate"] is None else rate(group["learning_rate"])
         row = {"arm": group["arm"], "rate": given, "seeds": _seeds(group["seeds"]), "cells": cells}
         row["beside"] = setting_name({k: v for k, v in group["setting"].items() if k != "learning_rate"}, none="")
         settings.setdefault(str(group["setting"]), []).append(row)
@@ -256,7 +281,7 @@ def _seeds(seeds: Mapping[str, int]) -> str:
 
 
 def _fixed(value: float | None) -> str:
-    return "none" if value is None else f"{value:.3f}"
+    return ABSENT if value is None else f"{value:.3f}"
 
 
 def _least_to_largest(score: Mapping[str, Any] | None) -> str:
@@ -266,10 +291,11 @@ def _least_to_largest(score: Mapping[str, Any] | None) -> str:
 def _cell(group: Mapping[str, Any], key: str) -> str:
     value = group[key]
     if key == "collapse_step":
-        return "no" if value is None else f"{group['collapsed']} from step {value}"
+        absent = ABSENT if group["drawdown"] is None else "no"
+        return absent if value is None else f"{group['collapsed']} from step {value}"
     if key.endswith("_ratio") and value is not None:
         return f"{value:.2f}"
-    return number(value)
+    return ABSENT if value is None else number(value)
 
 
 def _definition(text: Callable[..., Any] | str) -> str:

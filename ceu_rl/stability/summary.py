@@ -98,8 +98,8 @@ def response_tokens(runs: Sequence[Run]) -> dict[str, float]:
 
 def summarize(runs: Sequence[Run], command: str) -> dict[str, Any]:
     """Everything that the report says, in numbers; not finite ones may be in it."""
-    runs, scores = list(runs), find_scores(runs)
-    tokens, bases = response_tokens(runs), {score.name: score.base(runs) for score in find_scores(runs)}
+    scores, tokens = find_scores(runs), response_tokens(runs)
+    bases = {score.name: score.base(runs) for score in scores}
     provenance = _provenance(runs)
     records = [_record(run, scores, tokens) for run in runs]
     for record, run in zip(records, runs, strict=True):
@@ -107,10 +107,11 @@ def summarize(runs: Sequence[Run], command: str) -> dict[str, Any]:
     groups = _groups(runs, records, scores)
     return {
         "command": command,
+        "arms": arms(methods(runs)),
         "base": bases,
         "tokens": tokens,
-        "ranges": [entry for score in scores for entry in _ranges(runs, score, bases[score.name])],
-        "differences": [entry for score in scores for entry in _differences(runs, score)],
+        "ranges": [entry for score in scores for entry in _ranges(methods(runs), score, bases[score.name])],
+        "differences": [entry for score in scores for entry in _differences(methods(runs), score)],
         "best": [entry for score in scores for entry in _best(groups, score)],
         "tofu": _tofu(runs),
         "groups": groups,
@@ -142,6 +143,12 @@ def grouped(runs: Sequence[Run]) -> list[list[Run]]:
 
     keys = sorted({key(run) for run in runs})
     return [[run for run in runs if key(run) == each] for each in keys]
+
+
+def by_setting(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs of all arms at each setting, in the order of [`grouped`]."""
+    settings = _unique(dict(members[0].setting) for members in grouped(runs))
+    return [[run for run in runs if run.setting == setting] for setting in settings]
 
 
 def _unique(items: Iterable[Any]) -> list[Any]:
@@ -233,7 +240,8 @@ def _groups(runs: Sequence[Run], records: Sequence[Mapping[str, Any]], scores: S
                 **_over_seeds([r["measures"] for r in found]),
             }
         )
-    stock = {str(group["setting"]): group for group in groups if group["arm"] == runs[0].arm} if runs else {}
+    baseline = arms(methods(runs))[:1]
+    stock = {str(group["setting"]): group for group in groups if group["arm"] in baseline}
     for group in groups:
         for name in ("seconds_per_step", "peak_memory_gib"):
             ours, theirs = group[name], stock.get(str(group["setting"]), {}).get(name)
@@ -378,7 +386,7 @@ def _tofu(runs: Sequence[Run]) -> dict[str, Any] | None:
     base, retain = _tofu_base(runs), _tofu_retain(runs)
     utility = base and base.get("model_utility")
     points: list[dict[str, Any]] = []
-    for members in grouped([run for run in runs if run.tofu and not is_reference(run.arm)]):
+    for members in grouped([run for run in methods(runs) if run.tofu]):
         seeds = [tuple(_plane(run).values()) for run in members if _placed(run)]
         if not seeds:
             continue
@@ -398,8 +406,7 @@ def _tofu(runs: Sequence[Run]) -> dict[str, Any] | None:
     front = measures.pareto_front([(point["model_utility"], point["forget_quality"]) for point in points])
     for number, point in enumerate(points):
         point["front"] = number in front
-    methods = [run for run in runs if run.status == "finished" and not is_reference(run.arm)]
-    unplaced = _unique(run.arm for run in methods if not _placed(run))
+    unplaced = _unique(run.arm for run in methods(runs) if run.status == "finished" and not _placed(run))
     return {"base": base, "retain": retain, "points": points, "not_placed": unplaced}
 
 
@@ -407,15 +414,21 @@ def _placed(run: Run) -> bool:
     return run.tofu is not None and all(run.tofu.get(name) is not None for name in PLANE)
 
 
-def is_reference(arm: str) -> bool:
-    """Whether an arm is the model before unlearning or one trained without the forget set, rather than a method."""
-    return arm in ("base", "full") or arm.startswith(("full", "retain"))
+def methods(runs: Sequence[Run]) -> list[Run]:
+    """The runs without those which, in a comparison on TOFU, are no method: the model before unlearning (base or full)
+    and one trained without the forget set (retain, as in retain90)."""
+    on_tofu = any(run.tofu for run in runs)
+    return [run for run in runs if not (on_tofu and (_is_base(run.arm) or run.arm.startswith("retain")))]
+
+
+def _is_base(arm: str) -> bool:
+    return arm == "base" or arm.startswith("full")
 
 
 def _tofu_base(runs: Sequence[Run]) -> dict[str, float] | None:
     """The model before unlearning: an arm of the comparison, else what was evaluated where the runs started from."""
     for run in runs:
-        if run.tofu and is_reference(run.arm) and not run.arm.startswith("retain"):
+        if run.tofu and _is_base(run.arm):
             return _plane(run)
     starts = _unique(str(run.settings["model_name_or_path"]) for run in runs if "model_name_or_path" in run.settings)
     found = [run for start in starts if (run := Run("base", {}, 0, Path(start))).tofu]

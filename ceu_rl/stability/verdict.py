@@ -6,13 +6,12 @@ The form of a sentence does not depend on who wins: the better one stands first.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .summary import FORGET_QUALITY, is_reference
+from .summary import FORGET_QUALITY
 
 
 def verdict(summary: Mapping[str, Any]) -> list[str]:
     """One sentence for each arm and score against the baseline, the first arm's first score in front."""
-    names = _unique(run["arm"] for run in summary["runs"])
-    baseline, others = names[0] if names else "", [name for name in names[1:] if not is_reference(name)]
+    baseline, *others = summary["arms"] or [""]
     sentences = _tofu(summary["tofu"]) if summary["tofu"] else []
     for score in summary["base"]:
         for arm in others or [baseline]:
