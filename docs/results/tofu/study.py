@@ -24,15 +24,16 @@ RUNS = Path("runs/tofu")
 EVALUATE = ["--split", "forget10", "--batch_size", "256", "--max_new_tokens", "160"]
 
 
-def run(module: str, argv: list[str], log: Path) -> int:
-    """Run one command in a fork of this process, which has paid for the imports."""
+def run(module: str, argv: list[str], log: Path) -> tuple[int, float]:
+    """Run one command in a fork of this process, which has paid for the imports: its exit status and CPU seconds."""
     with log.open("a") as file:
         pid = os.fork()
         if pid == 0:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
             os._exit(importlib.import_module(module).main(argv))
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    _, status, usage = os.wait4(pid, 0)
+    return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
 
 
 def evaluate(folder: Path, dataset: str, retain: bool) -> int:
@@ -40,7 +41,7 @@ def evaluate(folder: Path, dataset: str, retain: bool) -> int:
         return 0
     compared = ["--retain", str(RUNS / "retain90" / "tofu_eval.json")] if retain else []
     argv = ["--model", str(folder), "--dataset", dataset, *EVALUATE, *compared]
-    return run("ceu_rl.tofu.evaluate", argv, folder / "log.txt")
+    return run("ceu_rl.tofu.evaluate", argv, folder / "log.txt")[0]
 
 
 def keep(folder: Path, output: Path) -> None:
@@ -61,7 +62,10 @@ def cell(name: str, rate: str, dataset: str, output: Path) -> None:
     if not (folder / "result.json").is_file():
         given = ["--learning_rate", rate, *extra, "--output_dir", str(folder)]
         argv = ["unlearn", "--config", f"recipes/tofu/tiny/{recipe}.yaml", "--dataset_name", dataset, *given]
-        status = run("ceu_rl.cli", argv, folder / "log.txt")
+        status, seconds = run("ceu_rl.cli", argv, folder / "log.txt")
+        if status == 0:
+            made = json.loads((folder / "result.json").read_text())
+            (folder / "result.json").write_text(json.dumps({**made, "cpu_time_s": round(seconds, 1)}, indent=1))
     status = status or evaluate(folder, dataset, retain=True)
     if status:
         print(f"{folder.name}: exit status {status}, see {folder}/log.txt", flush=True)
