@@ -197,6 +197,15 @@ def test_failed_and_missing_runs_are_left_out_and_named(make, report):
     assert "1 failed" in terminal and "missing" in terminal
 
 
+def test_a_finished_run_without_the_score_is_named(make, report):
+    runs = [make("stock", log=scored(1.0, 1.0)), make("ceu", log=scored(1.0, 0.9)), make("ceu", seed=1)]
+    found, _, _ = report(runs)
+    assert found["verdict"] == [
+        "ceu ends with a greedy accuracy of 0.9, stock with 1: 0.1 lower (one seed: no interval).",
+        "1 of 3 runs finished without a greedy accuracy and is left out of it: 1 of ceu.",
+    ]
+
+
 def test_a_single_rate_gives_the_difference_over_seeds(make, report):
     """Differences 0.2 and 0.4: their mean is 0.3, and the means of resamples go from 0.2 to 0.4."""
     ends = {"stock": [0.5, 0.6], "ceu": [0.7, 1.0]}
@@ -305,8 +314,9 @@ def test_no_runs_at_all(report):
 
 
 def test_names_are_escaped_and_nothing_is_loaded(make, report):
-    runs = [make(arm, log=scored(1.0, 0.5, loss=0.1)) for arm in ("stock", 'a<b>&"c$x_1$')]
-    _, page, _ = report(runs)
+    runs = [make(arm, log=scored(1.0, 0.5, loss=0.1)) for arm in ("stock", 'a<b>&"c$x_1$[red]')]
+    _, page, terminal = report(runs)
+    assert "[red]" in terminal.split("First evaluation")[1]
     assert "a<b>" not in page and "a&lt;b&gt;&amp;" in page
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#)|url\((?!#)|@import|<script|<link""", page)
     ids = re.findall(r'\bid="([^"]+)"', page)
@@ -345,6 +355,23 @@ def test_tofu_on_the_plane(make, report):
     assert [point["front"] for point in found["tofu"]["points"]] == [True, True, False, True]
     assert "Forget quality and model utility</h2>" in page and "loss on the forget set" in page
     assert "model utility" in terminal
+
+
+def test_tofu_without_and_with_the_models_around_it(make, tmp_path):
+    run = unlearned(make, "ceu", "1e-5", 0.2, 0.5)
+    assert verdict(summarize([run], COMMAND))[0].startswith("The model utility before unlearning is not known")
+
+    for name, utility in (("base", 0.55), ("retain", 0.6)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tofu_eval.json").write_text(json.dumps({"summary": {"model_utility": utility}}))
+    (run.folder / "result.json").write_text(json.dumps({"settings": {"model_name_or_path": str(tmp_path / "base")}}))
+    evaluation = json.loads((run.folder / "tofu_eval.json").read_text())
+    evaluation["retain"] = str(tmp_path / "retain" / "tofu_eval.json")
+    (run.folder / "tofu_eval.json").write_text(json.dumps(evaluation))
+    found = summarize([Run(run.arm, run.setting, run.seed, run.folder)], COMMAND)
+    assert found["tofu"]["base"] == {"model_utility": 0.55}
+    assert found["tofu"]["retain"] == {"model_utility": 0.6, "forget_quality": 1.0}
+    assert verdict(found)[0].startswith("ceu (learning rate 1e-5) reaches a forget quality above 0.05")
 
 
 def test_where_the_runs_come_from_is_said_once_and_differences_are_said(make, report):

@@ -97,66 +97,79 @@ def range_plot(runs: Sequence[Run], score: Score, base: float | None, looks: Map
 
     A marker is filled where every seed keeps 95 % of the base's score, and a cross at the bottom is a diverged run.
     """
-    spoken = []
+    limit = _limit(score, base)
+    grids = {arm: grid for arm in arms(runs) if (grid := finals([run for run in runs if run.arm == arm], score))}
+    means = {arm: [(x, float(np.mean(_finite(ends)))) for x, ends in _known(grid)] for arm, grid in grids.items()}
 
     def draw(axes: Axes) -> None:
-        limit = KEEP * base if base is not None and base > 0 and score.kept else -math.inf
-        crosses: list[tuple[float, str]] = []
-        drawn = [arm for arm in arms(runs) if finals([r for r in runs if r.arm == arm], score)]
-        for place, arm in enumerate(drawn):
-            grid, look = finals([run for run in runs if run.arm == arm], score), looks[arm]
-            shift = 1.045 ** (place - (len(drawn) - 1) / 2)
-            points = [(x, [v for v in ys.values() if math.isfinite(v)], len(ys)) for x, ys in sorted(grid.items())]
-            known = [(x, ys, count) for x, ys, count in points if ys]
-            means = [float(np.mean(ys)) for _, ys, _ in known]
-            xs = [x * shift for x, _, _ in known]
-            axes.plot(xs, means, color=look.colour, zorder=3)
-            for x, mean, (_, ys, count) in zip(xs, means, known, strict=True):
-                keeps = min(ys) >= limit and len(ys) == count
-                axes.errorbar(x, mean, [[mean - min(ys)], [max(ys) - mean]], color=look.colour, capsize=2.5, lw=1)
-                axes.plot(
-                    x, mean, look.marker, color=look.colour, mfc=look.colour if keeps else "white", ms=6, zorder=4
-                )
-            crosses += [(x * shift, look.colour) for x, ys, count in points if len(ys) < count]
-            spoken.append(
-                f"{arm}: " + ", ".join(f"{number(m)} at {rate(x)}" for m, (x, *_) in zip(means, known, strict=True))
-            )
+        crosses = []
+        for place, (arm, grid) in enumerate(grids.items()):
+            shift, look = 1.045 ** (place - (len(grids) - 1) / 2), looks[arm]
+            axes.plot([x * shift for x, _ in means[arm]], [mean for _, mean in means[arm]], color=look.colour, zorder=3)
+            for x, ends in _known(grid):
+                _seeds_at(axes, x * shift, list(ends.values()), look, limit)
+            crosses += [(x * shift, look.colour) for x, ends in grid.items() if len(_finite(ends)) < len(ends)]
         _reference_lines(axes.axhline, base, limit)
-        _rate_axis(axes, sorted({run.learning_rate for run in runs if run.learning_rate}))
+        _rate_axis(axes, sorted({rate for grid in grids.values() for rate in grid}))
         axes.set_xlabel("learning rate")
         if "accuracy" in score.name:
             axes.set_ylim(-0.04, 1.04)
         _diverged(axes, crosses)
 
-    return _svg(draw, (5.0, 3.3), name, lambda: f"Final {score.name} against learning rate. {'; '.join(spoken)}.")
+    spoken = [f"{arm}: {', '.join(f'{number(mean)} at {rate(x)}' for x, mean in each)}" for arm, each in means.items()]
+    return _svg(draw, (5.0, 3.3), name, f"Final {score.name} against learning rate. {'; '.join(spoken)}.")
+
+
+def _known(grid: Mapping[float, Mapping[int, float]]) -> list[tuple[float, Mapping[int, float]]]:
+    """The learning rates with a finite score, in order."""
+    return [(x, ends) for x, ends in sorted(grid.items()) if _finite(ends)]
+
+
+def _finite(ends: Mapping[int, float]) -> list[float]:
+    return [end for end in ends.values() if math.isfinite(end)]
+
+
+def _seeds_at(axes: Axes, x: float, ends: Sequence[float], look: Style, limit: float) -> None:
+    known = [end for end in ends if math.isfinite(end)]
+    mean, keeps = float(np.mean(known)), len(known) == len(ends) and min(known) >= limit
+    axes.errorbar(x, mean, [[mean - min(known)], [max(known) - mean]], color=look.colour, capsize=2.5, lw=1)
+    axes.plot(x, mean, look.marker, color=look.colour, mfc=look.colour if keeps else "white", ms=6, zorder=4)
+
+
+def _limit(score: Score, base: float | None) -> float:
+    """What a stable run ends with at least; no limit where there is no share of the base's score to keep."""
+    return KEEP * base if score.kept and base is not None and base > 0 else -math.inf
 
 
 def final_plot(runs: Sequence[Run], score: Score, base: float | None, looks: Mapping[str, Style], name: str) -> str:
     """The final score of each arm where there is one learning rate: a dot for each seed, and a bar at their mean."""
-    spoken = []
+    ends = {
+        arm: [end for run in runs if run.arm == arm and (end := score.final(run)) is not None] for arm in arms(runs)
+    }
+    finite = {arm: [end for end in each if math.isfinite(end)] for arm, each in ends.items()}
+    outcomes = {
+        arm: number(float(np.mean(finite[arm]))) if finite[arm] else "diverged" if each else "no result"
+        for arm, each in ends.items()
+    }
 
     def draw(axes: Axes) -> None:
-        names = arms(runs)
-        for place, arm in enumerate(names):
-            values = [value for run in runs if run.arm == arm and (value := score.final(run)) is not None]
-            finite, look = [value for value in values if math.isfinite(value)], looks[arm]
-            heights = place + np.linspace(-0.12, 0.12, len(finite)) if len(finite) > 1 else [place] * len(finite)
-            axes.plot(finite, heights, look.marker, color=look.colour, alpha=0.75, ms=7, zorder=3)
-            if finite:
-                axes.plot([np.mean(finite)] * 2, [place - 0.3, place + 0.3], color=look.colour, lw=2)
-            outcome = number(float(np.mean(finite))) if finite else "diverged" if values else "no result"
-            if not finite:
-                axes.text(0.02, place, outcome, transform=axes.get_yaxis_transform(), va="center", color=look.colour)
-            spoken.append(f"{arm} {outcome}")
-        _reference_lines(axes.axvline, base, KEEP * base if base and base > 0 and score.kept else -math.inf)
-        axes.set_yticks(range(len(names)), [name if len(name) <= 18 else f"{name[:17]}…" for name in names])
-        axes.set_ylim(len(names) - 0.4, -0.6)
+        for place, (arm, known) in enumerate(finite.items()):
+            colour, spread = looks[arm].colour, 0.12 if len(known) > 1 else 0.0
+            heights = place + np.linspace(-spread, spread, len(known))
+            axes.plot(known, heights, looks[arm].marker, color=colour, alpha=0.75, ms=7, zorder=3)
+            if known:
+                axes.plot([np.mean(known)] * 2, [place - 0.3, place + 0.3], color=colour, lw=2)
+            else:
+                axes.text(0.02, place, outcomes[arm], transform=axes.get_yaxis_transform(), va="center", color=colour)
+        _reference_lines(axes.axvline, base, _limit(score, base))
+        axes.set_yticks(range(len(ends)), [arm if len(arm) <= 18 else f"{arm[:17]}…" for arm in ends])
+        axes.set_ylim(len(ends) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
         if "accuracy" in score.name:
             axes.set_xlim(-0.04, 1.04)
 
-    height = 1.3 + 0.45 * len(arms(runs))
-    return _svg(draw, (5.0, height), name, lambda: f"Final {score.name}: {', '.join(spoken)}.")
+    alt = f"Final {score.name}: {', '.join(f'{arm} {outcome}' for arm, outcome in outcomes.items())}."
+    return _svg(draw, (5.0, 1.3 + 0.45 * len(ends)), name, alt)
 
 
 def curve(
@@ -165,8 +178,8 @@ def curve(
     looks: Mapping[str, Style],
     name: str,
     title: str,
-    limits: tuple[float, float] | None = None,
-    size: tuple[float, float] = (4.2, 2.7),
+    limits: tuple[float, float],
+    size: tuple[float, float],
 ) -> str:
     """One metric over steps: the mean over seeds, a band from least to largest, a cross where a run broke off."""
     shown = [arm for arm in arms(runs) if any(run.values(panel.key) for run in runs if run.arm == arm)]
@@ -186,14 +199,13 @@ def curve(
             _log_axis(axes)
         axes.set_xlabel("step")
         axes.set_title(title, fontsize=9)
-        if limits:
-            axes.set_ylim(*limits)
+        axes.set_ylim(*limits)
         if not shown:
             axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color="#666666")
             axes.set_xticks([])
 
     alt = f"{panel.title} over steps{', ' + title if title != panel.title else ''}: {', '.join(shown) or 'no data'}."
-    return _svg(draw, size, name, lambda: alt)
+    return _svg(draw, size, name, alt)
 
 
 def scaled(run: Run, panel: Panel) -> list[tuple[int, float]]:
@@ -282,7 +294,7 @@ def tofu_plane(found: Mapping[str, Any], looks: Mapping[str, Style], name: str) 
 
     spoken = [f"{p['arm']} {number(p['model_utility'])}, {number(p['forget_quality'])}" for p in points]
     alt = f"Forget quality against model utility, as utility, quality: {'; '.join(spoken)}."
-    return _svg(draw, (5.0, 4.2), name, lambda: alt)
+    return _svg(draw, (5.0, 4.2), name, alt)
 
 
 def _arm_on_plane(axes: Axes, points: Sequence[Mapping[str, Any]], look: Style, floor: float) -> None:
@@ -344,7 +356,7 @@ def _log_axis(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _svg(draw: Callable[[Axes], None], size: tuple[float, float], name: str, alt: Callable[[], str]) -> str:
+def _svg(draw: Callable[[Axes], None], size: tuple[float, float], name: str, alt: str) -> str:
     """Draw on one pair of axes; return an `<svg>` that scales with its box, and whose ids begin with the name."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
@@ -354,7 +366,7 @@ def _svg(draw: Callable[[Axes], None], size: tuple[float, float], name: str, alt
     svg = file.getvalue()
     body = svg[svg.index("<svg") :]
     width, height = (72 * side for side in size)
-    tag = f'<svg role="img" aria-label="{_escape(alt())}" viewBox="0 0 {width:g} {height:g}" '
+    tag = f'<svg role="img" aria-label="{_escape(alt)}" viewBox="0 0 {width:g} {height:g}" '
     body = re.sub(r"<svg[^>]*>", tag + 'xmlns:xlink="http://www.w3.org/1999/xlink">', body, count=1)
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", body)
 

@@ -7,13 +7,13 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
-from rich import box
+from rich import box, markup
 from rich.console import Console
 from rich.table import Table
 
@@ -143,7 +143,7 @@ def _print(folder: Path, runs: Sequence[Run], report: Mapping[str, Any], console
 
 def _first_to_last(runs: Sequence[Run]) -> Table:
     header, *rows = table_rows(runs)
-    table = Table(*header, title="First evaluation → last")
+    table = Table(*map(markup.escape, header), title="First evaluation → last")
     for row in rows:
         table.add_row(*row)
     return table
@@ -159,8 +159,8 @@ def _overview(report: Mapping[str, Any]) -> Table:
         seeds = group["seeds"]
         short = setting_name(group["setting"]).replace("learning rate", "lr")
         table.add_row(
-            group["arm"],
-            short,
+            markup.escape(group["arm"]),
+            markup.escape(short),
             *(_fixed(score and score["mean"]) for score in group["final"].values()),
             *(_cell(group, key) for key in columns.values()),
             ", ".join(f"{count} {status}" for status, count in seeds.items() if count),
@@ -189,7 +189,7 @@ def _html(title: str, runs: Sequence[Run], report: Mapping[str, Any]) -> str:
         else None,
         curves=_curve_figures(compared, looks),
         columns=columns,
-        table=_table(report, columns),
+        table=_table(report, columns, [score.name for score in find_scores(runs) if score.kept]),
         absent=[column[0] for column in COLUMNS if column not in columns and column[1] not in PLANE],
         definitions=[(heading, _definition(text)) for heading, _, text in columns],
         broken=[run for run in runs if run.status != "finished"],
@@ -254,14 +254,22 @@ def _outside(limits: tuple[float, float], extent: tuple[float, float]) -> str:
     return f"The axis leaves out the outermost values, which go from {number(extent[0])} to {number(extent[1])}."
 
 
-def _table(report: Mapping[str, Any], columns: Sequence[Sequence[Any]]) -> list[list[dict[str, Any]]]:
-    """The rows of each setting, an arm each; what is set beside the learning rate is in the first of its rows."""
+def _table(
+    report: Mapping[str, Any], columns: Sequence[Sequence[Any]], kept: Collection[str]
+) -> list[list[dict[str, Any]]]:
+    """The rows of each setting, an arm each; what is set beside the learning rate is in the first of its rows.
+
+    Args:
+        report: As in `report.json`.
+        columns: Of [`COLUMNS`], those that are shown.
+        kept: The scores of which 95 % of the base's is asked for.
+    """
     settings: dict[str, list[dict[str, Any]]] = {}
     for group in report["groups"]:
         cells = []
         for name, score in group["final"].items():
             base = report["base"][name]
-            lost = score and base and name != "held-out preference accuracy" and score["min"] < measures.KEEP * base
+            lost = score and base and name in kept and score["min"] < measures.KEEP * base
             cells.append(
                 {"text": _fixed(score and score["mean"]), "more": _least_to_largest(score), "lost": bool(lost)}
             )

@@ -35,10 +35,20 @@ class Run:
     def failure(self) -> dict[str, Any] | None:
         return _read(self.folder / "failure.json")
 
-    @cached_property
+    @property
     def tofu(self) -> dict[str, float] | None:
         """The summary of its evaluation on TOFU."""
-        return (_read(self.folder / "tofu_eval.json") or {}).get("summary")
+        return self._tofu_eval.get("summary")
+
+    @property
+    def retain(self) -> str | None:
+        """The result file of the retain model that it was evaluated against."""
+        return self._tofu_eval.get("retain")
+
+    @cached_property
+    def _tofu_eval(self) -> dict[str, Any]:
+        found = _read(self.folder / "tofu_eval.json") or {}
+        return {name: found.get(name) for name in ("summary", "retain")}  # its rows are many
 
     @cached_property
     def log(self) -> list[dict[str, Any]]:

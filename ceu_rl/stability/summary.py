@@ -436,7 +436,10 @@ def _tofu_base(runs: Sequence[Run]) -> dict[str, float] | None:
 
 
 def _tofu_retain(runs: Sequence[Run]) -> dict[str, float] | None:
-    return next((_plane(run) for run in runs if run.tofu and run.arm.startswith("retain")), None)
+    """The model trained without the forget set, whose forget quality is 1: it is compared with itself."""
+    arms = [run for run in runs if run.tofu and run.arm.startswith("retain")]
+    files = [Run("retain", {}, 0, Path(run.retain).parent) for run in runs if run.retain]
+    return next(({**_plane(run), "forget_quality": 1.0} for run in [*arms, *files] if run.tofu), None)
 
 
 def _plane(run: Run) -> dict[str, float]:

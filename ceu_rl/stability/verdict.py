@@ -19,7 +19,7 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
                 for entry in summary[kind]:
                     if (entry["score"], entry["arm"]) == (score, arm):
                         sentences.append(_at(entry["setting"], say(entry, baseline)))
-    sentences.sort(key=lambda sentence: sentence.startswith("No comparison"))
+    sentences.sort(key=lambda sentence: "No comparison of" in sentence)
     if not sentences:
         sentences.append(_nothing(summary))
     return sentences + _best(summary) + _left_out(summary["runs"])
@@ -149,8 +149,8 @@ def _tofu(found: Mapping[str, Any]) -> list[str]:
     sentences = []
     if base is None:
         sentences.append(
-            "The base's model utility is not known, so that only forget quality is compared: add the model before "
-            "unlearning as an arm named full."
+            "The model utility before unlearning is not known, so that no share of it can be asked for: evaluate the "
+            "model that the runs start from with ceu-rl tofu-eval."
         )
     elif points:
         sentences.append(
@@ -196,21 +196,26 @@ def _best(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _left_out(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    sentences, arms = [], _unique(run["arm"] for run in runs)
-    for status, one, many in (
-        (
-            "diverged",
-            "runs diverged, which counts as having lost the score",
-            "runs diverged, which counts as having lost the score",
-        ),
-        ("failed", "runs failed and is left out", "runs failed and are left out"),
-        ("missing", "runs is missing and is left out", "runs are missing and are left out"),
-    ):
-        found = [run["arm"] for run in runs if run["status"] == status]
+    """The runs that do not count, or count as lost, each kind by its number in each arm."""
+    kinds = {
+        "diverged, which counts as having lost the score": [r for r in runs if r["status"] == "diverged"],
+        "failed and {be} left out": [r for r in runs if r["status"] == "failed"],
+        "{be} missing and {be} left out": [r for r in runs if r["status"] == "missing"],
+    }
+    for score in dict.fromkeys(name for run in runs for name in run["final"]):
+        without = [r for r in runs if r["status"] == "finished" and r["final"][score] is None]
+        kinds[f"finished without a {score} and {{be}} left out of it"] = without
+    sentences = []
+    for kind, found in kinds.items():
         if found:
-            names = _join([f"{found.count(arm)} of {arm}" for arm in arms if arm in found], "and")
-            sentences.append(f"{len(found)} of {len(runs)} {one if len(found) == 1 else many}: {names}.")
+            outcome = kind.format(be="is" if len(found) == 1 else "are")
+            sentences.append(f"{len(found)} of {len(runs)} runs {outcome}: {_by_arm(found, runs)}.")
     return sentences
+
+
+def _by_arm(found: Sequence[Mapping[str, Any]], runs: Sequence[Mapping[str, Any]]) -> str:
+    names = [run["arm"] for run in found]
+    return _join([f"{names.count(a)} of {a}" for a in _unique(run["arm"] for run in runs) if a in names], "and")
 
 
 def _nothing(summary: Mapping[str, Any]) -> str:
