@@ -82,9 +82,8 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, OSError, yaml.YAMLError) as error:
         print(f"ceu-rl compare: error: {error}", file=sys.stderr)
         return 2
-    console.print(
-        f"{len(jobs)} runs in {folder}: {len(jobs) - len(pending)} done earlier and kept, {len(pending)} to do"
-    )
+    kept = len(jobs) - len(pending)
+    console.print(f"{len(jobs)} runs in {folder}: {kept} done earlier and kept, {len(pending)} to do", soft_wrap=True)
     try:
         run_jobs(pending, args.jobs, console)
     except KeyboardInterrupt:
@@ -276,7 +275,8 @@ def run_jobs(jobs: Sequence[Job], at_once: int, console: Console) -> None:
             while remaining:
                 done, remaining = wait(remaining, timeout=POLL, return_when=FIRST_COMPLETED)
                 for future in done:
-                    progress.console.print(f"{_name(futures[future])}: {future.result()}")
+                    outcome = f"{_name(futures[future])}: {future.result()}"
+                    progress.console.print(outcome, soft_wrap=True, markup=False, highlight=False)
                 shares = 0.0
                 for slot, line in enumerate(lines):
                     job = active.get(slot)

@@ -179,7 +179,7 @@ def median_ratio(ours: Sequence[float], stock: Sequence[float]) -> float:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other point equals or beats in both coordinates; higher is better."""
+    """Indices of the points that no other point beats in one coordinate and matches in the other; higher is better."""
 
     def dominated(point: tuple[float, float]) -> bool:
         return any(other != point and other[0] >= point[0] and other[1] >= point[1] for other in points)
