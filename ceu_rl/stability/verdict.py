@@ -73,7 +73,7 @@ def _range(entry: Mapping[str, Any], baseline: str) -> str:
     keeps = f"{first} keeps 95 % of the base's {score} {_reach(*pairs[0][1:])}, {second} {_reach(*pairs[1][1:], '')}"
     spread = _interval(interval, len(entry["seeds"]))
     if ratio == 1:
-        return f"{keeps}: {_same(entry)}{f' ({spread})' if entry['range'] and entry['baseline_range'] else ''}."
+        return f"{keeps}: {_same(entry, spread)}."
     unsure = "; 1 lies within it" if interval and interval[0] <= 1 <= interval[1] else ""
     return f"{keeps}: {_bound(entry)}{number(ratio, 2)} times as far ({spread}{unsure})."
 
@@ -98,11 +98,11 @@ def _bound(entry: Mapping[str, Any]) -> str:
     return "at least " if winner_open or loser_below else ""
 
 
-def _same(entry: Mapping[str, Any]) -> str:
-    """What a ratio of 1 says, which is also that of ranges that end outside the rates tried."""
+def _same(entry: Mapping[str, Any], spread: str) -> str:
+    """What a ratio of 1 says; that of ranges that end outside the rates tried is no measurement."""
     ours, theirs = entry["range"], entry["baseline_range"]
     if ours == theirs and ours is not None and ours < max(entry["rates"]):
-        return "the same range"
+        return f"the same range ({spread})"
     if ours == theirs:
         return "these rates cannot tell them apart"
     return "how many times as far, these rates do not show"
