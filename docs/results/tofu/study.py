@@ -1,6 +1,7 @@
-"""The TOFU study: unlearn forget10 with every method at every rate, evaluate, and keep settings and summaries.
+"""The TOFU study: unlearn forget10 with a method at a rate, evaluate, and keep settings and summaries.
 
-    OMP_NUM_THREADS=1 python docs/results/tofu/study.py --dataset FOLDER --output_dir docs/results/tofu
+    OMP_NUM_THREADS=1 python docs/results/tofu/study.py --dataset FOLDER --output_dir docs/results/tofu \
+        --cells ceu-3e-4 npo-3e-4
 
 Each cell is the two commands that its file names, `ceu-rl unlearn` and `ceu-rl tofu-eval`, each as a process of its
 own; two cells run at a time. It starts from runs/tofu/full and runs/tofu/retain90, and skips what is done.
@@ -54,7 +55,7 @@ def keep(folder: Path, output: Path) -> None:
     (output / f"{folder.name}.json").write_text(f'{result[:-2]},\n "forget_truth_ratios": {json.dumps(ratios)}\n}}\n')
 
 
-def cell(name: str, rate: str, dataset: str, output: Path) -> None:
+def run_cell(name: str, rate: str, dataset: str, output: Path) -> None:
     folder = RUNS / f"{name}-{rate}"
     recipe, extra = ARMS[name]
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,8 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--rates", nargs="+", default=["3e-4", "1e-4", "1e-3"])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--cells", nargs="+", required=True, metavar="ARM-RATE", help="such as ceu-3e-4")
     args = parser.parse_args()
     for module in ("ceu_rl.cli", "ceu_rl.unlearn", "ceu_rl.tofu.evaluate", "transformers.models.llama.modeling_llama"):
         importlib.import_module(module)
@@ -89,12 +89,12 @@ def main() -> None:
         if evaluate(RUNS / name, args.dataset, retain=name == "full"):
             sys.exit(f"{name} could not be evaluated, see {RUNS / name}/log.txt")
         keep(RUNS / name, args.output_dir)
-    for name, rate in ((name, rate) for rate in args.rates for name in args.arms):
+    for name, _, rate in (cell.partition("-") for cell in args.cells):
         if (args.output_dir / f"{name}-{rate}.json").is_file():
             continue
         while len(running := [process for process in running if process.is_alive()]) == 2:
             time.sleep(1)
-        running.append(context.Process(target=cell, args=(name, rate, args.dataset, args.output_dir)))
+        running.append(context.Process(target=run_cell, args=(name, rate, args.dataset, args.output_dir)))
         running[-1].start()
     for process in running:
         process.join()
