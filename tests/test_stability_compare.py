@@ -1,5 +1,6 @@
 """The comparison: its grid, real runs through the command line, and what survives a kill."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -235,10 +236,11 @@ def test_compare_goes_on_with_an_interrupted_run(recipes, tmp_path):
 # it was started
 
 STAND_IN = """
-import json, pathlib, sys, time
+import json, os, pathlib, sys, time
 folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
 with open(folder.parents[3] / "started", "a") as file:
     file.write(f"{folder}\\n")
+(folder / "pid").write_text(str(os.getpid()))
 step = 0
 while step < 20 or pathlib.Path("hold").exists():
     with open(folder / "metrics.jsonl", "a") as file:
@@ -262,31 +264,27 @@ sys.exit(compare.main(sys.argv[1:]))
 
 @pytest.fixture
 def comparison(two_recipes, tmp_path):
-    """Start a comparison of 2 recipes with 3 rates and 2 seeds, four at a time, as a process group of its own."""
+    """Start a comparison of 2 recipes with 3 rates and 2 seeds, four at a time."""
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     (tmp_path / "driver.py").write_text(DRIVER)
     words = [*map(str, two_recipes), "--learning_rate", "1e-5", "3e-5", "1e-4", "--seed", "0", "1", "--jobs", "4"]
-    groups = []
+    running = []
 
     def start():
         process = subprocess.Popen(
             [sys.executable, "driver.py", *words, "--output_dir", "runs"],
             cwd=tmp_path,
-            start_new_session=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
-        groups.append(process.pid)
+        running.append(process)
         return process
 
     yield start
-    for group in groups:
-        try:
-            os.killpg(group, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+    for process in running:
+        process.kill()
 
 
 def results(tmp_path):
@@ -328,8 +326,11 @@ def test_a_comparison_killed_half_way_leaves_no_run_undone_and_does_none_twice(c
 def test_a_machine_that_goes_down_half_way_costs_only_the_runs_of_that_moment(comparison, tmp_path):
     process = comparison()
     wait_until(lambda: len(results(tmp_path)) >= 4 and len(started(tmp_path)) >= 8, process)
-    os.killpg(process.pid, signal.SIGKILL)  # the comparison and all that it started
+    process.kill()
     process.wait()
+    for path in (tmp_path / "runs").glob("*/*/*/pid"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(path.read_text()), signal.SIGKILL)
     finished = {str(path.parent.relative_to(tmp_path)) for path in results(tmp_path)}
     cut_short = set(started(tmp_path)) - finished
     again = comparison()

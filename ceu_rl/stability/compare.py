@@ -373,12 +373,19 @@ def _succeeds(job: Job, command: Sequence[str], lock: int, variables: Mapping[st
         log.write(f"$ {shlex.join(command)}\n")
         log.flush()
         start = log.tell()
+        # A session of its own, so that all its processes can be ended together
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=variables, pass_fds=[lock]
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=variables,
+            pass_fds=[lock],
+            start_new_session=True,
         )
         while process.poll() is None:
             if stop.wait(POLL):
-                process.terminate()
+                os.killpg(process.pid, signal.SIGTERM)
                 process.wait()
                 return False
     if process.returncode and not stop.is_set():
