@@ -296,10 +296,12 @@ def started(tmp_path):
     return path.read_text().splitlines() if path.is_file() else []
 
 
-def wait_until(condition, process, seconds=120):
+def wait_until(condition, process, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None and time.monotonic() < end, process.stdout.read()
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            pytest.fail(process.stdout.read())
         time.sleep(0.02)
 
 

@@ -84,13 +84,16 @@ def main(argv: Sequence[str]) -> int:
         return 2
     kept = len(jobs) - len(pending)
     console.print(f"{len(jobs)} runs in {folder}: {kept} done earlier and kept, {len(pending)} to do", soft_wrap=True)
+    interrupted = False
     try:
         run_jobs(pending, args.jobs, console)
     except KeyboardInterrupt:
+        interrupted = True
+    runs = [job.found for job in jobs]
+    write_report(folder, runs, console, shlex.join(["ceu-rl", "compare", *argv]))
+    if interrupted:
         print("ceu-rl compare: interrupted; the same command goes on where it stopped.", file=sys.stderr)
         return 130
-    runs = [job.run for job in jobs]
-    write_report(folder, runs, console, shlex.join(["ceu-rl", "compare", *argv]))
     return 1 if any(run.status in ("failed", "missing") for run in runs) else 0
 
 
