@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ceu_rl.stability.report import Run, table_rows
+from ceu_rl.tofu.metrics import forget_quality
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -146,3 +147,56 @@ def test_the_rows_of_the_fused_loss_are_those_of_its_files():
         assert f"| {row['method']} | {peak} | {median:.3f} | {row['times_fused']} |" in text
     larger = [str(row["peak_above_start_gib"]) for row in memory if row["tokens"] > 1024]
     assert f"{' and '.join(larger)} GiB" in text
+
+
+TOFU = RESULTS / "tofu"
+TOFU_CELLS = sorted(TOFU.glob("*.json"))
+
+
+def tofu_summary(name):
+    return json.loads((TOFU / f"{name}.json").read_text())["evaluation"]["summary"]
+
+
+def tofu_row(path):
+    found = json.loads(path.read_text())
+    arm, _, rate = path.stem.partition("-")
+    summary, training = found["evaluation"]["summary"], found["training"]
+    quality = f"{summary['forget_quality']:.1e}" if arm != "retain90" else ""
+    values = [summary[key] for key in ("model_utility", "forget_rouge_l_recall", "forget_probability")]
+    seconds = [f"{training[kind]:.0f}" if kind in training else "" for kind in ("wall_time_s", "cpu_time_s")]
+    cells = [arm, rate, quality, *(f"{value:.3f}" for value in values), *seconds, f"{training['peak_memory_gib']:.2f}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+@pytest.mark.parametrize("path", TOFU_CELLS, ids=name)
+def test_a_row_of_the_tofu_study_is_that_of_its_file(path):
+    assert tofu_row(path) in (ROOT / "docs" / "results.md").read_text()
+
+
+@pytest.mark.parametrize("path", TOFU_CELLS, ids=name)
+def test_a_cell_of_the_tofu_study_carries_provenance_and_its_forget_quality(path):
+    found = json.loads(path.read_text())
+    for part in (found["training"], found["evaluation"]):
+        assert {"commit", "versions", "device", "seed", "date", "command", "wall_time_s", "peak_memory_gib"} <= set(
+            part
+        )
+        assert re.fullmatch(r"[0-9a-f]{40}", part["commit"]), "made from source that was not committed"
+    if path.stem != "retain90":
+        retain = json.loads((TOFU / "retain90.json").read_text())["forget_truth_ratios"]
+        assert forget_quality(found["forget_truth_ratios"], retain) == pytest.approx(
+            found["evaluation"]["summary"]["forget_quality"], rel=1e-2
+        )
+
+
+def test_the_best_rates_of_the_tofu_study_are_those_of_its_files():
+    """Of an arm's rates, the one of the highest forget quality at a utility within 10 % of the full model's."""
+    floor, text = 0.9 * tofu_summary("full")["model_utility"], (ROOT / "docs" / "results.md").read_text()
+    for arm in {path.stem.partition("-")[0] for path in TOFU_CELLS} - {"full", "retain90"}:
+        cells = {path.stem: tofu_summary(path.stem) for path in TOFU.glob(f"{arm}-*.json")}
+        useful = {stem: cell for stem, cell in cells.items() if cell["model_utility"] >= floor}
+        if useful:
+            best = max(useful, key=lambda stem: useful[stem]["forget_quality"])
+            values = f"{useful[best]['forget_quality']:.1e} | {useful[best]['model_utility']:.3f}"
+            assert f"| {arm} | {best.partition('-')[2]} | {values} |" in text
+        else:
+            assert f"| {arm} | none | | |" in text
