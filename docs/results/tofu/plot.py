@@ -15,6 +15,7 @@ FOLDER = Path(__file__).parent
 MARKS = {
     "ceu": "C3o",
     "ceu_retain": "C3s",
+    "ceu_retain_seed1": "C3*",
     "grad_ascent": "C0o",
     "grad_diff": "C0s",
     "npo": "C2^",

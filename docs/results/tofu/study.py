@@ -19,6 +19,7 @@ from pathlib import Path
 ARMS = {
     "ceu": ("ceu", []),
     "ceu_retain": ("ceu", ["--retain", "retain90"]),
+    "ceu_retain_seed1": ("ceu", ["--retain", "retain90", "--seed", "1"]),
     **{name: (name, []) for name in ("grad_ascent", "grad_diff", "npo", "simnpo", "wga", "satimp", "undial")},
 }
 RUNS = Path("runs/tofu")
