@@ -200,3 +200,34 @@ def test_the_best_rates_of_the_tofu_study_are_those_of_its_files():
             assert f"| {arm} | {best.partition('-')[2]} | {values} |" in text
         else:
             assert f"| {arm} | none | | |" in text
+
+
+STUDY_REPORTS = sorted((RESULTS / "study").glob("*.json"))
+
+
+def study_rows(report):
+    """A row for each arm at each setting, of what `ceu-rl compare` reported."""
+    for group in report["groups"]:
+        scores = [group["final"][name] for name in report["base"]]
+        cells = [
+            group["arm"],
+            f"{group['learning_rate']:g}",
+            *(str(v) for k, v in group["setting"].items() if k[:3] != "lea"),
+        ]
+        cells += [f"{s['mean']:.3f} ({s['min']:.3f} to {s['max']:.3f})" if s else "none" for s in scores]
+        preferences = any(each["depth"] is not None for each in report["groups"])
+        measured = [(group[key], 3) for key in ("displacement", "depth") if preferences]
+        measured += [(group["kl"], 3), (group["grad_norm_largest"], 2)]
+        cells += ["none" if value is None else f"{value:.{digits}f}" for value, digits in measured]
+        yield "| " + " | ".join(cells) + " |"
+
+
+@pytest.mark.parametrize("path", STUDY_REPORTS, ids=name)
+def test_the_rows_of_a_study_are_those_of_its_report(path):
+    report, text = json.loads(path.read_text()), (ROOT / "docs" / "results.md").read_text()
+    for row in study_rows(report):
+        assert row in text, row
+    for sentence in report["verdict"]:
+        assert sentence in " ".join(text.split()), sentence
+    assert f"    {report['command']}" in text
+    assert all(re.fullmatch(r"[0-9a-f]{40}", origin["commit"]) for origin in report["provenance"])
