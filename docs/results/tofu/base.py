@@ -2,7 +2,7 @@
 
     python docs/results/tofu/base.py --config recipes/tofu/tiny/full.yaml --dataset_name FOLDER
 
-On a CPU TRL's fused head scores every position, prompt and padding included, which takes longer. The loss is the same
+TRL's fused head scores every position, prompt and padding included; here only labelled ones are. The loss is the same
 but for rounding; data, order, optimizer and schedule are those of the recipe.
 """
 
