@@ -73,9 +73,13 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a result file, whole or not at all."""
+def write_json(path: Path, content: Mapping[str, Any], allow_nan: bool = True) -> None:
+    """Write a result file, whole or not at all.
+
+    Raises:
+        ValueError: for a number that is not finite, unless `allow_nan`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
+    part.write_text(json.dumps(content, indent=2, allow_nan=allow_nan) + "\n")
     part.replace(path)

@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from ..provenance import environment, peak_memory_gib
+from ..provenance import environment, peak_memory_gib, write_json
 from . import metrics
 from .data import (
     REAL_AUTHORS,
@@ -472,14 +472,6 @@ def read_result(path: str | Path) -> dict[str, Any]:
     return result
 
 
-def write_result(path: Path, result: Mapping[str, Any]) -> None:
-    """Write a result file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    part.replace(path)
-
-
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A short hash of what decides tokens and prompts: vocabulary and chat template."""
     return _fingerprint([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
@@ -502,7 +494,7 @@ def main(argv: Sequence[str]) -> int:
             path = _output(args)
             result = _evaluate_path(args)
             result["command"] = shlex.join(["ceu-rl", "tofu-eval", *argv])
-        write_result(path, result)
+        write_json(path, result, allow_nan=False)
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("CEU_RL_TRACEBACK"):
             raise
