@@ -1,4 +1,4 @@
-"""Memory and time of the CE-U loss from hidden states: this package's, a loss on logits, and TRL's fused head.
+"""Memory and time of the CE-U loss from hidden states: this package's, losses on logits, and TRL's fused head.
 
     python docs/results/fused/benchmark.py                                 # CPU, 2 threads, float32: about 5 minutes
     python docs/results/fused/benchmark.py --device cuda --dtype bfloat16 --hidden_size 4096
@@ -40,6 +40,17 @@ def logits(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> 
     return F.cross_entropy(z, masked.softmax(dim=-1).detach())
 
 
+def peer(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The steps of open-unlearning's CE-U, which shifts the logits and selects the labelled ones before `logits`."""
+    first, last = hidden[:1], labels[-1:]  # so that as many tokens are left
+    z = torch.cat([hidden, first]).unsqueeze(0) @ weight.T
+    shifted, targets = z[:, :-1].contiguous(), torch.cat([last, labels]).unsqueeze(0)[:, 1:].contiguous()
+    labelled = targets != -100
+    z, targets = shifted[labelled], targets[labelled]
+    masked = z.detach().clone().scatter_(-1, targets.unsqueeze(-1), float("-inf"))
+    return F.cross_entropy(z, masked.softmax(dim=-1))
+
+
 def trl(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """TRL 1.16's fused log-probabilities, as its head calls them, with the odds as the weight of the gradient."""
     log_probs = ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 32768, None, 1.0, ("log_probs",))[0]
@@ -54,7 +65,7 @@ def products(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -
     return gradients[0][0, 0] + gradients[1][0, 0]
 
 
-METHODS: dict[str, Callable[..., torch.Tensor]] = {"fused": fused, "logits": logits, "trl": trl}
+METHODS: dict[str, Callable[..., torch.Tensor]] = {"fused": fused, "logits": logits, "peer": peer, "trl": trl}
 
 
 def inputs(args: argparse.Namespace, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
