@@ -26,6 +26,10 @@ def test_links_and_paths_resolve(path):
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith("https://"):
             assert (path.parent / target).exists(), f"{name(path)} links to {target}"
+    for target, anchor in re.findall(r"\]\((?!https)([^)#]*)#([^)]+)\)", text):
+        headings = re.findall(r"^#+ (.+)$", (path.parent / target if target else path).read_text(), flags=re.M)
+        slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        assert anchor in slugs, f"{name(path)} links to {target}#{anchor}"
     for target in re.findall(r"`((?:tests|docs|recipes|ceu_rl)/[\w./-]+)`", text):
         assert (ROOT / target).exists(), f"{name(path)} mentions {target}"
     for recipe in re.findall(r"recipes/[\w./-]+\.yaml", text):
