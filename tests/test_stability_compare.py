@@ -208,6 +208,14 @@ def test_compare_runs_keeps_and_names(recipes, tmp_path, tiny_model, capsys):
     assert "was made with other settings" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_launched_by_accelerate(recipes, tmp_path):
+    config = ROOT / "recipes" / "accelerate" / "fsdp2_cpu.yaml"
+    out = tmp_path / "runs"
+    assert main(["compare", recipes("ceu"), "--accelerate_config", str(config), "--output_dir", str(out)]) == 0
+    assert json.loads((out / "ceu" / "recipe" / "0" / "result.json").read_text())["processes"] == 2
+
+
 def test_compare_goes_on_with_an_interrupted_run(recipes, tmp_path):
     folder = tmp_path / "runs" / "ceu" / "recipe" / "0"
     command = ["compare", recipes("ceu", max_steps=3, save_steps=2), "--output_dir", str(tmp_path / "runs")]
