@@ -25,7 +25,7 @@ demo: install $(BASE)/result.json
 		recipes/dpo/addition/paper.yaml --output_dir runs/demo
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .

@@ -141,69 +141,100 @@ def test_the_rows_of_the_fused_loss_are_those_of_its_files():
 
 
 TOFU = RESULTS / "tofu"
-TOFU_CELLS = sorted(TOFU.glob("*.json"))
+TOFU_MODELS = ("full", "retain90")
 
 
-def tofu_summary(name):
-    return json.loads((TOFU / f"{name}.json").read_text())["evaluation"]["summary"]
+def tofu_model(stem):
+    """A model that nothing was unlearned from: its training, and its evaluation without the values of each row."""
+    return json.loads((TOFU / f"{stem}.json").read_text())
 
 
-def tofu_row(path):
+@pytest.mark.parametrize("stem", TOFU_MODELS)
+def test_a_row_of_a_tofu_model_is_that_of_its_file(stem):
+    found = tofu_model(stem)
+    training, summary = found["training"], found["evaluation"]["summary"]
+    quality = f"{summary['forget_quality']:.1e}" if stem == "full" else ""
+    pace = training["metrics"]["train_runtime"] / training["steps"]
+    values = [f"{summary[key]:.3f}" for key in ("model_utility", "forget_rouge_l_recall", "forget_probability")]
+    cells = [stem, quality, *values, f"{pace:.2f}", f"{training['peak_memory_gib']:.2f}"]
+    assert "| " + " | ".join(cells) + " |" in (ROOT / "docs" / "results.md").read_text()
+    for part in found["training"], found["evaluation"]:
+        assert {"commit", "versions", "device", "seed", "date", "command"} <= set(part)
+        assert re.fullmatch(r"[0-9a-f]{40}", part["commit"]), "made from source that was not committed"
+
+
+def test_the_forget_quality_of_the_full_model_follows_from_the_truth_ratios():
+    full, retain = (tofu_model(stem)["forget_truth_ratios"] for stem in TOFU_MODELS)
+    quality = tofu_model("full")["evaluation"]["summary"]["forget_quality"]
+    assert len(full) == len(retain) == 400 and forget_quality(full, retain) == pytest.approx(quality, rel=1e-2)
+
+
+@pytest.mark.parametrize("path", sorted((TOFU / "earlier").glob("*-*.json")), ids=name)
+def test_a_row_of_the_earlier_tofu_bases_is_that_of_its_file(path):
     found = json.loads(path.read_text())
     arm, _, rate = path.stem.partition("-")
-    summary, training = found["evaluation"]["summary"], found["training"]
-    quality = f"{summary['forget_quality']:.1e}" if arm != "retain90" else ""
-    values = [summary[key] for key in ("model_utility", "forget_rouge_l_recall", "forget_probability")]
-    seconds = [f"{training[kind]:.0f}" if kind in training else "" for kind in ("wall_time_s", "cpu_time_s")]
-    cells = [arm, rate, quality, *(f"{value:.3f}" for value in values), *seconds, f"{training['peak_memory_gib']:.2f}"]
-    return "| " + " | ".join(cells) + " |"
+    summary = found["evaluation"]["summary"]
+    row = f"| {arm} | {rate} | {summary['forget_quality']:.1e} | {summary['model_utility']:.3f} |"
+    assert row in (ROOT / "docs" / "results.md").read_text()
+    assert all(re.fullmatch(r"[0-9a-f]{40}", found[part]["commit"]) for part in ("training", "evaluation"))
 
 
-@pytest.mark.parametrize("path", TOFU_CELLS, ids=name)
-def test_a_row_of_the_tofu_study_is_that_of_its_file(path):
-    assert tofu_row(path) in (ROOT / "docs" / "results.md").read_text()
+TOFU_STUDIES = sorted((RESULTS / "study").glob("tofu*.json"))
 
 
-@pytest.mark.parametrize("path", TOFU_CELLS, ids=name)
-def test_a_cell_of_the_tofu_study_carries_provenance_and_its_forget_quality(path):
-    found = json.loads(path.read_text())
-    for part in (found["training"], found["evaluation"]):
-        assert {"commit", "versions", "device", "seed", "date", "command", "wall_time_s", "peak_memory_gib"} <= set(
-            part
-        )
-        assert re.fullmatch(r"[0-9a-f]{40}", part["commit"]), "made from source that was not committed"
-    if path.stem != "retain90":
-        retain = json.loads((TOFU / "retain90.json").read_text())["forget_truth_ratios"]
-        assert forget_quality(found["forget_truth_ratios"], retain) == pytest.approx(
-            found["evaluation"]["summary"]["forget_quality"], rel=1e-2
+@pytest.mark.parametrize("path", TOFU_STUDIES, ids=name)
+def test_the_tofu_study_stands_on_these_models(path):
+    tofu = json.loads(path.read_text())["tofu"]
+    for place, stem in (("base", "full"), ("retain", "retain90")):
+        assert tofu[place]["model_utility"] == pytest.approx(
+            tofu_model(stem)["evaluation"]["summary"]["model_utility"], rel=1e-5
         )
 
 
-def test_the_best_rates_of_the_tofu_study_are_those_of_its_files():
+def test_the_best_rates_of_the_tofu_study_are_those_of_its_report():
     """Of an arm's rates, the one of the highest forget quality at a utility within 10 % of the full model's."""
-    floor, text = 0.9 * tofu_summary("full")["model_utility"], (ROOT / "docs" / "results.md").read_text()
-    for arm in {path.stem.partition("-")[0] for path in TOFU_CELLS} - {"full", "retain90"}:
-        cells = {path.stem: tofu_summary(path.stem) for path in TOFU.glob(f"{arm}-*.json")}
-        useful = {stem: cell for stem, cell in cells.items() if cell["model_utility"] >= floor}
+    tofu, text = (
+        json.loads((RESULTS / "study" / "tofu.json").read_text())["tofu"],
+        (ROOT / "docs" / "results.md").read_text(),
+    )
+    for arm in {point["arm"] for point in tofu["points"]}:
+        useful = [
+            point
+            for point in tofu["points"]
+            if point["arm"] == arm and point["model_utility"] >= 0.9 * tofu["base"]["model_utility"]
+        ]
         if useful:
-            best = max(useful, key=lambda stem: useful[stem]["forget_quality"])
-            values = f"{useful[best]['forget_quality']:.1e} | {useful[best]['model_utility']:.3f}"
-            assert f"| {arm} | {best.partition('-')[2]} | {values} |" in text
+            best = max(useful, key=lambda point: point["forget_quality"])
+            values = f"{best['forget_quality']:.1e} | {best['model_utility']:.3f}"
+            assert f"| {arm} | {best['learning_rate']:g} | {values} |" in text
         else:
             assert f"| {arm} | none | | |" in text
 
 
+TOFU_COLUMNS = (("model_utility", 3), ("seconds_per_step", 2), ("peak_memory_gib", 2))
+TOFU_FOLDER = "../shared/tofu"  # where it lay
 STUDY_REPORTS = sorted((RESULTS / "study").glob("*.json"))
+
+
+def varied(group):
+    """The values of the grid's fields other than the learning rate."""
+    return [value for key, value in group["setting"].items() if key != "learning_rate"]
 
 
 def study_rows(report):
     """A row for each arm at each setting, of what `ceu-rl compare` reported."""
     for group in report["groups"]:
+        if report["tofu"]:
+            cells = [group["arm"], f"{group['learning_rate']:g}", *varied(group)]
+            cells += [f"{group['forget_quality']:.1e}"]
+            cells += [f"{group[key]:.{digits}f}" for key, digits in TOFU_COLUMNS]
+            yield "| " + " | ".join(cells) + " |"
+            continue
         scores = [group["final"][name] for name in report["base"]]
         cells = [
             group["arm"],
             f"{group['learning_rate']:g}",
-            *(str(v) for k, v in group["setting"].items() if k[:3] != "lea"),
+            *varied(group),
         ]
         cells += [f"{s['mean']:.3f} ({s['min']:.3f} to {s['max']:.3f})" if s else "none" for s in scores]
         preferences = any(each["depth"] is not None for each in report["groups"])
@@ -220,5 +251,5 @@ def test_the_rows_of_a_study_are_those_of_its_report(path):
         assert row in text, row
     for sentence in report["verdict"]:
         assert sentence in " ".join(text.split()), sentence
-    assert f"    {report['command']}" in text
+    assert f"    {report['command']}".replace(TOFU_FOLDER, "FOLDER") in text
     assert all(re.fullmatch(r"[0-9a-f]{40}", origin["commit"]) for origin in report["provenance"])
