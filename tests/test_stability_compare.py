@@ -258,8 +258,9 @@ while step < 20 or pathlib.Path("hold").exists():
 (folder / "result.json").write_text(json.dumps({"settings": {}, "seed": 0}))
 """
 DRIVER = """
-import dataclasses, pathlib, sys
+import dataclasses, pathlib, signal, sys
 from ceu_rl.stability import compare
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell's background job starts
 make = compare.make_jobs
 compare.make_jobs = lambda *args: [
     dataclasses.replace(job, launcher=[sys.executable, "stand_in.py"]) for job in make(*args)
@@ -364,6 +365,7 @@ def test_ctrl_c_ends_the_runs_and_says_how_to_go_on(comparison, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_the_addition_recipes_killed_half_way(tmp_path):
     """The issue's own check on the real recipes; about 15 minutes on 2 cores."""
     base = tmp_path / "base"
