@@ -367,7 +367,7 @@ def test_ctrl_c_ends_the_runs_and_says_how_to_go_on(comparison, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_addition_recipes_killed_half_way(tmp_path):
-    """The issue's own check on the real recipes; about 15 minutes on 2 cores."""
+    """The issue's own check on the real recipes; about 6 minutes on 2 cores."""
     base = tmp_path / "base"
     sft = ["sft", "--config", "recipes/dpo/addition/base.yaml", "--output_dir", str(base), "--max_steps", "100"]
     assert main([*sft, "--eval_strategy", "no"]) == 0

@@ -19,9 +19,10 @@ from .summary import ENTROPIES, FORGET_QUALITY, KEEP_UTILITY, Score, arms, final
 from .verdict import number, rate
 
 BASELINE = "#404040"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: safe for colour blindness
-MARKERS = "osD^vPX"
-SYMBOLS = "●■◆▲▼✚✖"
+# Okabe and Ito, then Tol's wine and olive: safe for colour blindness
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
+MARKERS = "osD^vPX<>"
+SYMBOLS = "●■◆▲▼✚✖◀▶"
 BINS = 60  # points of a curve that was logged at every step
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
