@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.nn import functional as F
 
 # Logits held at a time: large enough that reading the weight is hidden behind the product, and no larger
-_LOGITS_PER_CHUNK = {"cpu": 2**24, "cuda": 2**27}
+_LOGITS_PER_CHUNK = {"cpu": 2**25, "cuda": 2**27}
 _LOGITS_IN_CACHE = 2**20
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -68,7 +68,7 @@ def fused_linear_unlearning_loss(
         ignore_index: Label of the positions that contribute nothing; they cost nothing either.
         reduction: `"mean"` over the positions that are not ignored, or `"sum"`.
         softcap, logit_scale: As in `logits` above; `lm_head_options(model)` reads them from a model.
-        chunk_size: Tokens per chunk. Default: as many as make 2**24 logits (2**27 on a GPU), 64 MiB in float32.
+        chunk_size: Tokens per chunk. Default: as many as make 2**25 logits (2**27 on a GPU), 128 MiB in float32.
 
     Returns:
         The loss in nats, a scalar in float32 (float64 for float64 input). Without any position that counts it is a
@@ -91,7 +91,7 @@ def fused_linear_unlearning_loss(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     form = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
     if chunk_size is None:
-        chunk_size = max(1, _LOGITS_PER_CHUNK.get(device, 2**24) // weight.shape[0])
+        chunk_size = max(1, _LOGITS_PER_CHUNK.get(device, 2**25) // weight.shape[0])
     with torch.autocast(device, enabled=False):
         total = _FusedLoss.apply(
             *inputs, labels.flatten()[rows], len(order[0]), dtype, form, softcap, logit_scale, chunk_size
