@@ -25,7 +25,7 @@ import torch
 from torch.distributed.tensor import DTensor, Partial
 from torch.nn import functional as F
 
-# Logits held at a time: large enough that reading the weight is hidden behind the product, and no larger
+# Logits held at a time: each chunk reads the whole weight, so few chunks are fast and small ones lean
 _LOGITS_PER_CHUNK = {"cpu": 2**25, "cuda": 2**27}
 _LOGITS_IN_CACHE = 2**20
 _HALF = (torch.float16, torch.bfloat16)
@@ -91,7 +91,7 @@ def fused_linear_unlearning_loss(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     form = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
     if chunk_size is None:
-        chunk_size = max(1, _LOGITS_PER_CHUNK.get(device, 2**25) // weight.shape[0])
+        chunk_size = max(1, _LOGITS_PER_CHUNK.get(device, _LOGITS_PER_CHUNK["cpu"]) // weight.shape[0])
     with torch.autocast(device, enabled=False):
         total = _FusedLoss.apply(
             *inputs, labels.flatten()[rows], len(order[0]), dtype, form, softcap, logit_scale, chunk_size

@@ -177,6 +177,9 @@ def test_a_row_of_the_earlier_tofu_bases_is_that_of_its_file(path):
     row = f"| {arm} | {rate} | {summary['forget_quality']:.1e} | {summary['model_utility']:.3f} |"
     assert row in (ROOT / "docs" / "results.md").read_text()
     assert all(re.fullmatch(r"[0-9a-f]{40}", found[part]["commit"]) for part in ("training", "evaluation"))
+    retain = tofu_model("earlier/retain90")["forget_truth_ratios"]
+    quality = forget_quality(found["forget_truth_ratios"], retain)
+    assert quality == pytest.approx(summary["forget_quality"], rel=1e-2)
 
 
 TOFU_STUDIES = sorted((RESULTS / "study").glob("tofu*.json"))
@@ -216,26 +219,17 @@ TOFU_FOLDER = "../shared/tofu"  # where it lay
 STUDY_REPORTS = sorted((RESULTS / "study").glob("*.json"))
 
 
-def varied(group):
-    """The values of the grid's fields other than the learning rate."""
-    return [value for key, value in group["setting"].items() if key != "learning_rate"]
-
-
 def study_rows(report):
     """A row for each arm at each setting, of what `ceu-rl compare` reported."""
     for group in report["groups"]:
+        varied = [value for key, value in group["setting"].items() if key != "learning_rate"]
+        cells = [group["arm"], f"{group['learning_rate']:g}", *varied]
         if report["tofu"]:
-            cells = [group["arm"], f"{group['learning_rate']:g}", *varied(group)]
             cells += [f"{group['forget_quality']:.1e}"]
             cells += [f"{group[key]:.{digits}f}" for key, digits in TOFU_COLUMNS]
             yield "| " + " | ".join(cells) + " |"
             continue
         scores = [group["final"][name] for name in report["base"]]
-        cells = [
-            group["arm"],
-            f"{group['learning_rate']:g}",
-            *varied(group),
-        ]
         cells += [f"{s['mean']:.3f} ({s['min']:.3f} to {s['max']:.3f})" if s else "none" for s in scores]
         preferences = any(each["depth"] is not None for each in report["groups"])
         measured = [(group[key], 3) for key in ("displacement", "depth") if preferences]
