@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, ProgressCallback, TrainerCallback
 
-from .builtin import Task, evaluate_accuracy, evaluate_samples
+from .tasks import Task, evaluate_accuracy, evaluate_samples
 
 
 class Progress(ProgressCallback):

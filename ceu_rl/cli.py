@@ -175,7 +175,7 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
     from transformers import AutoTokenizer, ProgressCallback
     from trl import get_peft_config, get_quantization_config
 
-    from .builtin import build_bpe_tokenizer, build_model, build_tokenizer
+    from .models import build_bpe_tokenizer, build_model, build_tokenizer
     from .callbacks import MetricsFile, Progress, TaskScore
     from .tofu.data import has_questions, load_tofu, to_prompt_completion
 
@@ -238,7 +238,7 @@ def _load_dataset(method: str, script: Any, mixture: Any, evaluates: bool) -> tu
     from datasets import concatenate_datasets, load_dataset
     from trl import get_dataset
 
-    from .builtin import get_task, load_builtin_dataset
+    from .tasks import get_task, load_task_dataset
     from .tofu.data import is_tofu, load_tofu
 
     name, config, task = script.dataset_name, script.dataset_config, None
@@ -260,7 +260,7 @@ def _load_dataset(method: str, script: Any, mixture: Any, evaluates: bool) -> tu
     elif name.startswith("builtin:"):
         task = get_task(name)
         kind = {"sft": "sft", "dpo": "preference", "grpo": "prompt"}[method]
-        dataset = load_builtin_dataset(name, kind, config)
+        dataset = load_task_dataset(name, kind, config)
     else:
         dataset = load_dataset(name, name=config, streaming=script.dataset_streaming)
     datasets = {"train": _split(dataset, script.dataset_train_split)}
@@ -285,7 +285,7 @@ def _load_rewards(script: Any) -> list[Any]:
                 f"reward_funcs names {path!r}, which does not resolve ({error}); give module.function."
             ) from error
     if not rewards:
-        raise ValueError("reward_funcs is missing; give a dotted path such as ceu_rl.builtin.addition.accuracy.")
+        raise ValueError("reward_funcs is missing; give a dotted path such as ceu_rl.tasks.addition.accuracy.")
     return rewards
 
 

@@ -10,7 +10,7 @@ import datasets
 import pytest
 import torch
 
-from ceu_rl.builtin import build_model, build_tokenizer
+from ceu_rl.models import build_model, build_tokenizer
 
 torch.set_num_threads(1)
 datasets.disable_progress_bars()

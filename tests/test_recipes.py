@@ -66,7 +66,7 @@ def test_stock_and_ce_u_differ_in_a_few_lines(path):
 @pytest.fixture(scope="session")
 def stand_in(tmp_path_factory, tokenizer):
     """A tiny model, and 16 conversational pairs with an implicit prompt, in the place of what the Hub has."""
-    from ceu_rl.builtin import build_model
+    from ceu_rl.models import build_model
 
     from .conftest import TINY
 

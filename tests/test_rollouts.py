@@ -18,7 +18,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ceu_rl.builtin.addition import accuracy
+from ceu_rl.tasks.addition import accuracy
 from ceu_rl.rollouts import RolloutError, check_rewards, check_vllm
 
 vllm = [
@@ -88,7 +88,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from vllm import SamplingParams
 from ceu_rl import CEUGRPOConfig, CEUGRPOTrainer
-from ceu_rl.builtin.addition import accuracy
+from ceu_rl.tasks.addition import accuracy
 
 folder, lora = sys.argv[1], sys.argv[2] == "lora"
 rows = Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(100, 108) for b in range(100, 108)])

@@ -8,7 +8,8 @@ import pytest
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from ceu_rl.builtin import authors, build_bpe_tokenizer
+from ceu_rl.models import build_bpe_tokenizer
+from ceu_rl.tasks import authors
 from ceu_rl.tofu import load_tofu, to_prompt_completion
 from ceu_rl.tofu.data import SPLITS, get_split, tofu_configs, tokenize
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
 
 from ceu_rl import UnlearnConfig, UnlearnTrainer
-from ceu_rl.builtin import build_tokenizer
+from ceu_rl.models import build_tokenizer
 from ceu_rl.unlearn import METHODS
 
 

@@ -9,7 +9,7 @@ from datasets import Dataset, get_dataset_config_names, load_dataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
-from ..builtin import authors
+from ..tasks import authors
 from ..checks import check_columns
 
 Template = Literal["chat", "question_answer"]

@@ -19,7 +19,8 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from ceu_rl import CEUGRPOConfig, CEUGRPOTrainer
-from ceu_rl.builtin import build_model, build_tokenizer, load_builtin_dataset
+from ceu_rl.models import build_model, build_tokenizer
+from ceu_rl.tasks import load_task_dataset
 from ceu_rl.provenance import environment
 from ceu_rl.routing import route_descent
 
@@ -61,7 +62,7 @@ class Clock(TrainerCallback):
 def main(size, output):
     overrides, length, completions, turns = SIZES[size]
     tokenizer = build_tokenizer()
-    rows = load_builtin_dataset("builtin:addition", "prompt")["train"]
+    rows = load_task_dataset("builtin:addition", "prompt")["train"]
     folder = tempfile.mkdtemp()
     model = build_model(tokenizer, **overrides)
     model.generation_config.eos_token_id = None  # so that every completion has full length

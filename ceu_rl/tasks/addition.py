@@ -12,7 +12,7 @@ import random
 import re
 from zlib import crc32
 
-from ceu_rl.builtin.task import Example, Messages, Task, last_content
+from ceu_rl.tasks.protocol import Example, Messages, Task, last_content
 
 DIGITS = 3
 TEST_SHARE = 16  # one pair in 16 belongs to the test split

@@ -1,16 +1,19 @@
-"""Tokenizers with a chat template, built in memory: single characters, or byte-level BPE learned from texts.
+"""What a model's name means: the embedded tiny Llama and its tokenizers, built in memory; all else is a folder or the Hub's.
 
-A chat is
+A chat of the embedded tokenizers is
 
     <|bos|><|user|>827+695=<|assistant|>...<|eos|>
 
 so the prompt with its generation prompt is an exact prefix of prompt + completion, in text and in tokens.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, BOS, EOS, UNK = "<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>"
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -90,3 +93,41 @@ def _with_chat_template(backend: Tokenizer) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         model_max_length=1024,
     )
+
+
+@contextmanager
+def seeded_rng(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Draw from `seed` on the CPU and on `device` in the block, then restore the caller's random state."""
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def build_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
+    """Build the tiny model in float32 on the CPU; `overrides` are fields of `LlamaConfig`.
+
+    The initial weights depend on `seed` alone, and the caller's random state is left as it was.
+    """
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": False,
+        **ids,
+    }
+    with seeded_rng(seed):
+        model = LlamaForCausalLM(LlamaConfig(**{**settings, **overrides}))
+    model.generation_config.update(**ids)
+    return model

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ceu_rl.builtin.model import seeded_rng
-from ceu_rl.builtin.task import Messages, Task
+from ceu_rl.models import seeded_rng
+from ceu_rl.tasks.protocol import Messages, Task
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]  # token ids of prompts and answers, see `generate_tokens`
 

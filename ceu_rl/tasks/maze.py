@@ -14,7 +14,7 @@ import re
 from collections import deque
 from zlib import crc32
 
-from ceu_rl.builtin.task import Example, Messages, Task, last_content
+from ceu_rl.tasks.protocol import Example, Messages, Task, last_content
 
 SIZE = 4
 WALLS = 5

@@ -22,7 +22,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A built-in task; one module defines it and one line of the registry in `ceu_rl.builtin` adds it.
+    """A built-in task; one module defines it and one line of the registry in `ceu_rl.tasks` adds it.
 
     `configs` maps each config's name to the error rate of the demonstrations in its `sft` data; the first is
     the default. `make_examples(split, count, error_rate, seed)` returns `count` examples with distinct

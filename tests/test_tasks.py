@@ -1,4 +1,4 @@
-"""The embedded default: tokenizer, tiny model, the tasks, and their scoring."""
+"""The tasks and their scoring."""
 
 import dataclasses
 import random
@@ -9,20 +9,18 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.chat_template_utils import has_generation_markers, is_chat_template_stop_token_trained
 
-from ceu_rl.builtin import (
+from ceu_rl.models import build_model, build_tokenizer
+from ceu_rl.tasks import (
     TASKS,
-    build_bpe_tokenizer,
-    build_model,
-    build_tokenizer,
     evaluate_accuracy,
     evaluate_samples,
     generate_answers,
     get_task,
-    load_builtin_dataset,
+    load_task_dataset,
     maze,
 )
-from ceu_rl.builtin.addition import TASK, addition_trace, computed_places, corrupt, is_correct
-from ceu_rl.builtin.score import generate_tokens
+from ceu_rl.tasks.addition import TASK, addition_trace, computed_places, corrupt, is_correct
+from ceu_rl.tasks.score import generate_tokens
 
 COLUMNS = {
     "sft": {"prompt", "completion"},
@@ -43,148 +41,11 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def preference():
-    return load_builtin_dataset("builtin:addition", "preference")
+    return load_task_dataset("builtin:addition", "preference")
 
 
 def user(text):
     return [{"role": "user", "content": text}]
-
-
-# tokenizer
-
-
-def test_every_character_survives_a_round_trip(tokenizer):
-    text = "".join(map(chr, range(32, 127))) + "\n\n  two  spaces , 'tis n't ! \n"
-    ids = tokenizer(text).input_ids
-    assert len(ids) == len(text)
-    assert tokenizer.unk_token_id not in ids
-    assert tokenizer.decode(ids) == text
-
-
-def test_a_foreign_character_is_one_unknown_token(tokenizer):
-    assert tokenizer("aé").input_ids == [*tokenizer("a").input_ids, tokenizer.unk_token_id]
-
-
-def test_tokenizer_and_model_load_from_one_folder(tokenizer, model, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
-    model.save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    chat = [*user("1+2="), {"role": "assistant", "content": " a  b\n"}]
-    assert loaded.get_vocab() == tokenizer.get_vocab()
-    assert loaded.padding_side == "left"
-    rendered = [each.apply_chat_template(chat, tokenize=False) for each in (loaded, tokenizer)]
-    assert rendered[0] == rendered[1]
-    assert loaded.decode(loaded(" a  b\n").input_ids) == " a  b\n"
-    weights = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-
-
-def test_the_prompt_is_a_prefix_in_text_and_tokens(tokenizer, preference):
-    for row in preference["test"].select(range(20)):
-        for key in ("chosen", "rejected"):
-            for tokenize in (False, True):
-                kwargs = {"tokenize": tokenize, "return_dict": False}
-                prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **kwargs)
-                full = tokenizer.apply_chat_template(row["prompt"] + row[key], **kwargs)
-                assert full[: len(prompt)] == prompt
-            assert tokenizer.decode(full[len(prompt) :]) == row[key][0]["content"] + tokenizer.eos_token
-
-
-def test_the_prefix_property_holds_over_several_turns(tokenizer):
-    chat = [
-        {"role": "system", "content": "be brief"},
-        *user("hi"),
-        {"role": "assistant", "content": "yo"},
-        *user("bye"),
-        {"role": "assistant", "content": "bye"},
-    ]
-    text = tokenizer.apply_chat_template(chat, tokenize=False)
-    expected = "<|bos|><|system|>be brief<|user|>hi<|assistant|>yo<|eos|><|user|>bye<|assistant|>bye<|eos|>"
-    assert text == expected
-    for turn in (2, 4):
-        prompt = tokenizer.apply_chat_template(chat[:turn], add_generation_prompt=True, tokenize=False)
-        assert text.startswith(prompt)
-
-
-def test_the_assistant_mask_covers_the_answer_and_its_end(tokenizer):
-    assert has_generation_markers(tokenizer.chat_template)
-    assert is_chat_template_stop_token_trained(tokenizer)
-    chat = [*user("1+2="), {"role": "assistant", "content": "so 3"}]
-    out = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
-    masked = [i for i, mask in zip(out["input_ids"], out["assistant_masks"], strict=True) if mask]
-    assert tokenizer.decode(masked) == "so 3<|eos|>"
-
-
-def test_an_unknown_role_is_refused(tokenizer):
-    with pytest.raises(Exception, match="Unknown role tool: use system, user or assistant"):
-        tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
-
-
-TEXTS = ["The author was born in Oslo, and wrote poems.", "The author lives in Quito; she wrote novels."] * 20
-
-
-def test_bpe_learns_words_and_loses_no_text(tmp_path):
-    bpe = build_bpe_tokenizer(TEXTS, vocab_size=300)
-    assert len(bpe) == 300
-    assert len(bpe("The author wrote").input_ids) < 8
-    bpe.save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    for text in ("", " ", "naïve Skármeta 北京 🎉\n\n  two  spaces , 'tis n't !", "\x00\t\r\n", TEXTS[0]):
-        for each in (bpe, loaded):
-            ids = each(text).input_ids
-            assert each.decode(ids) == text
-            assert each.unk_token_id not in ids
-
-
-def test_bpe_is_the_character_tokenizer_in_all_but_its_text_tokens(tokenizer):
-    bpe = build_bpe_tokenizer(TEXTS)
-    assert bpe.convert_ids_to_tokens(range(7)) == tokenizer.convert_ids_to_tokens(range(7))
-    assert (bpe.chat_template, bpe.padding_side) == (tokenizer.chat_template, "left")
-    chat = [*user("hi there"), {"role": "assistant", "content": "so 3"}]
-    prompt = bpe.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=False)
-    full = bpe.apply_chat_template(chat, return_dict=False)
-    assert full[: len(prompt)] == prompt
-    assert bpe.decode(full[len(prompt) :]) == "so 3<|eos|>"
-    assert full.count(bpe.eos_token_id) == 1
-
-
-def test_bpe_depends_on_its_arguments_alone():
-    first, second, other = (build_bpe_tokenizer(texts, 300) for texts in (TEXTS, iter(TEXTS), TEXTS[:1]))
-    assert first.get_vocab() == second.get_vocab() != other.get_vocab()
-    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
-
-
-@pytest.mark.parametrize(
-    ("texts", "size", "message"),
-    [(TEXTS, 262, "vocab_size is 262; use at least 263"), ([""], 300, "no text among the 1")],
-)
-def test_bpe_refuses_what_it_cannot_learn(texts, size, message):
-    with pytest.raises(ValueError, match=message):
-        build_bpe_tokenizer(texts, size)
-
-
-# model
-
-
-def test_model_is_tiny_and_knows_the_special_tokens(tokenizer, model):
-    assert 400_000 < model.num_parameters() < 600_000
-    for config in (model.config, model.generation_config):
-        ids = (config.bos_token_id, config.eos_token_id, config.pad_token_id)
-        assert ids == (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-
-
-def test_model_depends_on_its_seed_alone_and_leaves_the_random_state(tokenizer, model):
-    torch.manual_seed(123)
-    before = torch.get_rng_state()
-    again, other = build_model(tokenizer), build_model(tokenizer, seed=1)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    assert not torch.equal(model.lm_head.weight, other.lm_head.weight)
-
-
-def test_model_takes_overrides(tokenizer):
-    small = build_model(tokenizer, hidden_size=32, num_hidden_layers=1)
-    assert (small.config.hidden_size, len(small.model.layers)) == (32, 1)
 
 
 # addition
@@ -293,7 +154,7 @@ def test_maze_verifier_refuses_a_maze_without_a_path():
 @pytest.mark.parametrize("kind", COLUMNS)
 def test_dataset_has_the_standard_columns_and_right_answers(kind, name):
     is_correct = get_task(name).is_correct
-    data = load_builtin_dataset(name, kind)
+    data = load_task_dataset(name, kind)
     assert set(data) == {"train", "test"}
     for split in data.values():
         assert set(split.column_names) == COLUMNS[kind]
@@ -310,7 +171,7 @@ def test_no_question_is_in_both_splits_for_any_two_seeds(task):
     questions = {
         seed: {
             name: [row[0]["content"] for row in split["prompt"]]
-            for name, split in load_builtin_dataset(task, "prompt", seed=seed).items()
+            for name, split in load_task_dataset(task, "prompt", seed=seed).items()
         }
         for seed in (0, 1)
     }
@@ -330,7 +191,7 @@ def test_no_question_is_in_both_splits_for_any_two_seeds(task):
 def test_dataset_depends_on_its_arguments_alone(preference):
     random.seed(7)
     state = random.getstate()
-    again = load_builtin_dataset("builtin:addition", "preference")
+    again = load_task_dataset("builtin:addition", "preference")
     assert random.getstate() == state
     for split in ("train", "test"):
         assert again[split].to_list() == preference[split].to_list()
@@ -338,7 +199,7 @@ def test_dataset_depends_on_its_arguments_alone(preference):
 
 @pytest.mark.parametrize("config, rate", TASK.configs.items())
 def test_config_sets_the_error_rate_of_the_computed_digits_alone(config, rate):
-    data = load_builtin_dataset("builtin:addition", "sft", config)
+    data = load_task_dataset("builtin:addition", "sft", config)
     wrong = total = 0
     for row in data["train"].select(range(4000)):
         answer = addition_trace(*map(int, row["prompt"][0]["content"][:-1].split("+")))
@@ -352,14 +213,14 @@ def test_config_sets_the_error_rate_of_the_computed_digits_alone(config, rate):
 
 @pytest.mark.parametrize("kind", ["preference", "prompt"])
 def test_config_changes_no_other_kind(kind):
-    clean, noisy = (load_builtin_dataset("builtin:addition", kind, config) for config in ("clean", "noisy"))
+    clean, noisy = (load_task_dataset("builtin:addition", kind, config) for config in ("clean", "noisy"))
     assert clean["test"].to_list() == noisy["test"].to_list()
     assert clean["train"].select(range(100)).to_list() == noisy["train"].select(range(100)).to_list()
 
 
 def test_no_answer_is_longer_than_the_limit(tokenizer, preference):
     for name, task in TASKS.items():
-        rows = load_builtin_dataset(name, "prompt")["train"]
+        rows = load_task_dataset(name, "prompt")["train"]
         assert max(len(tokenizer(row["answer"]).input_ids) + 1 for row in rows) == task.max_new_tokens, name
 
 
@@ -373,7 +234,7 @@ def test_no_answer_is_longer_than_the_limit(tokenizer, preference):
 )
 def test_unknown_names_are_refused_with_the_choices(arguments, message):
     with pytest.raises(ValueError, match=message):
-        load_builtin_dataset(*arguments)
+        load_task_dataset(*arguments)
 
 
 # scoring

@@ -1,4 +1,4 @@
-"""The embedded default: tokenizer, tiny model and tasks, so that everything runs with no download and no GPU.
+"""What is scored: tasks with verifiers that need no download, and the scoring of a model on them.
 
 A task is one module that ends in a `TASK` and one line of `TASKS` below.
 """
@@ -10,22 +10,17 @@ from zlib import crc32
 
 from datasets import Dataset, DatasetDict
 
-from ceu_rl.builtin import addition, maze
-from ceu_rl.builtin.model import build_model
-from ceu_rl.builtin.score import evaluate_accuracy, evaluate_samples, generate_answers
-from ceu_rl.builtin.task import Example, Task
-from ceu_rl.builtin.tokenizer import build_bpe_tokenizer, build_tokenizer
+from ceu_rl.tasks import addition, maze
+from ceu_rl.tasks.score import evaluate_accuracy, evaluate_samples, generate_answers
+from ceu_rl.tasks.protocol import Example, Task
 
 __all__ = [
     "TASKS",
-    "build_bpe_tokenizer",
-    "build_model",
-    "build_tokenizer",
     "evaluate_accuracy",
     "evaluate_samples",
     "generate_answers",
     "get_task",
-    "load_builtin_dataset",
+    "load_task_dataset",
 ]
 
 TASKS: dict[str, Task] = {task.name: task for task in (addition.TASK, maze.TASK)}
@@ -45,7 +40,7 @@ def get_task(name: str) -> Task:
     return TASKS[name]
 
 
-def load_builtin_dataset(name: str, kind: str, config: str | None = None, seed: int = 0) -> DatasetDict:
+def load_task_dataset(name: str, kind: str, config: str | None = None, seed: int = 0) -> DatasetDict:
     """Make the splits `train` and `test` of a task, in TRL's conversational formats.
 
     | kind | columns | train rows |
