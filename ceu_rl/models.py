@@ -95,6 +95,23 @@ def _with_chat_template(backend: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
+def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: all that the generation config names, and the tokenizer's, as TRL's GRPO takes them.
+
+    A chat turn often ends in another token than a text: Gemma's in `<end_of_turn>`, its `eos_token` being `<eos>`.
+
+    Args:
+        model: A model, a PEFT model of one, a `GenerationConfig`, or None for the tokenizer's alone.
+        tokenizer: Its tokenizer.
+
+    Returns:
+        Without repetitions; empty if neither names one.
+    """
+    found = getattr(getattr(model, "generation_config", model), "eos_token_id", None)
+    named = [found] if isinstance(found, int) else list(found or ())
+    return list(dict.fromkeys(token for token in (tokenizer.eos_token_id, *named) if token is not None))
+
+
 @contextmanager
 def seeded_rng(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
     """Draw from `seed` on the CPU and on `device` in the block, then restore the caller's random state."""

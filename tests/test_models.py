@@ -1,5 +1,6 @@
 """The embedded tokenizers and the tiny model."""
 
+import copy
 import dataclasses
 import random
 
@@ -9,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.chat_template_utils import has_generation_markers, is_chat_template_stop_token_trained
 
-from ceu_rl.models import build_bpe_tokenizer, build_model, build_tokenizer
+from ceu_rl.models import build_bpe_tokenizer, build_model, build_tokenizer, end_token_ids
 from ceu_rl.tasks import load_task_dataset
 from ceu_rl.tasks.addition import addition_trace
 
@@ -168,3 +169,22 @@ def test_model_depends_on_its_seed_alone_and_leaves_the_random_state(tokenizer, 
 def test_model_takes_overrides(tokenizer):
     small = build_model(tokenizer, hidden_size=32, num_hidden_layers=1)
     assert (small.config.hidden_size, len(small.model.layers)) == (32, 1)
+
+
+@pytest.mark.parametrize(
+    ("named", "ends"), [(None, [2]), (2, [2]), (7, [2, 7]), ([2, 7], [2, 7]), ([7, 2, 7], [2, 7]), ([7, 8], [2, 7, 8])]
+)
+def test_every_end_of_the_generation_config_ends_an_answer(tiny_model, tokenizer, named, ends):
+    model = tiny_model()
+    model.generation_config.eos_token_id = named
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["q_proj"]))
+    assert tokenizer.eos_token_id == 2
+    for given in (model, adapted, model.generation_config):
+        assert end_token_ids(given, tokenizer) == ends
+    assert end_token_ids(None, tokenizer) == [2]
+
+
+def test_a_tokenizer_without_an_end_leaves_those_of_the_model(tiny_model):
+    endless, model = build_tokenizer(), tiny_model()
+    endless.eos_token = None
+    assert end_token_ids(model, endless) == [2] and end_token_ids(None, endless) == []
