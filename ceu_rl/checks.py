@@ -29,38 +29,6 @@ def check_columns(dataset: Dataset | IterableDataset, name: str, required: tuple
             raise ValueError(f"The {name} dataset has no column {column!r} among {sorted(row)}; {fix}.")
 
 
-def check_completions(
-    dataset: Dataset | IterableDataset, name: str, columns: tuple[str, ...], num_proc: int | None = None
-) -> Dataset | IterableDataset:
-    """Raise a ValueError at the first row with an empty completion; a streamed dataset raises when it gets there.
-
-    A completion is a text, or a list of messages of which the last must have content or a tool call.
-    """
-
-    def check(row: Mapping[str, Any], index: int) -> None:
-        for column in columns:
-            value = row[column]
-            last = value[-1] if isinstance(value, list) and value else value
-            content = (last.get("content") or last.get("tool_calls")) if isinstance(last, Mapping) else last
-            if not content or (isinstance(content, str) and not content.strip()):
-                raise ValueError(
-                    f"Row {index} of the {name} dataset has an empty {column!r} ({value!r}); "
-                    "remove the row or give it a completion."
-                )
-
-    if isinstance(dataset, IterableDataset):
-
-        def check_and_pass(row: Mapping[str, Any], index: int) -> Mapping[str, Any]:
-            check(row, index)
-            return row
-
-        return dataset.map(check_and_pass, with_indices=True)
-    dataset.select_columns(list(columns)).map(
-        check, with_indices=True, num_proc=num_proc, desc=f"Checking {name} dataset for empty completions"
-    )
-    return dataset
-
-
 def check_language_model(model: Any, trust_remote_code: bool = False) -> None:
     """Raise a ValueError unless TRL's fused LM head fits: a decoder with a language-model head.
 

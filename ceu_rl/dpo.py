@@ -7,21 +7,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 
 from .checks import (
     StopAtNonFinite,
-    check_columns,
-    check_completions,
     check_language_model,
     check_reference_is_loaded,
     check_shared_cache,
 )
+from .data import COMPLETIONS, check_dataset, check_layout
 from .routing import DescentConfig, DescentTrainer
 
-COMPLETIONS = ("chosen", "rejected")
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -69,7 +69,7 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, DPOTrainer):
         given = bound.arguments
         given["args"] = config = CEUDPOConfig.adopt(given.get("args"))
         if given.get("train_dataset") is not None:
-            check_columns(given["train_dataset"], "train", COMPLETIONS)
+            check_dataset(given["train_dataset"], "train", "preference")
             check_shared_cache(given["train_dataset"], config.world_size if config.precompute_ref_log_probs else 1)
         check_language_model(given["model"], config.trust_remote_code)
         adapts = given.get("peft_config") is not None or isinstance(given["model"], PeftModel)
@@ -81,15 +81,50 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, DPOTrainer):
     def _prepare_dataset(
         self, dataset: Dataset | IterableDataset, processing_class: Any, args: DPOConfig, dataset_name: str
     ) -> Dataset | IterableDataset:
-        check_columns(dataset, dataset_name, COMPLETIONS)
-        dataset = check_completions(dataset, dataset_name, COMPLETIONS, args.dataset_num_proc)
-        prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if next(iter(prepared), None) is None:
+        dataset = check_layout(dataset, dataset_name, "preference", args.dataset_num_proc)
+        try:
+            prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        except StopIteration:  # TRL looks at the first row of a stream
+            raise ValueError(f"The {dataset_name} dataset has no rows; give it at least one.") from None
+        if isinstance(prepared, IterableDataset):
+            return prepared.filter(lambda row: not _is_tie(row, args)) if self._leaves_ties_out(args) else prepared
+        return self._without_ties(prepared, args, dataset_name, rows=len(dataset))
+
+    @staticmethod
+    def _leaves_ties_out(args: Any) -> bool:
+        # On equal answers stock's two gradients cancel; weighed on one side they would train on the answer
+        return args.ceu_coef > 0
+
+    def _without_ties(self, prepared: Dataset, args: DPOConfig, name: str, rows: int) -> Dataset:
+        """Leave out the pairs whose answers are the same, and say what became of the rows."""
+        if len(prepared) == 0:
             raise ValueError(
-                f"Every prompt of the {dataset_name} dataset has max_length ({args.max_length}) tokens or more, which "
+                f"Every prompt of the {name} dataset has max_length ({args.max_length}) tokens or more, which "
                 "leaves no completion to learn from; raise max_length."
             )
-        return prepared
+        if "chosen_ids" not in prepared.column_names:  # of images, which are tokenized with their batch
+            return prepared
+        columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+        found = prepared.select_columns(columns).map(
+            lambda row: {"tie": _is_tie(row, args), "cut": sum(_kept(row, c, args) != row[c] for c in columns[1:])},
+            remove_columns=columns,
+            num_proc=args.dataset_num_proc,
+            desc=f"Comparing answers of the {name} dataset",
+        )
+        ties, leaves_out = sum(found["tie"]), self._leaves_ties_out(args)
+        logger.info(
+            f"The {name} dataset has {rows} rows: {rows - len(prepared)} dropped, whose prompt fills max_length "
+            f"({args.max_length}); {sum(found['cut'])} answers cut there; {ties} pairs "
+            f"{'left out' if leaves_out else 'without effect'}, whose two answers are the same."
+        )
+        if not ties or not leaves_out:
+            return prepared
+        if ties == len(prepared):
+            raise ValueError(
+                f"In each of the {ties} pairs of the {name} dataset the two answers are the same, with what max_length "
+                f"({args.max_length}) leaves of them; give answers that differ, or raise max_length."
+            )
+        return prepared.select([number for number, tie in enumerate(found["tie"]) if not tie])
 
     def describe_rows(self, inputs: Mapping[str, Any]) -> list[str]:
         chosen, mask = inputs["input_ids"].chunk(2)[0], inputs["attention_mask"].chunk(2)[0]
@@ -105,3 +140,34 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, DPOTrainer):
             f"row {numbers.get(ids, 'unknown')} ({textwrap.shorten(text, 60)!r})"
             for ids, text in zip(batch, texts, strict=True)
         ]
+
+
+def mean_response_tokens(dataset: Any, args: DPOConfig) -> dict[str, float]:
+    """Mean number of tokens of a chosen and of a rejected response that the loss counts, after truncation.
+
+    Empty for a dataset that was not tokenized beforehand (a stream, images).
+    """
+    columns = dict(zip(COMPLETIONS["preference"], ("chosen_ids", "rejected_ids"), strict=True))
+    if not isinstance(dataset, Dataset) or not {"prompt_ids", *columns.values()} <= set(dataset.column_names):
+        return {}
+    rows = dataset.select_columns(["prompt_ids", *columns.values()])
+    return {name: sum(_scored(row, ids, args) for row in rows) / len(rows) for name, ids in columns.items()}
+
+
+def _kept(row: Mapping[str, Any], column: str, args: DPOConfig) -> list[int]:
+    """What TRL's collator leaves of a response."""
+    if args.max_length is None:
+        return row[column]
+    if args.truncation_mode == "keep_end":
+        return row[column][-args.max_length :]
+    return row[column][: max(args.max_length - len(row["prompt_ids"]), 0)]
+
+
+def _scored(row: Mapping[str, Any], column: str, args: DPOConfig) -> int:
+    """Its tokens in the loss: the first of a sequence is predicted from nothing, and not scored."""
+    kept = len(_kept(row, column, args))
+    return max(kept - (not row["prompt_ids"] or kept == args.max_length), 0)
+
+
+def _is_tie(row: Mapping[str, Any], args: DPOConfig) -> bool:
+    return _kept(row, "chosen_ids", args) == _kept(row, "rejected_ids", args)

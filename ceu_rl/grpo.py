@@ -6,14 +6,18 @@ import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
+from accelerate.logging import get_logger
 from datasets import Dataset
 from peft import PeftModel
 from torch.nn import Module
 from trl import GRPOConfig, GRPOTrainer
 
-from .checks import StopAtNonFinite, check_columns, check_language_model, check_reference_is_loaded
+from .checks import StopAtNonFinite, check_language_model, check_reference_is_loaded
+from .data import check_layout
 from .rollouts import ReloadingVLLMGeneration, check_rewards, check_vllm, name_vllm_settings
 from .routing import DescentConfig, DescentTrainer
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -54,8 +58,12 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, GRPOTrainer):
         bound = inspect.signature(GRPOTrainer.__init__).bind(self, *args, **kwargs)
         given = bound.arguments
         given["args"] = config = CEUGRPOConfig.adopt(given.get("args"))
-        if given.get("train_dataset") is not None:
-            check_columns(given["train_dataset"], "train", ("prompt",))
+        for role in ("train", "eval"):
+            if isinstance(dataset := given.get(f"{role}_dataset"), dict):
+                given[f"{role}_dataset"] = {name: check_layout(one, name, "prompt") for name, one in dataset.items()}
+            elif dataset is not None:
+                given[f"{role}_dataset"] = check_layout(dataset, role, "prompt")
+        _check_prompts(given.get("train_dataset"), config)
         check_language_model(given["model"], config.trust_remote_code)
         adapts = given.get("peft_config") is not None or isinstance(given["model"], PeftModel)
         check_reference_is_loaded(needs_reference=config.beta != 0 and not adapts)
@@ -82,3 +90,24 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, GRPOTrainer):
                 if str(prompt) in prompts:
                     prompts[str(prompt)] = number
         return [f"row {number} ({textwrap.shorten(prompt, 60)!r})" for prompt, number in prompts.items()]
+
+
+def _check_prompts(dataset: Any, args: GRPOConfig) -> None:
+    """Refuse a dataset from which no batch of generations can be made, and say what a partial one drops.
+
+    TRL takes the prompts of one generation together, and leaves a last, smaller batch of them out of every epoch.
+    """
+    if not isinstance(dataset, Dataset):
+        return
+    batch, generations = args.generation_batch_size or 1, args.num_generations or 1
+    prompts = batch // generations
+    if len(dataset) < prompts:
+        raise ValueError(
+            f"The train dataset has {len(dataset)} prompts, and one generation takes {prompts}: a batch of {batch} "
+            f"completions (generation_batch_size) with {generations} for each prompt (num_generations). So no step "
+            "would be trained; give more prompts, or lower per_device_train_batch_size or steps_per_generation."
+        )
+    logger.info(
+        f"The train dataset has {len(dataset)} prompts, of which one generation takes {prompts}: "
+        f"{len(dataset) % prompts} are left out of each epoch."
+    )

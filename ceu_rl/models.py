@@ -1,4 +1,5 @@
-"""What a model's name means: the embedded tiny Llama and its tokenizers, built in memory; all else is a folder or the Hub's.
+"""What a model's name means: the embedded tiny Llama and its tokenizers, built in memory; else a
+folder or the Hub's.
 
 A chat of the embedded tokenizers is
 
@@ -7,13 +8,18 @@ A chat of the embedded tokenizers is
 so the prompt with its generation prompt is an exact prefix of prompt + completion, in text and in tokens.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+BUILTIN_MODEL = "builtin:llama"
+COMMAND = re.compile(r"^#\s*(ceu-rl \w+ --config \S+)")  # in the header of a recipe
 
 PAD, BOS, EOS, UNK = "<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>"
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -26,10 +32,20 @@ CHAT_TEMPLATE = (
     "{%- if message['role'] not in ['system', 'user', 'assistant'] %}"
     "{{- raise_exception('Unknown role ' ~ message['role'] ~ ': use system, user or assistant.') }}"
     "{%- endif %}"
+    "{%- set content = namespace(text='') %}"
+    "{%- if message['content'] is string %}{%- set content.text = message['content'] %}"
+    "{%- else %}"
+    "{%- for part in message['content'] or [] %}"
+    "{%- if part['type'] != 'text' %}"
+    "{{- raise_exception('Unknown content of type ' ~ part['type'] ~ ': use text, which is all this model reads.') }}"
+    "{%- endif %}"
+    "{%- set content.text = content.text ~ part['text'] %}"
+    "{%- endfor %}"
+    "{%- endif %}"
     "{{- '<|' ~ message['role'] ~ '|>' }}"
     "{%- if message['role'] == 'assistant' %}"
-    "{%- generation %}{{- message['content'] ~ eos_token }}{%- endgeneration %}"
-    "{%- else %}{{- message['content'] }}{%- endif %}"
+    "{%- generation %}{{- content.text ~ eos_token }}{%- endgeneration %}"
+    "{%- else %}{{- content.text }}{%- endif %}"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"
 )
@@ -148,3 +164,36 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0, **overrides: 
         model = LlamaForCausalLM(LlamaConfig(**{**settings, **overrides}))
     model.generation_config.update(**ids)
     return model
+
+
+def check_model_name(name: str, recipe: Path | None = None) -> None:
+    """Raise a ValueError for a folder that is not there or holds no model, with the command that makes it if known.
+
+    Args:
+        name: `model_name_or_path`: what looks like a path is judged, a name on the Hub is left to its loading.
+        recipe: The recipe that names it, beside which the recipe that makes it is looked for.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+            return
+        problem = "holds no model (no config.json)"
+    elif path.is_file():
+        raise ValueError(f"model_name_or_path {name} is a file; give the folder of a model.")
+    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        problem = "is no folder"
+    else:
+        return
+    command = _command_that_makes(name, recipe) if recipe else None
+    fix = f"make it with: {command}" if command else "check its name, or train that model first"
+    raise ValueError(f"model_name_or_path {name} {problem}; {fix}.")
+
+
+def _command_that_makes(name: str, recipe: Path) -> str | None:
+    """The command in the header of the recipe whose `output_dir` is that folder."""
+    root = next((parent for parent in recipe.resolve().parents if parent.name == "recipes"), recipe.resolve().parent)
+    for path in sorted(root.rglob("*.yaml")):
+        lines = path.read_text(errors="replace").splitlines()
+        if any(re.fullmatch(rf"output[_-]dir:\s*['\"]?{re.escape(name)}/?['\"]?\s*(#.*)?", line) for line in lines):
+            return next((match[1] for line in lines if (match := COMMAND.search(line))), None)
+    return None

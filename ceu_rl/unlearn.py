@@ -31,6 +31,7 @@ from trl.trainer.utils import (
 )
 
 from .checks import StopAtNonFinite, check_language_model, check_reference_is_loaded
+from .data import check_layout
 from .fused import fused_linear_unlearning_loss, lm_head_options
 from .losses import (
     gradient_ascent_loss,
@@ -225,6 +226,8 @@ class UnlearnTrainer(StopAtNonFinite, SFTTrainer):
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
         name = "forget" if dataset_name == "train" else dataset_name
+        if formatting_func is None:
+            dataset = check_layout(dataset, name, "sft", args.dataset_num_proc, args.dataset_text_field)
         whole = copy.copy(args)  # each row in full, to see which would be cut
         whole.max_length, whole.shuffle_dataset = None, False
         prepared = super()._prepare_dataset(dataset, processing_class, whole, packing, formatting_func, dataset_name)

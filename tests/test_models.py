@@ -1,18 +1,14 @@
 """The embedded tokenizers and the tiny model."""
 
 import copy
-import dataclasses
-import random
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.chat_template_utils import has_generation_markers, is_chat_template_stop_token_trained
 
 from ceu_rl.models import build_bpe_tokenizer, build_model, build_tokenizer, end_token_ids
 from ceu_rl.tasks import load_task_dataset
-from ceu_rl.tasks.addition import addition_trace
 
 
 @pytest.fixture(scope="module")

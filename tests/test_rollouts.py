@@ -18,8 +18,8 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ceu_rl.tasks.addition import accuracy
 from ceu_rl.rollouts import RolloutError, check_rewards, check_vllm
+from ceu_rl.tasks.addition import accuracy
 
 vllm = [
     pytest.mark.vllm,

@@ -6,8 +6,6 @@ import random
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl.chat_template_utils import has_generation_markers, is_chat_template_stop_token_trained
 
 from ceu_rl.models import build_model, build_tokenizer
 from ceu_rl.tasks import (

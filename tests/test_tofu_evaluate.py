@@ -20,8 +20,8 @@ from peft import LoraConfig, get_peft_model
 from rouge_score.rouge_scorer import RougeScorer
 from scipy import stats
 
-from ceu_rl.models import build_bpe_tokenizer, build_model
 from ceu_rl.cli import main
+from ceu_rl.models import build_bpe_tokenizer, build_model
 from ceu_rl.tofu import load_tofu
 from ceu_rl.tofu.evaluate import evaluate
 

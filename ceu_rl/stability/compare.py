@@ -31,7 +31,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..checks import saved_checkpoints
-from ..provenance import environment, recipe_settings, write_json
+from ..provenance import environment, write_json
+from ..recipe import read_settings
 from ..tofu.data import SPLITS, is_tofu
 from ..tofu.evaluate import RESULT as TOFU_RESULT
 from .report import write_report
@@ -236,7 +237,9 @@ def is_done(job: Job) -> bool:
     """
     for name in ("result.json", FAILURE):
         path = job.folder / name
-        if path.is_file() and json.loads(path.read_text())["settings"] != recipe_settings(job.command[1:]):
+        if path.is_file() and json.loads(path.read_text())["settings"] != read_settings(
+            job.command[0], job.command[1:]
+        ):
             if name == FAILURE:
                 return False
             raise ValueError(
@@ -363,7 +366,7 @@ def _prepare_folder(folder: Path) -> list[str]:
     """How to go on with what an interrupted run left; what cannot be gone on with is moved aside, never deleted."""
     if saved_checkpoints(folder):
         return ["--resume_from_checkpoint", "true"]
-    if any(folder.glob("*.safetensors")):
+    if (folder / "metrics.jsonl").is_file() or any(folder.glob("*.safetensors")):
         number = next(i for i in itertools.count(1) if not folder.with_name(f"{folder.name}-interrupted-{i}").exists())
         folder.rename(folder.with_name(f"{folder.name}-interrupted-{number}"))
     return []
@@ -410,7 +413,7 @@ def _write_failure(job: Job, command: Sequence[str], status: int, start: int) ->
         "diverged": bool(errors) and "met a non-finite" in reason,
         "log_tail": lines[-LOG_TAIL:],
         "command": shlex.join(command),
-        "settings": recipe_settings(job.command[1:]),
+        "settings": read_settings(job.command[0], job.command[1:]),
         "seed": job.run.seed,
         **environment(),
     }

@@ -11,8 +11,8 @@ from zlib import crc32
 from datasets import Dataset, DatasetDict
 
 from ceu_rl.tasks import addition, maze
-from ceu_rl.tasks.score import evaluate_accuracy, evaluate_samples, generate_answers
 from ceu_rl.tasks.protocol import Example, Task
+from ceu_rl.tasks.score import evaluate_accuracy, evaluate_samples, generate_answers
 
 __all__ = [
     "TASKS",

@@ -9,8 +9,8 @@ from datasets import Dataset, get_dataset_config_names, load_dataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
-from ..tasks import authors
 from ..checks import check_columns
+from ..tasks import authors
 
 Template = Literal["chat", "question_answer"]
 

@@ -1,0 +1,364 @@
+"""What a dataset's name means, and one check of its rows for all methods.
+
+`load` finds the datasets of a recipe: on the Hub, in a folder, in one file, built in, TOFU's, or a mixture.
+`check_layout` judges rows before anything is tokenized, and turns layouts that say the same into the one that TRL reads
+right.
+"""
+
+import difflib
+import functools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
+from trl.data_utils import extract_prompt
+
+Kind = Literal["sft", "preference", "prompt"]
+Rows = Dataset | IterableDataset
+
+COMPLETIONS = {"sft": ("completion",), "preference": ("chosen", "rejected"), "prompt": ()}
+TEXTS = ("messages", "text", "conversations", "input_ids")  # what else supervised fine-tuning can be made of
+KIND_OF: dict[str, Kind] = {"sft": "sft", "dpo": "preference", "grpo": "prompt", "unlearn": "sft"}
+# What TRL passes to a reward function beside the columns of the dataset
+REWARD_ARGUMENTS = ("prompts", "completions")
+BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+
+
+# names
+
+
+def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[str, Any], Any]:
+    """The datasets of a recipe by their name in the trainer, and the task that scores them, if there is one.
+
+    | `dataset_name` | meaning |
+    |---|---|
+    | `builtin:addition` | an embedded task |
+    | `locuslab/TOFU`, `builtin:authors`, a folder in TOFU's layout | the configs of `dataset_config`, joined by + |
+    | `rows.jsonl` (`.json`, `.csv`, `.tsv`, `.parquet`) | that file, as the split train |
+    | a folder | what `save_to_disk` wrote there, or its files |
+    | anything else | a dataset on the Hub |
+
+    `datasets` of the recipe, a mixture, goes before it. Where there is no split `dataset_test_split`, a share such as
+    `0.1` takes that part of the train split, the same rows for every seed.
+
+    Returns:
+        train and eval, or forget and retain for unlearning; and the task or None.
+
+    Raises:
+        ValueError: for a name, config or split that there is not.
+        OSError: for what cannot be read or reached.
+    """
+    from .tasks import get_task, load_task_dataset
+    from .tofu.data import is_tofu, load_tofu
+
+    name, config, task = script.dataset_name, script.dataset_config, None
+    if method == "unlearn":
+        sets = {"forget": script.forget, **({"retain": script.retain} if script.retain else {})}
+        if config is None and Path(name).suffix not in BUILDERS:
+            return {role: load_tofu(name, one) for role, one in sets.items()}, None
+        splits = _open(name, config)
+        return {role: _split(splits, one) for role, one in sets.items()}, None
+    if mixture.datasets:
+        from trl import get_dataset
+
+        dataset = get_dataset(mixture)
+    elif is_tofu(name):
+        if config is None:
+            raise ValueError(
+                f"dataset_config is missing; give a config of {name}, such as full, or several joined by +."
+            )
+        parts = [load_tofu(name, one).select_columns(["question", "answer"]) for one in config.split("+")]
+        dataset = {script.dataset_train_split: concatenate_datasets(parts)}
+    elif name.startswith("builtin:"):
+        task = get_task(name)
+        dataset = load_task_dataset(name, KIND_OF[method], config)
+    else:
+        dataset = _open(name, config, streaming=script.dataset_streaming)
+    share = _share(script.dataset_test_split) if evaluates and script.dataset_test_split not in dataset else None
+    train = _split(dataset, script.dataset_train_split)
+    if share is not None:
+        if not isinstance(train, Dataset):
+            raise ValueError(
+                f"dataset_test_split is {script.dataset_test_split}, and a streamed dataset cannot be parted; name a "
+                "split."
+            )
+        if not 0 < round(share * len(train)) < len(train):
+            raise ValueError(
+                f"dataset_test_split is {script.dataset_test_split}, which leaves a part of the {len(train)} rows "
+                "empty; choose another share."
+            )
+        parts = train.train_test_split(test_size=share, seed=0)
+        return {"train": parts["train"], "eval": parts["test"]}, task
+    datasets = {"train": train}
+    if evaluates:
+        datasets["eval"] = _split(dataset, script.dataset_test_split)
+    return datasets, task
+
+
+def _open(name: str, config: str | None, streaming: bool = False) -> Any:
+    """A dataset of a file, a folder or the Hub, by split."""
+    path = Path(name)
+    if path.suffix in BUILDERS and (path.is_file() or not path.exists()):
+        if not path.is_file():
+            raise ValueError(f"dataset_name {name} is no file; check its name.")
+        if path.stat().st_size == 0:
+            raise ValueError(f"dataset_name {name} is an empty file; give it rows.")
+        options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+        with _reading(name):
+            return load_dataset(BUILDERS[path.suffix], data_files=str(path), streaming=streaming, **options)
+    if any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
+        found = load_from_disk(name)
+        return found if not isinstance(found, Dataset) else DatasetDict(train=found)
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise ValueError(f"dataset_name {name} is no folder and no file; check its name.")
+    with _reading(name):
+        return load_dataset(name, name=config, streaming=streaming)
+
+
+class _reading:
+    """Names the dataset in whatever a reader of `datasets` raises; the cause under it says what was wrong."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, Exception):
+            cause = error.__cause__ or error
+            raise ValueError(
+                f"dataset_name {self.name} cannot be read ({type(cause).__name__}: {' '.join(str(cause).split())}); "
+                "check its name and its rows."
+            ) from error
+
+
+def _share(split: str) -> float | None:
+    try:
+        share = float(split)
+    except ValueError:
+        return None
+    if not 0 < share < 1:
+        raise ValueError(f"dataset_test_split is {split}; use a split's name or a share between 0 and 1, such as 0.1.")
+    return share
+
+
+def _split(dataset: Any, split: str) -> Any:
+    if split not in dataset:
+        raise ValueError(
+            f"The dataset has no split {split!r} but {sorted(dataset)}; set dataset_train_split and "
+            "dataset_test_split, which may be a share of the train split such as 0.1."
+        )
+    return dataset[split]
+
+
+# rows
+
+
+def check_layout(
+    dataset: Any, name: str, kind: Kind, num_proc: int | None = None, text_field: str = "text"
+) -> Dataset | IterableDataset:
+    """Judge every row of a dataset before it is tokenized, and bring it into the layout that TRL reads right.
+
+    A text is a string; a conversation a list of messages with a role and content. Where `prompt` is one of the two and
+    the completions the other, or where the completions hold the whole conversation beside a `prompt`, the prompt is
+    taken from the conversations. Completions must not be empty: the last message has content, reasoning or a tool call.
+
+    Args:
+        dataset: A `Dataset`, or an `IterableDataset`, whose rows are judged when they come.
+        name: What it is called in messages, such as train.
+        kind: sft (prompt and completion, messages, or text), preference (chosen and rejected, with or without prompt)
+            or prompt.
+        num_proc: Processes that judge.
+        text_field: The column of texts of kind sft.
+
+    Returns:
+        The dataset, the same object if nothing had to be changed.
+
+    Raises:
+        ValueError: for what is no dataset, no rows or a column that is missing, and with row and column for a value
+            that cannot be learned from.
+    """
+    check_dataset(dataset, name, kind, text_field)
+    normal = functools.partial(_normal_row, name=name, kind=kind, text_field=text_field)
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(lambda row, index: normal(row, index) or {}, with_indices=True)
+    judged = [column for column in _judged(dataset.column_names, kind, text_field) if column in dataset.column_names]
+    changed = dataset.select_columns(judged).map(
+        lambda row, index: {"_changed": normal(row, index) is not None},
+        with_indices=True,
+        remove_columns=judged,
+        num_proc=num_proc,
+        desc=f"Checking {name} dataset",
+    )
+    if not any(changed["_changed"]):
+        return dataset
+    parts = dataset.select_columns(judged).map(
+        lambda row, index: {**row, **(normal(row, index) or {})},
+        with_indices=True,
+        remove_columns=judged,
+        num_proc=num_proc,
+        desc=f"Taking the prompt of the {name} dataset from its conversations",
+    )
+    return concatenate_datasets([dataset.remove_columns(judged), parts], axis=1)
+
+
+def check_dataset(dataset: Any, name: str, kind: Kind, text_field: str = "text") -> None:
+    """What [`check_layout`] can tell without reading a row: whether it is a dataset, with rows and the columns needed.
+
+    Raises:
+        ValueError: if not.
+    """
+    if not isinstance(dataset, Rows):
+        raise ValueError(f"The {name} dataset is {_describe(dataset)}.")
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(f"The {name} dataset has no rows; give it at least one.")
+    if dataset.column_names is not None:  # a stream that was not looked at tells them with its first row
+        _check_columns(dataset.column_names, name, kind, text_field)
+
+
+def _describe(value: Any) -> str:
+    """What was given in place of a dataset, and what to do."""
+    kind = type(value).__name__
+    if isinstance(value, Mapping) and value and all(hasattr(each, "column_names") for each in value.values()):
+        return f"a {kind} with the splits {sorted(map(str, value))}; give one of them"
+    if isinstance(value, str | Path):
+        return f"the path {str(value)!r}; load it first, with datasets.load_dataset"
+    return f"a {kind}; give a datasets.Dataset, such as Dataset.from_list makes of rows"
+
+
+def _judged(columns: Iterable[str], kind: Kind, text_field: str) -> list[str]:
+    found = ["prompt", *COMPLETIONS[kind]]
+    if kind == "sft" and "completion" not in columns:
+        found = [next((c for c in (*TEXTS, text_field) if c in columns), text_field)]
+    return found
+
+
+def _check_columns(columns: Iterable[str], name: str, kind: Kind, text_field: str) -> None:
+    columns = list(columns)
+    if kind == "prompt":
+        clash = [column for column in REWARD_ARGUMENTS if column in columns]
+        if clash:
+            raise ValueError(
+                f"The {name} dataset has a column {clash[0]!r}, which is what the trainer itself passes to reward "
+                "functions; rename it."
+            )
+    if kind == "sft":
+        if "completion" in columns or any(column in columns for column in (*TEXTS, text_field)):
+            required = ["prompt"] if "completion" in columns else []
+        else:
+            required = ["completion"] if "prompt" in columns else ["messages"]
+    else:
+        required = list(COMPLETIONS[kind]) or ["prompt"]
+    for column in required:
+        if column not in columns:
+            close = difflib.get_close_matches(column, columns, n=1)
+            fix = f"rename {close[0]!r} to {column!r}" if close else f"add {column!r}, or rename the one that holds it"
+            raise ValueError(f"The {name} dataset has no column {column!r} among {sorted(columns)}; {fix}.")
+
+
+def _normal_row(row: Mapping[str, Any], index: int, name: str, kind: Kind, text_field: str) -> dict[str, Any] | None:
+    """The columns that have to change for TRL, None if there are none."""
+    _check_columns(row, name, kind, text_field)
+
+    def refuse(column: str, problem: str, fix: str) -> ValueError:
+        return ValueError(f"Row {index} of the {name} dataset has {problem} {column!r} ({_short(row[column])}); {fix}.")
+
+    for column in _judged(row, kind, text_field):
+        if column not in row or column == "input_ids":
+            continue
+        value = row[column]
+        completes = column in COMPLETIONS[kind]
+        rest = "remove the row or give it " + ("a completion" if completes else "one")
+        if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+            raise refuse(column, "an empty", rest)
+        if isinstance(value, list):
+            if column == "conversations":
+                continue  # of the layout from/value, which TRL turns into messages
+            if problem := next((p for message in value if (p := _message_problem(message))), None):
+                raise refuse(column, f"{problem} in", "give each message a role and content")
+            if (completes or column == "messages") and _is_empty(value[-1]):
+                raise refuse(column, "an empty", rest)
+        elif not isinstance(value, str) or column in ("messages", "conversations"):
+            raise refuse(column, f"a {type(value).__name__} as", "make it text, or a list of messages")
+    return _joined(row, COMPLETIONS[kind], refuse)
+
+
+def _joined(row: Mapping[str, Any], completions: tuple[str, ...], refuse: Any) -> dict[str, Any] | None:
+    """Prompt and completions as one of the two layouts that TRL knows: all text, or all messages without the prompt."""
+    kinds = {column: isinstance(row[column], list) for column in completions}
+    if not kinds:
+        return None
+    if len(set(kinds.values())) > 1:
+        column = next(column for column, is_list in kinds.items() if not is_list)
+        raise refuse(column, "text beside messages in", "make all completions text, or all of them messages")
+    if row.get("prompt") is None:
+        return None
+    prompt, chats = row["prompt"], all(kinds.values())
+    if not chats:
+        if isinstance(prompt, list):  # completions as text: each is the assistant's turn
+            return {column: [{"role": "assistant", "content": row[column]}] for column in completions}
+        return None
+    if isinstance(prompt, list):
+        heads = {column: _plain(row[column][: len(prompt)]) == _plain(prompt) for column in completions}
+        if not any(heads.values()) or not all(len(row[column]) > len(prompt) for column in completions):
+            return None
+        return {column: row[column][len(prompt) :] if heads[column] else row[column] for column in completions}
+    if all(row[column][0]["role"] == "assistant" for column in completions):
+        return {"prompt": [{"role": "user", "content": prompt}]}
+    for column in completions:
+        texts = [_text(message) for message in row[column]]
+        if not any(prompt.strip() in text for text in texts):
+            raise refuse(
+                "prompt", f"a text that is in no message of {column!r} as", "give one prompt, in the conversation"
+            )
+    if len(completions) == 1:  # all but the last turn
+        messages = row[completions[0]]
+        return {"prompt": messages[:-1], completions[0]: messages[-1:]}
+    return dict(extract_prompt({column: row[column] for column in completions}))
+
+
+def _message_problem(message: Any) -> str | None:
+    if not isinstance(message, Mapping):
+        return f"the item {_short(message)}"
+    if not isinstance(message.get("role"), str):
+        return f"a message without a role ({_short(dict(message))})"
+    content = message.get("content")
+    if content is None or isinstance(content, str | list):
+        return None
+    return f"a content of type {type(content).__name__}"
+
+
+def _is_empty(message: Mapping[str, Any]) -> bool:
+    """Whether a turn says nothing: no content, no reasoning, no tool call."""
+    if message.get("tool_calls"):
+        return False
+    said = [_text(message), *(str(message.get(name) or "") for name in ("reasoning_content", "thinking", "reasoning"))]
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    shown = any(isinstance(part, Mapping) and part.get("type") not in (None, "text") for part in parts)
+    return not shown and not any(text.strip() for text in said)
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(str(part.get("text") or "") for part in content if isinstance(part, Mapping))
+    return content or ""
+
+
+def _plain(messages: Iterable[Mapping[str, Any]]) -> list[tuple[Any, str]]:
+    return [(message.get("role"), _text(message).strip()) for message in messages]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,79 @@
+"""Where a command ends: what its input or its machine caused becomes one sentence, our own faults keep a traceback."""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+PACKAGE = Path(__file__).parent
+PLAIN = (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError)  # their text is a sentence already
+REPORT = "This is a fault of ceu_rl and not of your input: please report it with this traceback and with `ceu-rl env`."
+
+
+class Boundary:
+    """The outermost block of a command. `status` is its exit status after the block.
+
+    An exception that reaches it is printed as one sentence, unless it is a fault of this package: of a kind that we
+    never raise on purpose, from our own code. `CEU_RL_TRACEBACK=1` keeps every traceback.
+
+    Args:
+        command: What is printed before the sentence.
+    """
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+        self.status = 0
+        self.failure = 2  # the status of what fails from here on: 2 for bad input, 1 once training has begun
+        self.remedy = ""  # what to do about a failure that does not say it itself
+
+    def __enter__(self) -> "Boundary":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> bool:
+        if isinstance(error, KeyboardInterrupt):
+            print(f"{self.command}: interrupted. {self.remedy}".rstrip(), file=sys.stderr)
+            self.status = 130
+            return True
+        if not isinstance(error, Exception) or os.environ.get("CEU_RL_TRACEBACK"):
+            return False
+        if is_own_fault(error):
+            error.add_note(REPORT)
+            return False
+        print(f"{self.command}: error: {sentence(error)} {self.remedy}".rstrip(), file=sys.stderr)
+        self.status = self.failure
+        return True
+
+
+def is_own_fault(error: Exception) -> bool:
+    """Whether an exception came from this package without being meant for a person."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
+    return ours and not isinstance(error, PLAIN)
+
+
+def sentence(error: BaseException) -> str:
+    """The text of an exception in one line, with its type where the text alone says too little."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, PLAIN) and text else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+class NameCause:
+    """Turns whatever is raised inside into one sentence: what failed, the error, and what to do.
+
+    Args:
+        what: The subject, such as "reward_funcs 'a.b'".
+        remedy: What to do.
+        kind: The type of the exception that says it; what is of that type already passes.
+    """
+
+    def __init__(self, what: str, remedy: str, kind: type[Exception] = ValueError) -> None:
+        self.what, self.remedy, self.kind = what, remedy, kind
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, Exception) and type(error) is not self.kind:
+            raise self.kind(f"{self.what} raised {type(error).__name__}: {sentence(error)}; {self.remedy}") from error

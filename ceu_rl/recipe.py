@@ -1,0 +1,243 @@
+"""A recipe and what the command line changes of it, read once: the settings of a run, each of the type of its field.
+
+    ceu-rl METHOD --config RECIPE.yaml [--any_field value ...]
+
+Fields, their types and their help are those of TRL's and of our configs. `--any-field` is the same as `--any_field`.
+"""
+
+import argparse
+import difflib
+import os
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from huggingface_hub.dataclasses import type_validator
+
+METHODS = ("sft", "dpo", "grpo", "unlearn")
+NO_SETTINGS = ("output_dir", "resume_from_checkpoint")  # where a run lies and how it goes on is not what it is
+WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "a mapping",
+}
+
+
+def classes_of(method: str) -> tuple[Any, Any, Any]:
+    """Script arguments, config and trainer of a method. GRPO's bring vLLM, which takes seconds to import."""
+    from trl import ScriptArguments, SFTConfig, SFTTrainer
+
+    match method:
+        case "dpo":
+            from .dpo import CEUDPOConfig, CEUDPOTrainer
+
+            return ScriptArguments, CEUDPOConfig, CEUDPOTrainer
+        case "grpo":
+            from trl.scripts.grpo import GRPOScriptArguments
+
+            from .grpo import CEUGRPOConfig, CEUGRPOTrainer
+
+            return GRPOScriptArguments, CEUGRPOConfig, CEUGRPOTrainer
+        case "unlearn":
+            from .unlearn import UnlearnConfig, UnlearnScriptArguments, UnlearnTrainer
+
+            return UnlearnScriptArguments, UnlearnConfig, UnlearnTrainer
+    return ScriptArguments, SFTConfig, SFTTrainer
+
+
+def parser_for(method: str) -> Any:
+    """TRL's parser for the fields of one method: `ceu-rl METHOD --help` is its help."""
+    from trl import DatasetMixtureConfig, ModelConfig, TrlParser
+
+    script, config, _ = classes_of(method)
+    return TrlParser(
+        (script, config, ModelConfig, DatasetMixtureConfig),  # type: ignore[arg-type]
+        prog=f"ceu-rl {method}",
+        usage=f"ceu-rl {method} --config RECIPE.yaml [--any_field value ...]",
+        allow_abbrev=False,
+    )
+
+
+def read_recipe(method: str, path: str | Path) -> dict[str, Any]:
+    """The fields of a recipe, typed.
+
+    Raises:
+        ValueError: with the file, for what is no UTF-8, no YAML or no mapping, and with the field for one that is given
+            twice, that the method does not have, or whose value has another type.
+        OSError: if it cannot be read.
+    """
+    return _Fields(parser_for(method)).of_recipe(Path(path))
+
+
+def read_arguments(method: str, argv: Sequence[str]) -> dict[str, Any]:
+    """What a command line asks for: the fields of its recipe, then those that it gives itself, typed.
+
+    Raises:
+        ValueError: as for [`read_recipe`], and for words that are no option.
+        SystemExit: from argparse, after `--help` and for a value that an option does not take.
+    """
+    fields = _Fields(parser_for(method))
+    recipe, rest = _split_config(argv)
+    return {**(fields.of_recipe(recipe) if recipe else {}), **fields.of_words(rest)}
+
+
+def read_settings(method: str, argv: Sequence[str]) -> dict[str, Any]:
+    """The settings of a run: [`read_arguments`] without where it lies and whether it is resumed."""
+    return settings_of(read_arguments(method, argv))
+
+
+def settings_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings among the arguments of a run."""
+    return {name: value for name, value in arguments.items() if name not in NO_SETTINGS}
+
+
+def build_configs(method: str, arguments: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
+    """Script arguments, training config, model config and dataset mixture; sets the variables of the field `env`."""
+    for name, value in arguments.get("env", {}).items():
+        os.environ[name] = str(value)
+    return parser_for(method).parse_dict({name: value for name, value in arguments.items() if name != "env"})
+
+
+def _split_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The recipe of `--config`, and the other words."""
+    found, rest = [], list(argv)
+    while at := next((i for i, word in enumerate(rest, 1) if word == "--config" or word.startswith("--config=")), 0):
+        word = rest.pop(at - 1)
+        if word == "--config" and (at > len(rest) or rest[at - 1].startswith("--")):
+            raise ValueError("--config has no value; give a recipe: --config RECIPE.yaml.")
+        found.append(rest.pop(at - 1) if word == "--config" else word.removeprefix("--config="))
+    if len(found) > 1:
+        raise ValueError(f"--config is given {len(found)} times ({', '.join(found)}); give one recipe.")
+    if found and not Path(found[0]).is_file():
+        raise ValueError(f"--config names {found[0]!r}, which is no file; give a recipe: --config RECIPE.yaml.")
+    return (Path(found[0]) if found else None), rest
+
+
+class _Fields:
+    """The fields of a method's parser, and how a value becomes one of theirs."""
+
+    def __init__(self, parser: Any) -> None:
+        self.parser = parser
+        self.hints = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
+        self.actions = {action.dest: action for action in reversed(parser._actions)}
+
+    def of_words(self, words: Sequence[str]) -> dict[str, Any]:
+        """The fields that a command line gives, through argparse."""
+        for action in self.parser._actions:
+            action.default, action.required = argparse.SUPPRESS, False
+        namespace, rest = self.parser.parse_known_args(list(words))
+        if rest:
+            raise ValueError(self._unknown(rest[0]))
+        return {name: self._typed(name, value, f"--{name}") for name, value in vars(namespace).items()}
+
+    def of_recipe(self, path: Path) -> dict[str, Any]:
+        """The fields of a file."""
+        content = _load_yaml(path)
+        fields: dict[str, Any] = {}
+        for key, value in content.items():
+            name = str(key).replace("-", "_")
+            if name in fields:
+                raise ValueError(f"{path} gives {name} twice; give it once.")
+            if name == "env":
+                _check_variables(value, path)
+            elif name not in self.actions or name not in self.hints:
+                raise ValueError(f"{path}: {self._unknown(str(key))}")
+            fields[name] = value if name == "env" else self._typed(name, value, f"{path}: {name}")
+        return fields
+
+    def _unknown(self, word: str) -> str:
+        if not word.startswith("-") and Path(word).suffix in (".yaml", ".yml"):
+            return f"{word} is no option; write --config {word}."
+        name = word.lstrip("-").partition("=")[0].replace("-", "_")
+        close = difflib.get_close_matches(name, self.hints, n=1)
+        if not close and not word.startswith("-") and " " in word:
+            return f"{word!r} is no option; write --field value."
+        hint = f"did you mean {close[0]}?" if close else f"{self.parser.prog} --help lists what there is."
+        return f"There is no field {word!r}; {hint}"
+
+    def _typed(self, name: str, value: Any, where: str) -> Any:
+        """The value as its field's type has it: text that is a number, a whole number for a float, one for a list."""
+        hint = self.hints[name]
+        kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        lists = [kind for kind in kinds if get_origin(kind) is list or kind is list]
+        if lists and not isinstance(value, list | dict | None) and not (isinstance(value, str) and str in kinds):
+            value = [value]
+        if isinstance(value, list) and lists:
+            inner: Any = (*get_args(lists[0]), Any)[0]
+            value = [_convert(each, (inner,)) for each in value]
+        else:
+            value = _convert(value, kinds)
+        try:
+            if not any(hasattr(inner, "__dataclass_fields__") for kind in lists for inner in get_args(kind)):
+                type_validator(name, value, hint)
+        except TypeError:
+            wanted = [WORDS.get(get_origin(kind) or kind) for kind in kinds]
+            words = " or ".join(dict.fromkeys(word for word in wanted if word)) or str(hint)
+            quotes = ", in quotes where YAML reads it as something else" if str in kinds else ""
+            raise ValueError(f"{where} is {value!r}; use {words}{quotes}.") from None
+        return value
+
+
+def _convert(value: Any, kinds: Iterable[Any]) -> Any:
+    """Text of a number or a truth value, and a whole number for a float; what fits no kind is left as it is."""
+    kinds = tuple(kinds)
+    if isinstance(value, str) and str not in kinds:
+        for kind in (bool, int, float):
+            if kind in kinds:
+                try:
+                    return _truth(value) if kind is bool else kind(value)
+                except ValueError:
+                    continue
+    if isinstance(value, int) and not isinstance(value, bool) and int not in kinds:
+        if float in kinds:
+            return float(value)
+        if bool in kinds and value in (0, 1):
+            return bool(value)
+    return value
+
+
+def _truth(text: str) -> bool:
+    from transformers.hf_argparser import string_to_bool
+
+    try:
+        return string_to_bool(text)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def _check_variables(value: Any, path: Path) -> None:
+    if not isinstance(value, dict) or not all(isinstance(each, str | int | float) for each in value.values()):
+        raise ValueError(f"{path}: env is {value!r}; give NAME: value lines, the variables of the environment.")
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """YAML in which each key of a mapping is given once; PyYAML keeps the last and says nothing."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} is given twice; give it once", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _load_yaml(path: Path) -> dict[Any, Any]:
+    try:
+        content = yaml.load(path.read_bytes().decode("utf-8-sig"), _OnceLoader)  # a subclass of the safe loader
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8.") from error
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise ValueError(f"{path} is no valid recipe ({line}{' '.join(problem.split())}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {'nothing' if content is None else content!r}; write `field: value` lines.")
+    return content

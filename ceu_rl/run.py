@@ -1,0 +1,351 @@
+"""One recipe, one run: build, train, evaluate, save, and the result with its provenance.
+
+A run leaves the model in `output_dir`, its log in `metrics.jsonl`, and its result in `result.json`.
+"""
+
+import fcntl
+import importlib
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
+
+from .callbacks import MetricsFile, Progress, TaskScore
+from .checks import saved_checkpoints
+from .data import check_layout, load
+from .errors import Boundary, NameCause, sentence
+from .models import BUILTIN_MODEL, build_bpe_tokenizer, build_model, build_tokenizer, check_model_name
+from .provenance import environment, peak_memory_gib, write_json
+from .recipe import build_configs, classes_of, read_arguments, settings_of
+from .tofu.data import has_questions, load_tofu, to_prompt_completion
+
+LOCK = "_run.lock"  # the push to the Hub leaves out what begins with an underscore
+
+
+def run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
+    """Train by one recipe and return the exit status; `boundary` prints what goes wrong.
+
+    What is recorded are the settings that were read before the run: the recipe may change or go while it trains.
+    """
+    start, provenance = time.perf_counter(), environment()
+    arguments = read_arguments(method, argv)
+    _check_names(arguments, argv)
+    script, args, model_config, mixture = build_configs(method, arguments)
+    with _FolderLock(args):
+        args.resume_from_checkpoint = _resume_from(args.output_dir, args.resume_from_checkpoint)
+        trainer = _build_trainer(method, script, args, model_config, mixture)
+        boundary.failure = 1
+        boundary.remedy = _way_on(args.output_dir)
+        with StopOnSignal(trainer) as stop, _RowsOfTemplate(trainer.train_dataset, trainer.processing_class):
+            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        if stop.stopped_by:
+            step = trainer.state.global_step
+            print(
+                f"{boundary.command}: stopped by {stop.stopped_by.name} after step {step}, with a "
+                f"checkpoint in {args.output_dir}; go on with --resume_from_checkpoint true.",
+                file=sys.stderr,
+            )
+            status = 128 + stop.stopped_by
+        else:
+            boundary.remedy = _way_on(args.output_dir)
+            _finish(method, trainer, args, script, settings_of(arguments), argv, provenance, start)
+            status = 0
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return status
+
+
+def _finish(
+    method: str,
+    trainer: Any,
+    args: Any,
+    script: Any,
+    settings: Mapping[str, Any],
+    argv: Sequence[str],
+    provenance: Mapping[str, Any],
+    start: float,
+) -> None:
+    """Save the model, evaluate it once more if need be, and write the result."""
+    step, log = trainer.state.global_step, trainer.state.log_history
+    if step == 0:
+        raise ValueError(
+            "No step was trained, so there is no model to save: the dataset has too few rows for one batch, or "
+            "max_steps and num_train_epochs ask for none."
+        )
+    trainer.save_model(args.output_dir)
+    if trainer.eval_dataset is not None and not any("eval_loss" in entry and entry["step"] == step for entry in log):
+        trainer.evaluate()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        final = {key: value for entry in log if entry["step"] == step for key, value in entry.items()}
+        result = {
+            "command": shlex.join(["ceu-rl", method, *argv]),
+            "settings": settings,
+            "seed": args.seed,
+            "steps": step,
+            "processes": trainer.accelerator.num_processes,
+            "metrics": {key: value for key, value in final.items() if key not in ("step", "epoch")},
+            **_eval_tokens(method, trainer),
+            "wall_time_s": round(time.perf_counter() - start, 1),
+            "peak_memory_gib": round(peak_memory_gib(), 3),
+            **provenance,
+        }
+        write_json(Path(args.output_dir, "result.json"), result)
+        print(f"The model, metrics.jsonl and result.json are in {args.output_dir}.")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+
+
+def _eval_tokens(method: str, trainer: Any) -> dict[str, dict[str, float]]:
+    """What turns the log-probabilities of held-out responses into nats per token."""
+    if method != "dpo":
+        return {}
+    from .dpo import mean_response_tokens
+
+    tokens = mean_response_tokens(trainer.eval_dataset, trainer.args)
+    return {"eval_tokens": tokens} if tokens else {}
+
+
+def _check_names(arguments: Mapping[str, Any], argv: Sequence[str]) -> None:
+    if not arguments.get("model_name_or_path"):
+        raise ValueError(f"model_name_or_path is missing; give a Hub name, a folder, or {BUILTIN_MODEL} for sft.")
+    if not arguments.get("dataset_name") and not arguments.get("datasets"):
+        raise ValueError("dataset_name is missing; give a Hub name, a folder, a file, or builtin:addition.")
+    for entry in arguments.get("datasets") or []:
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"datasets holds {entry!r}; give a mapping for each dataset, such as {{path: NAME}}.")
+    recipe = next((Path(word) for word in argv if Path(word).suffix in (".yaml", ".yml")), None)
+    check_model_name(arguments["model_name_or_path"], recipe)
+
+
+# the folder of a run
+
+
+class _FolderLock:
+    """Holds `output_dir` for one run; the first process of a distributed run holds it for all.
+
+    Raises:
+        ValueError: if another run holds it.
+    """
+
+    def __init__(self, args: Any) -> None:
+        self.folder, self.holds = Path(args.output_dir), args.process_index == 0
+
+    def __enter__(self) -> None:
+        if not self.holds:
+            return
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"output_dir {self.folder} is a file; choose a folder.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.folder / LOCK, "a")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.file.close()
+            raise ValueError(
+                f"output_dir {self.folder} is in use by another run; wait for its end, or choose another."
+            ) from None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.holds:
+            self.file.close()
+
+
+def _resume_from(output_dir: str, checkpoint: str | None) -> str | None:
+    """Resolve `resume_from_checkpoint`, and refuse to write over what an earlier run saved."""
+    folder = Path(output_dir)
+    if checkpoint is None or str(checkpoint).lower() == "false":
+        checkpoints = [path for _, path in saved_checkpoints(folder)]
+        saved = [
+            *checkpoints,
+            *(path for name in ("result.json", "*.safetensors", "metrics.jsonl") for path in folder.glob(name)),
+        ]
+        if saved:
+            way = (
+                "or continue it with --resume_from_checkpoint true" if checkpoints else "it has no checkpoint to go on"
+            )
+            raise ValueError(
+                f"output_dir {output_dir} holds an earlier run ({saved[0].name}); choose another or move it away; {way}."
+            )
+        return None
+    if str(checkpoint).lower() == "true":
+        if not saved_checkpoints(folder):
+            raise ValueError(f"There is no checkpoint in {output_dir} to resume; leave resume_from_checkpoint out.")
+        return str(saved_checkpoints(folder)[-1][1])
+    if not Path(checkpoint, "trainer_state.json").is_file():
+        raise ValueError(f"resume_from_checkpoint {checkpoint} is no checkpoint; name a checkpoint-N folder, or true.")
+    return checkpoint
+
+
+def _way_on(output_dir: str) -> str:
+    """What to say to a person whose run ended early."""
+    return f"What was saved in {output_dir} is intact; go on from a checkpoint with --resume_from_checkpoint true."
+
+
+class StopOnSignal(TrainerCallback):
+    """Ends a run at Ctrl-C or SIGTERM after the step that it is in, with a checkpoint; a second signal ends it at once.
+
+    Every process stops at the same step, whichever of them got the signal first.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.number = trainer, 0
+        self.stopped_by: signal.Signals | None = None
+
+    def __enter__(self) -> "StopOnSignal":
+        self.trainer.add_callback(self)
+        self.before = {number: signal.signal(number, self._take) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+        print("Stopping after this step, with a checkpoint; once more ends at once.", file=sys.stderr)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.accelerator.num_processes > 1:
+            mine = torch.tensor([self.number], device=self.trainer.accelerator.device)
+            self.number = int(self.trainer.accelerator.gather(mine).max())
+        if self.number and state.global_step < state.max_steps:
+            self.stopped_by = signal.Signals(self.number)
+            control.should_save = control.should_training_stop = True
+
+
+# the trainer
+
+
+def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixture: Any) -> Any:
+    from trl import get_peft_config, get_quantization_config
+
+    datasets, task = load(method, script, mixture, evaluates=args.eval_strategy != "no" or args.eval_on_start)
+    asks = method in ("sft", "unlearn") and any(has_questions(dataset) for dataset in datasets.values())
+
+    given: dict[str, Any]
+    if model_config.model_name_or_path == BUILTIN_MODEL:
+        if method != "sft":
+            raise ValueError(f"{BUILTIN_MODEL} has random weights; train it with `ceu-rl sft` and name that folder.")
+        tokenizer: Any = build_tokenizer()
+        if asks:  # one tokenizer for all the models of a dataset
+            full = load_tofu(script.dataset_name, "full")
+            tokenizer = build_bpe_tokenizer([*full["question"], *full["answer"]])
+        model = build_model(tokenizer, seed=args.seed, **(args.model_init_kwargs or {}))
+        args.model_init_kwargs = None
+        given = {"model": model, "processing_class": tokenizer}
+    else:
+        args.model_init_kwargs = {
+            "revision": model_config.model_revision,
+            "trust_remote_code": args.trust_remote_code,
+            "attn_implementation": model_config.attn_implementation,
+            "dtype": model_config.dtype,
+            **(args.model_init_kwargs or {}),
+        }
+        given = {
+            "model": model_config.model_name_or_path,
+            "quantization_config": get_quantization_config(model_config),
+        }
+        tokenizer = None
+        if asks:
+            tokenizer = AutoTokenizer.from_pretrained(
+                model_config.model_name_or_path, trust_remote_code=args.trust_remote_code
+            )
+    if asks:
+        template = getattr(script, "template", None)
+        datasets = {
+            name: to_prompt_completion(dataset, tokenizer, template) if has_questions(dataset) else dataset
+            for name, dataset in datasets.items()
+        }
+    if method == "sft":  # the other trainers judge their rows themselves
+        field = args.dataset_text_field
+        datasets = {
+            name: check_layout(one, name, "sft", args.dataset_num_proc, field) for name, one in datasets.items()
+        }
+    if method == "grpo":
+        given["reward_funcs"] = _load_rewards(script)
+    _, _, trainer_class = classes_of(method)
+    with _RowsOfTemplate(next(iter(datasets.values())), given.get("processing_class") or model_config):
+        trainer = trainer_class(
+            args=args,
+            peft_config=get_peft_config(model_config),
+            **{f"{name}_dataset": dataset for name, dataset in datasets.items()},
+            **given,
+        )
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Progress)
+    trainer.add_callback(MetricsFile)
+    if task is not None and "eval" in datasets:
+        start = None if method == "sft" else model_config.model_name_or_path
+        trainer.add_callback(TaskScore(trainer, task, datasets["eval"]["prompt"], start))
+    return trainer
+
+
+class _RowsOfTemplate:
+    """Says which row it was that a chat template refused.
+
+    Args:
+        dataset: The rows.
+        tokenizer: The tokenizer, or a model config that names it.
+    """
+
+    def __init__(self, dataset: Any, tokenizer: Any) -> None:
+        self.dataset, self.tokenizer = dataset, tokenizer
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not isinstance(error, TemplateError):
+            return
+        tokenizer = self.tokenizer
+        if hasattr(tokenizer, "model_name_or_path"):
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer.model_name_or_path)
+        for index, row in enumerate(self.dataset):
+            chats = [row[name] for name in ("prompt", "messages") if isinstance(row.get(name), list)] or [[]]
+            chats += [chats[0] + row[n] for n in ("completion", "chosen", "rejected") if isinstance(row.get(n), list)]
+            try:
+                for chat in filter(None, chats):
+                    tokenizer.apply_chat_template(chat, tokenize=False)
+            except TemplateError as refusal:
+                raise ValueError(
+                    f"The model's chat template refuses row {index} of the dataset ({sentence(refusal)}); change the "
+                    "roles or the order of its messages, or remove it."
+                ) from error
+
+
+def _load_rewards(script: Any) -> list[Any]:
+    """The reward model and functions of a recipe: the names that TRL's own script takes, or dotted paths."""
+    import trl.rewards
+
+    rewards: list[Any] = [script.reward_model_name_or_path] if script.reward_model_name_or_path else []
+    for path in script.reward_funcs or []:
+        module, _, name = path.rpartition(".")
+        if module and str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
+        try:
+            with NameCause(f"reward_funcs: importing {module!r}", "mend that module.", ImportError):
+                found = getattr(importlib.import_module(module) if module else trl.rewards, name)
+        except ImportError as error:
+            raise ValueError(
+                f"reward_funcs names {path!r}, which does not resolve ({sentence(error)}); give module.function."
+            ) from error
+        if not callable(found):
+            raise ValueError(f"reward_funcs names {path!r}, which is a {type(found).__name__}; give a function.")
+        rewards.append(found)
+    if not rewards:
+        raise ValueError("reward_funcs is missing; give a dotted path such as ceu_rl.tasks.addition.accuracy.")
+    return rewards
