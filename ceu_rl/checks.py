@@ -4,17 +4,21 @@
 """
 
 import difflib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import AutoConfig, GenerationMixin
 from transformers.distributed.fsdp import is_fsdp_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+logger = logging.getLogger(__name__)
 
 
 def check_columns(dataset: Dataset | IterableDataset, name: str, required: tuple[str, ...]) -> None:
@@ -123,6 +127,12 @@ class StopAtNonFinite:
     def describe_rows(self, inputs: Mapping[str, Any]) -> list[str]:
         """Name the rows of one prepared batch for a person; each trainer knows its own batches."""
         raise NotImplementedError
+
+
+def note(message: str) -> None:
+    """Say something about a run, once for all its processes: a log record, which `ceu-rl` prints."""
+    if PartialState().is_main_process:
+        logger.info(message)
 
 
 class RolloutError(ValueError):

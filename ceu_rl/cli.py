@@ -13,7 +13,6 @@ Exit status: 0; 1 for a run that was stopped or failed; 2 for bad input, before 
 for SIGTERM, with a checkpoint to go on from. `CEU_RL_TRACEBACK=1` keeps the traceback of every error.
 """
 
-import difflib
 import logging
 import subprocess
 import sys
@@ -31,9 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, rest = arguments[0], arguments[1:]
     with Boundary(f"ceu-rl {command}" if command in COMMANDS else "ceu-rl") as boundary:
         if command not in COMMANDS:
-            close = difflib.get_close_matches(command, COMMANDS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(COMMANDS)}."
-            raise ValueError(f"unknown command {command!r}; {hint}")
+            raise ValueError(f"unknown command {command!r}; use one of {', '.join(COMMANDS)}.")
         boundary.status = COMMANDS[command](rest, boundary)
     return boundary.status
 

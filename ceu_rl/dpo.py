@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
@@ -17,11 +16,10 @@ from .checks import (
     check_language_model,
     check_reference_is_loaded,
     check_shared_cache,
+    note,
 )
 from .data import COMPLETIONS, check_dataset, check_layout
 from .routing import DescentConfig, DescentTrainer
-
-logger = get_logger(__name__)
 
 
 @dataclass
@@ -112,7 +110,7 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, DPOTrainer):
             desc=f"Comparing answers of the {name} dataset",
         )
         ties, leaves_out = sum(found["tie"]), self._leaves_ties_out(args)
-        logger.info(
+        note(
             f"The {name} dataset has {rows} rows: {rows - len(prepared)} dropped, whose prompt fills max_length "
             f"({args.max_length}); {sum(found['cut'])} answers cut there; {ties} pairs "
             f"{'left out' if leaves_out else 'without effect'}, whose two answers are the same."

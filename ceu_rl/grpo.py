@@ -6,18 +6,15 @@ import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
-from accelerate.logging import get_logger
 from datasets import Dataset
 from peft import PeftModel
 from torch.nn import Module
 from trl import GRPOConfig, GRPOTrainer
 
-from .checks import StopAtNonFinite, check_language_model, check_reference_is_loaded
+from .checks import StopAtNonFinite, check_language_model, check_reference_is_loaded, note
 from .data import check_layout
 from .rollouts import ReloadingVLLMGeneration, check_rewards, check_vllm, name_vllm_settings
 from .routing import DescentConfig, DescentTrainer
-
-logger = get_logger(__name__)
 
 
 @dataclass
@@ -107,7 +104,7 @@ def _check_prompts(dataset: Any, args: GRPOConfig) -> None:
             f"completions (generation_batch_size) with {generations} for each prompt (num_generations). So no step "
             "would be trained; give more prompts, or lower per_device_train_batch_size or steps_per_generation."
         )
-    logger.info(
+    note(
         f"The train dataset has {len(dataset)} prompts, of which one generation takes {prompts}: "
         f"{len(dataset) % prompts} are left out of each epoch."
     )

@@ -112,7 +112,7 @@ def _with_chat_template(backend: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer: all that the generation config names, and the tokenizer's, as TRL's GRPO takes them.
+    """The tokens that end an answer: all of the generation config, and the tokenizer's, as TRL's GRPO takes them.
 
     A chat turn often ends in another token than a text: Gemma's in `<end_of_turn>`, its `eos_token` being `<eos>`.
 

@@ -169,11 +169,9 @@ def _resume_from(output_dir: str, checkpoint: str | None) -> str | None:
             *(path for name in ("result.json", "*.safetensors", "metrics.jsonl") for path in folder.glob(name)),
         ]
         if saved:
-            way = (
-                "or continue it with --resume_from_checkpoint true" if checkpoints else "it has no checkpoint to go on"
-            )
+            way = ", or continue it with --resume_from_checkpoint true" if checkpoints else ""
             raise ValueError(
-                f"output_dir {output_dir} holds an earlier run ({saved[0].name}); choose another or move it away; {way}."
+                f"output_dir {output_dir} holds an earlier run ({saved[0].name}); choose another, or move it away{way}."
             )
         return None
     if str(checkpoint).lower() == "true":

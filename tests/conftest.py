@@ -38,7 +38,7 @@ def preferences():
     """64 preference pairs, with responses of different lengths."""
     return datasets.Dataset.from_list(
         [
-            {"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a + b}{b}"[: 1 + b % 3]}
+            {"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a + b + 1}{b}"[: 1 + b % 3]}
             for a in range(8)
             for b in range(8)
         ]

@@ -73,7 +73,8 @@ def test_dpo_leaves_a_model_a_log_and_a_result(recipe, tmp_path, base):
     assert [entry["step"] for entry in log if "ceu/weight_mean" in entry] == [1, 2, 3]
     result = json.loads((out / "result.json").read_text())
     assert result["steps"] == 3 and result["seed"] == 42
-    assert result["settings"]["overrides"] == ["--max_steps", "3"]
+    assert result["settings"]["max_steps"] == 3 and result["settings"]["learning_rate"] == 1e-3
+    assert "output_dir" not in result["settings"]
     assert result["metrics"]["eval_logps/chosen"] == log[-2]["eval_logps/chosen"]
     assert result["versions"]["trl"].startswith("1.16") and result["device"].startswith("CPU")
     assert result["command"] == f"ceu-rl dpo --config {config} --max_steps 3"
@@ -118,10 +119,10 @@ def test_help_and_env(capsys):
 @pytest.mark.parametrize(
     ("fields", "extra", "message"),
     [
-        ({"ceu_coef": 2}, [], "ceu_coef is 2; use a number from 0"),
+        ({"ceu_coef": 2}, [], "ceu_coef is 2.0; use a number from 0"),
         ({"ceu_scale": float("nan")}, [], "ceu_scale is nan"),
-        ({"ceu_max_weight": -1}, [], "ceu_max_weight is -1;"),
-        ({"ceu_coef": [0.5]}, [], "ceu_coef is [0.5]; use a number from 0"),
+        ({"ceu_max_weight": -1}, [], "ceu_max_weight is -1.0;"),
+        ({"ceu_coef": [0.5]}, [], "ceu_coef is [0.5]; use a number."),
         ({"use_liger_kernel": True}, [], "use_liger_kernel is True"),
         ({"ceu_cof": 1}, [], "ceu_cof"),
         ({}, ["--ceu_cof", "1"], "ceu_cof"),
