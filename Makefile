@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install demo test lint
+.PHONY: install demo test lint results
 
 install: .venv/installed
 
@@ -31,3 +31,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages of docs/results and their figures, from the JSON beside them
+results: install
+	$(BIN)/python docs/results/write.py

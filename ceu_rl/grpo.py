@@ -22,7 +22,7 @@ class CEUGRPOConfig(DescentConfig, GRPOConfig):
     """`trl.GRPOConfig` and the three coefficients of the descent weight, of which half is CE-U by default.
 
     With the whole weight (`ceu_coef` 1) GRPO learned more slowly than stock wherever stock learned, with half of it
-    about as fast on-policy (docs/results.md).
+    about as fast on-policy (docs/results/grpo.md).
 
     Raises:
         ValueError: for a coefficient outside its range, or `use_liger_kernel`.

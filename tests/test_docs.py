@@ -1,19 +1,19 @@
 """The documents: every link and name resolves, the code of the README runs, and the figures are those of the files."""
 
+import hashlib
 import importlib
+import importlib.util
 import json
 import re
 from pathlib import Path
 
 import pytest
 
-from ceu_rl.stability.report import Run, table_rows
 from ceu_rl.tofu.metrics import forget_quality
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RESULTS = ROOT / "docs" / "results"
-STUDY = RESULTS / "dpo-addition"
 
 
 def name(path):
@@ -71,179 +71,137 @@ def test_the_code_of_the_readme_runs(tiny_model, tokenizer, preferences, tmp_pat
     assert stock == ["from trl import DPOConfig, DPOTrainer", 'args = DPOConfig(output_dir="runs/mine")']
 
 
-def test_the_demo_in_the_results_is_that_of_its_files():
-    results = (ROOT / "docs" / "results.md").read_text()
-    for row in table_rows([Run(arm, {}, 0, STUDY / "demo" / arm) for arm in ("stock", "ceu", "paper")]):
-        assert "| " + " | ".join(row) + " |" in results
-    readme = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ")]
-    assert len(readme) >= 5 and all(line in results for line in readme)
+def load(path):
+    """A Python file that is no part of a package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-@pytest.mark.parametrize("path", sorted(STUDY.glob("demo/*/result.json")), ids=name)
-def test_results_carry_provenance(path):
-    result = json.loads(path.read_text())
-    assert {"commit", "versions", "device", "seed", "date", "command"} <= set(result)
-    assert re.fullmatch(r"[0-9a-f]{40}", result["commit"]), "made from source that was not committed"
+@pytest.fixture(scope="module")
+def results():
+    """What `make results` writes, by path, and the module that writes it."""
+    writer = load(RESULTS / "write.py")
+    return writer, writer.written()
 
 
-def grpo_row(path):
-    """A run of the GRPO grids: its result.json, with the series of the reward and of the gradient norm."""
-    result = json.loads(path.read_text())
-    overrides = result["settings"]["overrides"]
-    given = dict(zip(overrides[::2], overrides[1::2], strict=True))
-    *task, base, variant, arm = re.match(
-        r"(?:(\w+)-)?(base\d*)-(?:([a-z_]+)-)?(stock|paper|c[\d.s]+)-", path.stem
-    ).groups()
-    seed = str(result["seed"])
-    if variant:
-        assert result["variant"] == variant
-        cells = [*task, variant, arm, given["--learning_rate"], given["--num_iterations"], seed]
-    elif path.parent.name == "grpo-maze" or "seed" in path.stem:
-        cells = [arm, given["--learning_rate"], given["--num_iterations"], seed]
-    else:
-        cells = [base, arm, given["--learning_rate"], given["--num_iterations"]]
-    metrics = [result["metrics"][f"eval_{name}_accuracy"] for name in ("greedy", "sampled")]
-    return "| " + " | ".join([*cells, *(f"{m:.3f}" for m in metrics), f"{max(result['grad_norm']):.2f}"]) + " |"
+def shown(svg):
+    """What an SVG says in words and numbers: the paths of matplotlib differ from one version to another."""
+    return re.findall(r'aria-label="([^"]*)"', svg), re.findall(r">([^<>]+)</t", svg)
 
 
-GRPO_RUNS = sorted(
-    path for task in ("addition", "maze", "variants") for path in RESULTS.glob(f"grpo-{task}/*base-*.json")
+def test_the_results_are_what_make_results_writes(results):
+    _, written = results
+    for path, text in written.items():
+        found = path.read_text()
+        same = shown(found) == shown(text) if path.suffix == ".svg" else found == text
+        assert same, f"{name(path)} is not what its files give: run make results"
+    pages = {path for path in RESULTS.glob("*.md")} | set(RESULTS.rglob("*.svg"))
+    assert pages == set(written), "a page or figure that nothing writes"
+
+
+QUESTIONS = [path for path in sorted(RESULTS.glob("*.md")) if path.name != "README.md"]
+
+
+@pytest.mark.parametrize("path", QUESTIONS, ids=name)
+def test_a_page_of_results_opens_with_its_answer_and_a_figure(path):
+    title, answer, figure = path.read_text().split("\n\n")[:3]
+    assert title.startswith("# ") and title.endswith("?")
+    assert [line[:2] for line in answer.splitlines()] == ["- "] * 3
+    assert re.fullmatch(r"!\[.+\]\(.+\.svg\)", figure)
+
+
+@pytest.mark.parametrize("path", QUESTIONS, ids=name)
+def test_no_sentence_repeats_a_number_of_a_table(path):
+    """A sentence under the answer may name a row, by its learning rate, and say what is to be seen there."""
+    lines = "\n\n".join(path.read_text().split("\n\n")[3:]).splitlines()
+    cells = [cell.strip() for line in lines if line.startswith("| ") for cell in line.strip("|").split("|")]
+    numbers = {each for cell in cells for each in re.findall(r"(?<![\w.-])-?\d+\.\d{2,}(?:e-\d+)?(?![\w.])", cell)}
+    assert len(numbers) > 10
+    prose = [line for line in lines if line and not line.startswith(("|", "    ", "!["))]
+    for line in prose:
+        if line.startswith(("Base:", "greedy")) or "greedy 0" in line or "greedy 1" in line:
+            continue  # of the base, which is no row
+        repeated = numbers & set(re.findall(r"-?\d+\.\d{2,}(?:e-\d+)?", line))
+        assert not repeated, f"{repeated} in: {line}"
+
+
+def test_the_first_screen_shows_the_rows_of_the_demo(results):
+    writer, _ = results
+    rows = writer.Page("dpo").first_to_last().splitlines()
+    shown_ = [line for line in (ROOT / "README.md").read_text().splitlines() if "→" in line and line.startswith("| ")]
+    assert len(shown_) >= 4 and set(shown_) <= set(rows)
+
+
+@pytest.mark.parametrize(
+    ("file", "count", "digest"),
+    [
+        ("grpo/addition-longer", 49, "cfe1aa5b96eb87d17cdd8a1f06bc7a56f8e996dccedb1bc9a2617d9aabc81bbb"),
+        ("grpo/maze-longer", 26, "97f58628217ae6b2c3018eeeb36dbce7a92eaee4e64152aefa758a52742777eb"),
+        ("grpo/variants", 26, "ed08ba54c5cde36d88c13ab6b81e5dddd4929e8ac8b692a891e3c28e8ef417cf"),
+        ("unlearning/models", 2, "3cc196ea3866287dd6e9297f8baa50197981b0f73d3f108dedda8bb2aa8cbcb8"),
+        ("unlearning/earlier", 10, "f888035699995d2c19fd91790c25c19a105ffaafc12ab7ad336975f75ea53243"),
+    ],
 )
+def test_nothing_was_lost_when_single_results_were_merged(results, file, count, digest):
+    """The digest is that of the single files before they were put into one, all their fields by their names."""
+    writer, _ = results
+    runs = {run.pop("name"): run for run in writer.single_runs(file)}
+    assert len(runs) == count
+    assert hashlib.sha256(json.dumps(runs, sort_keys=True).encode()).hexdigest() == digest
 
 
-@pytest.mark.parametrize("path", GRPO_RUNS, ids=name)
-def test_a_row_of_the_grpo_grids_is_that_of_its_file(path):
-    assert grpo_row(path) in (ROOT / "docs" / "results.md").read_text()
-    assert re.fullmatch(r"[0-9a-f]{40}", json.loads(path.read_text())["commit"])
+def provenances(found):
+    """Each part of a result file that says where it comes from."""
+    if isinstance(found, dict):
+        if "commit" in found:
+            yield found
+        found = list(found.values())
+    if isinstance(found, list):
+        for each in found:
+            yield from provenances(each)
 
 
-@pytest.mark.parametrize("size", ["tiny", "small"])
-def test_a_row_of_the_time_of_grpo_is_that_of_its_file(size):
-    found = json.loads((RESULTS / "grpo-time" / f"{size}.json").read_text())
-    speed = found["median_tokens_per_s"]
-    ratios = [found[f"step_time_{pair}"] for pair in ("ceu_over_stock_vllm", "ceu_over_stock_generate")]
-    cells = [found["step_time_vllm_over_generate"], speed["vllm-ceu"], speed["generate-ceu"], *ratios]
-    assert " | ".join(map(str, cells)) + " |" in (ROOT / "docs" / "results.md").read_text()
+RAW = sorted(RESULTS.rglob("*.json"))
 
 
-def test_the_rows_of_the_fused_loss_are_those_of_its_files():
-    memory, seconds = (
-        json.loads((RESULTS / "fused" / f"{kind}-cpu-float32.json").read_text())["rows"] for kind in ("memory", "time")
-    )
-    text = (ROOT / "docs" / "results.md").read_text()
-    peaks = {row["method"]: row["peak_above_start_gib"] for row in memory if row["tokens"] == 1024}
-    for row in seconds:
-        peak = "" if row["method"] == "products" else peaks[row["method"]]  # the products alone are no loss
-        median = row["median_s"]
-        assert f"| {row['method']} | {peak} | {median:.3f} | {row['times_fused']} |" in text
-    larger = [str(row["peak_above_start_gib"]) for row in memory if row["tokens"] > 1024]
-    assert f"{' and '.join(larger)} GiB" in text
+@pytest.mark.parametrize("path", RAW, ids=name)
+def test_results_carry_provenance(path):
+    found = list(provenances(json.loads(path.read_text())))
+    assert found
+    for origin in found:
+        assert {"commit", "versions", "device"} <= set(origin)
+        assert re.fullmatch(r"[0-9a-f]{40}", origin["commit"]), "made from source that was not committed"
 
 
-TOFU = RESULTS / "tofu"
-TOFU_MODELS = ("full", "retain90")
+def test_each_file_of_results_is_used_by_its_page():
+    """`docs/results/x/y.json` is what the page x.md draws from."""
+    for path in RAW:
+        question = path.relative_to(RESULTS).parts[0]
+        page = {"fused": "speed", "grpo-time": "speed"}.get(question, question)
+        template = (RESULTS / f"{page}.md.jinja").read_text()
+        folder = path.relative_to(RESULTS).parent
+        used = [str(path.relative_to(RESULTS).with_suffix("")), *(f"{each}/" for each in (folder, folder.parent))]
+        assert any(word in template for word in used), f"{name(path)} is on no page"
 
 
-def tofu_model(stem):
-    """A model that nothing was unlearned from: its training, and its evaluation without the values of each row."""
-    return json.loads((TOFU / f"{stem}.json").read_text())
+def test_the_forget_qualities_follow_from_the_truth_ratios(results):
+    writer, _ = results
+    for file in ("unlearning/models", "unlearning/earlier"):
+        runs = {run["name"]: run for run in writer.single_runs(file)}
+        retain = runs["retain90"]["forget_truth_ratios"]
+        assert len(retain) == 400 and len(runs) > 1
+        for run in runs.values():
+            if "forget_quality" in run["evaluation"]["summary"]:
+                quality = forget_quality(run["forget_truth_ratios"], retain)
+                assert quality == pytest.approx(run["evaluation"]["summary"]["forget_quality"], rel=1e-2)
 
 
-@pytest.mark.parametrize("stem", TOFU_MODELS)
-def test_a_row_of_a_tofu_model_is_that_of_its_file(stem):
-    found = tofu_model(stem)
-    training, summary = found["training"], found["evaluation"]["summary"]
-    quality = f"{summary['forget_quality']:.1e}" if stem == "full" else ""
-    pace = training["metrics"]["train_runtime"] / training["steps"]
-    values = [f"{summary[key]:.3f}" for key in ("model_utility", "forget_rouge_l_recall", "forget_probability")]
-    cells = [stem, quality, *values, f"{pace:.2f}", f"{training['peak_memory_gib']:.2f}"]
-    assert "| " + " | ".join(cells) + " |" in (ROOT / "docs" / "results.md").read_text()
-    for part in found["training"], found["evaluation"]:
-        assert {"commit", "versions", "device", "seed", "date", "command"} <= set(part)
-        assert re.fullmatch(r"[0-9a-f]{40}", part["commit"]), "made from source that was not committed"
-
-
-def test_the_forget_quality_of_the_full_model_follows_from_the_truth_ratios():
-    full, retain = (tofu_model(stem)["forget_truth_ratios"] for stem in TOFU_MODELS)
-    quality = tofu_model("full")["evaluation"]["summary"]["forget_quality"]
-    assert len(full) == len(retain) == 400 and forget_quality(full, retain) == pytest.approx(quality, rel=1e-2)
-
-
-@pytest.mark.parametrize("path", sorted((TOFU / "earlier").glob("*-*.json")), ids=name)
-def test_a_row_of_the_earlier_tofu_bases_is_that_of_its_file(path):
-    found = json.loads(path.read_text())
-    arm, _, rate = path.stem.partition("-")
-    summary = found["evaluation"]["summary"]
-    row = f"| {arm} | {rate} | {summary['forget_quality']:.1e} | {summary['model_utility']:.3f} |"
-    assert row in (ROOT / "docs" / "results.md").read_text()
-    assert all(re.fullmatch(r"[0-9a-f]{40}", found[part]["commit"]) for part in ("training", "evaluation"))
-    retain = tofu_model("earlier/retain90")["forget_truth_ratios"]
-    quality = forget_quality(found["forget_truth_ratios"], retain)
-    assert quality == pytest.approx(summary["forget_quality"], rel=1e-2)
-
-
-TOFU_STUDIES = sorted((RESULTS / "study").glob("tofu*.json"))
-
-
-@pytest.mark.parametrize("path", TOFU_STUDIES, ids=name)
-def test_the_tofu_study_stands_on_these_models(path):
+@pytest.mark.parametrize("path", sorted((RESULTS / "unlearning").glob("tofu*.json")), ids=name)
+def test_the_tofu_study_stands_on_these_models(results, path):
+    writer, _ = results
+    models = {run["name"]: run["evaluation"]["summary"] for run in writer.single_runs("unlearning/models")}
     tofu = json.loads(path.read_text())["tofu"]
-    for place, stem in (("base", "full"), ("retain", "retain90")):
-        assert tofu[place]["model_utility"] == pytest.approx(
-            tofu_model(stem)["evaluation"]["summary"]["model_utility"], rel=1e-5
-        )
-
-
-def test_the_best_rates_of_the_tofu_study_are_those_of_its_report():
-    """Of an arm's rates, the one of the highest forget quality at a utility within 10 % of the full model's."""
-    tofu, text = (
-        json.loads((RESULTS / "study" / "tofu.json").read_text())["tofu"],
-        (ROOT / "docs" / "results.md").read_text(),
-    )
-    for arm in {point["arm"] for point in tofu["points"]}:
-        useful = [
-            point
-            for point in tofu["points"]
-            if point["arm"] == arm and point["model_utility"] >= 0.9 * tofu["base"]["model_utility"]
-        ]
-        if useful:
-            best = max(useful, key=lambda point: point["forget_quality"])
-            values = f"{best['forget_quality']:.1e} | {best['model_utility']:.3f}"
-            assert f"| {arm} | {best['learning_rate']:g} | {values} |" in text
-        else:
-            assert f"| {arm} | none | | |" in text
-
-
-TOFU_COLUMNS = (("model_utility", 3), ("seconds_per_step", 2), ("peak_memory_gib", 2))
-TOFU_FOLDER = "../shared/tofu"  # where it lay
-STUDY_REPORTS = sorted((RESULTS / "study").glob("*.json"))
-
-
-def study_rows(report):
-    """A row for each arm at each setting, of what `ceu-rl compare` reported."""
-    for group in report["groups"]:
-        varied = [value for key, value in group["setting"].items() if key != "learning_rate"]
-        cells = [group["arm"], f"{group['learning_rate']:g}", *varied]
-        if report["tofu"]:
-            cells += [f"{group['forget_quality']:.1e}"]
-            cells += [f"{group[key]:.{digits}f}" for key, digits in TOFU_COLUMNS]
-            yield "| " + " | ".join(cells) + " |"
-            continue
-        scores = [group["final"][name] for name in report["base"]]
-        cells += [f"{s['mean']:.3f} ({s['min']:.3f} to {s['max']:.3f})" if s else "none" for s in scores]
-        preferences = any(each["depth"] is not None for each in report["groups"])
-        measured = [(group[key], 3) for key in ("displacement", "depth") if preferences]
-        measured += [(group["kl"], 3), (group["grad_norm_largest"], 2)]
-        cells += ["none" if value is None else f"{value:.{digits}f}" for value, digits in measured]
-        yield "| " + " | ".join(cells) + " |"
-
-
-@pytest.mark.parametrize("path", STUDY_REPORTS, ids=name)
-def test_the_rows_of_a_study_are_those_of_its_report(path):
-    report, text = json.loads(path.read_text()), (ROOT / "docs" / "results.md").read_text()
-    for row in study_rows(report):
-        assert row in text, row
-    for sentence in report["verdict"]:
-        assert sentence in " ".join(text.split()), sentence
-    assert f"    {report['command']}".replace(TOFU_FOLDER, "FOLDER") in text
-    assert all(re.fullmatch(r"[0-9a-f]{40}", origin["commit"]) for origin in report["provenance"])
+    for place, model in (("base", "full"), ("retain", "retain90")):
+        assert tofu[place]["model_utility"] == pytest.approx(models[model]["model_utility"], rel=1e-5)
