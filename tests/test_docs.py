@@ -23,17 +23,25 @@ def name(path):
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
 def test_links_and_paths_resolve(path):
     text = path.read_text()
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        if not target.startswith("https://"):
-            assert (path.parent / target).exists(), f"{name(path)} links to {target}"
-    for target, anchor in re.findall(r"\]\((?!https)([^)#]*)#([^)]+)\)", text):
-        headings = re.findall(r"^#+ (.+)$", (path.parent / target if target else path).read_text(), flags=re.M)
-        slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
-        assert anchor in slugs, f"{name(path)} links to {target}#{anchor}"
+    for target, anchor, title in re.findall(r'\]\((?!https)([^)#\s]*)(?:#([^)\s]+))?(?: "([^"]*)")?\)', text):
+        place = path.parent / target if target else path
+        assert place.exists(), f"{name(path)} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", place.read_text(), flags=re.M)
+            slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in slugs, f"{name(path)} links to {target}#{anchor}"
+        if title.startswith("test_"):
+            assert re.search(rf"^def {title}\(", place.read_text(), flags=re.M), f"{name(path)} cites {title}"
     for target in re.findall(r"`((?:tests|docs|recipes|ceu_rl)/[\w./-]+)`", text):
         assert (ROOT / target).exists(), f"{name(path)} mentions {target}"
     for recipe in re.findall(r"recipes/[\w./-]+\.yaml", text):
         assert (ROOT / recipe).exists(), f"{name(path)} mentions {recipe}"
+
+
+def test_statements_of_the_method_cite_their_tests():
+    text = (ROOT / "docs" / "method.md").read_text()
+    links = re.findall(r'\]\(\.\./tests/test_\w+\.py(?: "(test_\w+)")?\)', text)
+    assert all(links) and len(set(links)) >= 20
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)

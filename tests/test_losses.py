@@ -188,6 +188,71 @@ def test_descent_weight_of_the_published_form_in_float32():
     assert found[3] < 0.2 * expected[3]
 
 
+def test_ascent_vanishes_where_ce_u_is_largest_and_the_other_way_round():
+    """The L1 norm of ascent's gradient on the logits is 2 (1 - p_y), that of CE-U's 2 p_y."""
+    for log_odds in (-12.0, -3.0, 0.0, 3.0, 12.0):
+        logits = logits_with(log_odds, torch.float64).requires_grad_()
+        p = logits.softmax(-1)[2].item()
+        (ascent,) = torch.autograd.grad(gradient_ascent_loss(logits.log_softmax(-1)[2]), logits)
+        (ce_u,) = torch.autograd.grad(cross_entropy_unlearning_loss(logits, torch.tensor(2)), logits)
+        assert ascent.abs().sum().item() == pytest.approx(2 * (1 - p), rel=1e-9)
+        assert ce_u.abs().sum().item() == pytest.approx(2 * p, rel=1e-9)
+
+
+def test_with_weight_p_the_push_is_the_gradient_of_p():
+    logits = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    log_p = logits.log_softmax(-1)[3]
+    (push,) = torch.autograd.grad(descent_weight(log_p) * log_p, logits, retain_graph=True)
+    (of_p,) = torch.autograd.grad(log_p.exp(), logits)
+    torch.testing.assert_close(push, of_p)
+
+
+def test_on_policy_sampling_supplies_the_factor_p():
+    """Over y drawn from p, stock's expected push A log p_y is the gradient of the expected advantage sum_y p_y A_y."""
+    logits = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    advantages = torch.tensor([1.0, -2.0, 0.5, 0.0, -0.1], dtype=torch.float64)
+    p = logits.softmax(-1)
+    (expected,) = torch.autograd.grad((p * advantages).sum(), logits, retain_graph=True)
+    (met,) = torch.autograd.grad((p.detach() * advantages * logits.log_softmax(-1)).sum(), logits)
+    torch.testing.assert_close(met, expected)
+
+
+@pytest.mark.parametrize("coef", [0.3, 1.0])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 100.0])
+@pytest.mark.parametrize("max_weight", [0.5, 1.0])
+def test_with_a_cap_of_one_the_weight_never_exceeds_that_of_stock(coef, scale, max_weight):
+    log_p = torch.cat([torch.linspace(-30, -1e-3, 100), torch.zeros(1)])
+    assert (descent_weight(log_p, coef, scale, max_weight) <= 1).all()
+
+
+def family(x, scale=1.0, max_weight=math.inf):
+    return 1 / (1 / (scale * x) + 1 / max_weight)
+
+
+def slope(loss, log_prob):
+    (found,) = torch.autograd.grad(loss, log_prob, retain_graph=True)
+    return found
+
+
+@pytest.mark.parametrize("ratio", [1e-3, 0.4, 1.0, 1.9])
+def test_neighbours_are_the_same_family_with_another_x(ratio):
+    """The weight on the gradient of log pi that each method's own loss gives, by autograd."""
+    log_ref = torch.tensor(-3.0, dtype=torch.float64)
+    log_pi = (log_ref + math.log(ratio)).requires_grad_()
+    r = (log_pi - log_ref).exp()
+    # BDPO: log of the mixture lambda pi + (1 - lambda) pi_ref
+    for mix in (0.1, 0.5, 0.9):
+        mixture = (mix * log_pi.exp() + (1 - mix) * log_ref.exp()).log()
+        assert slope(mixture, log_pi).item() == pytest.approx(family(ratio, mix / (1 - mix), 1.0))
+    # NFT: -log of the implicit negative policy (pi_old - q pi) / (1 - q), over pi_old
+    for rate in (0.1, 0.5):
+        negative = -torch.log((1 - rate * r) / (1 - rate))
+        odds, of_rate = rate * ratio / (1 - rate * ratio), rate / (1 - rate)
+        assert slope(negative, log_pi).item() == pytest.approx(of_rate * family(odds / of_rate))
+    # TOPR: sg[min(1, pi / mu)] log pi
+    assert slope(r.detach().clamp(max=1) * log_pi, log_pi).item() == pytest.approx(family(min(1.0, ratio)))
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
