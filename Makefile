@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install demo test lint results
+.PHONY: install demo test lint results docs
 
 install: .venv/installed
 
@@ -35,3 +35,12 @@ lint: install
 # The pages of docs/results and their figures, from the JSON beside them
 results: install
 	$(BIN)/python docs/results/write.py
+
+# The site, in site/: what it needs beside the package, then the pages and the API; it fails at a broken link
+docs: install .venv/docs-installed
+	$(BIN)/mkdocs build --quiet
+	@echo "The documents are in site/index.html; with search: $(BIN)/python -m http.server -d site"
+
+.venv/docs-installed: pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	touch $@

@@ -1,0 +1,96 @@
+"""`ceu-rl recipes`: the recipes that the package brings, listed and copied.
+
+    ceu-rl recipes                          list them
+    ceu-rl recipes dpo/addition             copy a folder of them to recipes/dpo/addition
+    ceu-rl recipes dpo/addition/ceu.yaml    copy one
+    ceu-rl recipes dpo/addition DEST        copy to DEST/dpo/addition
+
+With the default DEST the command in the header of each recipe holds as it stands.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+PACKAGE = Path(__file__).parent
+
+
+def recipes_folder() -> Path:
+    """Where the recipes lie: in the package of a wheel, beside it in a checkout.
+
+    Raises:
+        FileNotFoundError: if they are in neither place.
+    """
+    for folder in (PACKAGE / "_recipes", PACKAGE.parent / "recipes"):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"There are no recipes beside {PACKAGE} or in it; install the package again.")
+
+
+def list_recipes() -> list[tuple[str, str, str]]:
+    """Name, what it is, and hardware of each recipe, from the comment that it opens with."""
+    found = []
+    for path in sorted(recipes_folder().rglob("*.yaml")):
+        header = [line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#")]
+        hardware = next((line.removeprefix("Hardware: ") for line in header if line.startswith("Hardware: ")), "")
+        found.append((str(path.relative_to(recipes_folder())), header[0], hardware))
+    return found
+
+
+def copy_recipes(name: str, destination: Path) -> list[Path]:
+    """Copy a recipe, or a folder of them, to the same place under a destination; what is the same there stays.
+
+    Raises:
+        ValueError: for a name that no recipe has.
+        FileExistsError: for a file there that differs; nothing is written then.
+    """
+    source = recipes_folder() / name
+    found = [source] if source.is_file() else sorted(source.rglob("*.yaml"))
+    if not found or not source.resolve().is_relative_to(recipes_folder().resolve()):
+        folders = sorted({str(Path(each).parent) for each, _, _ in list_recipes()})
+        raise ValueError(
+            f"There is no recipe {name}; use one that ceu-rl recipes lists, or one of {', '.join(folders)}."
+        )
+    pairs = [(path, destination / path.relative_to(recipes_folder())) for path in found]
+    for path, target in pairs:
+        if target.exists() and target.read_bytes() != path.read_bytes():
+            raise FileExistsError(f"{target} is there and differs; move it away, or give another destination.")
+    for path, target in pairs:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            shutil.copyfile(path, target)
+    return [target for _, target in pairs]
+
+
+def main(argv: Sequence[str]) -> int:
+    """`ceu-rl recipes`: 0, or 2 for a name that there is not, or a file that is in the way."""
+    args = parser().parse_args(argv)
+    try:
+        if args.name is not None:
+            for path in copy_recipes(args.name, args.destination):
+                print(path)
+            return 0
+        table = Table("recipe", "what it is", "hardware")
+        for row in list_recipes():
+            table.add_row(*row)
+        Console().print(table)
+    except (ValueError, OSError) as error:
+        print(f"ceu-rl recipes: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="ceu-rl recipes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument("name", nargs="?", metavar="NAME", help="a recipe, or a folder of them; default: list all")
+    found.add_argument(
+        "destination", nargs="?", metavar="DEST", type=Path, default=Path("recipes"), help="default: recipes"
+    )
+    return found

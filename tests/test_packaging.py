@@ -1,0 +1,116 @@
+"""The recipes that come with the package, listed and copied, and that the wheel has them."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from ceu_rl.recipes import copy_recipes, list_recipes, main, recipes_folder
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+def test_every_recipe_is_listed_with_what_it_is_and_its_hardware():
+    listed = {name: rest for name, *rest in list_recipes()}
+    assert set(listed) == {str(path.relative_to(ROOT / "recipes")) for path in RECIPES}
+    for name, (what, hardware) in listed.items():
+        assert what, name
+        assert hardware or name.startswith("accelerate/"), name
+
+
+def test_list(capsys):
+    assert main([]) == 0
+    assert "dpo/addition/ceu.yaml" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("dpo/addition/ceu.yaml", ["ceu.yaml"]),
+        ("accelerate", sorted(p.name for p in RECIPES if "accelerate" in p.parts)),
+    ],
+)
+def test_copy(name, files, tmp_path, monkeypatch, capsys):
+    """By default to the same place under recipes/, where the command of the header finds it."""
+    monkeypatch.chdir(tmp_path)
+    assert main([name]) == 0
+    found = sorted(Path("recipes").rglob("*.yaml"))
+    assert [path.name for path in found] == files
+    assert all(path.read_bytes() == (ROOT / path).read_bytes() for path in found)
+    assert capsys.readouterr().out.splitlines() == [str(path) for path in found]
+    assert main([name]) == 0  # the same again is no harm
+    assert main([name, "elsewhere"]) == 0 and len(list(Path("elsewhere").rglob("*.yaml"))) == len(files)
+
+
+def test_all_of_them(tmp_path):
+    assert len(copy_recipes(".", tmp_path)) == len(RECIPES)
+
+
+def test_what_is_there_and_differs_is_not_written_over(tmp_path, capsys):
+    mine = tmp_path / "dpo/addition/stock.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    assert main(["dpo/addition", str(tmp_path)]) == 2
+    assert mine.read_text() == "mine" and list(mine.parent.iterdir()) == [mine]
+    assert f"{mine} is there and differs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["dpo/multiplication", "ceu", "..", "../ceu_rl", "/etc"])
+def test_a_name_that_no_recipe_has(name, tmp_path, capsys):
+    assert main([name, str(tmp_path)]) == 2
+    assert f"There is no recipe {name}; " in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (ROOT / "ceu_rl" / "py.typed").is_file()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built by what pyproject.toml names, without isolation: no download."""
+    folder = tmp_path_factory.mktemp("wheel")
+    code = "import sys; from setuptools.build_meta import build_wheel; print(build_wheel(sys.argv[1]))"
+    source = folder / "source"
+    ignored = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if ignored.returncode:
+        pytest.skip("not a git checkout")
+    for file in ignored.stdout.splitlines():
+        if file.startswith(("ceu_rl/", "recipes/")) or "/" not in file:
+            (source / file).parent.mkdir(parents=True, exist_ok=True)
+            (source / file).write_bytes((ROOT / file).read_bytes())
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], cwd=source, capture_output=True, text=True, env=environment
+    )
+    assert ran.returncode == 0, ran.stderr
+    return zipfile.ZipFile(next(folder.glob("*.whl")))
+
+
+def test_the_wheel_brings_the_recipes(wheel):
+    names = set(wheel.namelist())
+    expected = {f"ceu_rl/_recipes/{path.relative_to(ROOT / 'recipes')}" for path in RECIPES}
+    assert expected <= names
+    assert {"ceu_rl/py.typed", "ceu_rl/stability/report.html.jinja"} <= names
+    assert not any(name.startswith(("tests", "docs")) for name in names)
+
+
+def test_an_installed_wheel_finds_its_recipes(wheel, tmp_path):
+    """Unpacked elsewhere, without the repository."""
+    wheel.extractall(tmp_path)
+    code = "from ceu_rl.recipes import list_recipes, recipes_folder; print(recipes_folder(), len(list_recipes()))"
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert ran.stdout.split() == [str(tmp_path / "ceu_rl" / "_recipes"), str(len(RECIPES))], ran.stderr
+
+
+def test_in_a_checkout_they_lie_beside_the_package():
+    assert recipes_folder().samefile(ROOT / "recipes")
