@@ -3,6 +3,7 @@
     ceu-rl sft|dpo|grpo|unlearn --config RECIPE.yaml [--any_field value ...]
     ceu-rl compare RECIPE.yaml ... [--learning_rate a b ...] [--seed 0 1 ...] [--any_field v1 v2 ...] [--jobs N]
     ceu-rl tofu-eval --model DIR --dataset NAME --split forget10 [--retain DIR/tofu_eval.json]
+    ceu-rl recipes [NAME [DEST]]
     ceu-rl env
 
 `ceu-rl COMMAND --help` shows the command's own options. The same under accelerate:
@@ -60,6 +61,13 @@ def _tofu_eval(argv: list[str], boundary: Boundary) -> int:
     return tofu_eval_main(argv)
 
 
+def _recipes(argv: list[str], boundary: Boundary) -> int:
+    """List the recipes that the package brings, or copy some."""
+    from .recipes import main as recipes_main
+
+    return recipes_main(argv)
+
+
 def _print_environment(argv: list[str], boundary: Boundary) -> int:
     """Print versions, device, and whether vLLM works here."""
     from rich.console import Console
@@ -86,6 +94,7 @@ COMMANDS: dict[str, Callable[[list[str], Boundary], int]] = {
     **{method: _train(method) for method in ("sft", "dpo", "grpo", "unlearn")},
     "compare": _compare,
     "tofu-eval": _tofu_eval,
+    "recipes": _recipes,
     "env": _print_environment,
 }
 

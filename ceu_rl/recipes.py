@@ -10,7 +10,6 @@ With the default DEST the command in the header of each recipe holds as it stand
 
 import argparse
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,20 +67,16 @@ def copy_recipes(name: str, destination: Path) -> list[Path]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`ceu-rl recipes`: 0, or 2 for a name that there is not, or a file that is in the way."""
+    """`ceu-rl recipes`: list them, or copy those of a name; raises as [`copy_recipes`]."""
     args = parser().parse_args(argv)
-    try:
-        if args.name is not None:
-            for path in copy_recipes(args.name, args.destination):
-                print(path)
-            return 0
+    if args.name is None:
         table = Table("recipe", "what it is", "hardware")
         for row in list_recipes():
             table.add_row(*row)
         Console().print(table)
-    except (ValueError, OSError) as error:
-        print(f"ceu-rl recipes: error: {error}", file=sys.stderr)
-        return 2
+        return 0
+    for path in copy_recipes(args.name, args.destination):
+        print(path)
     return 0
 
 

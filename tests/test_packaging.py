@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ceu_rl.recipes import copy_recipes, list_recipes, main, recipes_folder
+from ceu_rl.cli import main
+from ceu_rl.recipes import copy_recipes, list_recipes, recipes_folder
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -23,7 +24,7 @@ def test_every_recipe_is_listed_with_what_it_is_and_its_hardware():
 
 
 def test_list(capsys):
-    assert main([]) == 0
+    assert main(["recipes"]) == 0
     assert "dpo/addition/ceu.yaml" in capsys.readouterr().out
 
 
@@ -37,13 +38,13 @@ def test_list(capsys):
 def test_copy(name, files, tmp_path, monkeypatch, capsys):
     """By default to the same place under recipes/, where the command of the header finds it."""
     monkeypatch.chdir(tmp_path)
-    assert main([name]) == 0
+    assert main(["recipes", name]) == 0
     found = sorted(Path("recipes").rglob("*.yaml"))
     assert [path.name for path in found] == files
     assert all(path.read_bytes() == (ROOT / path).read_bytes() for path in found)
     assert capsys.readouterr().out.splitlines() == [str(path) for path in found]
-    assert main([name]) == 0  # the same again is no harm
-    assert main([name, "elsewhere"]) == 0 and len(list(Path("elsewhere").rglob("*.yaml"))) == len(files)
+    assert main(["recipes", name]) == 0  # the same again is no harm
+    assert main(["recipes", name, "elsewhere"]) == 0 and len(list(Path("elsewhere").rglob("*.yaml"))) == len(files)
 
 
 def test_all_of_them(tmp_path):
@@ -54,15 +55,17 @@ def test_what_is_there_and_differs_is_not_written_over(tmp_path, capsys):
     mine = tmp_path / "dpo/addition/stock.yaml"
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
-    assert main(["dpo/addition", str(tmp_path)]) == 2
+    assert main(["recipes", "dpo/addition", str(tmp_path)]) == 2
     assert mine.read_text() == "mine" and list(mine.parent.iterdir()) == [mine]
     assert f"{mine} is there and differs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["dpo/multiplication", "ceu", "..", "../ceu_rl", "/etc"])
 def test_a_name_that_no_recipe_has(name, tmp_path, capsys):
-    assert main([name, str(tmp_path)]) == 2
-    assert f"There is no recipe {name}; " in capsys.readouterr().err and not any(tmp_path.iterdir())
+    assert main(["recipes", name, str(tmp_path)]) == 2
+    assert f"ceu-rl recipes: error: There is no recipe {name}; " in capsys.readouterr().err and not any(
+        tmp_path.iterdir()
+    )
 
 
 def test_the_package_says_that_it_is_typed():
