@@ -9,19 +9,21 @@ several processes give the gradient of one large batch.
 
 import copy
 import functools
+import json
 import math
 import textwrap
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback
-from trl import ScriptArguments, SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import (
     FusedCausalLMOutput,
@@ -30,6 +32,7 @@ from trl.trainer.utils import (
     maybe_gather_lm_head_ctx,
 )
 
+from .answers import part_answer, template_edges
 from .checks import StopAtNonFinite, check_language_model, check_reference_is_loaded
 from .data import check_layout
 from .fused import fused_linear_unlearning_loss, lm_head_options
@@ -42,6 +45,8 @@ from .losses import (
     undial_loss,
     weighted_gradient_ascent_loss,
 )
+from .models import end_token_ids
+from .prompts import PromptArguments
 from .routing import check_trl_version
 
 
@@ -51,10 +56,11 @@ class Method(NamedTuple):
     unit: str = "tokens"
     beta: float | None = None  # the default of its paper or of open-unlearning; None: it has no beta
     needs_reference: bool = False
+    ignored: int = 0  # the default of ignore_first_n_answer_tokens
 
 
 METHODS = {
-    "ceu": Method(),
+    "ceu": Method(ignored=1),
     "grad_ascent": Method(),
     "grad_diff": Method(),
     "npo": Method("sequences", beta=0.1, needs_reference=True),
@@ -67,21 +73,26 @@ COLUMNS = ["input_ids", "labels"]
 
 
 @dataclass
-class UnlearnScriptArguments(ScriptArguments):
-    """`trl.ScriptArguments` for `ceu-rl unlearn`: what of the dataset to forget and to retain.
+class UnlearnScriptArguments(PromptArguments):
+    """The script arguments of `ceu-rl unlearn`: what of the dataset to forget and to retain.
 
     Both are configs of a dataset in TOFU's layout; with a `dataset_config` they are splits of that config.
     """
 
-    forget: str = field(default="forget10", metadata={"help": "Config (or split) to forget."})
-    retain: str | None = field(default=None, metadata={"help": "Config (or split) to retain. Default: none."})
-    template: str | None = field(
-        default=None,
-        metadata={
-            "help": "How question and answer become a text: chat, or question_answer (the benchmark's). Default: chat "
-            "if the tokenizer has a chat template."
-        },
+    forget: str = field(
+        default="",
+        metadata={"help": "Config (or split) to forget. Default: forget10, or forget in a folder of its own files."},
     )
+    retain: str | None = field(default=None, metadata={"help": "Config (or split) to retain. Default: none."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.forget:
+            own, tofu = (
+                any(Path(self.dataset_name or "", f"{name}.{ending}").is_file() for ending in ("json", "jsonl"))
+                for name in ("forget", "forget10")
+            )
+            self.forget = "forget" if own and not tofu else "forget10"
 
 
 @dataclass
@@ -104,11 +115,12 @@ class UnlearnConfig(SFTConfig):
     )
     beta2: float = field(default=1.0, metadata={"help": "The second exponent of satimp."})
     margin: float = field(default=0.0, metadata={"help": "The reward margin (gamma) of simnpo."})
-    ignore_first_n_answer_tokens: int = field(
-        default=1,
+    ignore_first_n_answer_tokens: int | None = field(
+        default=None,
         metadata={
-            "help": "Answer tokens at the start of each forget row that are not unlearned: they seldom carry what is "
-            "to be forgotten (footnote of the CE-U paper, whose value 1 is the default)."
+            "help": "Tokens at the start of each answer to forget that are not unlearned, what a chat template writes "
+            "there not counted: they seldom carry what is to be forgotten. Default: 1 for ceu (footnote of its paper), "
+            "0 for the others, as their authors have it."
         },
     )
     retain_loss_type: str = field(
@@ -135,6 +147,8 @@ class UnlearnConfig(SFTConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; use a finite number from 0.")
         if not math.isfinite(self.margin):
             raise ValueError(f"margin is {self.margin}; use a finite number.")
+        if self.ignore_first_n_answer_tokens is None:
+            self.ignore_first_n_answer_tokens = method.ignored
         if not (isinstance(self.ignore_first_n_answer_tokens, int) and self.ignore_first_n_answer_tokens >= 0):
             raise ValueError(
                 f"ignore_first_n_answer_tokens is {self.ignore_first_n_answer_tokens}; use a whole number from 0."
@@ -154,8 +168,9 @@ class UnlearnConfig(SFTConfig):
 class UnlearnTrainer(StopAtNonFinite, SFTTrainer):
     """`trl.SFTTrainer` that unlearns `forget_dataset`; the forget and the retain term take the place of its loss.
 
-    An evaluation is that of `SFTTrainer`: likelihood and accuracy of the `eval_dataset`. Logs `forget_loss` and
-    `retain_loss`, each the mean of its term.
+    Of a conversation the answer alone is unlearned, up to its first end token, and not what the chat template writes
+    around every answer. An evaluation is that of `SFTTrainer`: likelihood and accuracy of the `eval_dataset`. Logs
+    `forget_loss` and `retain_loss`, each the mean of its term.
 
     Args:
         model: A model, or its path.
@@ -212,6 +227,7 @@ class UnlearnTrainer(StopAtNonFinite, SFTTrainer):
         self.model_accepts_loss_kwargs = True  # the loss is divided by the units of the whole step, see `compute_loss`
         base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         add_unlearning_head(base)
+        self.train_dataset = self._spare(self.train_dataset, end_token_ids(base, self._tokenizer))
         self.data_collator = PairCollator(self.data_collator)
         if retain_dataset is not None:
             retain = self._prepare_dataset(
@@ -231,14 +247,18 @@ class UnlearnTrainer(StopAtNonFinite, SFTTrainer):
         whole = copy.copy(args)  # each row in full, to see which would be cut
         whole.max_length, whole.shuffle_dataset = None, False
         prepared = super()._prepare_dataset(dataset, processing_class, whole, packing, formatting_func, dataset_name)
-        settings = {
-            "name": name,
-            "max_length": args.max_length,
-            "skipped": args.ignore_first_n_answer_tokens if name == "forget" else 0,
-            "tokenizer": self._tokenizer,
-        }
-        prepared = prepared.map(functools.partial(_checked_row, **settings), with_indices=True)
+        check = functools.partial(_check_row, name=name, max_length=args.max_length, tokenizer=self._tokenizer)
+        prepared.map(check, with_indices=True)
         return prepared.shuffle(seed=args.seed) if args.shuffle_dataset else prepared
+
+    def _spare(self, forget: Any, ends: list[int]) -> Any:
+        settings = {
+            "skipped": self.args.ignore_first_n_answer_tokens,
+            "tokenizer": self._tokenizer,
+            "template": self.chat_template,
+            "ends": ends,
+        }
+        return forget.map(functools.partial(_spared_row, **settings), with_indices=True)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -482,31 +502,50 @@ def _check_disjoint(forget: Dataset, retain: Dataset, tokenizer: Any) -> None:
         )
 
 
-def _checked_row(
-    row: Mapping[str, Any], index: int, name: str, max_length: int | None, skipped: int, tokenizer: Any
-) -> dict[str, Any]:
-    """The row with the labels of its first answer tokens ignored, if it can be learned from."""
-    length, labels = len(row["input_ids"]), list(row["labels"])
+def _check_row(row: Mapping[str, Any], index: int, name: str, max_length: int | None, tokenizer: Any) -> None:
+    """Raise a ValueError for a row that `max_length` cuts or that has no answer."""
+    length = len(row["input_ids"])
     if max_length is not None and length > max_length:
         raise ValueError(
             f"Row {index} of the {name} dataset has {length} tokens, and max_length {max_length} would cut its "
             "answer off; raise max_length, or shorten the row."
         )
     # The first token of a row is not predicted
-    answer = [place for place, label in enumerate(labels) if place and label != -100]
-    if not tokenizer.decode([labels[place] for place in answer], skip_special_tokens=True).strip():
+    answer = [label for label in row["labels"][1:] if label != -100]
+    if not tokenizer.decode(answer, skip_special_tokens=True).strip():
         raise ValueError(
             f"Row {index} of the {name} dataset has no answer left after tokenization; give it a completion, and use a "
             "chat template that keeps the assistant's turn."
         )
+
+
+def _spared_row(
+    row: Mapping[str, Any], index: int, skipped: int, tokenizer: Any, template: str | None, ends: list[int]
+) -> dict[str, Any]:
+    """The labels of a forget row without what the template adds to its answer, and without the first of its tokens."""
+    labels = list(row["labels"])
+    if row.get("prompt") is not None and row.get("completion") is not None:
+        kwargs = {"chat_template": template, "tools": _tools(row), **(row.get("chat_template_kwargs") or {})}
+        edges = template_edges(tokenizer, row["prompt"], row["completion"], **kwargs)
+        first = next(place for place, label in enumerate(labels) if label != -100)
+        parts = part_answer(row["input_ids"], first, edges, ends)
+        added = range(first, parts.content) if first else ()  # with `completion_only_loss` off the prompt counts too
+        for place in (*added, *range(parts.stop, len(labels))):
+            labels[place] = -100
+    answer = [place for place, label in enumerate(labels) if place and label != -100]
     if len(answer) <= skipped:
         raise ValueError(
-            f"Row {index} of the {name} dataset has {len(answer)} answer tokens and ignore_first_n_answer_tokens is "
+            f"Row {index} of the forget dataset has {len(answer)} answer tokens and ignore_first_n_answer_tokens is "
             f"{skipped}, which leaves none to unlearn; lower it, or remove the row."
         )
     for place in answer[:skipped]:
         labels[place] = -100
     return {"labels": labels}
+
+
+def _tools(row: Mapping[str, Any]) -> Any:
+    tools = row.get("tools")
+    return json.loads(tools) if isinstance(tools, str) else tools
 
 
 def _count_units(batch: Mapping[str, Any]) -> torch.Tensor:

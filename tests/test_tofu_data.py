@@ -12,6 +12,7 @@ from ceu_rl.models import build_bpe_tokenizer
 from ceu_rl.tasks import authors
 from ceu_rl.tofu import load_tofu, to_prompt_completion
 from ceu_rl.tofu.data import SPLITS, get_split, tofu_configs, tokenize
+from ceu_rl.unlearn import UnlearnScriptArguments
 
 TOFU = Path(os.environ.get("CEU_RL_TOFU") or Path(__file__).parents[1].parent / "shared" / "tofu")
 real_data = pytest.mark.skipif(not TOFU.is_dir(), reason=f"the TOFU dataset is not at {TOFU}; set CEU_RL_TOFU")
@@ -58,11 +59,22 @@ def test_a_folder_in_the_layout_of_the_hub(folder):
         ("forget01_perturbed", '{"question": "x", "answer": "y"}', "no column 'perturbed_answer'"),
         ("forget01_perturbed", '{"question": "x", "answer": "y", "perturbed_answer": []}', "'paraphrased_answer'"),
         ("full", '{"question": "x", "answer": "y"}\n{"question": "x', "Line 2 of .*full.json is no JSON"),
+        ("full", '\ufeff{"question": "x", "answer": "y"}\n\n\r\n["x"]\n', r"Line 4 of .*full.json is \['x'\]; give an"),
+        ("full", '[{"question": "x", "answer": "y"}, 3]', "Entry 2 of .*full.json is 3; give an object"),
+        ("full", '[{"question": "x", "answer": "y"},', "full.json is no JSON array"),
+        (
+            "full",
+            '{"question": "x", "answer": "y"}\n{"question": "x", "answer": 5}',
+            "Line 2 .* has the answer 5; give",
+        ),
+        ("full", '{"question": null, "answer": "y"}', "Line 1 of .*full.json has the question None; give a text"),
+        ("full", '{"question": "x", "answer": "y"}'.encode("utf-16"), "full.json is no UTF-8 .*; save it as UTF-8"),
+        ("full", '{"question": "x", "answer": "Zoë"}'.encode("latin-1"), "full.json is no UTF-8"),
     ],
 )
 def test_what_cannot_be_loaded_is_named(folder, config, text, message):
     if text is not None:
-        (folder / f"{config}.json").write_text(text)
+        (folder / f"{config}.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         load_tofu(str(folder), config)
 
@@ -76,6 +88,47 @@ def test_unknown_names_are_refused(tmp_path):
         load_tofu(str(tmp_path), "full")
     with pytest.raises(ValueError, match="Unknown split 'forget20': choose one of forget01, forget05, forget10"):
         get_split("forget20")
+
+
+STRANGE = [
+    {"question": "What\u2028is it?", "answer": "A\u2029b\x85c\x1cd\x0be\x0cf."},
+    {"question": "[And] this?", "answer": "\ufeffZoë \U0001f600\r\nand more\r."},
+]
+
+
+@pytest.mark.parametrize("escaped", [True, False])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "{0}\n{1}",
+        "{0}\n{1}\n",
+        "\ufeff{0}\n{1}\n",
+        "{0}\n{1}\n\n",
+        "{0}\r\n{1}\r\n\r\n",
+        "\n{0}\n \n{1}\n \t\n",
+        "[{0}, {1}]",
+        "\ufeff\n [\r\n {0},\r\n {1}\r\n]\r\n\r\n",
+    ],
+)
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_every_form_of_a_file_gives_the_same_rows(tmp_path, form, escaped, ending):
+    lines = [json.dumps(row, ensure_ascii=escaped) for row in STRANGE]
+    (tmp_path / f"full.{ending}").write_bytes(form.replace("{0}", lines[0]).replace("{1}", lines[1]).encode())
+    assert tofu_configs(str(tmp_path)) == ["full"]
+    assert load_tofu(str(tmp_path), "full").to_list() == STRANGE
+
+
+def test_a_folder_of_forget_and_retain_works_as_it_stands(tmp_path):
+    for name, rows in {"forget": ROWS[:1], "retain": [{"prompt": "Who?", "completion": " She."}]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    script = UnlearnScriptArguments(dataset_name=str(tmp_path))
+    assert script.forget == "forget" and script.retain is None
+    assert load_tofu(str(tmp_path), "forget").to_list() == ROWS[:1]
+    assert load_tofu(str(tmp_path), "retain").column_names == ["prompt", "completion"]
+    (tmp_path / "other.jsonl").write_text('{"question": "x", "answers": "y"}')
+    with pytest.raises(ValueError, match=r"no column 'answer' .* rename 'answers'"):
+        load_tofu(str(tmp_path), "other")
+    assert UnlearnScriptArguments(dataset_name="locuslab/TOFU").forget == "forget10"
 
 
 # prompts and completions

@@ -17,8 +17,11 @@ from torch.nn import functional as F
 from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
 
 from ceu_rl import UnlearnConfig, UnlearnTrainer
-from ceu_rl.models import build_tokenizer
+from ceu_rl.models import build_model, build_tokenizer
 from ceu_rl.unlearn import METHODS
+
+from .conftest import TINY
+from .templates import CHATML, GEMMA, LLAMA3, QWEN3, with_template
 
 
 def answers(pairs):
@@ -226,6 +229,71 @@ def test_the_first_answer_tokens_are_not_unlearned(make_trainer):
     whole = make_trainer(ignore_first_n_answer_tokens=0).train_dataset.forget["labels"]
     assert kept == [[label for label in labels if label != -100][1:] for labels in whole]
     assert all(len(labels) > 1 for labels in kept)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_spares_as_many_tokens_as_its_authors(method):
+    settings = {"loss_type": method, "use_cpu": True, "bf16": False}
+    assert UnlearnConfig("unused", **settings).ignore_first_n_answer_tokens == (1 if method == "ceu" else 0)
+    chosen = UnlearnConfig("unused", **settings, ignore_first_n_answer_tokens=3)
+    assert chosen.ignore_first_n_answer_tokens == 3
+
+
+def unlearned(make_trainer, tokenizer, rows, **given):
+    """The text of each row that is unlearned, token for token."""
+    model = build_model(tokenizer, **TINY)
+    ends = given.pop("ends", None)
+    if ends:
+        model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(ends)
+    trainer = make_trainer(model=model, forget=rows, retain=None, tokenizer=tokenizer, **given)
+    return [
+        "".join(tokenizer.decode([label]) for label in labels if label != -100)
+        for labels in trainer.train_dataset["labels"]
+    ]
+
+
+ASKED = [("Who is Zoë?", "A poet."), ("And Bo?", "0 or Z, says he."), ("And Al?", "Zed")]
+
+
+@pytest.mark.parametrize("skipped", [0, 2])
+@pytest.mark.parametrize(
+    ("template", "eos", "ends", "kwargs", "end"),
+    [
+        (CHATML, "<|im_end|>", [], {}, "<|im_end|>"),
+        (GEMMA, "<|eos|>", ["<|eos|>", "<end_of_turn>"], {}, "<end_of_turn>"),
+        (QWEN3, "<|im_end|>", ["<|im_end|>", "<|eos|>"], {}, "<|im_end|>"),
+        (QWEN3, "<|im_end|>", [], {"enable_thinking": False}, "<|im_end|>"),
+        (LLAMA3, "<|eos|>", ["<|eot_id|>", "<|eos|>"], {"date_string": "10 Apr 2025"}, "<|eot_id|>"),
+    ],
+)
+def test_what_is_unlearned_is_the_answer_and_one_end_token(make_trainer, template, eos, ends, kwargs, end, skipped):
+    tokenizer = with_template([], template, eos)  # a token is a byte
+    rows = Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": question}],
+                "completion": [{"role": "assistant", "content": answer}],
+                **({"chat_template_kwargs": kwargs} if kwargs else {}),
+            }
+            for question, answer in ASKED
+        ]
+    )
+    found = unlearned(make_trainer, tokenizer, rows, ends=ends, ignore_first_n_answer_tokens=skipped)
+    assert found == [answer[skipped:] + end for _, answer in ASKED]
+
+
+def test_texts_and_several_turns_keep_their_tokens(make_trainer):
+    tokenizer = with_template([], QWEN3, "<|im_end|>")
+    texts = Dataset.from_list([{"text": "Once <|im_end|> upon"}])
+    assert unlearned(make_trainer, tokenizer, texts, ignore_first_n_answer_tokens=0) == [
+        "Once <|im_end|> upon<|im_end|>"
+    ]
+    plain = Dataset.from_list([{"prompt": "Q:", "completion": " one"}])
+    assert unlearned(make_trainer, tokenizer, plain) == ["one<|im_end|>"]
+    turns = [{"role": role, "content": text} for role, text in (("assistant", "A"), ("user", "B"), ("assistant", "C"))]
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "Q"}], "completion": turns}])
+    (found,) = unlearned(make_trainer, tokenizer, rows, ignore_first_n_answer_tokens=0)
+    assert found.startswith("A<|im_end|>") and found.endswith("C<|im_end|>")
 
 
 def test_ceu_unlearns_and_retains(make_trainer, tiny_model, tokenizer):

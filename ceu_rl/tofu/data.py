@@ -1,18 +1,17 @@
 """TOFU's rows, from the Hub, from a folder in the Hub's layout or built in, and as TRL's SFTTrainer takes them."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from datasets import Dataset, get_dataset_config_names, load_dataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
 from ..checks import check_columns
+from ..prompts import PromptFormat
 from ..tasks import authors
-
-Template = Literal["chat", "question_answer"]
 
 
 class TofuSplit(NamedTuple):
@@ -34,6 +33,8 @@ SPLITS = {
 RETAIN_PERTURBED = "retain_perturbed"
 REAL_AUTHORS = "real_authors_perturbed"
 WORLD_FACTS = "world_facts_perturbed"
+NAMES = {"full", *SPLITS, *(split.retain for split in SPLITS.values())}
+OTHER_LAYOUTS = ({"prompt", "completion"}, {"messages"}, {"text"})
 
 
 def get_split(name: str) -> TofuSplit:
@@ -54,7 +55,7 @@ def tofu_configs(name: str) -> list[str]:
             raise ValueError(f"Unknown built-in dataset {name!r}: use {authors.NAME}.")
         return list(authors.CONFIGS)
     if Path(name).is_dir():
-        return sorted(path.stem for path in Path(name).glob("*.json"))
+        return sorted(_files(name))
     return get_dataset_config_names(name)
 
 
@@ -62,10 +63,11 @@ def load_tofu(name: str, config: str) -> Dataset:
     """Load one config of TOFU, such as `full`, `forget10`, `retain90` or `forget10_perturbed`.
 
     Args:
-        name: A dataset on the Hub (`locuslab/TOFU`), a folder in its layout (`<config>.json`, in JSON lines), or
-            `builtin:authors`.
+        name: A dataset on the Hub (`locuslab/TOFU`), a folder in its layout (`<config>.json` or `.jsonl`, in JSON lines
+            or one array), or `builtin:authors`.
         config: Its columns are question and answer; those whose names end in `_perturbed` have perturbed_answer (a
-            list), and of forget and retain sets also paraphrased_answer.
+            list), and of forget and retain sets also paraphrased_answer. A file with a name of its own may have another
+            layout of TRL's SFTTrainer.
 
     Raises:
         ValueError: for an unknown config, a column that is missing, or no rows.
@@ -76,10 +78,12 @@ def load_tofu(name: str, config: str) -> Dataset:
         dataset = Dataset.from_list(authors.make_rows(config))
     elif Path(name).is_dir():
         _check_config(name, config)
-        dataset = Dataset.from_list(_read_json_lines(Path(name, f"{config}.json")))
+        dataset = Dataset.from_list(_read_rows(_files(name)[config]))
     else:
         dataset = load_dataset(name, config, split="train")
     required = ["question", "answer"]
+    if config not in NAMES and any(layout <= set(dataset.column_names) for layout in OTHER_LAYOUTS):
+        required = []
     if config.endswith("_perturbed"):
         required += ["perturbed_answer"] + ["paraphrased_answer"] * (config not in (REAL_AUTHORS, WORLD_FACTS))
     check_columns(dataset, config, tuple(required))
@@ -88,7 +92,7 @@ def load_tofu(name: str, config: str) -> Dataset:
 
 def is_tofu(name: str) -> bool:
     """Whether `load_tofu` is to load the dataset of that name: TOFU itself, the built-in authors, a folder like it."""
-    return name in ("locuslab/TOFU", authors.NAME) or Path(name, "forget10.json").is_file()
+    return name in ("locuslab/TOFU", authors.NAME) or (Path(name).is_dir() and "forget10" in _files(name))
 
 
 def has_questions(dataset: Any) -> bool:
@@ -102,74 +106,72 @@ def _check_config(name: str, config: str) -> None:
         raise ValueError(f"{name} has no config {config!r}: choose one of {', '.join(configs) or 'none, it is empty'}.")
 
 
-def _read_json_lines(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+def _files(folder: str) -> dict[str, Path]:
+    return {path.stem: path for ending in ("jsonl", "json") for path in Path(folder).glob(f"*.{ending}")}
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file in JSON lines, or in one JSON array; a line ends at a newline and nowhere else."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 ({error}); save it as UTF-8.") from error
+    if text.lstrip().startswith("["):
         try:
-            rows.append(json.loads(line))
+            rows = [("Entry", number, row) for number, row in enumerate(json.loads(text), 1)]
         except json.JSONDecodeError as error:
-            raise ValueError(f"Line {number} of {path} is no JSON ({error}); give one object on each line.") from error
-    return rows
+            raise ValueError(f"{path} is no JSON array ({error}); give that, or one object on each line.") from error
+    else:
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(("Line", number, json.loads(line)))
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"Line {number} of {path} is no JSON ({error}); give one object on each line."
+                ) from error
+    for kind, number, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{kind} {number} of {path} is {row!r}; give an object with question and answer.")
+        for column in ("question", "answer"):
+            if column in row and not isinstance(row[column], str):
+                raise ValueError(f"{kind} {number} of {path} has the {column} {row[column]!r}; give a text.")
+    return [row for _, _, row in rows]
 
 
 def to_prompt_completion(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, template: Template | None = None
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, template: str | PromptFormat | None = None
 ) -> Dataset:
     """Turn question and answer into the columns prompt and completion, as TRL's SFTTrainer takes them.
-
-    | template | prompt | completion |
-    |---|---|---|
-    | `chat` | `[{"role": "user", "content": question}]` | `[{"role": "assistant", "content": answer}]` |
-    | `question_answer` | `"Question: {question}\\nAnswer:"` | `" {answer}"` |
 
     Args:
         dataset: With the columns question and answer; the other columns are dropped.
         tokenizer: Judges every row, so that none is trained on or scored without its answer.
-        template: None is `chat` if the tokenizer has a chat template.
+        template: See [`PromptFormat`], whose `template` a text is. With `chat_template_kwargs` each row has them.
 
     Raises:
-        ValueError: with the row, for an empty question or answer and for a chat template that swallows the answer.
+        ValueError: with the row, for an empty question or answer and for a chat template that swallows the answer; and
+            see [`PromptFormat.settle`].
     """
-    apply, name = get_template(tokenizer, template), template or default_template(tokenizer)
-    check_columns(dataset, name, ("question", "answer"))
+    prompt = (template if isinstance(template, PromptFormat) else PromptFormat(template)).settle(tokenizer)
+    check_columns(dataset, str(prompt.template), ("question", "answer"))
     rows = []
     for index, (question, answer) in enumerate(zip(dataset["question"], dataset["answer"], strict=True)):
-        row = apply(question, answer)
-        check_row(tokenizer, row, question, answer, f"row {index}")
-        rows.append(row)
+        check_row(tokenizer, prompt, question, answer, f"row {index}")
+        rows.append(prompt.row(question, answer))
     return Dataset.from_list(rows)
 
 
-def default_template(tokenizer: PreTrainedTokenizerBase) -> Template:
-    """`chat` if the tokenizer has a chat template, else `question_answer`."""
-    return "chat" if tokenizer.chat_template else "question_answer"
-
-
-def get_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> Callable[[str, str], dict[str, Any]]:
-    """The function that makes prompt and completion of question and answer; see [`to_prompt_completion`]."""
-    template = template or default_template(tokenizer)
-    if template == "chat":
-        if not tokenizer.chat_template:
-            raise ValueError("template is 'chat' and the tokenizer has no chat template; use 'question_answer'.")
-        return lambda question, answer: {
-            "prompt": [{"role": "user", "content": question}],
-            "completion": [{"role": "assistant", "content": answer}],
-        }
-    if template != "question_answer":
-        raise ValueError(f"template is {template!r}; use 'chat', 'question_answer' or None.")
-    return lambda question, answer: {"prompt": f"Question: {question}\nAnswer:", "completion": f" {answer}"}
-
-
-def check_row(tokenizer: Any, row: Mapping[str, Any], question: str, answer: str, where: str) -> None:
+def check_row(tokenizer: Any, prompt: PromptFormat, question: str, answer: str, where: str) -> None:
     """Raise a ValueError, which says `where`, for an empty text and for a template that swallows the answer."""
     for kind, text in (("question", question), ("answer", answer)):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"The {kind} of {where} is empty ({text!r}); remove the row or give it one.")
-    if isinstance(row["prompt"], str):
+    if prompt.template != "chat":
         return
-    prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
-    full = tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], tokenize=False)
-    rendered = full[common_prefix_length(prompt, full) :]
+    _, rendered = prompt.parted(tokenizer, question, answer)
     if answer.strip() not in rendered:
         raise ValueError(
             f"The tokenizer's chat template swallows the answer of {where}: after the prompt it renders "
@@ -185,7 +187,8 @@ def tokenize(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], list[in
         prompt_ids = tokenizer(text=prompt)["input_ids"]
         ids = tokenizer(text=prompt + completion + ("" if completion.endswith(eos) else eos))["input_ids"]
     else:
-        prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-        ids = tokenizer.apply_chat_template([*prompt, *completion], return_dict=True)["input_ids"]
+        kwargs = {"return_dict": True, **row.get("chat_template_kwargs", {})}
+        prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **kwargs)["input_ids"]
+        ids = tokenizer.apply_chat_template([*prompt, *completion], **kwargs)["input_ids"]
     start = common_prefix_length(prompt_ids, ids)
     return ids[:start], ids[start:]

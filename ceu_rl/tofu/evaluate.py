@@ -8,16 +8,14 @@ need the result of a retain model, now or later.
 """
 
 import argparse
-import hashlib
-import inspect
+import dataclasses
 import json
 import os
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,62 +23,22 @@ import numpy as np
 import torch
 from datasets import Dataset
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from ..models import end_token_ids
+from ..progress import Progress
+from ..prompts import PromptArguments, PromptFormat, fingerprint
 from ..provenance import environment, peak_memory_gib, write_json
 from . import metrics
-from .data import (
-    REAL_AUTHORS,
-    RETAIN_PERTURBED,
-    WORLD_FACTS,
-    check_row,
-    default_template,
-    get_split,
-    get_template,
-    load_tofu,
-    tofu_configs,
-    tokenize,
-)
+from .data import REAL_AUTHORS, RETAIN_PERTURBED, WORLD_FACTS, get_split, load_tofu, tofu_configs
+from .generate import decide_vllm, generate, generate_with_vllm
+from .keep import Kept, weights_fingerprint
+from .scoring import Answer, check_context, make_answers, score_answers
 
 RESULT = "tofu_eval.json"
+PART = "tofu_eval.part.jsonl"
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus")
-
-
-@dataclass
-class Answer:
-    """One answer to score: where it stands, its tokens, and after the pass what the model makes of each of them."""
-
-    config: str
-    row: int
-    kind: str  # answer, paraphrase or perturbed
-    text: str
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    text_length: int  # tokens before the end token
-    log_probs: np.ndarray | None = None  # log p of each token, the end token included
-    means: np.ndarray | None = None  # of log p under the model's own distribution there
-    variances: np.ndarray | None = None
-    matches: np.ndarray | None = None  # whether the token is the most likely one
-
-    @property
-    def log_prob(self) -> float:
-        """l(y), the mean log-probability of a token."""
-        assert self.log_probs is not None
-        return float(self.log_probs.mean())
-
-    def attack_scores(self) -> dict[str, float]:
-        assert self.log_probs is not None and self.means is not None and self.variances is not None
-        text = slice(self.text_length)
-        return {
-            "loss": metrics.loss_score(self.log_prob),
-            "zlib": metrics.zlib_score(self.log_prob, self.text),
-            "min_k": metrics.min_k_score(self.log_probs[text]),
-            "min_k_plus_plus": metrics.min_k_plus_plus_score(
-                self.log_probs[text], self.means[text], self.variances[text]
-            ),
-        }
 
 
 def evaluate(
@@ -90,12 +48,15 @@ def evaluate(
     split: str,
     *,
     template: str | None = None,
+    system_prompt: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     batch_size: int = 32,
     max_new_tokens: int = 200,
     use_vllm: bool | None = None,
     model_path: str | None = None,
     retain: str | Path | None = None,
     seed: int = 0,
+    keep: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model on TOFU and return what `tofu_eval.json` holds, without the command.
 
@@ -104,7 +65,9 @@ def evaluate(
         tokenizer: Its tokenizer.
         dataset_name: As for [`ceu_rl.tofu.load_tofu`].
         split: The forget set: `forget01`, `forget05` or `forget10`.
-        template: As for [`ceu_rl.tofu.to_prompt_completion`].
+        template: As for [`ceu_rl.prompts.PromptFormat`], like the next two.
+        system_prompt: Before each question.
+        chat_template_kwargs: What the chat template takes besides.
         batch_size: Answers in one forward pass.
         max_new_tokens: Most tokens to generate for ROUGE.
         use_vllm: Generate through vLLM. None: where vLLM is installed, there is a CUDA device, and `model_path` is
@@ -112,23 +75,26 @@ def evaluate(
         model_path: What vLLM loads.
         retain: Result file of the retain model, for forget quality and privacy leakage; see [`add_retain`].
         seed: vLLM's; decoding is greedy, and nothing else is random.
+        keep: A file for finished parts, from which the same evaluation goes on; the caller removes it.
 
     Raises:
         ValueError: for a split, template, dataset or retain model's result that does not fit, rows that the model's
             context cuts off, and logits that are not finite, with the row.
+        OSError: if `keep` cannot be written.
     """
     start, provenance = time.perf_counter(), environment()
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size} and max_new_tokens {max_new_tokens}; use at least 1 for both.")
-    template = template or default_template(tokenizer)
-    use_vllm = _decide_vllm(use_vllm, model_path)
+    prompt = PromptFormat(template, system_prompt, chat_template_kwargs).settle(tokenizer)
+    use_vllm = decide_vllm(use_vllm, model_path)
     retain_result = read_result(retain) if retain else None
     datasets, non_members = _load(dataset_name, split)
     settings = {
         "dataset": dataset_name,
         "split": split,
-        "data": _fingerprint(sorted(json.dumps(row, sort_keys=True) for row in datasets[_asked(split)[0]])),
-        "template": template,
+        "data": fingerprint(sorted(json.dumps(row, sort_keys=True) for row in datasets[_asked(split)[0]])),
+        "template": prompt.template,
+        "prompt": prompt.record(tokenizer),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "non_members": non_members,
         "max_new_tokens": max_new_tokens,
@@ -138,25 +104,33 @@ def evaluate(
     }
     if retain_result is not None:
         _check_retain(settings, retain_result, str(retain))
-    answers = _make_answers(datasets, tokenizer, template)
+    ends = end_token_ids(model, tokenizer)
+    answers = make_answers(datasets, tokenizer, prompt, ends)
     prompts = [answer for answer in answers if answer.kind == "answer" and answer.config in _asked(split)]
-    _check_context(model, answers, prompts, max_new_tokens)
+    check_context(model, answers, prompts, max_new_tokens)
+    whole = {"weights": weights_fingerprint(model), "texts": fingerprint([[a.key, a.text] for a in answers])}
+    kept = Kept(keep, {**settings, **whole})
+    first = datasets[_asked(split)[0]][0]
+    print(prompt.example(tokenizer, first["question"], first["answer"]), file=sys.stderr)
     was_training = model.training
     model.eval()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("log-probabilities", total=len(answers))
-            score_answers(model, answers, batch_size, progress, task)
-            task = progress.add_task("generation", total=len(prompts))
-            if use_vllm:
-                generations = _generate_with_vllm(str(model_path), tokenizer, prompts, max_new_tokens, seed)
-                progress.advance(task, len(prompts))
-            else:
-                generations = _generate(model, tokenizer, prompts, batch_size, max_new_tokens, progress, task)
+        _score(model, answers, batch_size, kept)
+        asked = [prompt for prompt in prompts if prompt.key not in kept.parts["generations"]]
+        with Progress("generation", len(prompts)) as progress:
+            progress.advance(len(prompts) - len(asked))
+
+            def when_generated(batch: Sequence[Answer], texts: list[str]) -> None:
+                kept.add("generations", {prompt.key: text for prompt, text in zip(batch, texts, strict=True)})
+                progress.advance(len(batch))
+
+            if use_vllm and asked:
+                generate_with_vllm(str(model_path), tokenizer, asked, ends, max_new_tokens, seed, when_generated)
+            elif asked:
+                generate(model, tokenizer, asked, ends, batch_size, max_new_tokens, when_generated)
     finally:
         model.train(was_training)
-    items = _items(answers, dict(zip(((p.config, p.row) for p in prompts), generations, strict=True)))
+    items = _items(answers, {(p.config, p.row): kept.parts["generations"][p.key] for p in prompts})
     result = {
         "model": model_path or getattr(model.config, "_name_or_path", "") or type(model).__name__,
         **settings,
@@ -169,6 +143,19 @@ def evaluate(
     if retain_result is not None:
         add_retain(result, retain_result, str(retain))
     return result
+
+
+def _score(model: Any, answers: Sequence[Answer], batch_size: int, kept: Kept) -> None:
+    for answer in answers:
+        answer.scores = kept.parts["scores"].get(answer.key, {})
+    with Progress("log-probabilities", len(answers)) as progress:
+        progress.advance(len(kept.parts["scores"]))
+
+        def when_scored(batch: Sequence[Answer]) -> None:
+            kept.add("scores", {answer.key: answer.scores for answer in batch})
+            progress.advance(len(batch))
+
+        score_answers(model, answers, batch_size, when_scored)
 
 
 def _asked(split: str) -> tuple[str, ...]:
@@ -184,177 +171,6 @@ def _load(name: str, split: str) -> tuple[dict[str, Dataset], str]:
     return datasets, holdout or f"perturbed answers of {configs[0]}"
 
 
-def _make_answers(datasets: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, template: str) -> list[Answer]:
-    apply, made = get_template(tokenizer, template), []
-    for config, dataset in datasets.items():
-        for index, row in enumerate(dataset):
-            texts = [("answer", row["answer"])]
-            if row.get("paraphrased_answer") is not None:
-                texts.append(("paraphrase", row["paraphrased_answer"]))
-            perturbed = row.get("perturbed_answer", [])
-            if config.endswith("_perturbed") and not perturbed:
-                raise ValueError(f"Row {index} of {config} has no perturbed_answer; give it a list of wrong answers.")
-            texts += [("perturbed", wrong) for wrong in perturbed]
-            for kind, text in texts:
-                pair = apply(row["question"], text)
-                check_row(tokenizer, pair, row["question"], text, f"row {index} of {config}")
-                prompt, completion = tokenize(tokenizer, pair)
-                ends = [place for place, token in enumerate(completion) if token == tokenizer.eos_token_id]
-                length = ends[0] if ends else len(completion)
-                made.append(Answer(config, index, kind, text, prompt, completion, max(length, 1)))
-    return made
-
-
-def _check_context(model: Any, answers: Iterable[Answer], prompts: Iterable[Answer], max_new_tokens: int) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is None:
-        return
-    longest = max(answers, key=lambda answer: len(answer.prompt_ids) + len(answer.completion_ids))
-    length = len(longest.prompt_ids) + len(longest.completion_ids)
-    if length > context:
-        raise ValueError(
-            f"Row {longest.row} of {longest.config} has {length} tokens and the model's context {context}, which would "
-            "cut its answer off; use a model with a longer context."
-        )
-    prompt = max(prompts, key=lambda answer: len(answer.prompt_ids))
-    if len(prompt.prompt_ids) + max_new_tokens > context:
-        raise ValueError(
-            f"The question of row {prompt.row} of {prompt.config} has {len(prompt.prompt_ids)} tokens, so that "
-            f"max_new_tokens {max_new_tokens} goes beyond the model's context of {context}; lower max_new_tokens."
-        )
-
-
-@torch.no_grad()
-def score_answers(
-    model: Any, answers: Sequence[Answer], batch_size: int = 32, progress: Progress | None = None, task: Any = None
-) -> None:
-    """Fill in what the model makes of every token of every answer, in one pass of batches sorted by length.
-
-    Raises:
-        ValueError: for logits that are not finite, with the row.
-    """
-    ordered = sorted(answers, key=lambda a: len(a.prompt_ids) + len(a.completion_ids), reverse=True)
-    for start in range(0, len(ordered), batch_size):
-        batch = ordered[start : start + batch_size]
-        logits, first = _answer_logits(model, batch)
-        for answer, row in zip(batch, logits, strict=True):
-            at = len(answer.prompt_ids) - 1 - first
-            _score(answer, row[at : at + len(answer.completion_ids)])
-        if progress is not None:
-            progress.advance(task, len(batch))
-
-
-def _answer_logits(model: Any, batch: Sequence[Answer]) -> tuple[torch.Tensor, int]:
-    """Logits of a right-padded batch from the position before its first answer token on, and that position."""
-    width = max(len(answer.prompt_ids) + len(answer.completion_ids) for answer in batch) - 1
-    first = min(len(answer.prompt_ids) for answer in batch) - 1
-    # The last token predicts nothing that is asked for
-    rows = [(answer.prompt_ids + answer.completion_ids)[:-1] for answer in batch]
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "logits_to_keep" not in inspect.signature(type(base).forward).parameters:
-        return model(input_ids=ids, attention_mask=mask).logits[:, first:], first
-    kept = torch.arange(first, width, device=model.device)
-    return model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits, first
-
-
-def _score(answer: Answer, logits: torch.Tensor) -> None:
-    """Fill in one answer from its logits of shape (tokens, vocabulary)."""
-    labels = torch.tensor(answer.completion_ids, device=logits.device)
-    log_p = torch.log_softmax(logits.float(), dim=-1)
-    log_probs = log_p.gather(-1, labels[:, None]).squeeze(-1)
-    if not torch.isfinite(log_probs).all():
-        raise ValueError(
-            f"The model's logits are not finite in row {answer.row} of {answer.config}, where it gives the "
-            f"{answer.kind} {answer.text[:80]!r} a log-probability of {log_probs.sum().item()}; take an earlier "
-            "checkpoint, or train with a lower learning rate."
-        )
-    # Where p is 0 its logarithm counts for nothing, not even if it is infinite, as of tokens that a model rules out
-    p, log_p = log_p.exp(), log_p.clamp(min=-1e4)
-    means = (p * log_p).sum(dim=-1)
-    variances = (p * (log_p - means[:, None]).square()).sum(dim=-1)
-    answer.log_probs, answer.means, answer.variances = (
-        values.double().cpu().numpy() for values in (log_probs, means, variances)
-    )
-    answer.matches = (logits.argmax(dim=-1) == labels).cpu().numpy()
-
-
-@torch.no_grad()
-def _generate(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Answer],
-    batch_size: int,
-    max_new_tokens: int,
-    progress: Progress,
-    task: TaskID,
-) -> list[str]:
-    """The greedy answer to each prompt, through `model.generate`."""
-    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].prompt_ids), reverse=True)
-    texts = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        rows = [prompts[i].prompt_ids for i in chosen]
-        width = len(rows[0])
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-        tokens = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
-            use_cache=True,
-        )
-        for i, text in zip(chosen, tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True), strict=True):
-            texts[i] = text.strip()
-        progress.advance(task, len(chosen))
-    return texts
-
-
-def _decide_vllm(use_vllm: bool | None, model_path: str | None) -> bool:
-    full_model = model_path is not None and Path(model_path, "config.json").is_file()
-    if use_vllm is None:
-        return full_model and torch.cuda.is_available() and find_spec("vllm") is not None
-    if use_vllm:
-        from ..rollouts import check_vllm
-
-        check_vllm()
-        if not full_model:
-            raise ValueError(
-                f"use_vllm is True and {model_path} is no folder with a full model, which vLLM loads; merge an adapter "
-                "into its model, or set use_vllm to false."
-            )
-    return use_vllm
-
-
-def _generate_with_vllm(
-    path: str, tokenizer: Any, prompts: Sequence[Answer], max_new_tokens: int, seed: int
-) -> list[str]:
-    """The same through vLLM, in what memory the scored model leaves."""
-    from vllm import LLM, SamplingParams
-
-    from ..rollouts import _NameCause
-
-    settings: dict[str, Any] = {"max_model_len": max(len(p.prompt_ids) for p in prompts) + max_new_tokens}
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info()
-        settings["gpu_memory_utilization"] = 0.9 * free / total
-    stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    sampling = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=stop)
-    with _NameCause("vLLM, while generating answers,", "mend that, or set use_vllm to false."):
-        engine: Any = LLM(model=path, seed=seed, disable_log_stats=True, **settings)
-        outputs = engine.generate([{"prompt_token_ids": p.prompt_ids} for p in prompts], sampling, use_tqdm=False)
-    return [tokenizer.decode(output.outputs[0].token_ids, skip_special_tokens=True).strip() for output in outputs]
-
-
 def _items(answers: Iterable[Answer], generations: Mapping[tuple[str, int], str]) -> dict[str, list[dict[str, Any]]]:
     """The values of each row, by config."""
     rows: dict[str, dict[int, dict[str, list[Answer]]]] = {}
@@ -368,22 +184,16 @@ def _items(answers: Iterable[Answer], generations: Mapping[tuple[str, int], str]
 
 def _item(kinds: Mapping[str, list[Answer]], generation: str | None) -> dict[str, Any]:
     (answer,) = kinds["answer"]
-    assert answer.matches is not None
-    matches = answer.matches[: answer.text_length]
-    item: dict[str, Any] = {
-        "log_prob": answer.log_prob,
-        "probability": metrics.probability(answer.log_prob),
-        "exact_memorization": metrics.exact_memorization(matches),
-        "extraction_strength": metrics.extraction_strength(matches),
-        **answer.attack_scores(),
-    }
+    item: dict[str, Any] = {**answer.scores, "probability": metrics.probability(answer.log_prob)}
     if wrong := [perturbed.log_prob for perturbed in kinds.get("perturbed", [])]:
         correct = kinds.get("paraphrase", kinds["answer"])[0].log_prob
         item["correct_log_prob"] = correct
         item["perturbed_log_probs"] = wrong
         item["option_probability"] = metrics.option_probability(answer.log_prob, wrong)
         item["truth_ratio"] = metrics.truth_ratio(correct, wrong)
-        item["perturbed"] = [perturbed.attack_scores() for perturbed in kinds["perturbed"]]
+        item["perturbed"] = [
+            {attack: perturbed.scores[attack] for attack in ATTACKS} for perturbed in kinds["perturbed"]
+        ]
     if generation is not None:
         item["generation"] = generation
         item["rouge_l_recall"] = metrics.rouge_l_recall(answer.text, generation)
@@ -440,8 +250,11 @@ def add_retain(result: dict[str, Any], retain: Mapping[str, Any], name: str) -> 
 
 
 def _check_retain(run: Mapping[str, Any], retain: Mapping[str, Any], name: str) -> None:
-    for field in ("split", "data", "tokenizer", "template", "non_members"):
-        if retain[field] != run[field]:
+    for field in ("split", "data", "tokenizer", "template", "prompt", "non_members"):
+        one, other = retain[field], run[field]
+        if field == "prompt":  # other settings may render the same
+            one, other = (each["fingerprint"] for each in (one, other))
+        if one != other:
             raise ValueError(
                 f"The retain model's result {name} has another {field} ({retain[field]!r}) than this model's "
                 f"({run[field]!r}); evaluate the retain model in the same way."
@@ -460,7 +273,12 @@ def read_result(path: str | Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is cut short or no JSON ({error}); run ceu-rl tofu-eval for it again.") from error
     needed = ("split", "data", "tokenizer", "template", "non_members", "rows", "summary", "items")
-    missing = [field for field in needed if not isinstance(result, dict) or field not in result]
+    missing = [field for field in (*needed, "prompt") if not isinstance(result, dict) or field not in result]
+    if missing == ["prompt"]:
+        raise ValueError(
+            f"{path} does not say with which prompt it was made, as an earlier version wrote it; evaluate that model "
+            "again."
+        )
     if missing:
         raise ValueError(f"{path} has no {missing[0]!r}; give a {RESULT} that ceu-rl tofu-eval wrote.")
     for config, count in result["rows"].items():
@@ -474,11 +292,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A short hash of what decides tokens and prompts: vocabulary and chat template."""
-    return _fingerprint([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
-
-
-def _fingerprint(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    return fingerprint([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
 
 
 def main(argv: Sequence[str]) -> int:
@@ -492,9 +306,10 @@ def main(argv: Sequence[str]) -> int:
             add_retain(result, read_result(args.retain), args.retain)
         else:
             path = _output(args)
-            result = _evaluate_path(args)
+            result = _evaluate_path(args, path.with_name(PART))
             result["command"] = shlex.join(["ceu-rl", "tofu-eval", *argv])
         write_json(path, result, allow_nan=False)
+        path.with_name(PART).unlink(missing_ok=True)
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("CEU_RL_TRACEBACK"):
             raise
@@ -509,16 +324,24 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ceu-rl tofu-eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    prompt = {field.name: field.metadata["help"] for field in dataclasses.fields(PromptArguments) if field.metadata}
     parser.add_argument("--model", help="folder or Hub name of the model, with its tokenizer")
-    parser.add_argument("--dataset", default="locuslab/TOFU", help="Hub name, folder, or builtin:authors")
-    parser.add_argument("--split", default="forget10", help="forget01, forget05 or forget10")
-    parser.add_argument("--retain", help=f"{RESULT} of the retain model")
+    parser.add_argument("--dataset", default="locuslab/TOFU", help="Hub name, folder, or builtin:authors (%(default)s)")
+    parser.add_argument("--split", default="forget10", help="forget01, forget05 or forget10 (%(default)s)")
+    parser.add_argument("--retain", help=f"{RESULT} of the retain model, for forget quality and privacy leakage")
     parser.add_argument("--results", help=f"{RESULT} to add --retain to; no model is needed")
-    parser.add_argument("--output_dir", help="default: the folder of the model")
-    parser.add_argument("--template", help="chat or question_answer; default: chat if the tokenizer has a template")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--max_new_tokens", type=int, default=200)
-    parser.add_argument("--use_vllm", choices=("true", "false"), help="default: if it is installed and there is a GPU")
+    parser.add_argument(
+        "--output_dir",
+        help=f"where {RESULT} is written, and {PART} until it is whole, from which the same command goes on after a "
+        "kill; default: the folder of the model",
+    )
+    for name in ("template", "system_prompt", "chat_template_kwargs"):
+        parser.add_argument(f"--{name}", help=prompt[name].replace("%", "%%"))
+    parser.add_argument("--batch_size", type=int, default=32, help="answers in one forward pass (%(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="most tokens of a generation (%(default)s)")
+    parser.add_argument(
+        "--use_vllm", choices=("true", "false"), help="generate through vLLM; default: if installed and there is a GPU"
+    )
     return parser
 
 
@@ -530,10 +353,16 @@ def _output(args: argparse.Namespace) -> Path:
     path = Path(args.output_dir or args.model, RESULT)
     if path.exists():
         raise ValueError(f"{path} exists; choose another folder with --output_dir, or move it away.")
+    try:  # an hour is lost if this fails in the end
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error}); choose another folder with --output_dir.") from error
     return path
 
 
-def _evaluate_path(args: argparse.Namespace) -> dict[str, Any]:
+def _evaluate_path(args: argparse.Namespace, keep: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -542,17 +371,21 @@ def _evaluate_path(args: argparse.Namespace) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"--model {args.model} holds no model with its tokenizer ({first}).") from error
+    prompt = PromptFormat.of(args, args.model)
     return evaluate(
         model.to("cuda" if torch.cuda.is_available() else "cpu"),
         tokenizer,
         args.dataset,
         args.split,
-        template=args.template,
+        template=prompt.template,
+        system_prompt=prompt.system_prompt,
+        chat_template_kwargs=prompt.chat_template_kwargs,
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
         use_vllm={"true": True, "false": False, None: None}[args.use_vllm],
         model_path=args.model,
         retain=args.retain,
+        keep=keep,
     )
 
 

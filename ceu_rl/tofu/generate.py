@@ -1,0 +1,107 @@
+"""The greedy answer to each question, through transformers or vLLM; both end at every end token of the model."""
+
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .scoring import Answer
+
+WhenGenerated = Callable[[Sequence[Answer], list[str]], None]
+VLLM_PROMPTS = 512  # that are kept together
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Answer],
+    ends: Sequence[int],
+    batch_size: int,
+    max_new_tokens: int,
+    when_generated: WhenGenerated,
+) -> None:
+    """Answer each prompt through `model.generate`, and hand over the texts batch by batch."""
+    pad = next(i for i in (tokenizer.pad_token_id, *ends, 0) if i is not None)
+    ordered = sorted(prompts, key=lambda prompt: len(prompt.question_ids), reverse=True)
+    for start in range(0, len(ordered), batch_size):
+        batch = ordered[start : start + batch_size]
+        rows = [prompt.question_ids for prompt in batch]
+        width = len(rows[0])
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+        tokens = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=pad,
+            eos_token_id=list(ends) or None,
+            use_cache=True,
+        )
+        answers = tokens[:, width:].tolist()
+        when_generated(batch, [_text(tokenizer, prompt, ids, ends) for prompt, ids in zip(batch, answers, strict=True)])
+
+
+def generate_with_vllm(
+    path: str,
+    tokenizer: Any,
+    prompts: Sequence[Answer],
+    ends: Sequence[int],
+    max_new_tokens: int,
+    seed: int,
+    when_generated: WhenGenerated,
+) -> None:
+    """The same through vLLM, in what memory the scored model leaves."""
+    from vllm import LLM, SamplingParams
+
+    from ..rollouts import _NameCause
+
+    settings: dict[str, Any] = {"max_model_len": max(len(p.question_ids) for p in prompts) + max_new_tokens}
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        settings["gpu_memory_utilization"] = 0.9 * free / total
+    sampling = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=list(ends))
+    with _NameCause("vLLM, while generating answers,", "mend that, or set use_vllm to false."):
+        engine: Any = LLM(model=path, seed=seed, disable_log_stats=True, **settings)
+        for start in range(0, len(prompts), VLLM_PROMPTS):
+            batch = prompts[start : start + VLLM_PROMPTS]
+            outputs = engine.generate([{"prompt_token_ids": p.question_ids} for p in batch], sampling, use_tqdm=False)
+            answers = [list(output.outputs[0].token_ids) for output in outputs]
+            texts = [_text(tokenizer, prompt, ids, ends) for prompt, ids in zip(batch, answers, strict=True)]
+            when_generated(batch, texts)
+
+
+def _text(tokenizer: Any, prompt: Answer, ids: list[int], ends: Sequence[int]) -> str:
+    """The text of a generation up to its end token, without what the template adds before every answer."""
+    stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    start = len(prompt.added_ids) if ids[: len(prompt.added_ids)] == prompt.added_ids else 0
+    return tokenizer.decode(ids[start:stop], skip_special_tokens=True).strip()
+
+
+def decide_vllm(use_vllm: bool | None, model_path: str | None) -> bool:
+    """Whether vLLM generates: None is yes where it is installed, there is a GPU, and the path is a full model's.
+
+    Raises:
+        ValueError: for a path that vLLM cannot load.
+        ImportError: if vLLM is not installed.
+    """
+    full_model = model_path is not None and Path(model_path, "config.json").is_file()
+    if use_vllm is None:
+        return full_model and torch.cuda.is_available() and find_spec("vllm") is not None
+    if use_vllm:
+        from ..rollouts import check_vllm
+
+        check_vllm()
+        if not full_model:
+            raise ValueError(
+                f"use_vllm is True and {model_path} is no folder with a full model, which vLLM loads; merge an adapter "
+                "into its model, or set use_vllm to false."
+            )
+    return use_vllm

@@ -1,0 +1,172 @@
+"""What a model makes of every token of every answer, from one forward pass in batches of similar length."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from ..answers import part_answer, template_edges
+from ..prompts import PromptFormat
+from . import metrics
+from .data import check_row, tokenize
+
+
+@dataclass
+class Answer:
+    """One answer to score: where it stands, its tokens, and after the pass what the model makes of it."""
+
+    config: str
+    row: int
+    kind: str  # answer, paraphrase or perturbed
+    number: int  # among those of its kind
+    text: str
+    question_ids: list[int]  # what the model generates from
+    added_ids: list[int]  # what the template writes before every answer, and the answer is conditioned on
+    completion_ids: list[int]  # up to its end token
+    text_length: int  # tokens before the end token
+    scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return f"{self.config}/{self.row}/{self.kind}/{self.number}"
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self.question_ids + self.added_ids
+
+    @property
+    def length(self) -> int:
+        return len(self.question_ids) + len(self.added_ids) + len(self.completion_ids)
+
+    @property
+    def log_prob(self) -> float:
+        """l(y), the mean log-probability of a token."""
+        return self.scores["log_prob"]
+
+
+def make_answers(
+    datasets: Mapping[str, Dataset], tokenizer: Any, prompt: PromptFormat, ends: Sequence[int]
+) -> list[Answer]:
+    """The answers of all rows: correct, paraphrased and perturbed.
+
+    Raises:
+        ValueError: with the row, for one without what its config needs, and as [`check_row`] does.
+    """
+    made = []
+    for config, dataset in datasets.items():
+        for index, row in enumerate(dataset):
+            texts = {"answer": [row["answer"]], "perturbed": row.get("perturbed_answer") or []}
+            if row.get("paraphrased_answer") is not None:
+                texts["paraphrase"] = [row["paraphrased_answer"]]
+            if config.endswith("_perturbed") and not texts["perturbed"]:
+                raise ValueError(f"Row {index} of {config} has no perturbed_answer; give it a list of wrong answers.")
+            edges = None
+            for kind, several in texts.items():
+                for number, text in enumerate(several):
+                    check_row(tokenizer, prompt, row["question"], text, f"row {index} of {config}")
+                    pair = prompt.row(row["question"], text)
+                    if edges is None:  # the same for all answers to a question
+                        kwargs = pair.get("chat_template_kwargs", {})
+                        edges = template_edges(tokenizer, pair["prompt"], pair["completion"], **kwargs)
+                    asked, completion = tokenize(tokenizer, pair)
+                    ids = asked + completion
+                    parts = part_answer(ids, len(asked), edges, ends)
+                    added, answer = ids[parts.prompt : parts.content], ids[parts.content : parts.stop]
+                    length = max(parts.end - parts.content, 1)
+                    made.append(Answer(config, index, kind, number, text, asked, added, answer, length))
+    return made
+
+
+def check_context(model: Any, answers: Iterable[Answer], prompts: Iterable[Answer], max_new_tokens: int) -> None:
+    """Raise a ValueError, with the row, for one that the model's context would cut off."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        return
+    longest = max(answers, key=lambda answer: answer.length)
+    if longest.length > context:
+        raise ValueError(
+            f"Row {longest.row} of {longest.config} has {longest.length} tokens and the model's context {context}, "
+            "which would cut its answer off; use a model with a longer context."
+        )
+    prompt = max(prompts, key=lambda answer: len(answer.question_ids))
+    if len(prompt.question_ids) + max_new_tokens > context:
+        raise ValueError(
+            f"The question of row {prompt.row} of {prompt.config} has {len(prompt.question_ids)} tokens, so that "
+            f"max_new_tokens {max_new_tokens} goes beyond the model's context of {context}; lower max_new_tokens."
+        )
+
+
+@torch.no_grad()
+def score_answers(
+    model: Any,
+    answers: Sequence[Answer],
+    batch_size: int = 32,
+    when_scored: Callable[[Sequence[Answer]], None] = lambda batch: None,
+) -> None:
+    """Fill in what the model makes of every answer, in one pass of batches sorted by length.
+
+    Args:
+        model: A causal language model.
+        answers: Those without scores are scored.
+        batch_size: Answers in one forward pass.
+        when_scored: Called with each batch.
+
+    Raises:
+        ValueError: for logits that are not finite, with the row.
+    """
+    ordered = sorted((answer for answer in answers if not answer.scores), key=lambda a: a.length, reverse=True)
+    for start in range(0, len(ordered), batch_size):
+        batch = ordered[start : start + batch_size]
+        logits, first = _answer_logits(model, batch)
+        for answer, row in zip(batch, logits, strict=True):
+            at = len(answer.prompt_ids) - 1 - first
+            answer.scores = _scores(answer, row[at : at + len(answer.completion_ids)])
+        when_scored(batch)
+
+
+def _answer_logits(model: Any, batch: Sequence[Answer]) -> tuple[torch.Tensor, int]:
+    """Logits of a right-padded batch from the position before its first answer token on, and that position."""
+    width = max(answer.length for answer in batch) - 1
+    first = min(len(answer.prompt_ids) for answer in batch) - 1
+    # The last token predicts nothing that is asked for
+    rows = [(answer.prompt_ids + answer.completion_ids)[:-1] for answer in batch]
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "logits_to_keep" not in inspect.signature(type(base).forward).parameters:
+        return model(input_ids=ids, attention_mask=mask).logits[:, first:], first
+    kept = torch.arange(first, width, device=model.device)
+    return model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits, first
+
+
+def _scores(answer: Answer, logits: torch.Tensor) -> dict[str, float]:
+    """The scores of one answer from its logits of shape (tokens, vocabulary)."""
+    labels = torch.tensor(answer.completion_ids, device=logits.device)
+    log_p = torch.log_softmax(logits.float(), dim=-1)
+    log_probs = log_p.gather(-1, labels[:, None]).squeeze(-1)
+    if not torch.isfinite(log_probs).all():
+        raise ValueError(
+            f"The model's logits are not finite in row {answer.row} of {answer.config}, where it gives the "
+            f"{answer.kind} {answer.text[:80]!r} a log-probability of {log_probs.sum().item()}; take an earlier "
+            "checkpoint, or train with a lower learning rate."
+        )
+    # Where p is 0 its logarithm counts for nothing, not even if it is infinite, as of tokens that a model rules out
+    p, log_p = log_p.exp(), log_p.clamp(min=-1e4)
+    means = (p * log_p).sum(dim=-1)
+    variances = (p * (log_p - means[:, None]).square()).sum(dim=-1)
+    values = (values.double().cpu().numpy()[: answer.text_length] for values in (log_probs, means, variances))
+    text_log_probs, text_means, text_variances = values
+    matches = (logits.argmax(dim=-1) == labels).cpu().numpy()[: answer.text_length]
+    log_prob = log_probs.double().mean().item()
+    return {
+        "log_prob": log_prob,
+        "exact_memorization": metrics.exact_memorization(matches),
+        "extraction_strength": metrics.extraction_strength(matches),
+        "loss": metrics.loss_score(log_prob),
+        "zlib": metrics.zlib_score(log_prob, answer.text),
+        "min_k": metrics.min_k_score(text_log_probs),
+        "min_k_plus_plus": metrics.min_k_plus_plus_score(text_log_probs, text_means, text_variances),
+    }

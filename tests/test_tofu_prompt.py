@@ -1,0 +1,305 @@
+"""The prompt of a question: templates, ends and dates, from the rows to the numbers of an evaluation."""
+
+import datetime
+import json
+import math
+import re
+import sys
+import types
+
+import pytest
+import torch
+from datasets import Dataset
+from rouge_score.rouge_scorer import RougeScorer
+from transformers import AutoTokenizer
+from trl import TrlParser
+
+from ceu_rl.models import build_model, end_token_ids
+from ceu_rl.prompts import PromptArguments, PromptFormat
+from ceu_rl.tofu import load_tofu, to_prompt_completion
+from ceu_rl.tofu.data import tokenize
+from ceu_rl.tofu.evaluate import evaluate, main
+from ceu_rl.tofu.scoring import make_answers
+
+from .conftest import TINY
+from .templates import CHATML, GEMMA, LLAMA3, QWEN3, with_template
+
+CONFIGS = ("forget01_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
+DATE = {"date_string": "10 Apr 2025"}
+TEXTS = [text for row in load_tofu("builtin:authors", "forget01") for text in (row["question"], row["answer"])]
+
+# name: template, eos_token, further ends, arguments, what is before the content, what ends it
+KINDS = {
+    "chatml": (CHATML, "<|im_end|>", [], {}, "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+    "gemma": (
+        *(GEMMA, "<|eos|>", ["<end_of_turn>"], {}),
+        "<|bos|><start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n",
+        "<end_of_turn>",
+    ),
+    "qwen3": (
+        *(QWEN3, "<|im_end|>", ["<|eos|>"], {}),
+        "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "<|im_end|>",
+    ),
+    "qwen3 without thinking": (
+        *(QWEN3, "<|im_end|>", [], {"chat_template_kwargs": {"enable_thinking": False}}),
+        "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "<|im_end|>",
+    ),
+    "llama3": (
+        *(LLAMA3, "<|eos|>", ["<|eot_id|>"], {"chat_template_kwargs": DATE, "system_prompt": "Help."}),
+        "<|bos|>system: Today: 10 Apr 2025\nHelp.<|eot_id|>user: {}<|eot_id|>assistant: ",
+        "<|eot_id|>",
+    ),
+    "tags": (CHATML, "<|eos|>", [], {"template": "[INST] {question} [/INST]{answer}"}, "[INST] {} [/INST]", "<|eos|>"),
+    "tags of its own": (
+        *(CHATML, "<|eos|>", ["<|eot_id|>"], {"template": "Q: {question}\nA:\n{answer}<|eot_id|>"}, "Q: {}\nA:\n"),
+        "<|eot_id|>",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("authors")
+    for config in CONFIGS:
+        rows = load_tofu("builtin:authors", config).select(range(2)).to_list()
+        (folder / f"{config}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(params=list(KINDS))
+def kind(request):
+    """The tokenizer and a random model of one kind, with how it is asked, and the text around an answer."""
+    template, eos, others, arguments, before, end = KINDS[request.param]
+    tokenizer = with_template(TEXTS, template, eos)
+    model = build_model(tokenizer, **TINY)
+    ids = tokenizer.convert_tokens_to_ids([eos, *others])
+    model.generation_config.eos_token_id = ids if others else ids[0]
+    return tokenizer, model, arguments, before, end
+
+
+def mean_log_prob(model, tokenizer, before, answer):
+    """Of the answer and its end token, from plain float64 logits."""
+    context = tokenizer(before).input_ids
+    ids = tokenizer(before + answer).input_ids
+    start = next((i for i, (a, b) in enumerate(zip(context, ids, strict=False)) if a != b), len(context))
+    with torch.no_grad():
+        log_p = model.double()(torch.tensor([ids])).logits[0].log_softmax(-1)
+    model.float()
+    return sum(log_p[place - 1, ids[place]].item() for place in range(start, len(ids))) / (len(ids) - start)
+
+
+def test_what_is_scored_is_the_answer_and_one_end_token(kind, folder):
+    tokenizer, model, arguments, before, end = kind
+    found = evaluate(model, tokenizer, str(folder), "forget01", max_new_tokens=1, **arguments)
+    for config in CONFIGS:
+        for item, row in zip(found["items"][config], load_tofu(str(folder), config), strict=True):
+
+            def score(text, row=row):
+                return mean_log_prob(model, tokenizer, before.format(row["question"]), text + end)
+
+            correct, wrong = score(row.get("paraphrased_answer") or row["answer"]), row["perturbed_answer"]
+            assert item["probability"] == pytest.approx(math.exp(score(row["answer"])), rel=1e-4)
+            ratio = math.exp(sum(map(score, wrong)) / len(wrong) - correct)
+            assert item["truth_ratio"] == pytest.approx(ratio, rel=1e-3)
+
+
+def test_a_completion_is_what_sft_trains_on(kind):
+    """Up to where the prompt ends; the template's own text is part of what is trained, and not of what is scored."""
+    tokenizer, _, arguments, before, end = kind
+    rows = Dataset.from_list([{"question": "Is it {answer}?", "answer": "A {brace}."}])
+    row = to_prompt_completion(rows, tokenizer, PromptFormat(**arguments))[0]
+    prompt, completion = tokenize(tokenizer, row)
+    assert tokenizer.decode(prompt + completion).startswith(before.format("Is it {answer}?") + "A {brace}." + end)
+
+
+def test_an_answer_has_the_length_of_its_text(kind, folder):
+    tokenizer, model, arguments, _, _ = kind
+    prompt, ends = PromptFormat(**arguments).settle(tokenizer), end_token_ids(model, tokenizer)
+    for answer in make_answers({CONFIGS[0]: load_tofu(str(folder), CONFIGS[0])}, tokenizer, prompt, ends):
+        assert tokenizer.decode(answer.completion_ids[: answer.text_length]).strip() == answer.text
+        assert len(answer.completion_ids) == answer.text_length + 1
+        assert answer.completion_ids[-1] in ends
+
+
+class Engine:
+    """vLLM as far as it is used here, with a model that says `ids` until one of the ends that it is told."""
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def __call__(self, **settings):
+        return self
+
+    def generate(self, prompts, sampling, use_tqdm):
+        said = stop_at(self.ids, sampling["stop_token_ids"])
+        return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=tuple(said))]) for _ in prompts]
+
+
+def stop_at(ids, ends):
+    return ids[: next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))]
+
+
+@pytest.mark.parametrize("use_vllm", [False, True])
+@pytest.mark.parametrize(
+    ("template", "eos", "others", "said"),
+    [
+        (GEMMA, "<|eos|>", ["<end_of_turn>"], "Xyz<end_of_turn> was born in the city<|eos|>"),
+        (GEMMA, "<|eos|>", ["<|eot_id|>", "<end_of_turn>"], "Xyz<end_of_turn>\n<|eot_id|> was born<|eos|>"),
+        (CHATML, "<|im_end|>", [], "Xyz<|im_end|>\n was born in the city"),
+        # The think block that the template writes is said by the model too
+        (QWEN3, "<|im_end|>", ["<|eos|>"], "<think>\n\n</think>\n\nXyz<|im_end|>\n was born in the city"),
+    ],
+)
+def test_a_generation_ends_at_every_end_of_the_model(
+    folder, monkeypatch, tmp_path, template, eos, others, said, use_vllm
+):
+    tokenizer = with_template(TEXTS, template, eos)
+    model = build_model(tokenizer, **TINY)
+    ends = tokenizer.convert_tokens_to_ids([eos, *others])
+    model.generation_config.eos_token_id = ends if others else ends[0]
+    ids = tokenizer(said).input_ids
+
+    def generate(input_ids, eos_token_id, **settings):
+        return torch.cat([input_ids, torch.tensor([stop_at(ids, eos_token_id)] * len(input_ids))], dim=1)
+
+    model.generate = generate
+    monkeypatch.setattr("ceu_rl.rollouts.check_vllm", lambda: None)
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=Engine(ids), SamplingParams=dict))
+    (tmp_path / "config.json").write_text("{}")
+    found = evaluate(
+        model, tokenizer, str(folder), "forget01", max_new_tokens=12, use_vllm=use_vllm, model_path=str(tmp_path)
+    )
+    rouge = RougeScorer(["rougeL"], use_stemmer=True)
+    for config in CONFIGS:
+        for item, row in zip(found["items"][config], load_tofu(str(folder), config), strict=True):
+            assert item["generation"] == "Xyz"
+            assert item["rouge_l_recall"] == rouge.score(row["answer"], "Xyz")["rougeL"].recall
+
+
+# What is recorded, compared and refused
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A folder with a random model whose template writes the date."""
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = with_template(TEXTS, LLAMA3, "<|eot_id|>")
+    build_model(tokenizer, **TINY).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def command(llama, folder, tmp_path):
+    def run(name, *words):
+        given = ["--model", str(llama), "--dataset", str(folder), "--split", "forget01", "--max_new_tokens", "2"]
+        path = tmp_path / name / "tofu_eval.json"
+        return main([*given, "--output_dir", str(path.parent), *words]), path
+
+    return run
+
+
+PINNED = ("--chat_template_kwargs", json.dumps(DATE), "--system_prompt", "Help.")
+
+
+def test_the_same_model_gives_the_same_forget_quality_tomorrow(command, monkeypatch, capsys):
+    status, retain = command("today", *PINNED)
+    assert status == 0
+    shown = capsys.readouterr().err
+    assert "One prompt and its answer as the model sees them: '<|bos|>system: Today: 10 Apr 2025\\nHelp." in shown
+
+    class Tomorrow(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return super().now(tz) + datetime.timedelta(days=1)
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
+    status, path = command("tomorrow", *PINNED, "--retain", str(retain))
+    summary, result = (json.loads(path.read_text())[name] for name in ("summary", "prompt"))
+    assert (status, summary["forget_quality"], summary["privacy_leakage"]) == (0, 1.0, 0.0)
+    assert result == {
+        "template": "chat",
+        "system_prompt": "Help.",
+        "chat_template_kwargs": DATE,
+        "fingerprint": json.loads(retain.read_text())["prompt"]["fingerprint"],
+    }
+
+
+def test_a_template_that_writes_todays_date_is_refused(command, capsys):
+    status, path = command("out")
+    error = capsys.readouterr().err.strip().splitlines()
+    assert status == 2 and not path.exists()
+    assert "template writes today's date" in error[-1] and """kwargs '{"date_string": "10 Apr 2025"}'""" in error[-1]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--chat_template_kwargs", '{"date_string": "11 Apr 2025"}', "--system_prompt", "Help."),
+        PINNED[:2],
+        ("--template", "question_answer"),
+        ("--template", "[INST] {question} [/INST]{answer}"),
+    ],
+)
+def test_a_retain_result_of_another_prompt_is_refused(command, capsys, words):
+    _, retain = command("retain", *PINNED)
+    status, path = command("out", *words, "--retain", str(retain))
+    assert status == 2 and not path.exists()
+    assert re.search(r"has another (prompt|template) \(.*\) than this model's", capsys.readouterr().err)
+
+
+def test_a_retain_result_that_does_not_say_its_prompt_is_refused(command, capsys):
+    _, retain = command("retain", *PINNED)
+    found = json.loads(retain.read_text())
+    retain.write_text(json.dumps({name: value for name, value in found.items() if name != "prompt"}))
+    status, _ = command("out", *PINNED, "--retain", str(retain))
+    assert status == 2 and "does not say with which prompt it was made" in capsys.readouterr().err
+
+
+def test_the_prompt_that_a_model_was_trained_with_is_the_default(command, llama):
+    recorded = PromptFormat("chat", "Help.", DATE).record(AutoTokenizer.from_pretrained(llama))
+    result = llama / "result.json"
+    result.write_text(json.dumps({"prompt": recorded}))
+    try:
+        assert json.loads(command("recorded")[1].read_text())["prompt"] == recorded
+        assert json.loads(command("named", *PINNED[:2])[1].read_text())["prompt"]["system_prompt"] is None
+        result.write_text('{"prompt": ')
+        assert command("cut")[0] == 2
+    finally:
+        result.unlink()
+
+
+@pytest.mark.parametrize(
+    ("template", "given", "message"),
+    [
+        (CHATML, {"template": "qa"}, "template is 'qa'; use 'chat', 'question_answer', or a text with {question}"),
+        (CHATML, {"template": "{answer} {question}"}, "template is '{answer} {question}'; use"),
+        (CHATML, {"template": "{question} {answer} {answer}"}, "template is '{question} {answer} {answer}'; use"),
+        (CHATML, {"template": "question_answer", "system_prompt": "Help."}, "system_prompt is 'Help.' and template"),
+        (CHATML, {"template": "{question}{answer}", "chat_template_kwargs": DATE}, "chat_template_kwargs is {'date_"),
+        (GEMMA, {"system_prompt": "Help."}, "chat template refuses the prompt (System role not supported); change"),
+        (LLAMA3, {"system_prompt": "Help."}, "template writes today's date"),
+        (None, {"template": "chat"}, "the tokenizer has no chat template; use 'question_answer'"),
+    ],
+)
+def test_a_prompt_that_cannot_be_is_refused(template, given, message):
+    tokenizer = with_template(TEXTS, template, "<|eos|>")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        to_prompt_completion(
+            Dataset.from_list([{"question": "Who?", "answer": "She."}]), tokenizer, PromptFormat(**given)
+        )
+
+
+def test_arguments_come_from_a_recipe_and_from_the_command_line(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("dataset_name: x\nchat_template_kwargs: {date_string: 10 Apr 2025}\nsystem_prompt: Help.\n")
+    (script,) = TrlParser((PromptArguments,)).parse_args_and_config(["--config", str(recipe)])
+    assert PromptFormat.of(script) == PromptFormat(None, "Help.", DATE)
+    argv = ["--dataset_name", "x", "--chat_template_kwargs", json.dumps(DATE)]
+    (script,) = TrlParser((PromptArguments,)).parse_args_and_config(argv)
+    assert PromptFormat.of(script) == PromptFormat(None, None, DATE)
+    for wrong in ("{", "[1]", "3"):
+        with pytest.raises(ValueError, match="chat_template_kwargs is "):
+            PromptArguments(dataset_name="x", chat_template_kwargs=wrong)
