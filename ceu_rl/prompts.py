@@ -81,6 +81,15 @@ class PromptFormat:
         found = cls(given.template, given.system_prompt, read_kwargs(given.chat_template_kwargs))
         return (recorded_format(model) if found == cls() and model is not None else None) or found
 
+    def check_unused(self) -> None:
+        """Raise a ValueError if it says anything, for rows that are no questions."""
+        for name, value in vars(self).items():
+            if value is not None:
+                raise ValueError(
+                    f"{name} is {value!r}, and the dataset has no columns question and answer to put it around; leave "
+                    "it out, and write the rows as they are to be."
+                )
+
     def settle(self, tokenizer: Any) -> "PromptFormat":
         """The same with the template that the tokenizer decides.
 

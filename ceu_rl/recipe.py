@@ -47,7 +47,9 @@ def classes_of(method: str) -> tuple[Any, Any, Any]:
             from .unlearn import UnlearnConfig, UnlearnScriptArguments, UnlearnTrainer
 
             return UnlearnScriptArguments, UnlearnConfig, UnlearnTrainer
-    return ScriptArguments, SFTConfig, SFTTrainer
+    from .prompts import PromptArguments
+
+    return PromptArguments, SFTConfig, SFTTrainer
 
 
 def parser_for(method: str) -> Any:

@@ -23,9 +23,10 @@ from .checks import saved_checkpoints
 from .data import check_layout, load
 from .errors import Boundary, NameCause, sentence
 from .models import BUILTIN_MODEL, build_bpe_tokenizer, build_model, build_tokenizer, check_model_name
+from .prompts import PromptFormat
 from .provenance import environment, peak_memory_gib, write_json
 from .recipe import build_configs, classes_of, read_arguments, settings_of
-from .tofu.data import has_questions, load_tofu, to_prompt_completion
+from .tofu.data import ask, has_questions, load_tofu
 
 LOCK = "_run.lock"  # the push to the Hub leaves out what begins with an underscore
 
@@ -41,7 +42,7 @@ def run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
     script, args, model_config, mixture = build_configs(method, arguments)
     with _FolderLock(args):
         args.resume_from_checkpoint = _resume_from(args.output_dir, args.resume_from_checkpoint)
-        trainer = _build_trainer(method, script, args, model_config, mixture)
+        trainer, prompt = _build_trainer(method, script, args, model_config, mixture)
         boundary.failure = 1
         boundary.remedy = _way_on(args.output_dir)
         with StopOnSignal(trainer) as stop, _RowsOfTemplate(trainer.train_dataset, trainer.processing_class):
@@ -56,7 +57,8 @@ def run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
             status = 128 + stop.stopped_by
         else:
             boundary.remedy = _way_on(args.output_dir)
-            _finish(method, trainer, args, script, settings_of(arguments), argv, provenance, start)
+            asked = {"prompt": prompt} if prompt else {}
+            _finish(method, trainer, args, script, settings_of(arguments), argv, {**asked, **provenance}, start)
             status = 0
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -227,7 +229,8 @@ class StopOnSignal(TrainerCallback):
 # the trainer
 
 
-def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixture: Any) -> Any:
+def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixture: Any) -> tuple[Any, Any]:
+    """The trainer, and what the result says of the prompt of questions, if the rows are questions."""
     from trl import get_peft_config, get_quantization_config
 
     datasets, task = load(method, script, mixture, evaluates=args.eval_strategy != "no" or args.eval_on_start)
@@ -261,12 +264,11 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
             tokenizer = AutoTokenizer.from_pretrained(
                 model_config.model_name_or_path, trust_remote_code=args.trust_remote_code
             )
+    prompt = None
     if asks:
-        template = getattr(script, "template", None)
-        datasets = {
-            name: to_prompt_completion(dataset, tokenizer, template) if has_questions(dataset) else dataset
-            for name, dataset in datasets.items()
-        }
+        datasets, prompt = ask(datasets, tokenizer, PromptFormat.of(script, model_config.model_name_or_path))
+    elif method in ("sft", "unlearn"):
+        PromptFormat.of(script).check_unused()
     if method == "sft":  # the other trainers judge their rows themselves
         field = args.dataset_text_field
         datasets = {
@@ -289,7 +291,7 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
     if task is not None and "eval" in datasets:
         start = None if method == "sft" else model_config.model_name_or_path
         trainer.add_callback(TaskScore(trainer, task, datasets["eval"]["prompt"], start))
-    return trainer
+    return trainer, prompt
 
 
 class _RowsOfTemplate:

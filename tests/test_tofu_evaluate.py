@@ -23,7 +23,8 @@ from scipy import stats
 from ceu_rl.cli import main
 from ceu_rl.models import build_bpe_tokenizer, build_model
 from ceu_rl.tofu import load_tofu
-from ceu_rl.tofu.evaluate import evaluate
+from ceu_rl.tofu.evaluate import _parser, evaluate
+from ceu_rl.tofu.keep import Kept
 
 from .conftest import TINY
 
@@ -362,6 +363,62 @@ def test_a_model_against_itself_is_indistinguishable(command):
     status, again = command("retain", "again", retain=path)
     summary = json.loads(again.read_text())["summary"]
     assert (status, summary["forget_quality"], summary["privacy_leakage"]) == (0, 1.0, 0.0)
+
+
+# Killed, and where it cannot write
+
+
+@pytest.mark.parametrize("finished", [1, 5])
+def test_a_killed_evaluation_goes_on(command, refused, monkeypatch, finished):
+    """With 4 batches of scores and 1 of generations: one is killed while it scores, the other at the end."""
+    _, whole = command("model", "whole", batch_size=32)
+    add, done = Kept.add, []
+
+    def die(self, kind, found):
+        add(self, kind, found)
+        done.append(kind)
+        if len(done) == finished:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Kept, "add", die)
+        assert command("model", "killed", batch_size=32)[0] == 130
+    part = whole.parents[1] / "killed" / "tofu_eval.part.jsonl"
+    with part.open("a") as file:
+        file.write('{"scores": {"forget01_perturbed/0')  # killed in the middle of a line
+    for name, value in {"max_new_tokens": 9, "template": "question_answer"}.items():
+        refused(command("model", "killed", **{name: value})[0], f"part of an evaluation with another {name} ")
+    refused(command("retain", "killed")[0], "part of an evaluation with another weights ")
+    again = []
+    monkeypatch.setattr(Kept, "add", lambda self, kind, found: (again.append(kind), add(self, kind, found)))
+    status, path = command("model", "killed", batch_size=32)
+    assert status == 0 and not part.exists()
+    assert done + again == ["scores"] * 4 + ["generations"]
+    results = [json.loads(each.read_text()) for each in (whole, path)]
+    assert results[0]["summary"] == pytest.approx(results[1]["summary"], rel=1e-6)
+    assert [each["generation"] for each in results[0]["items"][CONFIGS[0]]] == [
+        each["generation"] for each in results[1]["items"][CONFIGS[0]]
+    ]
+
+
+def test_where_it_cannot_write_it_does_not_begin(command, refused, saved, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("it began"))
+    refused(command("model", "file/out")[0], "file/out/tofu_eval.json cannot be written .*; choose another folder")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    refused(command("model", "out")[0], "out/tofu_eval.json cannot be written .*No space left on device.*; choose")
+
+
+def test_the_help_says_what_every_option_does(capsys):
+    with pytest.raises(SystemExit):
+        main(["tofu-eval", "--help"])
+    shown = capsys.readouterr().out
+    for option in _parser()._actions:
+        assert option.option_strings[-1] in shown and option.help and len(option.help) > 15
 
 
 # Bad input

@@ -6,6 +6,7 @@ import math
 import re
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoTokenizer
 from trl import TrlParser
 
+from ceu_rl.cli import main as command_line
 from ceu_rl.models import build_model, end_token_ids
 from ceu_rl.prompts import PromptArguments, PromptFormat
 from ceu_rl.tofu import load_tofu, to_prompt_completion
@@ -303,3 +305,44 @@ def test_arguments_come_from_a_recipe_and_from_the_command_line(tmp_path):
     for wrong in ("{", "[1]", "3"):
         with pytest.raises(ValueError, match="chat_template_kwargs is "):
             PromptArguments(dataset_name="x", chat_template_kwargs=wrong)
+
+
+def test_the_prompt_goes_from_training_to_unlearning_to_evaluation(llama, folder, tmp_path, capfd, caplog):
+    for name, config in {"full": "forget01_perturbed", "forget": "forget01_perturbed", "retain": CONFIGS[1]}.items():
+        rows = load_tofu(str(folder), config).select_columns(["question", "answer"]).to_list()
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    quick = [
+        "--max_steps",
+        "1",
+        "--use_cpu",
+        "true",
+        "--bf16",
+        "false",
+        "--disable_tqdm",
+        "true",
+        "--report_to",
+        "none",
+    ]
+    recipe = tmp_path / "prompt.yaml"
+    recipe.write_text("chat_template_kwargs: {date_string: 10 Apr 2025}\nsystem_prompt: Help.\n")
+    trained, unlearned = (str(tmp_path / name) for name in ("trained", "unlearned"))
+    sft = ["sft", "--model_name_or_path", str(llama), "--dataset_name", str(tmp_path / "full.json"), *quick]
+    assert command_line([*sft, "--output_dir", trained]) == 2
+    assert "template writes today's date" in capfd.readouterr().err
+    assert command_line([*sft, "--output_dir", trained, "--config", str(recipe)]) == 0
+    assert "One prompt and its answer as the model sees them: '<|bos|>system: Today: 10 Apr" in caplog.text
+    words = ["--model_name_or_path", trained, "--dataset_name", str(tmp_path), "--retain", "retain", *quick]
+    assert command_line(["unlearn", *words, "--output_dir", unlearned]) == 0
+    words = ["--dataset", str(folder), "--split", "forget01", "--max_new_tokens", "2"]
+    assert command_line(["tofu-eval", "--model", unlearned, *words]) == 0
+    paths = (f"{trained}/result.json", f"{unlearned}/result.json", f"{unlearned}/tofu_eval.json")
+    prompts = [json.loads(Path(path).read_text())["prompt"] for path in paths]
+    assert prompts[0] == prompts[1] == prompts[2]
+    assert prompts[0]["system_prompt"] == "Help." and prompts[0]["chat_template_kwargs"] == DATE
+
+
+def test_a_prompt_beside_rows_that_are_no_questions_is_refused(tmp_path, capfd):
+    argv = ["sft", "--model_name_or_path", "builtin:llama", "--dataset_name", "builtin:addition", "--use_cpu", "true"]
+    argv += ["--bf16", "false", "--system_prompt", "Add.", "--output_dir", str(tmp_path / "out")]
+    assert command_line(argv) == 2
+    assert "system_prompt is 'Add.', and the dataset has no columns question and answer" in capfd.readouterr().err

@@ -9,7 +9,7 @@ from datasets import Dataset, get_dataset_config_names, load_dataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
-from ..checks import check_columns
+from ..checks import check_columns, note
 from ..prompts import PromptFormat
 from ..tasks import authors
 
@@ -162,6 +162,18 @@ def to_prompt_completion(
         check_row(tokenizer, prompt, question, answer, f"row {index}")
         rows.append(prompt.row(question, answer))
     return Dataset.from_list(rows)
+
+
+def ask(
+    datasets: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, prompt: PromptFormat
+) -> tuple[dict[str, Dataset], dict[str, Any]]:
+    """The datasets with their questions as prompts, and what a result says of the prompt; notes one of them."""
+    prompt = prompt.settle(tokenizer)
+    asked = {name: one for name, one in datasets.items() if has_questions(one)}
+    first = next(iter(next(iter(asked.values()))))
+    note(prompt.example(tokenizer, first["question"], first["answer"]))
+    made = {name: to_prompt_completion(one, tokenizer, prompt) for name, one in asked.items()}
+    return {**datasets, **made}, prompt.record(tokenizer)
 
 
 def check_row(tokenizer: Any, prompt: PromptFormat, question: str, answer: str, where: str) -> None:
