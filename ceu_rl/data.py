@@ -294,7 +294,7 @@ def _normal_row(row: Mapping[str, Any], index: int, name: str, kind: Kind, text_
 
 def _joined(row: Mapping[str, Any], completions: tuple[str, ...], refuse: Any) -> dict[str, Any] | None:
     """Prompt and completions as one of the two layouts that TRL knows: all text, or all messages without the prompt."""
-    kinds = {column: isinstance(row[column], list) for column in completions}
+    kinds = {column: isinstance(row[column], list) for column in completions if column in row}
     if not kinds:
         return None
     if len(set(kinds.values())) > 1:
