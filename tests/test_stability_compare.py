@@ -1,8 +1,10 @@
 """The comparison: its grid, real runs through the command line, and what survives a kill."""
 
 import contextlib
+import errno
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,7 +18,8 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from ceu_rl.cli import main
-from ceu_rl.stability.compare import make_jobs, method_of, parse_fields
+from ceu_rl.stability import compare
+from ceu_rl.stability.compare import find_runs, make_jobs, method_of, parse, parse_fields
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_fields_are_parsed_to_their_values():
-    words = ["--learning_rate", "1e-5", "-3", "--seed=0", "1", "--use_vllm", "false"]
+    words = ["--learning-rate", "1e-5", "-3", "--seed=0", "1", "--use_vllm", "false"]
     assert parse_fields(words) == {"learning_rate": ["1e-5", "-3"], "seed": ["0", "1"], "use_vllm": ["false"]}
     assert parse_fields([]) == {}
 
@@ -37,8 +40,10 @@ def test_fields_are_parsed_to_their_values():
         (["--beta"], "--beta has no value"),
         (["--beta", "1", "--beta", "2"], "--beta is given twice"),
         (["--beta", "1", "1"], "--beta has a value twice"),
-        (["--output_dir", "x"], "--output_dir is given, which the comparison sets"),
-        (["--resume_from_checkpoint", "true"], "--resume_from_checkpoint is given"),
+        (["--output-dir", "x"], "--output_dir is given, which the comparison sets"),
+        (["--learning_rate", "1", "--learning-rate", "2"], "--learning_rate is given twice"),
+        (["--resume-from-checkpoint", "true"], "--resume_from_checkpoint is given"),
+        (["--config=x.yaml"], "--config is given"),
     ],
 )
 def test_fields_that_are_refused(words, message):
@@ -65,10 +70,12 @@ def test_the_grid_is_recipes_times_values_times_seeds(two_recipes, tmp_path):
     assert job.folder == tmp_path / "runs" / "ceu" / "learning_rate=3e-5,beta=0.1" / "1"
     assert job.run.setting == {"learning_rate": "3e-5"}  # beta tells no run from another
     assert job.max_steps == 20 and job.evaluation is None
-    assert " ".join(job.command) == (
+    assert " ".join(job.words) == (
         f"dpo --config {two_recipes[1]} --learning_rate 3e-5 --beta 0.1 --seed 1 "
         f"--output_dir {job.folder} --disable_tqdm true"
     )
+    assert job.command == ["dpo", "--config", f"{job.folder}/recipe.yaml", "--output_dir", str(job.folder)]
+    assert (job.settings["learning_rate"], job.settings["beta"], job.settings["seed"]) == (3e-5, 0.1, 1)
     assert len({job.folder for job in jobs}) == 8
 
 
@@ -81,7 +88,8 @@ def test_without_fields_there_is_one_run_a_recipe_with_its_seed(two_recipes, tmp
 def test_values_with_slashes_stay_one_folder(two_recipes, tmp_path):
     job = make_jobs(two_recipes, {"model_name_or_path": ["runs/a", "runs/b"]}, tmp_path)[0]
     assert job.folder.parent.parent.parent == tmp_path
-    assert "runs/a" in job.command
+    assert job.settings["model_name_or_path"] == "runs/a" and "runs/a" in job.words
+    assert compare.setting_of_folder(job.folder.parent.name) == {"model_name_or_path": "runs/a"}
 
 
 def test_an_accelerate_config_launches_each_run(two_recipes, tmp_path):
@@ -99,6 +107,10 @@ def test_unlearning_runs_are_evaluated_on_tofu(tmp_path):
     retain.write_text("{}")
     (job,) = make_jobs([recipe], {}, tmp_path / "runs", retain=retain)
     assert job.command[0] == "unlearn"
+    recipe.write_text("forget: forget05\n")
+    with pytest.raises(ValueError, match=r"npo.yaml has no dataset_name"):
+        make_jobs([recipe], {}, tmp_path / "runs")
+    recipe.write_text(yaml.safe_dump({"dataset_name": "builtin:authors", "forget": "forget05"}))
     words = "--dataset builtin:authors --split forget05 --retain"
     assert " ".join(job.evaluation) == f"tofu-eval --model {job.folder} {words} {retain}"
 
@@ -115,17 +127,67 @@ def test_the_method_is_that_of_the_folder(tmp_path):
     [
         (["{stock}", "{stock}"], "Two recipes have one name"),
         (["{stock}", "--jobs", "0"], "--jobs is 0; use at least 1."),
+        (["{stock}", "--jobs", "x"], "--jobs: invalid int value: 'x'"),
         (["{stock}", "--beta"], "--beta has no value"),
         (["no/dpo/such.yaml"], "no/dpo/such.yaml"),
         (["{stock}", "--retain", "no/such.json"], "no/such.json is no file"),
+        ([], "No recipe is given"),
+        (["--seed", "1"], "No recipe is given"),
+        (["{folder}"], "dpo is a folder; name a recipe in it."),
+        (["{stock}", "--learning_rte", "1e-5", "3e-5"], "did you mean learning_rate?"),
+        (["{stock}", "--learning-rte=1e-5"], "did you mean learning_rate?"),
+        (["{stock}", "--seed", "a"], "--seed a: argument --seed: invalid int value: 'a'"),
+        (["{stock}", "--seed", "0", "1.5"], "--seed 1.5: "),
+        (["{stock}", "--learning_rate", "1e-5", "fast"], "--learning_rate fast: "),
+        (["{stock}", "--learning_rate", "1e-4", "0.0001"], "--learning_rate has a value twice (1e-4 0.0001)"),
+        (["{stock}", "--bf16", "maybe"], "--bf16 maybe: "),
+        (["{stock}", "--resume-from-checkpoint", "true"], "--resume_from_checkpoint is given"),
+        (["{stock}", "--launcher", "pbs"], "--launcher: invalid choice: 'pbs'"),
+        (["{stock}", "--launcher_config", "{stock}"], "--launcher local takes no options, but dataset_name"),
+        (["{stock}", "--method", "sleep"], "--method: invalid choice: 'sleep'"),
+        (["--report_only", "--seed", "1"], "--seed is given without recipes"),
     ],
 )
 def test_bad_input_is_one_sentence(two_recipes, tmp_path, capsys, words, message):
-    words = [word.format(stock=two_recipes[0]) for word in words]
-    assert main(["compare", *words, "--output_dir", str(tmp_path / "runs")]) == 2
+    words = [word.format(stock=two_recipes[0], folder=tmp_path / "dpo") for word in words]
+    assert main(["compare", *words, "--output-dir", str(tmp_path / "runs")]) == 2
     err = capsys.readouterr().err
     assert message in err and len(err.splitlines()) == 1
+    assert not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds nothing"),
+        (b"- a\n", "holds ['a']"),
+        ("seed: 1\n".encode("utf-16"), "is not UTF-8"),
+        (b"seed: 1\nseed: 2\n", "seed is given twice"),
+        (b"seed: [1\n", "is no valid recipe"),
+        (b"learning_rte: 1\n", "did you mean learning_rate?"),
+        (b"max_steps: 2.5\n", "max_steps is 2.5"),
+    ],
+)
+def test_a_broken_recipe_is_named_before_any_run(two_recipes, tmp_path, capsys, content, message):
+    two_recipes[1].write_bytes(content)
+    assert main(["compare", *map(str, two_recipes), "--output_dir", str(tmp_path / "runs")]) == 2
+    err = capsys.readouterr().err
+    assert message in err and "ceu.yaml" in err and len(err.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_recipe_with_a_byte_order_mark_is_read(two_recipes, tmp_path):
+    two_recipes[0].write_bytes(b"\xef\xbb\xbfseed: 3\nlearning-rate: 1e-4\n")
+    job, _ = make_jobs(two_recipes, {}, tmp_path)
+    assert job.run.seed == 3 and job.settings["learning_rate"] == 1e-4
+
+
+def test_hyphens_are_underscores_in_every_option():
+    words = ["a.yaml", "--output-dir", "D", "--dry-run", "--accelerate-config=c-d.yaml", "--learning-rate", "1", "-2"]
+    args, recipes, fields = parse(words)
+    assert (args.output_dir, args.dry_run, args.accelerate_config) == (Path("D"), True, Path("c-d.yaml"))
+    assert recipes == [Path("a.yaml")] and fields == {"learning_rate": ["1", "-2"]}
+    assert parse(["--jobs", "2", "a.yaml", "b.yaml", "--seed", "1"])[1] == [Path("a.yaml"), Path("b.yaml")]
 
 
 # Real runs
@@ -240,32 +302,233 @@ def test_compare_goes_on_with_an_interrupted_run(recipes, tmp_path):
     assert all(torch.equal(value, aside[name]) for name, value in weights.items())
 
 
+# The ways of a comparison with runs that take no time: a stand-in for the command line
+
+
+QUICK = """
+import json, os, pathlib, sys, yaml
+folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+settings = yaml.safe_load(pathlib.Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
+for path in os.environ.get("DELETE", "").split():
+    pathlib.Path(path).unlink(missing_ok=True)
+for path in os.environ.get("EDIT", "").split():
+    pathlib.Path(path).write_text("seed: 7\\nlearning_rate: 9.0\\n")
+(folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.5}) + "\\n")
+(folder / "result.json").write_text(json.dumps({"settings": settings, "seed": settings["seed"], "steps": 1}))
+with open(pathlib.Path(__file__).with_name("started"), "a") as file:
+    file.write(f"{folder}\\n")
+"""
+
+
+@pytest.fixture
+def quick(two_recipes, tmp_path, monkeypatch, capsys):
+    """Compare the two recipes by runs that only record their settings; returns the status, output and what started."""
+    (tmp_path / "quick.py").write_text(QUICK)
+    monkeypatch.setattr(compare, "MODULE", [sys.executable, str(tmp_path / "quick.py")])
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words, out="runs"):
+        (tmp_path / "started").unlink(missing_ok=True)
+        status = main(["compare", *map(str, two_recipes), *words, "--output_dir", str(out)])
+        read = capsys.readouterr()
+        return status, read.out + read.err, started(tmp_path)
+
+    return call
+
+
+@pytest.mark.parametrize("meanwhile", ["EDIT", "DELETE"])
+def test_what_happens_to_a_recipe_meanwhile_changes_nothing(quick, two_recipes, monkeypatch, tmp_path, meanwhile):
+    monkeypatch.setenv(meanwhile, f"{two_recipes[0]} {two_recipes[1]}")
+    status, _, began = quick("--learning-rate", "1e-4", "--seed", "0", "1")
+    assert status == 0 and len(began) == 4
+    recorded = [json.loads(path.read_text())["settings"] for path in results(tmp_path)]
+    assert {settings["learning_rate"] for settings in recorded} == {1e-4}
+    assert sorted(settings["seed"] for settings in recorded) == [0, 0, 1, 1]
+    assert all(settings["max_steps"] == 20 and "output_dir" not in settings for settings in recorded)
+
+
+@pytest.mark.parametrize("written", ["1e-4", "1.0e-4", "0.0001", "1E-04"])
+def test_a_value_is_the_same_however_it_is_written(quick, written):
+    assert len(quick("--learning_rate", "1e-4", "3e-4", "--bf16", "true")[2]) == 4
+    status, out, began = quick("--bf16", "True", "--learning-rate", written, "0.0003")
+    assert status == 0 and began == [] and "4 done earlier and kept, 0 to do" in out
+
+
+def test_a_recipe_that_says_the_same_is_the_same_and_another_one_is_refused(quick, two_recipes, tmp_path):
+    assert len(quick()[2]) == 2
+    fields = "seed: 7\nmax-steps: 20\ndataset_name: builtin:addition\n"
+    two_recipes[0].write_text(fields + "output_dir: elsewhere\nresume_from_checkpoint: true\n")
+    assert quick()[2] == []
+    two_recipes[0].write_text(fields + "beta: 0.3\n")
+    status, out, began = quick()
+    assert status == 2 and began == [] and "result.json was made with other settings" in out
+
+
+def test_results_of_earlier_versions_are_kept(quick, two_recipes, tmp_path):
+    """They hold the recipe as YAML read it, and the words of the command line, the folder of the run among them."""
+    quick("--learning_rate", "1e-4")
+    folder = tmp_path / "runs" / "stock" / "learning_rate=1e-4" / "7"
+    content = yaml.safe_load(two_recipes[0].read_text())
+    overrides = ["--learning_rate", "1e-4", "--seed", "7", "--output_dir", str(folder), "--disable_tqdm", "true"]
+    for words, status in ((overrides, 0), ([*overrides, "--beta", "0.5"], 2)):
+        (folder / "result.json").write_text(json.dumps({"settings": {**content, "overrides": words}}))
+        assert quick("--learning_rate", "1e-4")[::2] == (status, [])
+
+
+def test_a_comparison_that_was_moved_or_is_named_by_its_absolute_path_goes_on(quick, tmp_path):
+    assert len(quick("--seed", "0", "1")[2]) == 4
+    assert quick("--seed", "0", "1", out=tmp_path / "runs")[2] == []
+    shutil.copytree(tmp_path / "runs", tmp_path / "copy")
+    (tmp_path / "copy" / "ceu" / "recipe" / "1" / "result.json").unlink()
+    status, _, began = quick("--seed", "0", "1", out="./copy")
+    assert status == 0 and began == ["copy/ceu/recipe/1"]
+
+
+def test_an_interrupted_run_does_not_go_on_with_other_settings(quick, two_recipes, tmp_path):
+    quick()
+    folder = tmp_path / "runs" / "stock" / "recipe" / "7"
+    (folder / "result.json").unlink()
+    two_recipes[0].write_text(two_recipes[0].read_text() + "beta: 0.3\n")
+    status, out, began = quick()
+    assert status == 2 and began == [] and "stock/recipe/7/recipe.yaml was begun with other settings" in out
+    # One that failed starts again, beside what it left
+    (folder / "failure.json").write_text(json.dumps({"settings": {}, "reason": "no memory", "status": 1}))
+    status, _, began = quick()
+    assert status == 0 and began == ["runs/stock/recipe/7"]
+    aside = folder.with_name("7-interrupted-1")
+    assert (aside / "failure.json").is_file() and (aside / "metrics.jsonl").is_file()
+
+
+def test_a_run_of_no_steps_is_not_finished(quick, tmp_path):
+    quick()
+    path = tmp_path / "runs" / "stock" / "recipe" / "7" / "result.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "steps": 0}))
+    (run,) = (run for run in find_runs(tmp_path / "runs") if run.arm == "stock")
+    assert run.status == "failed" and run.reason == "It ended after 0 steps, so that nothing was trained."
+    assert quick()[2] == ["runs/stock/recipe/7"]
+
+
+@pytest.mark.parametrize("name", ["result.json", "failure.json", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b'{"settings": {"see', b"[]", b"null", b'{"settings": 3}', b"\xff\xfe{}", b"[" * 100_000, b"\0" * 9],
+)
+def test_a_broken_outcome_costs_its_run_and_nothing_else(quick, tmp_path, name, content):
+    quick()
+    folder = tmp_path / "runs" / "ceu" / "recipe" / "7"
+    (folder / name).write_bytes(content)
+    report_only = main(["compare", "--report-only", "--output_dir", "runs"])
+    (run,) = (run for run in json.loads(Path("runs/report.json").read_text())["runs"] if run["arm"] == "ceu")
+    if name == "metrics.jsonl":
+        assert report_only == 0 and run["status"] == "finished"
+        return
+    assert report_only == 1 and run["status"] == "failed" and f"ceu/recipe/7/{name}" in run["reason"]
+    status, _, began = quick()
+    assert status == 0 and began == ["runs/ceu/recipe/7"]
+    assert {run.status for run in find_runs(tmp_path / "runs")} == {"finished"}
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_any_run(quick, tmp_path):
+    (tmp_path / "file").write_text("")
+    status, out, began = quick(out="file/runs")
+    assert status == 2 and began == [] and "file/runs cannot be written (Not a directory)" in out
+
+
+def test_a_disk_that_fills_costs_its_run_and_the_report_stays_whole(quick, tmp_path, monkeypatch):
+    """The recipe of one run and the failure of another cannot be written; later the report cannot either."""
+    write = Path.write_text
+
+    def full(path, *args, **kwargs):
+        if path.match(os.environ["FULL"]):
+            path.touch()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write(path, *args, **kwargs)
+
+    monkeypatch.setenv("FULL", "*/ceu/recipe/7/recipe.yaml.part")
+    monkeypatch.setattr(Path, "write_text", full)
+    status, out, began = quick()
+    assert status == 1 and began == ["runs/stock/recipe/7"]
+    assert "ceu/recipe/7: failed: runs/ceu/recipe/7/recipe.yaml.part cannot be written (No space left on device)" in out
+    before = (tmp_path / "runs" / "report.html").read_bytes()
+    monkeypatch.setenv("FULL", "*/report.html.part")
+    status, out, began = quick()
+    assert status == 1 and began == ["runs/ceu/recipe/7"]
+    assert "the report in runs cannot be written (No space left on device)" in out
+    assert (tmp_path / "runs" / "report.html").read_bytes() == before
+    assert not list((tmp_path / "runs").glob("*.part"))
+
+
+def test_dry_run_prints_commands_that_a_shell_takes_and_writes_nothing(quick, two_recipes, tmp_path):
+    status, out, began = quick("--learning-rate", "1e-4", "--reward_model_path", "a b", "--dry-run")
+    assert status == 2  # and the field is refused as in a run
+    status, out, began = quick("--learning-rate", "1e-4", "--run_name", "a b", "--dry-run", out="new runs")
+    assert status == 0 and began == [] and not (tmp_path / "new runs").exists()
+    lines = [shlex.split(line) for line in out.splitlines()]
+    assert len(lines) == 2 and lines[0][-12:] == [
+        *("--config", str(two_recipes[0]), "--learning_rate", "1e-4", "--run_name", "a b", "--seed", "7"),
+        *("--output_dir", "new runs/stock/learning_rate=1e-4,run_name=a%20b/7", "--disable_tqdm", "true"),
+    ]
+    quick()
+    assert all(line.startswith("# done: ") for line in quick("--dry_run")[1].splitlines())
+
+
+def test_report_only_draws_what_lies_there(quick, two_recipes, tmp_path, capsys):
+    quick("--learning_rate", "1e-4", "3e-4", "--beta", "0.1", "--seed", "0", "1")
+    shutil.rmtree(tmp_path / "runs" / "stock" / "learning_rate=3e-4,beta=0.1" / "1")
+    for path in two_recipes:
+        path.unlink()
+    (tmp_path / "runs" / "report.json").rename(tmp_path / "first.json")
+    assert main(["compare", "--report-only", "--output-dir", "runs"]) == 0
+    first, again = (json.loads(Path(name).read_text()) for name in ("first.json", "runs/report.json"))
+    kept = [
+        run
+        for run in first["runs"]
+        if (run["arm"], run["setting"], run["seed"]) != ("stock", {"learning_rate": "3e-4"}, 1)
+    ]
+    key = lambda run: (run["arm"], run["setting"]["learning_rate"], run["seed"])  # noqa: E731
+    assert sorted(map(key, again["runs"])) == sorted(map(key, kept)) and len(kept) == 7
+    assert again["arms"] == first["arms"] == ["stock", "ceu"]
+    assert main(["compare", "--report-only", "--output-dir", "nowhere"]) == 2
+    assert "nowhere holds no runs" in capsys.readouterr().err
+
+
+def test_report_only_with_recipes_names_what_is_missing(quick, tmp_path):
+    quick("--seed", "0")
+    status, out, began = quick("--seed", "0", "1", "--report_only")
+    assert status == 1 and began == []
+    assert "2 of 4 runs are missing and are left out: 1 of stock and 1 of ceu." in " ".join(out.split())
+
+
 # What survives a kill: a stand-in for the command line trains for two seconds, or until it is let go, and records that
-# it was started
+# it was started. Asked to end, it takes a moment, as a step and a checkpoint do
 
 STAND_IN = """
-import json, os, pathlib, sys, time
+import json, os, pathlib, signal, sys, time, yaml
 folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+settings = yaml.safe_load((folder / "recipe.yaml").read_text())
 with open(folder.parents[3] / "started", "a") as file:
     file.write(f"{folder}\\n")
 (folder / "pid").write_text(str(os.getpid()))
+
+def save(number, frame):
+    time.sleep(60 if pathlib.Path("slow").exists() else 0.3)
+    (folder / "saved").touch()
+    sys.exit(128 + number)
+
+signal.signal(signal.SIGTERM, save)
 step = 0
 while step < 20 or pathlib.Path("hold").exists():
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": step, "loss": 0.5}) + "\\n")
     time.sleep(0.1)
     step += 1
-(folder / "result.json").write_text(json.dumps({"settings": {}, "seed": 0}))
+(folder / "result.json").write_text(json.dumps({"settings": settings, "seed": 0}))
 """
 DRIVER = """
-import dataclasses, pathlib, signal, sys
+import signal, sys
 from ceu_rl.stability import compare
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell's background job starts
-make = compare.make_jobs
-compare.make_jobs = lambda *args: [
-    dataclasses.replace(job, launcher=[sys.executable, "stand_in.py"]) for job in make(*args)
-]
-compare.read_settings = lambda method, argv: {}
+compare.MODULE = [sys.executable, "stand_in.py"]
 compare.write_report = lambda *args: None
 sys.exit(compare.main(sys.argv[1:]))
 """
@@ -352,16 +615,40 @@ def test_a_machine_that_goes_down_half_way_costs_only_the_runs_of_that_moment(co
     assert {run for run in runs if runs.count(run) > 1} == cut_short and 0 < len(cut_short) <= 4
 
 
-def test_ctrl_c_ends_the_runs_and_says_how_to_go_on(comparison, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_runs_with_a_checkpoint_and_says_how_to_go_on(comparison, tmp_path, number):
     process = comparison()
     wait_until(lambda: len(started(tmp_path)) >= 4, process)
-    os.kill(process.pid, signal.SIGINT)
+    (tmp_path / "hold").touch()
+    os.kill(process.pid, number)
     out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in out
+    assert "Ending the runs after their step, with a checkpoint" in out
+    assert out.splitlines()[-1] == "ceu-rl compare: interrupted; the same command goes on where it stopped."
+    ended = [path.parent for path in (tmp_path / "runs").glob("*/*/*/saved")]
+    assert ended and not any((folder / "failure.json").exists() for folder in ended)
+    assert_none_is_left(tmp_path)
+
+
+def test_a_second_ctrl_c_ends_the_runs_at_once(comparison, tmp_path):
+    process = comparison()
+    wait_until(lambda: len(started(tmp_path)) >= 4, process)
+    for name in ("hold", "slow"):
+        (tmp_path / name).touch()
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    os.kill(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=30)
     assert process.returncode == 130 and "Traceback" not in out
-    assert "interrupted; the same command goes on where it stopped" in out
-    count = len(results(tmp_path))
-    time.sleep(3)  # longer than a run takes
-    assert len(results(tmp_path)) == count < 12, "a run went on"
+    assert not list((tmp_path / "runs").glob("*/*/*/saved"))
+    assert_none_is_left(tmp_path)
+
+
+def assert_none_is_left(tmp_path):
+    for path in (tmp_path / "runs").glob("*/*/*/pid"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.read_text()), 0)
 
 
 @pytest.mark.slow

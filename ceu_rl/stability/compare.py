@@ -1,116 +1,189 @@
 """`ceu-rl compare`: a grid of recipes, overrides and seeds, each run its own process, and one report over all of them.
 
     ceu-rl compare RECIPE.yaml ... [--learning_rate 1e-5 3e-5] [--seed 0 1 2] [--any_field v1 v2] [--jobs 2]
+    ceu-rl compare RECIPE.yaml ... --dry_run
+    ceu-rl compare --report_only --output_dir DIR
 
 Each recipe is an arm, named after its file; the first is what the others are compared with. A run lies in
 `OUTPUT_DIR/<arm>/<setting>/<seed>/`. Call it again to go on: finished runs are kept, a run that an earlier call left
 training is waited for, an interrupted one goes on from its last checkpoint, and a failed one starts again. A run that
-stopped at a non-finite loss has diverged, which is a result and is kept.
+stopped at a non-finite loss has diverged, which is a result and is kept. In all options `-` is the same as `_`.
 """
 
 import argparse
-import fcntl
+import contextlib
+import io
 import itertools
 import json
-import os
 import shlex
 import signal
-import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
+from types import FrameType
+from typing import Any, NoReturn
+from urllib.parse import quote, unquote
 
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..checks import saved_checkpoints
-from ..provenance import environment, write_json
-from ..recipe import read_settings
+from ..recipe import NO_SETTINGS, read_recipe, read_settings
 from ..tofu.data import SPLITS, is_tofu
-from ..tofu.evaluate import RESULT as TOFU_RESULT
+from .jobs import MODULE, Job, is_done
+from .launchers import LAUNCHERS, make_launcher, run_jobs
 from .report import write_report
-from .runs import Run
+from .runs import FAILURE, LOG, RESULT, TOFU_RESULT, Run
 
 METHODS = {"dpo": "dpo", "grpo": "grpo", "tofu": "unlearn"}  # by the folder that a recipe is in
-RESERVED = ("config", "output_dir", "resume_from_checkpoint")
-LOG, FAILURE = "log.txt", "failure.json"
-LOG_TAIL = 15  # lines
-POLL = 0.5  # seconds
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run of the grid and how it is made."""
-
-    run: Run
-    command: list[str]  # arguments of ceu-rl
-    seed_place: int
-    max_steps: int | None
-    evaluation: list[str] | None  # arguments of ceu-rl for what is to be run after it
-    launcher: list[str]
-
-    @property
-    def folder(self) -> Path:
-        return self.run.folder
-
-    @property
-    def found(self) -> Run:
-        """The run as it lies in its folder now."""
-        return replace(self.run)
+RESERVED = ("config", *NO_SETTINGS)
+DEFAULT_SEED = 42  # of transformers
 
 
 def main(argv: Sequence[str]) -> int:
-    """`ceu-rl compare`: 0 if each run finished or diverged, 1 if one failed, 2 for bad input, 130 for Ctrl-C."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+    """`ceu-rl compare`: 0 if each run finished or diverged, 1 if one failed, 2 for bad input, 130 for Ctrl-C, 143 for
+    SIGTERM."""
     console = Console()
+    command = shlex.join(["ceu-rl", "compare", *argv])
     try:
-        fields = parse_fields(rest)
-        folder = args.output_dir or _default_folder(args.recipes[0], args.method)
-        jobs = make_jobs(args.recipes, fields, folder, args.method, args.accelerate_config, args.retain)
-        if args.jobs < 1:
-            raise ValueError(f"--jobs is {args.jobs}; use at least 1.")
-        # Seed by seed, so that a grid that is cut short has every arm
-        ordered = sorted(jobs, key=lambda job: job.seed_place)
-        pending = [job for job in ordered if not is_done(job)]
-    except (ValueError, OSError, yaml.YAMLError) as error:
-        print(f"ceu-rl compare: error: {error}", file=sys.stderr)
+        with _raising_at_sigterm():
+            return _compare(argv, console, command)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"ceu-rl compare: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as error:
+        print("ceu-rl compare: interrupted; the same command goes on where it stopped.", file=sys.stderr)
+        return 143 if isinstance(error, _Terminated) else 130
+
+
+def _compare(argv: Sequence[str], console: Console, command: str) -> int:
+    args, recipes, fields = parse(argv)
+    if args.report_only and not recipes:
+        runs = find_runs(args.output_dir)
+        return _report(args.output_dir, runs, console, command)
+    folder = args.output_dir or _default_folder(recipes[0], args.method)
+    jobs = make_jobs(recipes, fields, folder, args.method, args.accelerate_config, args.retain)
+    if args.report_only:
+        return _report(folder, [job.found for job in jobs], console, command)
+    # Seed by seed, so that a grid that is cut short has every arm
+    ordered = sorted(jobs, key=lambda job: job.seed_place)
+    pending = [job for job in ordered if not is_done(job)]
+    if args.dry_run:
+        _print_commands(jobs, pending)
+        return 0
+    options = _read_mapping(args.launcher_config) if args.launcher_config else {}
+    _check_writable(folder)
     kept = len(jobs) - len(pending)
     console.print(f"{len(jobs)} runs in {folder}: {kept} done earlier and kept, {len(pending)} to do", soft_wrap=True)
-    interrupted = False
-    try:
-        run_jobs(pending, args.jobs, console)
-    except KeyboardInterrupt:
-        interrupted = True
-    runs = [job.found for job in jobs]
-    write_report(folder, runs, console, shlex.join(["ceu-rl", "compare", *argv]))
+    interrupted: KeyboardInterrupt | None = None
+    if pending:
+        launcher = make_launcher(args.launcher, folder, args.jobs, options)
+        try:
+            run_jobs(pending, launcher, args.jobs or (1 if args.launcher == "local" else None), console)
+        except KeyboardInterrupt as error:
+            interrupted = error
+        finally:
+            launcher.close()
+    status = _report(folder, [job.found for job in jobs], console, command)
     if interrupted:
-        print("ceu-rl compare: interrupted; the same command goes on where it stopped.", file=sys.stderr)
-        return 130
+        raise interrupted
+    return status
+
+
+def _report(folder: Path, runs: Sequence[Run], console: Console, command: str) -> int:
+    try:
+        write_report(folder, runs, console, command)
+    except OSError as error:
+        print(
+            f"ceu-rl compare: error: the report in {folder} cannot be written ({error.strerror}); the results of the "
+            "runs are kept, and --report_only draws it again.",
+            file=sys.stderr,
+        )
+        return 1
     return 1 if any(run.status in ("failed", "missing") for run in runs) else 0
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+
+@contextmanager
+def _raising_at_sigterm() -> Iterator[None]:
+    def handler(number: int, frame: FrameType | None) -> NoReturn:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# the command line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; ceu-rl compare --help shows how to call it.")
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Path], dict[str, list[str]]]:
+    """The options of the comparison, its recipes, and the fields of its grid.
+
+    Raises:
+        ValueError: for an option with a value of the wrong type, or what [`parse_fields`] refuses.
+        SystemExit: after `--help`.
+    """
+    args, rest = _parser().parse_known_args([_underscored(word) for word in argv])
+    count = next((place for place, word in enumerate(rest) if word.startswith("--")), len(rest))
+    recipes, fields = [Path(word) for word in rest[:count]], parse_fields(rest[count:])
+    if args.jobs is not None and args.jobs < 1:
+        raise ValueError(f"--jobs is {args.jobs}; use at least 1.")
+    if args.report_only and not recipes:
+        if args.output_dir is None:
+            raise ValueError("--report_only needs recipes, or --output_dir with the runs.")
+        if fields:
+            raise ValueError(f"--{next(iter(fields))} is given without recipes; --report_only takes what lies there.")
+    elif not recipes:
+        raise ValueError("No recipe is given; write ceu-rl compare RECIPE.yaml ... --field value ...")
+    return args, recipes, fields
+
+
+def _underscored(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="ceu-rl compare",
+        usage="ceu-rl compare RECIPE.yaml ... [--any_field v1 v2 ...] [options]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("recipes", nargs="+", type=Path, metavar="RECIPE.yaml")
     parser.add_argument("--output_dir", type=Path, help="default: runs/<method>-<folder of the first recipe>")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, which share the cores or GPUs")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        help="runs at the same time, which share the cores or GPUs; default: 1, or what the scheduler takes",
+    )
     parser.add_argument("--accelerate_config", type=Path, help="launch each run through accelerate with this config")
     parser.add_argument("--method", choices=sorted(METHODS.values()), help="default: by the folder of the recipe")
     parser.add_argument("--retain", type=Path, help="TOFU: tofu_eval.json of the retain model, for forget quality")
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="where the runs run; default: local")
+    parser.add_argument(
+        "--launcher_config", type=Path, help="YAML: options of a Ray task, or parameters of submitit's AutoExecutor"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print the command of each run, and run nothing")
+    parser.add_argument(
+        "--report_only", action="store_true", help="draw the report of what lies there; without recipes, of every run"
+    )
     return parser
 
 
@@ -125,6 +198,7 @@ def parse_fields(words: Sequence[str]) -> dict[str, list[str]]:
     for word in words:
         if word.startswith("--"):
             name, _, value = word.removeprefix("--").partition("=")
+            name = name.replace("-", "_")
             if name in fields:
                 raise ValueError(f"--{name} is given twice; give all its values after one.")
             if name in RESERVED:
@@ -142,6 +216,28 @@ def parse_fields(words: Sequence[str]) -> dict[str, list[str]]:
     return fields
 
 
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_bytes().decode("utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no valid YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {content!r}; write `name: value` lines.")
+    return {str(name): value for name, value in content.items()}
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"1")
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error.strerror}); choose another --output_dir.") from error
+
+
+# the grid
+
+
 def make_jobs(
     recipes: Sequence[Path],
     fields: Mapping[str, Sequence[str]],
@@ -152,8 +248,11 @@ def make_jobs(
 ) -> list[Job]:
     """The runs of the grid: the product of recipes, values of the fields and seeds, in this order.
 
+    Each recipe is read here and never again.
+
     Raises:
-        ValueError: for two recipes of one name, or a recipe whose method cannot be told.
+        ValueError: for two recipes of one name, a recipe whose method cannot be told, or a field or value that its
+            method does not take.
         OSError: for a recipe that cannot be read.
     """
     for path in (accelerate_config, retain):
@@ -162,45 +261,82 @@ def make_jobs(
     stems = [recipe.stem for recipe in recipes]
     if len(set(stems)) < len(stems):
         raise ValueError(f"Two recipes have one name among {[str(recipe) for recipe in recipes]}; rename one.")
-    grid = {name: values for name, values in fields.items() if name != "seed"}
-    launcher = [sys.executable, "-m"]
+    launcher = list(MODULE)
     if accelerate_config is not None:
         launcher += ["accelerate.commands.launch", "--config_file", str(accelerate_config), "-m"]
+    return [
+        job
+        for recipe in recipes
+        for job in _jobs_of(recipe, method or method_of(recipe), fields, folder / recipe.stem, launcher, retain)
+    ]
+
+
+def _jobs_of(
+    recipe: Path,
+    method: str,
+    fields: Mapping[str, Sequence[str]],
+    folder: Path,
+    launcher: Sequence[str],
+    retain: Path | None,
+) -> list[Job]:
+    if recipe.is_dir():
+        raise ValueError(f"{recipe} is a folder; name a recipe in it.")
+    content = {name: value for name, value in read_recipe(method, recipe).items() if name not in NO_SETTINGS}
+    typed = {name: _typed(method, name, values) for name, values in fields.items()}
+    grid = {name: values for name, values in fields.items() if name != "seed"}
+    known = _setting_folders(folder, method) if grid else {}
     jobs = []
-    for recipe in recipes:
-        content = yaml.safe_load(recipe.read_text())
-        if not isinstance(content, dict):
-            raise ValueError(f"{recipe} holds no fields; write field: value lines.")
-        trained_by = method or method_of(recipe)
-        for values in itertools.product(*grid.values()):
-            overrides = dict(zip(grid, values, strict=True))
-            settings = {**content, **overrides}
-            for place, seed in enumerate(fields.get("seed", [str(settings.get("seed", 42))])):
-                run = Run(
-                    arm=recipe.stem,
-                    setting={
-                        name: value
-                        for name, value in overrides.items()
-                        if len(grid[name]) > 1 or name == "learning_rate"
-                    },
-                    seed=int(seed),
-                    folder=folder / recipe.stem / _setting_folder(overrides) / seed,
-                )
-                words = [word for name, value in overrides.items() for word in (f"--{name}", value)]
-                jobs.append(
-                    Job(
-                        run=run,
-                        command=[
-                            *(trained_by, "--config", str(recipe), *words, "--seed", seed),
-                            *("--output_dir", str(run.folder), "--disable_tqdm", "true"),
-                        ],
-                        seed_place=place,
-                        max_steps=int(settings["max_steps"]) if "max_steps" in settings else None,
-                        evaluation=_tofu_evaluation(settings, run.folder, retain) if trained_by == "unlearn" else None,
-                        launcher=launcher,
-                    )
-                )
+    for values in itertools.product(*grid.values()):
+        overrides = dict(zip(grid, values, strict=True))
+        changed = {name: typed[name][value] for name, value in overrides.items()}
+        settings = {**content, **changed, "disable_tqdm": True}
+        setting = {n: value for n, value in overrides.items() if len(grid[n]) > 1 or n == "learning_rate"}
+        words = [word for name, value in overrides.items() for word in (f"--{name}", value)]
+        seeds = typed["seed"].values() if "seed" in typed else [settings.get("seed", DEFAULT_SEED)]
+        for place, seed in enumerate(seeds):
+            at = folder / known.get(_key(changed), _setting_folder(overrides)) / str(seed)
+            direct = [method, "--config", str(recipe), *words, "--seed", str(seed), "--output_dir", str(at)]
+            job = Job(
+                run=Run(recipe.stem, setting, seed, at),
+                method=method,
+                settings={**settings, "seed": seed},
+                words=[*direct, "--disable_tqdm", "true"],
+                seed_place=place,
+                evaluation=_tofu_evaluation(recipe, settings, at, retain) if method == "unlearn" else None,
+                launcher=launcher,
+            )
+            jobs.append(job)
     return jobs
+
+
+def _typed(method: str, name: str, values: Sequence[str]) -> dict[str, Any]:
+    """The values of a field by how they were written, each of the type that the method gives it."""
+    typed: dict[str, Any] = {}
+    for value in values:
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                typed[value] = read_settings(method, [f"--{name}={value}"])[name]
+        except SystemExit:  # argparse prints what is wrong
+            message = (said.getvalue().strip().splitlines() or ["it is refused"])[-1].split(": error: ", 1)[-1]
+            raise ValueError(f"--{name} {value}: {message}.") from None
+    if len({_key(value) for value in typed.values()}) < len(values):
+        raise ValueError(f"--{name} has a value twice ({' '.join(values)}); give each once.")
+    return typed
+
+
+def _key(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _setting_folders(folder: Path, method: str) -> dict[str, str]:
+    """The folders of earlier calls by their typed settings: 1e-4 and 0.0001 are one setting."""
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob("*=*")):
+        with contextlib.suppress(ValueError, KeyError):
+            fields = setting_of_folder(path.name)
+            found[_key({name: _typed(method, name, [value])[value] for name, value in fields.items()})] = path.name
+    return found
 
 
 def method_of(recipe: Path) -> str:
@@ -221,200 +357,72 @@ def _setting_folder(overrides: Mapping[str, str]) -> str:
     return ",".join(f"{name}={quote(value, safe='+')}" for name, value in overrides.items()) or "recipe"
 
 
-def _tofu_evaluation(settings: Mapping[str, Any], folder: Path, retain: Path | None) -> list[str] | None:
-    forget = settings.get("forget", "forget10")
-    if settings.get("dataset_config") is not None or not is_tofu(settings["dataset_name"]) or forget not in SPLITS:
+def setting_of_folder(name: str) -> dict[str, str]:
+    """The overrides that a folder is named after; the reverse of how it is named."""
+    parts = [part.partition("=") for part in name.split(",")] if "=" in name else []
+    return {field: unquote(value) for field, _, value in parts}
+
+
+def _tofu_evaluation(recipe: Path, settings: Mapping[str, Any], folder: Path, retain: Path | None) -> list[str] | None:
+    dataset, forget = settings.get("dataset_name"), settings.get("forget", "forget10")
+    if not dataset:
+        raise ValueError(f"{recipe} has no dataset_name; give locuslab/TOFU, a folder, or builtin:authors.")
+    if settings.get("dataset_config") is not None or not is_tofu(dataset) or forget not in SPLITS:
         return None
-    words = ["tofu-eval", "--model", str(folder), "--dataset", str(settings["dataset_name"]), "--split", forget]
+    words = ["tofu-eval", "--model", str(folder), "--dataset", str(dataset), "--split", forget]
     return words + (["--retain", str(retain)] if retain else [])
 
 
-def is_done(job: Job) -> bool:
-    """Whether nothing is left to do for a run: it finished and was evaluated, or it diverged.
+def _print_commands(jobs: Sequence[Job], pending: Sequence[Job]) -> None:
+    """The commands that would make the runs without a comparison, ready for a shell; those of done ones as comments."""
+    for job in jobs:
+        mark = "" if job in pending else "# done: "
+        for words in (job.words, job.evaluation):
+            if words:
+                module = [] if job.launcher == MODULE else [*job.launcher, "ceu_rl.cli"]
+                print(mark + shlex.join([*module, *words] if module and words is job.words else ["ceu-rl", *words]))
+
+
+# what lies there
+
+
+def find_runs(folder: Path) -> list[Run]:
+    """The runs that lie in the folder of a comparison, in the order of its last report, else stock first.
 
     Raises:
-        ValueError: for a result that was made with other settings than the recipe has now.
+        ValueError: if there are none, or a folder's name says no number as its learning rate.
     """
-    for name in ("result.json", FAILURE):
-        path = job.folder / name
-        if path.is_file() and json.loads(path.read_text())["settings"] != read_settings(
-            job.command[0], job.command[1:]
-        ):
-            if name == FAILURE:
-                return False
-            raise ValueError(
-                f"{path} was made with other settings than the recipe has now; choose another --output_dir."
-            )
-    if job.found.status == "finished":
-        return job.evaluation is None or (job.folder / TOFU_RESULT).is_file()
-    return job.found.status == "diverged"
-
-
-def run_jobs(jobs: Sequence[Job], at_once: int, console: Console) -> None:
-    """Run every job, `at_once` of them at the same time, and show how far they are and how long it will take."""
-    if not jobs:
-        return
-    variables = dict(os.environ)
-    if at_once > 1:
-        variables.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
-    stop = threading.Event()
-    active: dict[int, Job] = {}  # by the slot that it runs in
-    slots = list(range(at_once))
-
-    def work(job: Job) -> str:
-        slot = slots.pop()
-        active[slot] = job
-        try:
-            return run_job(job, _on_device(variables, slot, at_once), stop)
-        finally:
-            del active[slot]
-            slots.append(slot)
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    overall = Progress(*columns, TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False), console=console)
-    with overall as progress, ThreadPoolExecutor(at_once) as pool:
-        task = progress.add_task("runs", total=len(jobs))
-        lines = [progress.add_task("", total=None, visible=False) for _ in range(at_once)]
-        futures = {pool.submit(work, job): job for job in jobs}
-        remaining = set(futures)
-        try:
-            while remaining:
-                done, remaining = wait(remaining, timeout=POLL, return_when=FIRST_COMPLETED)
-                for future in done:
-                    outcome = f"{_name(futures[future])}: {future.result()}"
-                    progress.console.print(outcome, soft_wrap=True, markup=False, highlight=False)
-                shares = 0.0
-                for slot, line in enumerate(lines):
-                    job = active.get(slot)
-                    step = _last_step(job.folder) if job else 0
-                    total = job.max_steps if job else None
-                    shares += min(step / total, 1.0) if total else 0.0
-                    progress.update(
-                        line, description=_name(job) if job else "", completed=step, total=total, visible=bool(job)
-                    )
-                progress.update(task, completed=len(jobs) - len(remaining) + shares)
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _name(job: Job) -> str:
-    return str(Path(job.folder.parent.parent.name, job.folder.parent.name, job.folder.name))
-
-
-def _on_device(variables: Mapping[str, str], slot: int, at_once: int) -> dict[str, str]:
-    """Runs at the same time take the visible GPUs in turn."""
-    import torch
-
-    if at_once == 1 or not torch.cuda.is_available():
-        return dict(variables)
-    visible = variables.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    return {**variables, "CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]}
-
-
-def _last_step(folder: Path) -> int:
-    try:
-        with open(folder / "metrics.jsonl", "rb") as file:
-            file.seek(max(0, os.path.getsize(file.name) - 4096))
-            lines = file.read().splitlines()
-        return int(json.loads(lines[-1])["step"])
-    except (OSError, IndexError, ValueError, KeyError):  # not there yet, or a line that is being written
-        return 0
-
-
-def run_job(job: Job, variables: Mapping[str, str], stop: threading.Event) -> str:
-    """Train one run, and evaluate it where that is asked for, as processes of their own; says what came out."""
-    with _lock(job.folder, stop) as lock:
-        if lock is None:
-            return "not started"
-        if is_done(job):  # by the process that was waited for
-            return f"{job.found.status}, by an earlier call"
-        (job.folder / FAILURE).unlink(missing_ok=True)
-        commands = []
-        if job.found.status != "finished":
-            commands.append([*job.launcher, "ceu_rl.cli", *job.command, *_prepare_folder(job.folder)])
-        if job.evaluation is not None:
-            commands.append([sys.executable, "-m", "ceu_rl.cli", *job.evaluation])
-        for command in commands:
-            if not _succeeds(job, command, lock, variables, stop):
-                return f"{job.found.status}: {job.found.reason}"
-    return "finished"
-
-
-@contextmanager
-def _lock(folder: Path, stop: threading.Event) -> Iterator[int | None]:
-    """Hold the lock of a run; its processes inherit it, so that it is free only once none of them is left.
-
-    A comparison that is killed leaves its processes training. The next one waits here until they are through.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f"{folder.name}.lock"), "a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if stop.wait(POLL):
-                    yield None
-                    return
-        yield None if stop.is_set() else file.fileno()
-
-
-def _prepare_folder(folder: Path) -> list[str]:
-    """How to go on with what an interrupted run left; what cannot be gone on with is moved aside, never deleted."""
-    if saved_checkpoints(folder):
-        return ["--resume_from_checkpoint", "true"]
-    if (folder / "metrics.jsonl").is_file() or any(folder.glob("*.safetensors")):
-        number = next(i for i in itertools.count(1) if not folder.with_name(f"{folder.name}-interrupted-{i}").exists())
-        folder.rename(folder.with_name(f"{folder.name}-interrupted-{number}"))
-    return []
-
-
-def _succeeds(job: Job, command: Sequence[str], lock: int, variables: Mapping[str, str], stop: threading.Event) -> bool:
-    """Run a command with its output in the log of the run; what failed is written into its `failure.json`."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    with open(job.folder / LOG, "a") as log:
-        log.write(f"$ {shlex.join(command)}\n")
-        log.flush()
-        start = log.tell()
-        # A session of its own, so that all its processes can be ended together
-        process = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=variables,
-            pass_fds=[lock],
-            start_new_session=True,
-        )
-        while process.poll() is None:
-            if stop.wait(POLL):
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait()
-                return False
-    if process.returncode and not stop.is_set():
-        _write_failure(job, command, process.returncode, start)
-    return process.returncode == 0
-
-
-def _write_failure(job: Job, command: Sequence[str], status: int, start: int) -> None:
-    with open(job.folder / LOG, errors="replace") as log:
-        log.seek(start)
-        lines = [line.rstrip() for line in log if line.strip()]
-    errors = [line for line in lines if ": error: " in line]
-    reason = (errors or lines or ["it printed nothing"])[-1].split(": error: ", 1)[-1]
-    if status < 0:
-        reason = f"It was ended by {signal.Signals(-status).name}."
-    failure = {
-        "status": status,
-        "reason": reason,
-        "diverged": bool(errors) and "met a non-finite" in reason,
-        "log_tail": lines[-LOG_TAIL:],
-        "command": shlex.join(command),
-        "settings": read_settings(job.command[0], job.command[1:]),
-        "seed": job.run.seed,
-        **environment(),
+    traces = (RESULT, FAILURE, LOG, TOFU_RESULT)
+    places = sorted(path for path in folder.glob("*/*/*") if any((path / name).exists() for name in traces))
+    places = [path for path in places if path.name.isdecimal()]
+    if not places:
+        raise ValueError(f"{folder} holds no runs; they lie in <arm>/<setting>/<seed>/.")
+    settings = {path: setting_of_folder(path.parent.name) for path in places}
+    several = {"learning_rate"} | {
+        name
+        for setting in settings.values()
+        for name in setting
+        if len({each.get(name) for each in settings.values()}) > 1
     }
-    write_json(job.folder / FAILURE, failure)
+    runs = []
+    for path, setting in settings.items():
+        try:
+            float(setting.get("learning_rate", 0))
+        except ValueError:
+            raise ValueError(f"{path.parent} names no number as its learning rate; move it away.") from None
+        shown = {name: value for name, value in setting.items() if name in several}
+        runs.append(Run(path.parent.parent.name, shown, int(path.name), path))
+    order = _arms_of_report(folder)
+    names = sorted(
+        {run.arm for run in runs},
+        key=lambda arm: (order.index(arm) if arm in order else len(order), arm != "stock", arm),
+    )
+    return sorted(runs, key=lambda run: names.index(run.arm))
+
+
+def _arms_of_report(folder: Path) -> list[str]:
+    try:
+        found = json.loads((folder / "report.json").read_bytes())["runs"]
+        return list(dict.fromkeys(str(run["arm"]) for run in found))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []

@@ -85,11 +85,27 @@ def write_report(folder: Path, runs: Sequence[Run], console: Console, command: s
     """
     summary = summarize(runs, command)
     report = _clean({"command": command, "verdict": verdict(summary), **summary})
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(_json(report))
-    (folder / "report.html").write_text(_html(folder.resolve().name, runs, report))
-    _print(folder, runs, report, console)
+    _print(runs, report, console)
+    _write_whole(
+        {folder / "report.json": _json(report), folder / "report.html": _html(folder.resolve().name, runs, report)}
+    )
+    files = f"Report: {folder / 'report.html'}, numbers: {folder / 'report.json'}"
+    console.print(files, markup=False, soft_wrap=True)
     return report
+
+
+def _write_whole(files: Mapping[Path, str]) -> None:
+    """Write all of the files, or leave all of them as they were."""
+    parts = {path: path.with_name(f"{path.name}.part") for path in files}
+    try:
+        for path, part in parts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(files[path], encoding="utf-8")
+        for path, part in parts.items():
+            part.replace(path)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
 
 
 def table_rows(runs: Sequence[Run]) -> list[list[str]]:
@@ -132,13 +148,12 @@ def _json(report: Mapping[str, Any]) -> str:
     return "{\n " + ",\n ".join(f"{json.dumps(key)}: {dump(value)}" for key, value in report.items()) + "\n}\n"
 
 
-def _print(folder: Path, runs: Sequence[Run], report: Mapping[str, Any], console: Console) -> None:
+def _print(runs: Sequence[Run], report: Mapping[str, Any], console: Console) -> None:
     first, *rest = report["verdict"]
     console.print(first, style="bold", markup=False, highlight=False)
     for sentence in rest:
         console.print(f"- {sentence}", markup=False, highlight=False)
     console.print(_first_to_last(runs) if len(runs) <= 4 and len(grouped(runs)) == len(runs) else _overview(report))
-    console.print(f"Report: {folder / 'report.html'}, numbers: {folder / 'report.json'}", markup=False, soft_wrap=True)
 
 
 def _first_to_last(runs: Sequence[Run]) -> Table:
