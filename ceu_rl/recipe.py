@@ -241,5 +241,6 @@ def _load_yaml(path: Path) -> dict[Any, Any]:
         line = f"line {mark.line + 1}: " if mark else ""
         raise ValueError(f"{path} is no valid recipe ({line}{' '.join(problem.split())}).") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {'nothing' if content is None else content!r}; write `field: value` lines.")
+        held = "nothing" if content is None else repr(content)
+        raise ValueError(f"{path} holds {held}; write `field: value` lines.")
     return content

@@ -18,7 +18,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from ceu_rl.cli import main
-from ceu_rl.stability import compare
+from ceu_rl.stability import compare, jobs, launchers, report
 from ceu_rl.stability.compare import find_runs, make_jobs, method_of, parse, parse_fields
 
 ROOT = Path(__file__).parents[1]
@@ -62,11 +62,11 @@ def two_recipes(tmp_path):
 
 def test_the_grid_is_recipes_times_values_times_seeds(two_recipes, tmp_path):
     fields = {"learning_rate": ["1e-5", "3e-5"], "beta": ["0.1"], "seed": ["0", "1"]}
-    jobs = make_jobs(two_recipes, fields, tmp_path / "runs")
-    assert [(job.run.arm, job.run.setting["learning_rate"], job.run.seed) for job in jobs] == [
+    made = make_jobs(two_recipes, fields, tmp_path / "runs")
+    assert [(job.run.arm, job.run.setting["learning_rate"], job.run.seed) for job in made] == [
         (arm, rate, seed) for arm in ("stock", "ceu") for rate in ("1e-5", "3e-5") for seed in (0, 1)
     ]
-    job = jobs[-1]
+    job = made[-1]
     assert job.folder == tmp_path / "runs" / "ceu" / "learning_rate=3e-5,beta=0.1" / "1"
     assert job.run.setting == {"learning_rate": "3e-5"}  # beta tells no run from another
     assert job.max_steps == 20 and job.evaluation is None
@@ -76,7 +76,7 @@ def test_the_grid_is_recipes_times_values_times_seeds(two_recipes, tmp_path):
     )
     assert job.command == ["dpo", "--config", f"{job.folder}/recipe.yaml", "--output_dir", str(job.folder)]
     assert (job.settings["learning_rate"], job.settings["beta"], job.settings["seed"]) == (3e-5, 0.1, 1)
-    assert len({job.folder for job in jobs}) == 8
+    assert len({job.folder for job in made}) == 8
 
 
 def test_without_fields_there_is_one_run_a_recipe_with_its_seed(two_recipes, tmp_path):
@@ -144,6 +144,7 @@ def test_the_method_is_that_of_the_folder(tmp_path):
         (["{stock}", "--resume-from-checkpoint", "true"], "--resume_from_checkpoint is given"),
         (["{stock}", "--launcher", "pbs"], "--launcher: invalid choice: 'pbs'"),
         (["{stock}", "--launcher_config", "{stock}"], "--launcher local takes no options, but dataset_name"),
+        (["{stock}", "--model_name_or_path", "/no/such/model"], "model_name_or_path /no/such/model is no folder"),
         (["{stock}", "--method", "sleep"], "--method: invalid choice: 'sleep'"),
         (["--report_only", "--seed", "1"], "--seed is given without recipes"),
     ],
@@ -325,6 +326,9 @@ def quick(two_recipes, tmp_path, monkeypatch, capsys):
     """Compare the two recipes by runs that only record their settings; returns the status, output and what started."""
     (tmp_path / "quick.py").write_text(QUICK)
     monkeypatch.setattr(compare, "MODULE", [sys.executable, str(tmp_path / "quick.py")])
+    for module in (jobs, launchers):
+        monkeypatch.setattr(module, "POLL", 0.02)
+    monkeypatch.setattr(report, "_html", lambda *args: "a page")
     monkeypatch.chdir(tmp_path)
 
     def call(*words, out="runs"):

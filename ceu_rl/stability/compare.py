@@ -30,6 +30,7 @@ from urllib.parse import quote, unquote
 import yaml
 from rich.console import Console
 
+from ..models import check_model_name
 from ..recipe import NO_SETTINGS, read_recipe, read_settings
 from ..tofu.data import SPLITS, is_tofu
 from .jobs import MODULE, Job, is_done
@@ -73,6 +74,9 @@ def _compare(argv: Sequence[str], console: Console, command: str) -> int:
     if args.dry_run:
         _print_commands(jobs, pending)
         return 0
+    for job in pending:
+        if model := job.settings.get("model_name_or_path"):
+            check_model_name(model, job.recipe)
     options = _read_mapping(args.launcher_config) if args.launcher_config else {}
     _check_writable(folder)
     kept = len(jobs) - len(pending)
@@ -298,6 +302,7 @@ def _jobs_of(
             direct = [method, "--config", str(recipe), *words, "--seed", str(seed), "--output_dir", str(at)]
             job = Job(
                 run=Run(recipe.stem, setting, seed, at),
+                recipe=recipe,
                 method=method,
                 settings={**settings, "seed": seed},
                 words=[*direct, "--disable_tqdm", "true"],

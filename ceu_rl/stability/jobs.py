@@ -45,6 +45,7 @@ class Job:
     """A run of the grid and how it is made."""
 
     run: Run
+    recipe: Path
     method: str  # the command of ceu-rl that trains it
     settings: Mapping[str, Any]
     words: Sequence[str]  # arguments of ceu-rl that would make it without a comparison

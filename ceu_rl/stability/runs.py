@@ -198,6 +198,11 @@ def setting_of(settings: Mapping[str, Any], name: str) -> Any:
     return found
 
 
+def has_setting(settings: Mapping[str, Any], name: str) -> bool:
+    """Whether a field was set, be it to null."""
+    return name in settings or setting_of(settings, name) is not None
+
+
 def _pairs(words: list[Any]) -> Iterator[tuple[str, str | None]]:
     texts = [str(word) for word in words]
     return zip(texts, [*texts[1:], None], strict=False)
@@ -206,9 +211,9 @@ def _pairs(words: list[Any]) -> Iterator[tuple[str, str | None]]:
 def _default_rate(method: str | None) -> float | None:
     if method is None:
         return None
-    from ..cli import _classes
+    from ..recipe import classes_of
 
-    return _float(_classes(method)[1].__dataclass_fields__["learning_rate"].default)
+    return _float(classes_of(method)[1].__dataclass_fields__["learning_rate"].default)
 
 
 def _float(value: Any) -> float | None:
