@@ -289,7 +289,7 @@ def _normal_row(row: Mapping[str, Any], index: int, name: str, kind: Kind, text_
                 raise refuse(column, "an empty", rest)
         elif not isinstance(value, str) or column in ("messages", "conversations"):
             raise refuse(column, f"a {type(value).__name__} as", "make it text, or a list of messages")
-    return _joined(row, COMPLETIONS[kind], refuse)
+    return _joined(row, tuple(c for c in COMPLETIONS[kind] if c in row), refuse)
 
 
 def _joined(row: Mapping[str, Any], completions: tuple[str, ...], refuse: Any) -> dict[str, Any] | None:

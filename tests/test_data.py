@@ -1,0 +1,259 @@
+"""What a dataset's name means, and the check of its rows."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from datasets import Dataset, DatasetDict, IterableDataset
+
+from ceu_rl.data import check_layout, load
+
+USER, SAID, OTHER = (
+    {"role": "user", "content": "1+2="},
+    {"role": "assistant", "content": "3"},
+    {"role": "assistant", "content": "4"},
+)
+TEXT = {"prompt": "1+2=", "chosen": "3", "rejected": "4"}
+CHAT = {"prompt": [USER], "chosen": [SAID], "rejected": [OTHER]}
+WHOLE = {"chosen": [USER, SAID], "rejected": [USER, OTHER]}
+
+
+def made(rows, stream=False):
+    return IterableDataset.from_generator(lambda: iter(rows)) if stream else Dataset.from_list(rows)
+
+
+# rows
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "row", "expected"),
+    [
+        ("preference", TEXT, TEXT),
+        ("preference", CHAT, CHAT),
+        ("preference", {"chosen": "ab", "rejected": "ac"}, {"chosen": "ab", "rejected": "ac"}),
+        ("preference", WHOLE, WHOLE),  # TRL takes the prompt out itself
+        ("preference", {"prompt": "1+2=", **WHOLE}, CHAT),  # the export of UltraFeedback
+        ("preference", {"prompt": " 1+2=\n", **WHOLE}, CHAT),
+        ("preference", {"prompt": "1+2=", "chosen": [SAID], "rejected": [OTHER]}, CHAT),
+        ("preference", {"prompt": [USER], **WHOLE}, CHAT),
+        ("preference", {"prompt": [USER], "chosen": "3", "rejected": "4"}, CHAT),
+        (
+            "preference",
+            {
+                "prompt": "1+2=",
+                **{name: [{"role": "system", "content": "Add."}, *turns] for name, turns in WHOLE.items()},
+            },
+            {**CHAT, "prompt": [{"role": "system", "content": "Add."}, USER]},
+        ),
+        ("sft", {"prompt": "1+2=", "completion": "3"}, {"prompt": "1+2=", "completion": "3"}),
+        ("sft", {"prompt": "1+2=", "completion": [USER, SAID]}, {"prompt": [USER], "completion": [SAID]}),
+        ("sft", {"prompt": [USER], "completion": [USER, SAID]}, {"prompt": [USER], "completion": [SAID]}),
+        ("sft", {"prompt": [USER], "completion": "3"}, {"prompt": [USER], "completion": [SAID]}),
+        ("sft", {"messages": [USER, SAID]}, {"messages": [USER, SAID]}),
+        ("sft", {"text": "abc"}, {"text": "abc"}),
+        ("sft", {"input_ids": [1, 2]}, {"input_ids": [1, 2]}),
+        (
+            "sft",
+            {"conversations": [{"from": "user", "value": "a"}]},
+            {"conversations": [{"from": "user", "value": "a"}]},
+        ),
+        ("prompt", {"prompt": "1+2=", "answer": 3}, {"prompt": "1+2=", "answer": 3}),
+        ("prompt", {"prompt": [USER]}, {"prompt": [USER]}),
+    ],
+)
+def test_layouts_that_say_the_same_are_understood(kind, row, expected, stream):
+    found = list(check_layout(made([row, row], stream), "train", kind))
+    assert found == [expected, expected]
+
+
+def test_a_dataset_in_trls_own_layout_is_not_copied():
+    dataset = made([CHAT, CHAT])
+    assert check_layout(dataset, "train", "preference") is dataset
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "row", "message"),
+    [
+        *[("preference", {**TEXT, c: v}, f"has an empty '{c}'") for c in TEXT for v in ("", " \n", None)],
+        ("preference", {**CHAT, "chosen": []}, r"has an empty 'chosen' \(\[\]\)"),
+        ("preference", {**CHAT, "prompt": []}, r"has an empty 'prompt' \(\[\]\)"),
+        ("preference", {**CHAT, "chosen": [{"role": "assistant", "content": " "}]}, "has an empty 'chosen'"),
+        ("preference", {**CHAT, "chosen": [{"role": "assistant", "content": None}]}, "has an empty 'chosen'"),
+        (
+            "preference",
+            {**CHAT, "chosen": [{"role": "assistant", "content": [{"type": "text", "text": ""}]}]},
+            "has an empty",
+        ),
+        ("preference", {**TEXT, "chosen": 3}, "has a int as 'chosen' .3.; make it text"),
+        ("preference", {**TEXT, "prompt": 3.5}, "has a float as 'prompt'"),
+        ("preference", {**TEXT, "rejected": True}, "has a bool as 'rejected'"),
+        ("preference", {**TEXT, "chosen": {"role": "assistant", "content": "3"}}, "has a dict as 'chosen'"),
+        ("preference", {**TEXT, "chosen": ["3"]}, "has the item '3' in 'chosen'"),
+        ("preference", {**CHAT, "chosen": [{"content": "3"}]}, "has a message without a role .* in 'chosen'"),
+        (
+            "preference",
+            {**CHAT, "chosen": [{"role": "assistant", "content": 3}]},
+            "has a content of type int in 'chosen'",
+        ),
+        ("preference", {**CHAT, "chosen": "3"}, "has text beside messages in 'chosen'"),
+        ("preference", {"prompt": "5+5=", **WHOLE}, "has a text that is in no message of 'chosen' as 'prompt'"),
+        ("sft", {"prompt": "a", "completion": ""}, "has an empty 'completion'"),
+        ("sft", {"messages": []}, "has an empty 'messages'"),
+        ("sft", {"messages": "a"}, "has a str as 'messages'"),
+        ("sft", {"messages": [USER, {"role": "assistant", "content": ""}]}, "has an empty 'messages'"),
+        ("sft", {"text": None}, "has an empty 'text'"),
+        ("sft", {"text": 1}, "has a int as 'text'"),
+        ("prompt", {"prompt": ""}, "has an empty 'prompt'"),
+        ("prompt", {"prompt": None}, "has an empty 'prompt'"),
+        ("prompt", {"prompt": []}, "has an empty 'prompt'"),
+        ("prompt", {"prompt": 4}, "has a int as 'prompt'"),
+        ("prompt", {"prompt": ["a"]}, "has the item 'a' in 'prompt'"),
+    ],
+)
+def test_a_row_that_cannot_be_learned_from_is_named(kind, row, message, stream):
+    with pytest.raises(ValueError, match=f"Row 0 of the train dataset {message}"):
+        list(check_layout(made([row], stream), "train", kind))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "row", "message"),
+    [
+        ("preference", {"prompt": "a", "choosen": "b", "rejected": "c"}, "no column 'chosen'.*rename 'choosen'"),
+        ("preference", {"question": "a", "answer": "b"}, r"no column 'chosen' among \['answer', 'question'\]"),
+        ("sft", {"prompt": "a"}, "no column 'completion'"),
+        ("sft", {"completion": "a"}, "no column 'prompt'"),
+        ("sft", {"message": []}, "no column 'messages'.*rename 'message'"),
+        ("prompt", {"prompts": "a"}, "column 'prompts', which is what the trainer itself passes"),
+        ("prompt", {"prompt": "a", "completions": "b"}, "column 'completions', which is what the trainer itself"),
+        ("prompt", {"question": "a"}, "no column 'prompt'"),
+    ],
+)
+def test_a_missing_column_is_named(kind, row, message, stream):
+    with pytest.raises(ValueError, match=message):
+        list(check_layout(made([row], stream), "train", kind))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            DatasetDict(train=made([TEXT]), test=made([TEXT])),
+            r"is a DatasetDict with the splits \['test', 'train'\]; give one",
+        ),
+        ("rows.jsonl", "is the path 'rows.jsonl'; load it first"),
+        ([TEXT], "is a list; give a datasets.Dataset"),
+        (None, "is a NoneType; give a datasets.Dataset"),
+        (Dataset.from_dict({"prompt": [], "chosen": [], "rejected": []}), "has no rows"),
+    ],
+)
+def test_what_is_no_dataset_is_named(value, message):
+    with pytest.raises(ValueError, match=f"The train dataset {message}"):
+        check_layout(value, "train", "preference")
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"content": "", "reasoning_content": "1+2 is 3"},
+        {"content": None, "thinking": "1+2 is 3"},
+        {"content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]},
+        {"content": [{"type": "text", "text": "3"}]},
+        {"content": [{"type": "image", "image": "x.png"}]},
+    ],
+)
+def test_a_turn_that_says_something_in_another_field_is_not_empty(turn):
+    row = {**CHAT, "chosen": [{"role": "assistant", **turn}]}
+    assert list(check_layout(made([row], stream=True), "train", "preference")) == [row]
+
+
+def test_a_later_row_is_named_and_the_other_columns_stay():
+    rows = [{**TEXT, "n": n} for n in range(4)]
+    rows[2]["chosen"] = " "
+    with pytest.raises(ValueError, match="Row 2 of the eval dataset has an empty 'chosen'"):
+        check_layout(made(rows), "eval", "preference")
+    chats = [{"prompt": "1+2=", **WHOLE, "n": n} for n in range(4)]
+    assert check_layout(made(chats), "train", "preference")["n"] == [0, 1, 2, 3]
+
+
+# names
+
+
+def script(**fields):
+    names = {
+        "dataset_config": None,
+        "dataset_train_split": "train",
+        "dataset_test_split": "test",
+        "dataset_streaming": False,
+    }
+    return SimpleNamespace(**{**names, **fields})
+
+
+def write(path, rows):
+    match path.suffix:
+        case ".csv":
+            Dataset.from_list(rows).to_csv(path)
+        case ".tsv":
+            Dataset.from_list(rows).to_csv(path, sep="\t")
+        case ".parquet":
+            Dataset.from_list(rows).to_parquet(path)
+        case ".json":
+            path.write_text(json.dumps(rows))
+        case _:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+NO_MIXTURE = SimpleNamespace(datasets=None)
+ROWS = [{"prompt": f"{n}+1=", "chosen": f"a{n}", "rejected": f"b{n}"} for n in range(20)]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "ndjson", "json", "csv", "tsv", "parquet"])
+def test_a_file_is_a_dataset_and_a_share_of_it_the_test_split(tmp_path, suffix):
+    name = write(tmp_path / f"rows.{suffix}", ROWS)
+    datasets, task = load("dpo", script(dataset_name=name), NO_MIXTURE, evaluates=False)
+    assert datasets["train"].to_list() == ROWS and set(datasets) == {"train"} and task is None
+    parted, _ = load("dpo", script(dataset_name=name, dataset_test_split="0.1"), NO_MIXTURE, evaluates=True)
+    again, _ = load("dpo", script(dataset_name=name, dataset_test_split="0.1"), NO_MIXTURE, evaluates=True)
+    assert len(parted["eval"]) == 2 and len(parted["train"]) == 18
+    assert sorted(map(str, [*parted["train"], *parted["eval"]])) == sorted(map(str, ROWS))
+    assert parted["eval"].to_list() == again["eval"].to_list()
+
+
+def test_folders(tmp_path):
+    (tmp_path / "files").mkdir()
+    write(tmp_path / "files" / "train.jsonl", ROWS)
+    write(tmp_path / "files" / "test.jsonl", ROWS[:3])
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS[:3])).save_to_disk(tmp_path / "two")
+    for folder, split, rows in (("files", "test", 3), ("one", "0.25", 5), ("two", "test", 3)):
+        given = script(dataset_name=str(tmp_path / folder), dataset_test_split=split)
+        datasets, _ = load("dpo", given, NO_MIXTURE, evaluates=True)
+        assert len(datasets["eval"]) == rows and len(datasets["train"]) == 20 - (5 if split == "0.25" else 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "fields", "message"),
+    [
+        (None, {}, "rows.jsonl is no file"),
+        ("", {}, "rows.jsonl is an empty file"),
+        ('{"a": 1', {}, "rows.jsonl cannot be read"),
+        ("not json at all", {}, "rows.jsonl cannot be read"),
+        ("[1, 2", {}, "rows.jsonl cannot be read"),
+        (None, {"dataset_name": "./nowhere"}, "./nowhere is no folder and no file"),
+        ('{"a": 1}\n', {"dataset_test_split": "0.1"}, "leaves a part of the 1 rows empty"),
+        ('{"a": 1}\n', {"dataset_test_split": "1.5"}, "use a split's name or a share between 0 and 1"),
+        ('{"a": 1}\n', {"dataset_test_split": "dev"}, r"no split 'dev' but \['train'\]"),
+        ('{"a": 1}\n', {"dataset_train_split": "trian"}, r"no split 'trian' but \['train'\]"),
+        ('{"a": 1}\n', {"dataset_test_split": "0.5", "dataset_streaming": True}, "a streamed dataset cannot be parted"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(tmp_path, content, fields, message):
+    path = tmp_path / "rows.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message) as refusal:
+        load("dpo", script(**{"dataset_name": str(path), **fields}), NO_MIXTURE, evaluates=True)
+    assert "\n" not in str(refusal.value)

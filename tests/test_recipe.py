@@ -1,0 +1,136 @@
+"""Reading a recipe and a command line: what is understood, and the one sentence for what is not."""
+
+import os
+
+import pytest
+
+from ceu_rl.recipe import build_configs, read_arguments, read_recipe, read_settings
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("text", "settings"),
+    [
+        ("learning_rate: 1e-4", {"learning_rate": 1e-4}),  # which YAML reads as text
+        ("learning_rate: 1", {"learning_rate": 1.0}),
+        ("learning-rate: 1.0e-4\nmax-steps: 3", {"learning_rate": 1e-4, "max_steps": 3}),
+        ("bf16: 0\nuse_cpu: yes", {"bf16": False, "use_cpu": True}),
+        ("max_length: null", {"max_length": None}),
+        ("lora_target_modules: all-linear", {"lora_target_modules": ["all-linear"]}),
+        (
+            "loss_type: [sigmoid, sft]\nloss_weights: [1, 0.5]",
+            {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
+        ),
+        ("model_init_kwargs: {num_hidden_layers: 2}", {"model_init_kwargs": {"num_hidden_layers": 2}}),
+        ("report_to: none\nsave_strategy: 'no'", {"report_to": "none", "save_strategy": "no"}),
+        ("env: {CEU_RL_X: 1}\nseed: 3", {"env": {"CEU_RL_X": 1}, "seed": 3}),
+        ("ceu_max_weight: .inf", {"ceu_max_weight": float("inf")}),
+        ("ceu_max_weight: inf", {"ceu_max_weight": float("inf")}),
+        (b"\xef\xbb\xbfseed: 3", {"seed": 3}),
+        ("output_dir: here\nresume_from_checkpoint: true\nseed: 3", {"seed": 3}),
+        ("x: &x {seed: 3}\n".replace("x: &x {seed: 3}\n", "seed: 3\r\n"), {"seed": 3}),
+    ],
+)
+def test_fields_are_typed(recipe, text, settings):
+    found = read_settings("dpo", ["--config", str(recipe(text))])
+    assert found == settings and {type(v) for v in found.values()} == {type(v) for v in settings.values()}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_steps: 2.5", "max_steps is 2.5; use a whole number"),
+        ("max_steps: 1e3", "max_steps is '1e3'; use a whole number"),
+        ("max_steps: null", "max_steps is None; use a whole number"),
+        ("seed: true", "seed is True; use a whole number"),
+        ("learning_rate: [1e-5]", "learning_rate is .*; use a number"),
+        ("learning_rate: true", "learning_rate is True; use a number"),
+        ("learning_rate: ten", "learning_rate is 'ten'; use a number"),
+        ("bf16: maybe", "bf16 is 'maybe'; use true or false"),
+        ("bf16: 2", "bf16 is 2; use true or false"),
+        ("save_strategy: no", "save_strategy is False; use text, in quotes"),
+        ("dataset_name: 3", "dataset_name is 3; use text"),
+        ("loss_weights: [one]", r"loss_weights is \['one'\]; use a list"),
+        ("learning_rat: 1", "no field 'learning_rat'; did you mean learning_rate"),
+        ("zzz: 1", "no field 'zzz'; ceu-rl dpo --help"),
+        ("3: 1", "no field '3'"),
+        ("seed: 1\nseed: 2", "line 2: seed is given twice"),
+        ("max_steps: 1\nmax-steps: 2", "gives max_steps twice"),
+        ("model_init_kwargs: {a: 1, a: 2}", "a is given twice"),
+        ("a: [1", "is no valid recipe .line 1"),
+        ("seed: 1\n\tx: 2", "is no valid recipe .line"),
+        ("", "holds nothing"),
+        ("# only a comment", "holds nothing"),
+        ("- seed", r"holds \['seed'\]"),
+        ("seed", "holds 'seed'"),
+        ("seed: 1".encode("utf-16"), "is not UTF-8"),
+        ("run_name: é".encode("latin-1"), "is not UTF-8"),
+        ("env: [1]", r"env is \[1\]; give NAME: value lines"),
+        ("seed: !!python/object:os.system x", "is no valid recipe"),
+        ("eval_strategy: 2020-01-01", "eval_strategy is .*; use text"),
+    ],
+)
+def test_what_is_wrong_is_named_with_file_and_field(recipe, text, message):
+    path = recipe(text)
+    with pytest.raises(ValueError, match=message) as refusal:
+        read_recipe("dpo", path)
+    assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--config"], "--config has no value"),
+        (["--config", "--seed", "1"], "--config has no value"),
+        (["--seed", "1", "--config"], "--config has no value"),
+        (["--config", "a.yaml", "--config=b.yaml"], "--config is given 2 times"),
+        (["--config", "/no/such.yaml"], "names '/no/such.yaml', which is no file"),
+        (["--config", "."], "names '.', which is no file"),
+        (["R.yaml"], "R.yaml is no option; write --config R.yaml"),
+        (["--ceu_cof", "1"], "no field '--ceu_cof'; did you mean ceu_coef"),
+        (["--learning", "1"], "no field '--learning'"),
+        (["--max_steps", "1", "2"], "no field '2'"),
+    ],
+)
+def test_words_that_are_no_option_are_named(argv, message):
+    with pytest.raises(ValueError, match=message):
+        read_arguments("dpo", argv)
+
+
+def test_the_command_line_goes_before_the_recipe_whatever_its_form(recipe):
+    path = recipe("learning_rate: 1\nseed: 3\noutput_dir: a")
+    for config in (["--config", str(path)], [f"--config={path}"]):
+        for rate in (["--learning-rate", "1e-4"], ["--learning_rate=1e-4"], ["--learning_rate", "0.0001"]):
+            for argv in (config + rate, rate + config):
+                assert read_settings("dpo", argv) == {"learning_rate": 1e-4, "seed": 3}
+    words = ["--loss_type", "sigmoid", "sft", "--gradient_checkpointing", "--output_dir", "b"]
+    assert read_arguments("dpo", words)["loss_type"] == ["sigmoid", "sft"]
+    assert read_settings("dpo", ["--gradient_checkpointing"]) == {"gradient_checkpointing": True}
+
+
+def test_a_value_of_the_wrong_type_on_the_command_line_ends_with_2(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        read_arguments("dpo", ["--max_steps", "2.5"])
+    assert "argument --max_steps/--max-steps: invalid int value: '2.5'" in capsys.readouterr().err
+
+
+def test_a_reward_function_may_stand_alone(recipe):
+    assert read_recipe("grpo", recipe("reward_funcs: a.b"))["reward_funcs"] == ["a.b"]
+
+
+def test_variables_are_set_and_configs_are_those_of_the_fields(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("CEU_RL_TEST", "before")
+    lines = ["env: {CEU_RL_TEST: 4}", f"output_dir: {tmp_path}", "ceu_coef: 0.5", "use_cpu: true", "bf16: false"]
+    path = recipe("\n".join([*lines, "model_name_or_path: m"]))
+    _, args, model, _ = build_configs("dpo", read_arguments("dpo", ["--config", str(path)]))
+    assert os.environ["CEU_RL_TEST"] == "4"
+    assert args.ceu_coef == 0.5 and args.output_dir == str(tmp_path) and model.model_name_or_path == "m"
