@@ -33,6 +33,15 @@ def check_columns(dataset: Dataset | IterableDataset, name: str, required: tuple
             raise ValueError(f"The {name} dataset has no column {column!r} among {sorted(row)}; {fix}.")
 
 
+def check_choices(args: Any, choices: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise a ValueError for a setting that TRL would refuse only in the loss of the first step."""
+    for name, allowed in choices.items():
+        given = getattr(args, name)
+        for value in given if isinstance(given, list | tuple) else [given]:
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; use one of {', '.join(allowed)}.")
+
+
 def check_language_model(model: Any, trust_remote_code: bool = False) -> None:
     """Raise a ValueError unless TRL's fused LM head fits: a decoder with a language-model head.
 

@@ -225,6 +225,20 @@ def check_dataset(dataset: Any, name: str, kind: Kind, text_field: str = "text")
         _check_columns(dataset.column_names, name, kind, text_field)
 
 
+class FirstRow:
+    """Says of a stream that it has no rows, where TRL looks at the first one and meets its end."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, StopIteration):
+            raise ValueError(f"The {self.name} dataset has no rows; give it at least one.") from error
+
+
 def _describe(value: Any) -> str:
     """What was given in place of a dataset, and what to do."""
     kind = type(value).__name__

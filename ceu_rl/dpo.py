@@ -13,13 +13,23 @@ from trl import DPOConfig, DPOTrainer
 
 from .checks import (
     StopAtNonFinite,
+    check_choices,
     check_language_model,
     check_reference_is_loaded,
     check_shared_cache,
     note,
 )
-from .data import COMPLETIONS, check_dataset, check_layout
+from .data import COMPLETIONS, FirstRow, check_dataset, check_layout
 from .routing import DescentConfig, DescentTrainer
+
+CHOICES = {
+    "loss_type": (
+        *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+        *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+    ),
+    "truncation_mode": ("keep_start", "keep_end"),
+    "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
+}
 
 
 @dataclass
@@ -69,10 +79,12 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, DPOTrainer):
         if given.get("train_dataset") is not None:
             check_dataset(given["train_dataset"], "train", "preference")
             check_shared_cache(given["train_dataset"], config.world_size if config.precompute_ref_log_probs else 1)
+        check_choices(config, CHOICES)
         check_language_model(given["model"], config.trust_remote_code)
         adapts = given.get("peft_config") is not None or isinstance(given["model"], PeftModel)
         check_reference_is_loaded(needs_reference=not adapts)
-        super().__init__(*bound.args[1:], **bound.kwargs)
+        with FirstRow("train"):
+            super().__init__(*bound.args[1:], **bound.kwargs)
         check_language_model(self.model)
         self.attach_route()
 
@@ -80,10 +92,8 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, DPOTrainer):
         self, dataset: Dataset | IterableDataset, processing_class: Any, args: DPOConfig, dataset_name: str
     ) -> Dataset | IterableDataset:
         dataset = check_layout(dataset, dataset_name, "preference", args.dataset_num_proc)
-        try:
+        with FirstRow(dataset_name):
             prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        except StopIteration:  # TRL looks at the first row of a stream
-            raise ValueError(f"The {dataset_name} dataset has no rows; give it at least one.") from None
         if isinstance(prepared, IterableDataset):
             return prepared.filter(lambda row: not _is_tie(row, args)) if self._leaves_ties_out(args) else prepared
         return self._without_ties(prepared, args, dataset_name, rows=len(dataset))

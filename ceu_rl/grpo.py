@@ -11,10 +11,16 @@ from peft import PeftModel
 from torch.nn import Module
 from trl import GRPOConfig, GRPOTrainer
 
-from .checks import StopAtNonFinite, check_language_model, check_reference_is_loaded, note
+from .checks import StopAtNonFinite, check_choices, check_language_model, check_reference_is_loaded, note
 from .data import check_layout
 from .rollouts import ReloadingVLLMGeneration, check_rewards, check_vllm, name_vllm_settings
 from .routing import DescentConfig, DescentTrainer
+
+CHOICES = {
+    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+}
 
 
 @dataclass
@@ -61,6 +67,7 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, GRPOTrainer):
             elif dataset is not None:
                 given[f"{role}_dataset"] = check_layout(dataset, role, "prompt")
         _check_prompts(given.get("train_dataset"), config)
+        check_choices(config, CHOICES)
         check_language_model(given["model"], config.trust_remote_code)
         adapts = given.get("peft_config") is not None or isinstance(given["model"], PeftModel)
         check_reference_is_loaded(needs_reference=config.beta != 0 and not adapts)

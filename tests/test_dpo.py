@@ -1,19 +1,23 @@
 """CE-U DPO against the imported `trl.DPOTrainer`, and against float64 gradients from plain logits."""
 
 import copy
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig
 from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from ceu_rl import CEUDPOConfig, CEUDPOTrainer
+from ceu_rl.dpo import CHOICES, mean_response_tokens
 
 from .reference import assert_gradients_follow, distance, keep_log_probs, routed_gradients
 
@@ -385,3 +389,116 @@ def test_fsdp_without_reference_weights_is_refused(tiny_model, tokenizer, tmp_pa
     result = launch_fsdp(tmp_path, config)
     assert result.returncode != 0
     assert "fsdp_cpu_ram_efficient_loading is true" in result.stderr
+
+
+def test_the_choices_are_those_of_trl(make_trainer):
+    source = inspect.getsource(DPOTrainer)
+    for name, values in CHOICES.items():
+        assert all(f'"{value}"' in source for value in values), f"TRL no longer has each of {name}"
+    listed = re.search(r"Unknown loss type: .*?Should be one of (.*?)\]", source, re.S)[1]
+    assert set(re.findall(r"'(\w+)'", listed)) == set(CHOICES["loss_type"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": "sigmoidd"},
+        {"truncation_mode": "keep"},
+        {"f_divergence_type": "kl"},
+        {"loss_type": ["sigmoid", "x"]},
+    ],
+)
+def test_a_choice_that_there_is_not_is_refused_before_the_first_step(make_trainer, settings):
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"{name} is .*; use one of"):
+        make_trainer(CEUDPOTrainer, **settings)
+
+
+# rows
+
+PAIR = {"prompt": "1+2=", "chosen": "3", "rejected": "4"}
+
+
+def test_pairs_whose_answers_are_the_same_are_left_out_and_counted(make_trainer, caplog):
+    """Stock learns nothing from them; weighed on one side they would train on the answer."""
+    rows = [
+        PAIR,
+        {**PAIR, "rejected": "3"},
+        {**PAIR, "chosen": "5" * 30 + "1", "rejected": "5" * 30 + "2"},  # the same by truncation
+        {**PAIR, "prompt": "1" * 40},
+        {**PAIR, "chosen": "5" * 30, "rejected": "6"},
+    ]
+    with caplog.at_level("INFO", "ceu_rl"):
+        trainer = make_trainer(CEUDPOTrainer, train_dataset=Dataset.from_list(rows), max_length=20)
+    assert [row["chosen"].rstrip("<|eos>") for row in trainer.train_dataset] == ["3", "5" * 30]
+    said = "has 5 rows: 1 dropped, whose prompt fills max_length (20); 3 answers cut there; 2 pairs left out"
+    assert said in caplog.text
+    stream = make_trainer(
+        CEUDPOTrainer, train_dataset=IterableDataset.from_generator(lambda: iter(rows)), max_length=20
+    )
+    assert list(stream.train_dataset) == list(trainer.train_dataset)
+
+
+def test_stock_keeps_pairs_whose_answers_are_the_same(make_trainer):
+    rows = Dataset.from_list([PAIR, {**PAIR, "rejected": "3"}] * 8)
+    stock, ours = (
+        make_trainer(c, train_dataset=rows, max_steps=3, **k)
+        for c, k in ((DPOTrainer, {}), (CEUDPOTrainer, {"ceu_coef": 0.0}))
+    )
+    stock.train()
+    ours.train()
+    assert_same_weights(stock, ours)
+
+
+def test_a_dataset_of_ties_alone_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="In each of the 2 pairs of the train dataset the two answers are the same"):
+        make_trainer(CEUDPOTrainer, train_dataset=Dataset.from_list([{**PAIR, "rejected": "3"}] * 2))
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+@pytest.mark.parametrize("prompt", ["1+2=", ""])
+def test_response_tokens_are_those_that_the_loss_counts(make_trainer, mode, prompt):
+    rows = [{"prompt": prompt or "x", "chosen": "1" * n, "rejected": "2" * (2 * n)} for n in (3, 20, 90)]
+    settings = {"max_length": 16, "truncation_mode": mode}
+    trainer = make_trainer(CEUDPOTrainer, train_dataset=Dataset.from_list(rows), **settings)
+    if not prompt:
+        trainer.train_dataset = trainer.train_dataset.map(lambda row: {"prompt_ids": []})
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    counted = batch["completion_mask"][:, 1:].sum(dim=1).chunk(2)  # of the shifted labels
+    means = {name: part.float().mean().item() for name, part in zip(("chosen", "rejected"), counted, strict=True)}
+    assert mean_response_tokens(trainer.train_dataset, trainer.args) == pytest.approx(means)
+
+
+def test_the_prompt_beside_whole_conversations_is_no_part_of_the_answer(make_trainer):
+    turn = [{"role": "user", "content": "1+2="}]
+    answers = {name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "3"), ("rejected", "4"))}
+    whole = {name: turn + answer for name, answer in answers.items()}
+    layouts = [{"prompt": turn, **answers}, {"prompt": "1+2=", **whole}, {"prompt": turn, **whole}, whole]
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    found = [
+        make_trainer(CEUDPOTrainer, train_dataset=Dataset.from_list([row])).train_dataset.select_columns(columns)[0]
+        for row in layouts
+    ]
+    assert all(ids == found[0] for ids in found)
+
+
+def test_a_stream_is_read_no_further_than_stock_reads_it(make_trainer, preferences):
+    read = []
+
+    def rows():
+        for row in preferences:
+            read.append(row)
+            yield row
+
+    counts = []
+    for trainer_class in (DPOTrainer, CEUDPOTrainer):
+        read.clear()
+        stream = IterableDataset.from_generator(rows).shuffle(buffer_size=10, seed=0)
+        make_trainer(trainer_class, train_dataset=stream)
+        counts.append(len(read))
+    assert counts[1] == counts[0] > 0
+
+
+def test_a_stream_without_rows_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="The train dataset has no rows"):
+        make_trainer(CEUDPOTrainer, train_dataset=IterableDataset.from_generator(lambda: iter([])))

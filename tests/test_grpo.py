@@ -1,6 +1,8 @@
 """CE-U GRPO against the imported `trl.GRPOTrainer`, and against float64 gradients from plain logits."""
 
 import copy
+import inspect
+import re
 
 import datasets
 import pytest
@@ -9,6 +11,7 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from ceu_rl import CEUGRPOConfig, CEUGRPOTrainer
+from ceu_rl.grpo import CHOICES
 
 from .reference import assert_gradients_follow, distance, keep_log_probs, routed_gradients
 
@@ -189,3 +192,43 @@ def test_a_step_that_is_not_finite_ends_the_run(make_trainer):
     trainer.compute_loss = poisoned
     with pytest.raises(FloatingPointError, match=r"Step 3 met a non-finite loss \(nan\).*Its rows: row \d+ \('\d\+\d="):
         trainer.train()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_fewer_prompts_than_one_generation_takes_are_refused_with_the_numbers(make_trainer, rows):
+    few = datasets.Dataset.from_list([{"prompt": f"{n}="} for n in range(rows)])
+    message = f"has {rows} prompts, and one generation takes 4: a batch of 16 completions .* with 4 for each prompt"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(CEUGRPOTrainer, train_dataset=few, steps_per_generation=2)
+
+
+def test_prompts_that_a_partial_batch_drops_are_counted(make_trainer, caplog):
+    rows = datasets.Dataset.from_list([{"prompt": f"{n}="} for n in range(7)])
+    with caplog.at_level("INFO", "ceu_rl"):
+        trainer = make_trainer(CEUGRPOTrainer, train_dataset=rows, num_train_epochs=1, max_steps=-1)
+    assert "has 7 prompts, of which one generation takes 2: 1 are left out of each epoch" in caplog.text
+    trainer.train()
+    assert trainer.state.log_history[-1]["step"] == 3
+
+
+@pytest.mark.parametrize("prompt", ["", " \n", None, [], 4])
+def test_a_prompt_that_cannot_be_answered_is_named(make_trainer, prompt):
+    rows = datasets.Dataset.from_list([{"prompt": prompt}] * 8)
+    for given in ({"train_dataset": rows}, {"train_dataset": rows.to_iterable_dataset()}):
+        with pytest.raises(ValueError, match="Row 0 of the train dataset has a"):
+            make_trainer(CEUGRPOTrainer, **given).train()
+
+
+def test_the_choices_are_those_of_trl():
+    source = inspect.getsource(GRPOTrainer)
+    for name, values in CHOICES.items():
+        assert all(f'"{value}"' in source for value in values), f"TRL no longer has each of {name}"
+    compared = re.findall(r'self\.loss_type (?:==|in) (\[.*?\]|"\w+")', source)
+    assert {name for found in compared for name in re.findall(r'"(\w+)"', found)} <= set(CHOICES["loss_type"])
+
+
+@pytest.mark.parametrize("settings", [{"loss_type": "ppo"}, {"importance_sampling_level": "word"}])
+def test_a_choice_that_there_is_not_is_refused_before_the_first_step(make_trainer, settings):
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"{name} is .*; use one of"):
+        make_trainer(CEUGRPOTrainer, **settings)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from jinja2 import TemplateError
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.chat_template_utils import has_generation_markers, is_chat_template_stop_token_trained
@@ -185,3 +186,22 @@ def test_a_tokenizer_without_an_end_leaves_those_of_the_model(tiny_model):
     endless, model = build_tokenizer(), tiny_model()
     endless.eos_token = None
     assert end_token_ids(model, endless) == [2] and end_token_ids(None, endless) == []
+
+
+# content in parts
+
+
+def test_the_text_of_content_parts_is_the_content(tokenizer):
+    parts = [{"type": "text", "text": "y"}, {"type": "text", "text": "es"}]
+    for role in ("system", "user", "assistant"):
+        flat, parted = (
+            tokenizer.apply_chat_template([{"role": role, "content": content}], tokenize=False)
+            for content in ("yes", parts)
+        )
+        assert parted == flat and "yes" in parted
+
+
+@pytest.mark.parametrize("kind", ["image", "audio"])
+def test_content_that_is_no_text_is_refused_by_name(tokenizer, kind):
+    with pytest.raises(TemplateError, match=f"Unknown content of type {kind}: use text"):
+        tokenizer.apply_chat_template([{"role": "user", "content": [{"type": kind}]}], tokenize=False)

@@ -1,0 +1,332 @@
+"""One run from its recipe to its result: what is recorded, what is kept, and how it ends early."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sys
+
+import pytest
+import yaml
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ceu_rl import run as run_module
+from ceu_rl.cli import main
+from ceu_rl.errors import REPORT
+
+SMALL = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "max_steps": 3,
+    "per_device_train_batch_size": 2,
+    "logging_steps": 1,
+    "max_length": 64,
+    "save_strategy": "no",
+}
+
+
+@pytest.fixture
+def base(tiny_model, tokenizer, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def recipe(tmp_path, base, preferences):
+    """Write a small DPO recipe on a file of pairs; `None` takes a field out."""
+    preferences.select(range(16)).to_json(tmp_path / "rows.jsonl")
+
+    def write(name="recipe.yaml", **fields):
+        defaults = {"model_name_or_path": str(base), "dataset_name": str(tmp_path / "rows.jsonl")}
+        settings = {**defaults, "output_dir": str(tmp_path / "out"), **SMALL, **fields}
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not None}))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Do something inside a run, when a step is logged."""
+
+    original = run_module.MetricsFile
+
+    def arrange(step, action):
+        class Interfering(original):
+            def on_log(self, args, state, control, **kwargs):
+                super().on_log(args, state, control, **kwargs)
+                if state.global_step == step:
+                    action()
+
+        monkeypatch.setattr(run_module, "MetricsFile", Interfering)
+
+    return arrange
+
+
+def steps(folder):
+    return [
+        entry["step"]
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+        if "loss" in (entry := json.loads(line))
+    ]
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+# what is recorded
+
+
+@pytest.mark.parametrize("change", ["edited", "deleted"])
+def test_the_result_records_what_was_run_whatever_becomes_of_the_recipe(recipe, at_step, tmp_path, change):
+    path = recipe(learning_rate=1e-4, ceu_coef=0)
+    edits = {
+        "edited": lambda: recipe(learning_rate=9.9e-9, ceu_coef=1, seed=7),
+        "deleted": lambda: os.remove(path),
+    }
+    at_step(1, edits[change])
+    assert main(["dpo", "--config", path]) == 0
+    settings = result(tmp_path / "out")["settings"]
+    assert settings["learning_rate"] == 1e-4 and settings["ceu_coef"] == 0 and "seed" not in settings
+    assert not {"output_dir", "resume_from_checkpoint", "overrides"} & set(settings)
+
+
+def test_eval_tokens_are_those_of_the_loss(recipe, tmp_path):
+    rows = [{"prompt": "123456", "chosen": "1" * 400, "rejected": "2" * 400}] * 4
+    Dataset.from_list(rows).to_json(tmp_path / "long.jsonl")
+    config = recipe(
+        dataset_name=str(tmp_path / "long.jsonl"), dataset_test_split="0.5", eval_strategy="steps", eval_steps=3
+    )
+    assert main(["dpo", "--config", config, "--ceu_coef", "0"]) == 0
+    assert result(tmp_path / "out")["eval_tokens"] == {"chosen": 58.0, "rejected": 58.0}
+
+
+# the folder
+
+
+def test_a_log_is_a_run(recipe, tmp_path, at_step, capsys):
+    """A run that ended without a checkpoint and without a result is not written over."""
+
+    def fail():
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    at_step(2, fail)
+    config = recipe()
+    assert main(["dpo", "--config", config]) == 1
+    err = capsys.readouterr().err
+    assert "ceu-rl dpo: error: [Errno 28] No space left on device: 'metrics.jsonl'" in err and "Traceback" not in err
+    before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
+    assert main(["dpo", "--config", config]) == 2
+    assert "holds an earlier run (metrics.jsonl); choose another, or move it away." in capsys.readouterr().err
+    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before
+
+
+def test_two_runs_do_not_share_a_folder(recipe, at_step, tmp_path, capsys):
+    config = recipe()
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out" / run_module.LOCK, "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)  # as another run holds it
+        assert main(["dpo", "--config", config]) == 2
+        assert "is in use by another run; wait for its end" in capsys.readouterr().err
+        assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    # While it trains, a run holds it itself
+    held = []
+
+    def try_lock():
+        with open(tmp_path / "out" / run_module.LOCK, "a") as file, contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.append(file)
+
+    at_step(1, try_lock)
+    assert main(["dpo", "--config", config]) == 0 and not held
+
+
+def test_an_output_dir_that_is_a_file(recipe, tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    assert main(["dpo", "--config", recipe()]) == 2
+    assert "output_dir" in capsys.readouterr().err and (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_full_disk_while_the_model_is_saved(recipe, tmp_path, monkeypatch, capsys):
+    def full(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ceu_rl.dpo.CEUDPOTrainer.save_model", full)
+    assert main(["dpo", "--config", recipe()]) == 1
+    err = capsys.readouterr().err
+    assert "No space left on device" in err and "Traceback" not in err and "is intact" in err
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
+# ends
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_with_a_checkpoint_to_go_on_from(recipe, at_step, tmp_path, capsys, number, status):
+    config = recipe(learning_rate=1e-3)
+    before = signal.getsignal(number)
+    at_step(1, lambda: os.kill(os.getpid(), number))
+    assert main(["dpo", "--config", config]) == status
+    assert signal.getsignal(number) is before
+    err = capsys.readouterr().err
+    assert f"stopped by {signal.Signals(number).name} after step" in err and "--resume_from_checkpoint true" in err
+    assert "Traceback" not in err and not (tmp_path / "out" / "result.json").exists()
+    assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 1
+    at_step(0, None)
+    assert main(["dpo", "--config", config, "--resume_from_checkpoint", "true"]) == 0
+    assert main(["dpo", "--config", config, "--output_dir", str(tmp_path / "whole")]) == 0
+    whole, resumed = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "out"))
+    assert all((value == resumed[name]).all() for name, value in whole.items())
+    assert steps(tmp_path / "out") == [1, 2, 3]
+
+
+def test_a_second_signal_ends_at_once(recipe, at_step, capsys):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_step(1, twice)
+    assert main(["dpo", "--config", recipe()]) == 130
+    err = capsys.readouterr().err
+    assert "ceu-rl dpo: interrupted" in err and "Traceback" not in err
+
+
+def test_a_signal_in_the_last_step_changes_nothing(recipe, at_step, tmp_path):
+    signals = iter([signal.SIGINT])
+    at_step(3, lambda: [os.kill(os.getpid(), number) for number in signals])
+    assert main(["dpo", "--config", recipe()]) == 0
+    assert result(tmp_path / "out")["steps"] == 3
+
+
+def test_a_run_that_trains_nothing_does_not_finish(recipe, tmp_path, capsys):
+    config = recipe(max_steps=None, num_train_epochs=1, dataloader_drop_last=True, per_device_train_batch_size=64)
+    assert main(["dpo", "--config", config]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    assert not (tmp_path / "out" / "result.json").exists() and not list((tmp_path / "out").glob("*.safetensors"))
+
+
+# input
+
+
+def test_a_template_that_refuses_a_role_names_the_row(recipe, base, tmp_path, capsys):
+    rows = [
+        {
+            "prompt": [{"role": role, "content": "1+2="}],
+            "chosen": [{"role": "assistant", "content": "3"}],
+            "rejected": [{"role": "assistant", "content": "4"}],
+        }
+        for role in ("user", "user", "tool")
+    ]
+    Dataset.from_list(rows).to_json(tmp_path / "roles.jsonl")
+    assert main(["dpo", "--config", recipe(dataset_name=str(tmp_path / "roles.jsonl"))]) == 2
+    err = capsys.readouterr().err
+    assert "refuses row 2 of the dataset" in err and "Unknown role tool" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("import no_such_package", "No module named 'no_such_package'"),
+        ("def f(:\n", "SyntaxError"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("raise SystemError('x')", "SystemError: x"),
+        ("reward = 3", "which is a int; give a function"),
+        ("", "has no attribute 'reward'"),
+    ],
+)
+def test_a_reward_that_cannot_be_imported_is_named(recipe, tmp_path, monkeypatch, capsys, source, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    name = f"rewards_{abs(hash(source))}"
+    (tmp_path / f"{name}.py").write_text(source)
+    fields = {"reward_funcs": f"{name}.reward", "max_length": None, "num_generations": 2}
+    assert main(["grpo", "--config", recipe(**fields)]) == 2
+    err = capsys.readouterr().err
+    assert message in err and f"{name}.reward" in err and "Traceback" not in err
+
+
+def test_a_missing_base_is_named_with_the_command_that_makes_it(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipes = tmp_path / "recipes" / "dpo"
+    recipes.mkdir(parents=True)
+    (recipes / "base.yaml").write_text(
+        "# A base.\n#   ceu-rl sft --config recipes/dpo/base.yaml   (once)\noutput_dir: runs/a/base\n"
+    )
+    shutil.copy(recipe(model_name_or_path="runs/a/base"), recipes / "stock.yaml")
+    assert main(["dpo", "--config", "recipes/dpo/stock.yaml"]) == 2
+    err = capsys.readouterr().err
+    assert (
+        "model_name_or_path runs/a/base is no folder; make it with: ceu-rl sft --config recipes/dpo/base.yaml." in err
+    )
+    (tmp_path / "runs" / "a" / "base").mkdir(parents=True)
+    assert main(["dpo", "--config", "recipes/dpo/stock.yaml"]) == 2
+    assert "runs/a/base holds no model (no config.json); make it with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_steps": 2.5}, "recipe.yaml: max_steps is 2.5; use a whole number"),
+        ({"learning_rate": [1e-5]}, "recipe.yaml: learning_rate is [1e-05]; use a number"),
+        ({"loss_type": "sigmoidd"}, "sigmoidd"),
+        ({"lr_scheduler_type": "zigzag"}, "zigzag"),
+        ({"optim": "adamm"}, "adamm"),
+        ({"model_name_or_path": "{base}/model.safetensors"}, "is a file; give the folder of a model"),
+        ({"model_init_kwargs": {"dtype": "float3"}}, "float3"),
+        ({"datasets": [3]}, "datasets holds 3; give a mapping"),
+        ({"datasets": [{"pat": "x"}]}, "pat"),
+        ({"output_dir": "/proc/nothing"}, "/proc/nothing"),
+    ],
+)
+def test_input_of_every_kind_ends_in_one_sentence(recipe, base, tmp_path, capsys, fields, message):
+    fields = {name: value.format(base=base) if isinstance(value, str) else value for name, value in fields.items()}
+    assert main(["dpo", "--config", recipe(**fields)]) == 2
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("ceu-rl dpo: error: ")]
+    assert len(lines) == 1 and message in lines[0] and "Traceback" not in err
+
+
+def test_a_damaged_model_is_named(recipe, base, capsys):
+    (base / "model.safetensors").write_bytes(b"damaged")
+    assert main(["dpo", "--config", recipe()]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_fault_of_ours_keeps_its_traceback_and_says_where_to_report_it(recipe, monkeypatch):
+    def broken(*args):
+        return {}["missing"]
+
+    broken.__code__ = broken.__code__.replace(co_filename=run_module.__file__)
+    monkeypatch.setattr(run_module, "_finish", broken)
+    with pytest.raises(KeyError) as fault:
+        main(["dpo", "--config", recipe()])
+    assert REPORT in fault.value.__notes__
+
+
+def test_a_sentence_can_be_traced(recipe, monkeypatch):
+    monkeypatch.setenv("CEU_RL_TRACEBACK", "1")
+    with pytest.raises(ValueError, match=r"max_steps is 2\.5"):
+        main(["dpo", "--config", recipe(max_steps=2.5)])
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "grpo", "unlearn"])
+def test_help_of_each_command_has_its_own_fields(method, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([method, "--help"])
+    out = capsys.readouterr().out
+    own = {"sft": "--packing", "dpo": "--ceu_coef", "grpo": "--num_generations", "unlearn": "--retain_weight"}
+    assert f"usage: ceu-rl {method} --config" in out and own[method] in out
+
+
+def test_a_tokenizer_is_saved_with_the_model(recipe, tmp_path, tokenizer):
+    assert main(["dpo", "--config", recipe(max_steps=1)]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
