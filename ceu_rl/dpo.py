@@ -48,9 +48,9 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, DPOTrainer):
     """`trl.DPOTrainer` whose descending tokens get the CE-U weight; nothing else changes (arXiv 2503.01224).
 
     It takes the same arguments. After TRL's constructor it attaches `routing.route_descent` to the policy, with the
-    coefficients of `args` (a plain `trl.DPOConfig` means the defaults of `CEUDPOConfig`). With `ceu_coef` 0 it trains
-    the same weights as `trl.DPOTrainer`, bit for bit. It logs `ceu/descending_fraction`, `ceu/weight_mean` and
-    `ceu/weight_max`.
+    coefficients of `args`; a plain `trl.DPOConfig` becomes a `CEUDPOConfig` with the defaults, where it stands
+    (`DescentConfig.adopt`). With `ceu_coef` 0 it trains the same weights as `trl.DPOTrainer`, bit for bit. It logs
+    `ceu/descending_fraction`, `ceu/weight_mean` and `ceu/weight_max`.
 
     Raises:
         ValueError: before any step, for a dataset without rows, a column that is missing, an empty completion, rows
@@ -75,7 +75,7 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, DPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         bound = inspect.signature(DPOTrainer.__init__).bind(self, *args, **kwargs)
         given = bound.arguments
-        given["args"] = config = CEUDPOConfig.adopt(given.get("args"))
+        given["args"] = config = CEUDPOConfig.adopt(given.get("args"), given["model"])
         if given.get("train_dataset") is not None:
             check_dataset(given["train_dataset"], "train", "preference")
             check_shared_cache(given["train_dataset"], config.world_size if config.precompute_ref_log_probs else 1)

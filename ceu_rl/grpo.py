@@ -60,7 +60,7 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, GRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         bound = inspect.signature(GRPOTrainer.__init__).bind(self, *args, **kwargs)
         given = bound.arguments
-        given["args"] = config = CEUGRPOConfig.adopt(given.get("args"))
+        given["args"] = config = CEUGRPOConfig.adopt(given.get("args"), given["model"])
         for role in ("train", "eval"):
             if isinstance(dataset := given.get(f"{role}_dataset"), dict):
                 given[f"{role}_dataset"] = {name: check_layout(one, name, "prompt") for name, one in dataset.items()}

@@ -14,6 +14,7 @@ import functools
 import inspect
 import math
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ import trl
 from packaging.specifiers import SpecifierSet
 from peft import PeftModel
 from transformers import PreTrainedModel
+from trl.trainer.utils import add_fused_lm_head, get_config_model_id
 
 from .losses import check_descent_coefficients, descent_weight
 
@@ -34,8 +36,7 @@ class DescentRoute:
     def __init__(self, coef: float, scale: float, max_weight: float) -> None:
         check_descent_coefficients(coef, scale, max_weight)
         self.coefficients = (coef, scale, max_weight)
-        self._sums: torch.Tensor | None = None  # see `weigh`
-        self._max: torch.Tensor | None = None
+        self._record: torch.Tensor | None = None
 
     def weigh(self, grad: torch.Tensor, log_probs: torch.Tensor, label_mask: torch.Tensor) -> torch.Tensor:
         """Return `grad` (shape of `log_probs`) with the weight on its descending tokens, and record them.
@@ -47,35 +48,44 @@ class DescentRoute:
         weights = weight.masked_fill(~descending, 0.0)
         rare, sure = log_probs < math.log(0.01), log_probs > math.log(0.99)
         counts = [label_mask, descending, descending & rare, descending & sure]
-        sums = torch.stack([*(count.sum().float() for count in counts), weights.sum().float()])
-        largest = weights.max().float() if weights.numel() else sums.new_zeros(())
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._max = largest if self._max is None else torch.maximum(self._max, largest)
+        largest = weights.max() if weights.numel() else weights.sum()
+        record = torch.stack([value.float() for value in (*(count.sum() for count in counts), weights.sum(), largest)])
+        self._record = merge_records([record] if self._record is None else [self._record, record])
         return torch.where(descending, grad * weight.to(grad.dtype), grad)
 
-    def pop_metrics(self, accelerator: Any = None) -> dict[str, float]:
-        """Read and reset the record, over all processes if an `accelerate.Accelerator` is given.
+    def pop_record(self) -> torch.Tensor | None:
+        """What this process met since the last call, for `merge_records` and `descent_metrics`, or None: shape (6,)."""
+        record, self._record = self._record, None
+        return record
 
-        Returns:
-            `ceu/descending_fraction` of the labelled tokens; over the descending ones `ceu/weight_mean`,
-            `ceu/weight_max`, and the shares `ceu/descending_below_0.01` and `ceu/descending_above_0.99` whose
-            probability is below or above that. Empty if no backward pass went through the route.
-        """
-        if self._sums is None or self._max is None:
-            return {}
-        sums, largest = self._sums, self._max
-        self._sums = self._max = None
-        if accelerator is not None:
-            sums = accelerator.reduce(sums, reduction="sum")
-            largest = accelerator.gather(largest.reshape(1)).max()
-        tokens, descending, rare, sure, total = sums.tolist()
-        return {
-            "ceu/descending_fraction": descending / max(tokens, 1.0),
-            "ceu/descending_below_0.01": rare / max(descending, 1.0),
-            "ceu/descending_above_0.99": sure / max(descending, 1.0),
-            "ceu/weight_mean": total / max(descending, 1.0),
-            "ceu/weight_max": largest.item(),
-        }
+    def pop_metrics(self) -> dict[str, float]:
+        """`descent_metrics` of what this process met since the last call; empty if no backward pass went through."""
+        record = self.pop_record()
+        return {} if record is None else descent_metrics(record)
+
+
+def merge_records(records: list[torch.Tensor]) -> torch.Tensor:
+    """One record of several of shape (6,). The last number is a maximum, the others are sums."""
+    stacked = torch.stack(records)
+    return torch.cat([stacked[:, :-1].sum(dim=0), stacked[:, -1:].amax(dim=0)])
+
+
+def descent_metrics(record: torch.Tensor) -> dict[str, float]:
+    """Read a record of shape (6,).
+
+    Returns:
+        `ceu/descending_fraction` of the labelled tokens; over the descending ones `ceu/weight_mean`, `ceu/weight_max`,
+        and the shares `ceu/descending_below_0.01` and `ceu/descending_above_0.99` whose probability is below or above
+        that.
+    """
+    tokens, descending, rare, sure, total, largest = record.tolist()
+    return {
+        "ceu/descending_fraction": descending / max(tokens, 1.0),
+        "ceu/descending_below_0.01": rare / max(descending, 1.0),
+        "ceu/descending_above_0.99": sure / max(descending, 1.0),
+        "ceu/weight_mean": total / max(descending, 1.0),
+        "ceu/weight_max": largest,
+    }
 
 
 class _Route(torch.autograd.Function):
@@ -99,7 +109,8 @@ def route_descent(
     """Attach the route to a model that has TRL's fused LM head.
 
     Our trainers call it after TRL's constructor. To try it under another TRL trainer that reads `log_probs` from the
-    fused head (RLOO, KTO), call it on `trainer.model` before `trainer.train()`. The reference model stays stock.
+    fused head (RLOO, KTO), call it on `trainer.model` before `trainer.train()`. The reference model stays stock. A copy
+    of the model (`copy.deepcopy`, pickle, `torch.save`) has its own weights, head and route.
 
     Args:
         model: The policy, after `trl.trainer.utils.add_fused_lm_head`; a PEFT model is routed at its base model, where
@@ -117,29 +128,98 @@ def route_descent(
     route = DescentRoute(coef, scale, max_weight)
     if isinstance(model, PeftModel):
         model = model.get_base_model()
-    forward = model.forward
-    if hasattr(forward, "ceu_route"):
+    if getattr(model.forward, "ceu_wrapper", None) is _routed_forward:
         raise ValueError(f"{type(model).__name__} has a descent route already; attach it once.")
-    if "fused_lm_head" not in inspect.signature(forward, follow_wrapped=False).parameters:
+    if "fused_lm_head" not in inspect.signature(model.forward, follow_wrapped=False).parameters:
         raise ValueError(
             f"{type(model).__name__}.forward takes no fused_lm_head, so there are no log-probabilities to route; "
             "call trl.trainer.utils.add_fused_lm_head(model) first, as TRL's trainers do."
         )
-    if coef == 0:
-        return route
+    if coef != 0:
+        model._descent_route = route  # type: ignore[assignment]
+        wrap_forward(model, _routed_forward)
+    return route
+
+
+def _routed_forward(
+    forward: Callable[..., Any], self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any
+) -> Any:
+    outputs = forward(self, *args, fused_lm_head=fused_lm_head, **kwargs)
+    if fused_lm_head and torch.is_grad_enabled() and outputs.log_probs.requires_grad:
+        outputs.log_probs = _Route.apply(outputs.log_probs, outputs.label_mask, self._descent_route)
+    return outputs
+
+
+def wrap_forward(model: PreTrainedModel, wrapper: Callable[..., Any]) -> None:
+    """Put `wrapper(forward, self, *args, **kwargs)` in the place of `model.forward`, on the model and on its copies.
+
+    On the instance, as TRL does: PEFT calls its `forward` directly, so a module hook would be skipped. But TRL's head
+    keeps the bound forward of the model it was put on, with which a copy would score by the weights of the original,
+    and pickle forgets what was put on an instance. So the `forward` that the wrapper gets is a function of the model,
+    and a copy that came without its head and wrappers gets them again.
+
+    Args:
+        model: A model with or without TRL's fused head.
+        wrapper: A function of a module, which pickle finds by its name.
+    """
+    forward, head = _function_of(model.forward, model), None
+    closure = inspect.getclosurevars(forward).nonlocals if inspect.isfunction(forward) else {}
+    if "original_forward" in closure:
+        fused, plain = forward, _function_of(closure["original_forward"], model)
+        head = {name: closure[name] for name in inspect.signature(add_fused_lm_head).parameters if name in closure}
+
+        def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+            if fused_lm_head:
+                return fused(self, *args, fused_lm_head=True, **kwargs)
+            return plain(self, *args, **kwargs)
 
     # Keep the original signature: `generate` and `Trainer` validate their arguments against it
     @functools.wraps(type(model).forward)
-    def routed_forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-        outputs = forward(*args, fused_lm_head=fused_lm_head, **kwargs)
-        if fused_lm_head and torch.is_grad_enabled() and outputs.log_probs.requires_grad:
-            outputs.log_probs = _Route.apply(outputs.log_probs, outputs.label_mask, route)
-        return outputs
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(forward, self, *args, **kwargs)
 
-    routed_forward.ceu_route = route  # type: ignore[attr-defined]
-    # On the instance, as TRL does: PEFT calls this `forward` directly, so a module hook would be skipped
-    model.forward = types.MethodType(routed_forward, model)  # type: ignore[method-assign]
-    return route
+    wrapped.ceu_wrapper = wrapper  # type: ignore[attr-defined]
+    # A head that was put on above earlier wrappers hides them
+    earlier = vars(model).get("_ceu_wrappers", {}) if head is None else {}
+    vars(model)["_ceu_wrappers"] = {"head": head, "wrappers": (), **earlier}
+    vars(model)["_ceu_wrappers"]["wrappers"] += (wrapper,)
+    vars(model)["__reduce_ex__"] = types.MethodType(_reduce, model)
+    model.forward = types.MethodType(wrapped, model)  # type: ignore[method-assign]
+
+
+def _function_of(forward: Callable[..., Any], model: Any) -> Callable[..., Any]:
+    """The `forward` of a model as a function of it, so that it runs on a copy with the copy's weights."""
+    if isinstance(forward, types.MethodType) and forward.__self__ is model:
+        return forward.__func__
+    if isinstance(forward, functools.partial) and forward.args == (model,):  # the hooks of accelerate
+        return forward.func
+    return lambda self, *args, **kwargs: forward(*args, **kwargs)
+
+
+def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+    """How `copy` and `pickle` take a wrapped model apart: `__reduce_ex__` of the instance."""
+    state = {name: value for name, value in vars(self).items() if name != "__reduce_ex__"}
+    return _blank, (type(self),), state
+
+
+def _blank(kind: Any) -> Any:
+    model = kind.__new__(kind)
+    vars(model)["__setstate__"] = types.MethodType(_restore, model)
+    return model
+
+
+def _restore(self: Any, state: dict[str, Any]) -> None:
+    del vars(self)["__setstate__"]
+    type(self).__setstate__(self, state)
+    vars(self)["__reduce_ex__"] = types.MethodType(_reduce, self)
+    # `copy` binds the wrapped function to the copy; `pickle` knows a bound method by its name, and finds the class's
+    if getattr(self.forward, "__func__", None) is type(self).forward:
+        kept = vars(self).pop("_ceu_wrappers")
+        del vars(self)["forward"]
+        if kept["head"] is not None:
+            add_fused_lm_head(self, **kept["head"])
+        for wrapper in kept["wrappers"]:
+            wrap_forward(self, wrapper)
 
 
 def check_trl_version() -> None:
@@ -182,33 +262,69 @@ class DescentConfig:
         """Raise a ValueError for a coefficient out of range or a setting that the route cannot honour."""
         check_trl_version()
         check_descent_coefficients(self.ceu_coef, self.ceu_scale, self.ceu_max_weight)
-        if getattr(self, "use_liger_kernel", False):
-            raise ValueError(
-                "use_liger_kernel is True, and Liger's kernels replace the forward that the CE-U route wraps; leave it "
-                "out, or use the Hub kernels with model_init_kwargs={'use_kernels': True}."
-            )
+        check_no_liger(self)
 
     @classmethod
-    def adopt(cls, args: Any) -> Any:
-        """Return `args` as this config: a config of the TRL parent gets the defaults of the three fields.
+    def adopt(cls, args: Any, model: Any) -> Any:
+        """Return `args` as this config: the object that was given, so that later changes of it have their effect.
 
-        So that switching the class of the trainer is enough. None gives a default config.
+        A config of the TRL parent becomes one of this class where it stands, with the defaults of our fields, so that
+        switching the class of the trainer is enough. One of a subclass of the parent becomes one of a class that
+        inherits from both, whose methods are those of the subclass. None gives a default config, which writes to the
+        folder that TRL's trainer would write to.
+
+        Raises:
+            ValueError: for an object that is no config of the parent, or one with a setting that is not honoured.
         """
-        if args is None or isinstance(args, cls):
-            return args or cls()
+        config_class: Any = cls
         parent = cls.__bases__[1]
+        if args is None:
+            config: Any = getattr(model, "config", None)
+            name = model if isinstance(model, str) else get_config_model_id(config)
+            return config_class(f"{name.split('/')[-1]}-{parent.__name__.removesuffix('Config')}")
         if not isinstance(args, parent):
             raise ValueError(f"args is a {type(args).__name__}; give a {cls.__name__} or a {parent.__name__}.")
-        adopted = object.__new__(cls)
-        vars(adopted).update(vars(args))
-        adopted.check()
-        return adopted
+        if not isinstance(args, cls):
+            check_no_liger(args)
+            given: Any = type(args)
+            args.__class__ = _joined(config_class, given)
+        config_class.check(args)
+        return args
+
+
+@functools.cache
+def _joined(cls: Any, given: Any) -> Any:
+    """`cls` if it inherits from `given`, else a class that inherits from `given` and then from `cls`."""
+    if issubclass(cls, given):
+        return cls
+    methods = {"__reduce_ex__": _reduce_joined, "__module__": given.__module__, "__doc__": given.__doc__}
+    joined: Any = type(given.__name__, (given, cls), methods)
+    return dataclass(init="__dataclass_fields__" in vars(given), repr=False, eq=False)(joined)
+
+
+def _reduce_joined(self: Any, protocol: Any) -> tuple[Any, ...]:
+    given, cls = type(self).__bases__  # pickle finds these by their names, and not the class that joins them
+    return _blank_joined, (cls, given), dict(vars(self))
+
+
+def _blank_joined(cls: Any, given: Any) -> Any:
+    return object.__new__(_joined(cls, given))
+
+
+def check_no_liger(args: Any) -> None:
+    """Raise a ValueError for `use_liger_kernel`."""
+    if getattr(args, "use_liger_kernel", False):
+        raise ValueError(
+            "use_liger_kernel is True, and Liger's kernels replace the forward that the CE-U route wraps; leave it "
+            "out, or use the Hub kernels with model_init_kwargs={'use_kernels': True}."
+        )
 
 
 class DescentTrainer:
     """Trainer mixin: attaches the route after TRL's constructor and logs what it met."""
 
     descent_route: DescentRoute
+    _descent_record: torch.Tensor | None = None  # of all processes, since the last log
 
     def attach_route(self) -> None:
         """Attach the route to the policy with the coefficients of `self.args`."""
@@ -220,7 +336,19 @@ class DescentTrainer:
             args.ceu_max_weight,
         )
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        accelerator: Any = self.accelerator  # type: ignore[attr-defined]
+        # Here, where every process comes by: a callback may log on one of them alone
+        if accelerator.sync_gradients and self.descent_route.coefficients[0] != 0:
+            record = self.descent_route.pop_record()
+            records = accelerator.gather(torch.zeros(6, device=loss.device) if record is None else record).view(-1, 6)
+            earlier = [] if self._descent_record is None else [self._descent_record]
+            self._descent_record = merge_records([*earlier, *records])
+        return loss
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self.model.training:  # type: ignore[attr-defined]
-            logs.update(self.descent_route.pop_metrics(self.accelerator))  # type: ignore[attr-defined]
+        if self.model.training and self._descent_record is not None:  # type: ignore[attr-defined]
+            logs.update(descent_metrics(self._descent_record))
+            self._descent_record = None
         super().log(logs, *args, **kwargs)  # type: ignore[misc]

@@ -12,8 +12,7 @@ import functools
 import json
 import math
 import textwrap
-import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from trl.trainer.utils import (
     FusedCausalLMOutput,
     add_fused_lm_head,
     create_model_from_path,
+    get_config_model_id,
     maybe_gather_lm_head_ctx,
 )
 
@@ -47,7 +47,7 @@ from .losses import (
 )
 from .models import end_token_ids
 from .prompts import PromptArguments
-from .routing import check_trl_version
+from .routing import check_trl_version, wrap_forward
 
 
 class Method(NamedTuple):
@@ -174,7 +174,7 @@ class UnlearnTrainer(StopAtNonFinite, SFTTrainer):
 
     Args:
         model: A model, or its path.
-        args: The settings; None gives CE-U with those of `UnlearnConfig`.
+        args: The settings; None gives CE-U with those of `UnlearnConfig`, written to `<model>-Unlearn`.
         forget_dataset: What to unlearn, in one of the formats of `SFTTrainer`: prompt and completion, or text.
         retain_dataset: What to keep. Each row of the forget set comes with one of these: all of them in turn, in an
             order drawn from `args.seed`, going on where the last epoch ended.
@@ -202,7 +202,9 @@ class UnlearnTrainer(StopAtNonFinite, SFTTrainer):
         ref_model: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> None:
-        args = UnlearnConfig() if args is None else args
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(getattr(model, "config", None))  # type: ignore[arg-type]
+            args = UnlearnConfig(f"{name.split('/')[-1]}-Unlearn")
         if not isinstance(args, UnlearnConfig):
             raise ValueError(f"args is a {type(args).__name__}; give an UnlearnConfig.")
         for name in ("train_dataset", "compute_loss_func"):
@@ -424,27 +426,27 @@ def add_unlearning_head(model: PreTrainedModel) -> None:
 
     Like TRL's fused head it wraps `forward`, inside which FSDP and ZeRO-3 have the parameters at hand.
     """
-    forward = model.forward
+    wrap_forward(model, _unlearning_forward)
 
-    @functools.wraps(type(model).forward)
-    def unlearning_forward(self: PreTrainedModel, *args: Any, unlearn: bool = False, **kwargs: Any) -> Any:
-        if not unlearn:
-            return forward(*args, **kwargs)
-        labels = kwargs.pop("labels")[:, 1:]
-        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
-        head: Any = self.get_output_embeddings()
-        with maybe_gather_lm_head_ctx(head.weight, head.bias):
-            loss = fused_linear_unlearning_loss(
-                hidden.to(head.weight.device),
-                head.weight,
-                labels.to(head.weight.device),
-                bias=head.bias,
-                reduction="sum",
-                **lm_head_options(self),
-            )
-        return FusedCausalLMOutput(loss=loss)
 
-    model.forward = types.MethodType(unlearning_forward, model)  # type: ignore[method-assign]
+def _unlearning_forward(
+    forward: Callable[..., Any], self: Any, *args: Any, unlearn: bool = False, **kwargs: Any
+) -> Any:
+    if not unlearn:
+        return forward(self, *args, **kwargs)
+    labels = kwargs.pop("labels")[:, 1:]
+    hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+    head: Any = self.get_output_embeddings()
+    with maybe_gather_lm_head_ctx(head.weight, head.bias):
+        loss = fused_linear_unlearning_loss(
+            hidden.to(head.weight.device),
+            head.weight,
+            labels.to(head.weight.device),
+            bias=head.bias,
+            reduction="sum",
+            **lm_head_options(self),
+        )
+    return FusedCausalLMOutput(loss=loss)
 
 
 def _make_reference(

@@ -1,20 +1,23 @@
 """CE-U DPO against the imported `trl.DPOTrainer`, and against float64 gradients from plain logits."""
 
 import copy
+import dataclasses
 import inspect
 import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig
-from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
-from trl import DPOConfig, DPOTrainer
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, TrainerCallback
+from trl import DPOConfig, DPOTrainer, KTOConfig
 
 from ceu_rl import CEUDPOConfig, CEUDPOTrainer
 from ceu_rl.dpo import CHOICES, mean_response_tokens
@@ -182,6 +185,78 @@ def test_a_stock_config_means_the_defaults(make_trainer, tokenizer, tiny_model, 
     assert_same_weights(ours, adopted)
 
 
+@dataclass
+class OwnConfig(DPOConfig):
+    """A user's config: a field and a method of its own, and one of TRL's methods changed."""
+
+    shrink: float = 2.0
+
+    def check(self):
+        return "the user's"
+
+    def get_warmup_steps(self, num_training_steps):
+        return int(num_training_steps // self.shrink)
+
+
+class PlainSubclass(DPOConfig):
+    """Without the decorator, and with its own constructor."""
+
+    def __init__(self, folder):
+        super().__init__(folder, max_steps=3, use_cpu=True, bf16=False, report_to="none", save_strategy="no")
+
+
+@pytest.mark.parametrize("config_class", [DPOConfig, OwnConfig, PlainSubclass, CEUDPOConfig])
+def test_args_stay_the_object_that_was_given(config_class, tiny_model, tokenizer, preferences, tmp_path):
+    """Later changes of it have their effect, its methods are called, and it is written with the checkpoint."""
+    settings = {} if config_class is PlainSubclass else {"use_cpu": True, "bf16": False}
+    args = config_class(str(tmp_path), **settings)
+    models = {"model": tiny_model(1), "ref_model": tiny_model(0)}
+    trainer = CEUDPOTrainer(**models, args=args, train_dataset=preferences, processing_class=tokenizer)
+    assert trainer.args is args and isinstance(args, config_class) and isinstance(args, CEUDPOConfig)
+    args.max_steps, args.save_strategy, args.save_steps = 4, "steps", 2
+    if config_class is OwnConfig:
+        assert args.check() == "the user's" and args.get_warmup_steps(8) == 4
+        args.shrink = 4.0
+        assert trainer.args.get_warmup_steps(8) == 2 and args.to_dict()["shrink"] == 4.0
+    args.seed = 7
+    trainer.train()
+    assert trainer.state.global_step == 4
+    saved = torch.load(tmp_path / "checkpoint-2" / "training_args.bin", weights_only=False)
+    for other in (saved, copy.copy(args), copy.deepcopy(args)):
+        assert isinstance(other, config_class) and isinstance(other, CEUDPOConfig)
+        assert (other.seed, other.max_steps, other.ceu_coef) == (7, 4, 1.0)
+    assert args.to_dict()["ceu_max_weight"] == 1.0
+    if config_class is not PlainSubclass:
+        assert dataclasses.replace(args, ceu_coef=0.25, seed=3).ceu_coef == 0.25
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_no_args_write_where_stock_writes(named, tiny_model, tokenizer, preferences, tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transformers.training_args, "is_torch_bf16_gpu_available", lambda: True)  # TRL's default
+    model = "./base" if named else AutoModelForCausalLM.from_pretrained("./base")
+    ours = CEUDPOTrainer(model, train_dataset=preferences).args
+    stock = DPOTrainer(model, train_dataset=preferences).args
+    assert ours.output_dir == stock.output_dir == "base-DPO"
+    assert isinstance(ours, CEUDPOConfig)
+
+
+@pytest.mark.parametrize("args", [KTOConfig("x", bf16=False), {"output_dir": "x"}])
+def test_args_of_another_kind_are_refused(args, tiny_model, preferences, tokenizer):
+    with pytest.raises(ValueError, match=f"args is a {type(args).__name__}; give a CEUDPOConfig or a DPOConfig"):
+        CEUDPOTrainer(tiny_model(), args=args, train_dataset=preferences, processing_class=tokenizer)
+
+
+def test_liger_is_refused_and_leaves_the_args_as_they_were(tiny_model, preferences, tokenizer, tmp_path):
+    args = DPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    args.use_liger_kernel = True
+    with pytest.raises(ValueError, match="use_liger_kernel is True"):
+        CEUDPOTrainer(tiny_model(), args=args, train_dataset=preferences, processing_class=tokenizer)
+    assert type(args) is DPOConfig
+
+
 def test_eval_logs_hold_no_training_metrics(make_trainer, preferences):
     trainer = make_trainer(CEUDPOTrainer, max_steps=3, logging_steps=2)
     trainer.train()
@@ -310,6 +385,7 @@ def test_torch_compile(make_trainer):
 TWO_PROCESSES = """
 import json, os, sys
 from datasets import Dataset
+from transformers import TrainerCallback
 from ceu_rl import CEUDPOConfig, CEUDPOTrainer
 
 folder, batch_size = sys.argv[1], int(sys.argv[2])
@@ -319,6 +395,15 @@ args = CEUDPOConfig(f"{folder}/run{batch_size}", max_steps=4, per_device_train_b
                     learning_rate=1e-3, use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no",
                     disable_tqdm=True)
 trainer = CEUDPOTrainer(f"{folder}/model", args=args, train_dataset=Dataset.from_list(rows))
+
+class LogsAlone(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2 and trainer.is_world_process_zero():  # as a stock trainer allows
+            due = control.should_log
+            trainer.log({"alone": state.global_step})
+            control.should_log = due  # the other processes log this step too
+
+trainer.add_callback(LogsAlone)
 trainer.train()
 if trainer.is_world_process_zero():
     open(f"{folder}/log{batch_size}.json", "w").write(json.dumps(trainer.state.log_history))
@@ -328,11 +413,19 @@ os._exit(0)  # under load a thread of gloo can abort the interpreter at its exit
 
 
 def run(command, **environment):
-    result = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
+
+
+def read_log(path):
+    """The log entries of each step as one."""
+    steps = {}
+    for entry in json.loads(path.read_text())[:-1]:
+        steps.setdefault(entry["step"], {}).update(entry)
+    assert steps[2]["alone"] == 2 and len(steps) == 4
+    return [*steps.values()]
 
 
 def test_two_processes_log_the_metrics_of_one(tiny_model, tokenizer, tmp_path):
@@ -343,8 +436,8 @@ def test_two_processes_log_the_metrics_of_one(tiny_model, tokenizer, tmp_path):
     run([sys.executable, script, tmp_path, "8"])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     run([*torchrun, script, tmp_path, "4"])
-    one, two = (json.loads(Path(tmp_path, f"log{size}.json").read_text()) for size in (8, 4))
-    for first, second in zip(one[:-1], two[:-1], strict=True):
+    one, two = (read_log(tmp_path / f"log{size}.json") for size in (8, 4))
+    for first, second in zip(one, two, strict=True):
         for key in ("loss", "grad_norm", "rewards/chosen", "logps/rejected", "num_tokens"):
             assert second[key] == pytest.approx(first[key], rel=1e-3, abs=1e-5), key
         for key in ("ceu/descending_fraction", "ceu/weight_mean", "ceu/weight_max"):
@@ -372,9 +465,9 @@ def test_fsdp2_logs_the_metrics_of_one_process(tiny_model, tokenizer, tmp_path):
     run([sys.executable, tmp_path / "train.py", tmp_path, "8"])
     result = launch_fsdp(tmp_path, ACCELERATE / "fsdp2_cpu.yaml")
     assert result.returncode == 0, result.stderr[-3000:]
-    one, two = (json.loads(Path(tmp_path, f"log{size}.json").read_text()) for size in (8, 4))
+    one, two = (read_log(tmp_path / f"log{size}.json") for size in (8, 4))
     assert abs(two[0]["rewards/chosen"]) < 1e-4  # the reference model has its weights
-    for first, second in zip(one[:-1], two[:-1], strict=True):
+    for first, second in zip(one, two, strict=True):
         for key in ("loss", "logps/rejected", "ceu/descending_fraction", "ceu/weight_mean", "ceu/weight_max"):
             assert second[key] == pytest.approx(first[key], rel=1e-3), key
 

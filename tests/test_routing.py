@@ -1,6 +1,9 @@
 """The backward rule on a float64 toy with plain logits, and the attachment to TRL's fused head."""
 
+import copy
 import inspect
+import io
+import pickle
 import types
 
 import pytest
@@ -12,6 +15,7 @@ from trl import DPOTrainer, KTOConfig, KTOTrainer
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from ceu_rl.routing import route_descent
+from ceu_rl.unlearn import add_unlearning_head
 
 
 class ToyHead(torch.nn.Module):
@@ -175,6 +179,82 @@ def test_a_peft_model_is_routed_at_its_base(tiny_model, tokenizer):
     assert route.pop_metrics()["ceu/descending_fraction"] == 1
 
 
+def through_a_file(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": through_a_file,
+    "moving average": lambda model: torch.optim.swa_utils.AveragedModel(model).module,
+    "a copy of a copy": lambda model: copy.deepcopy(pickle.loads(pickle.dumps(copy.deepcopy(model)))),
+    "moved": lambda model: copy.deepcopy(model).double().float(),
+}
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "a second trainer's", "unlearning"])
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_has_its_own_weights_head_and_route(tiny_model, tokenizer, how, kind):
+    model = tiny_model()
+    add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
+    if kind == "unlearning":
+        add_unlearning_head(model)
+    elif kind == "a second trainer's":
+        route_descent(model, coef=0.1)
+        add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
+    elif kind == "lora":
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    if kind != "unlearning":
+        route = route_descent(model, 0.5, 2.0, 3.0)
+    other = COPIES[how](model)
+    plain = tiny_model(1)
+    plain = get_peft_model(plain, LoraConfig(r=2, target_modules=["q_proj"])) if kind == "lora" else plain
+    other.load_state_dict(plain.state_dict())
+
+    batch = fused_batch(model, tokenizer)
+    logits = plain(batch["input_ids"]).logits
+    assert torch.equal(other(batch["input_ids"]).logits, logits)
+    assert not torch.equal(model(batch["input_ids"]).logits, logits)
+    outputs = other(**batch)
+    expected = (plain(batch["input_ids"], batch["attention_mask"]).logits / 0.7).log_softmax(-1)
+    labels = batch["labels"][:, 1:]
+    expected = expected[:, :-1].gather(-1, labels.clamp(min=0)[..., None])[..., 0].masked_fill(labels == -100, 0)
+    torch.testing.assert_close(outputs.log_probs, expected, rtol=1e-4, atol=1e-4)
+    assert outputs.entropy is not None
+    if kind == "unlearning":
+        del batch["fused_lm_head"]
+        add_unlearning_head(plain)
+        assert torch.equal(other(**batch, unlearn=True).loss, plain(**batch, unlearn=True).loss)
+        return
+    outputs.log_probs.sum().backward()
+    base = other.get_base_model() if kind == "lora" else other
+    assert base._descent_route.coefficients == (0.5, 2.0, 3.0)
+    assert base._descent_route.pop_metrics()["ceu/descending_fraction"] == 1
+    assert route.pop_metrics() == {}  # the copy keeps its own record
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["v_proj"])) if kind == "full" else other
+    adapted(**batch).log_probs.sum().backward()
+    assert base._descent_route.pop_metrics()["ceu/descending_fraction"] == 1
+
+
+def test_a_copy_of_a_model_in_mixed_precision_has_its_own_weights(tiny_model, tokenizer):
+    from accelerate import Accelerator
+
+    model = tiny_model()
+    add_fused_lm_head(model)
+    route_descent(model)
+    model = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    other, batch = copy.deepcopy(model), fused_batch(model, tokenizer)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        copied.load_state_dict(tiny_model(1).state_dict())
+        assert not torch.equal(copied(batch["input_ids"]).logits, model(batch["input_ids"]).logits)
+        copied(**batch).log_probs.sum().backward()
+        assert copied._descent_route.pop_metrics()["ceu/descending_fraction"] == 1
+    assert torch.equal(other(batch["input_ids"]).logits, model(batch["input_ids"]).logits)
+
+
 def test_attaching_twice_or_without_a_fused_head_is_refused(tiny_model):
     model = tiny_model()
     with pytest.raises(ValueError, match=r"LlamaForCausalLM\.forward takes no fused_lm_head"):
@@ -225,6 +305,9 @@ def test_contract_with_trl(tiny_model, tokenizer):
     add_fused_lm_head(model)
     assert isinstance(model.forward, types.MethodType), "TRL no longer patches model.forward on the instance"
     parameters = inspect.signature(model.forward, follow_wrapped=False).parameters
+    closure = inspect.getclosurevars(model.forward.__func__).nonlocals
+    settings = {*inspect.signature(add_fused_lm_head).parameters} - {"model"}
+    assert {"original_forward", *settings} <= set(closure), "TRL's fused head no longer keeps what a copy needs"
     assert "fused_lm_head" in parameters, "TRL's fused head is no longer switched on by fused_lm_head=True"
     outputs = model(**fused_batch(model, tokenizer))
     assert outputs.log_probs.requires_grad, "TRL's fused head no longer returns differentiable log_probs"
