@@ -20,7 +20,7 @@ from .checks import (
     note,
 )
 from .data import COMPLETIONS, FirstRow, check_dataset, check_layout
-from .routing import DescentConfig, DescentTrainer
+from .routing import CITATION, DescentConfig, DescentTrainer
 
 CHOICES = {
     "loss_type": (
@@ -61,15 +61,8 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, DPOTrainer):
     args: CEUDPOConfig
     _tag_names = ["trl", "dpo", "ceu"]
     _name = "CE-U DPO"
-    _paper = {
-        "citation": textwrap.dedent("""\
-            @article{yang2025ceu,
-                title  = {{CE-U: Cross Entropy Unlearning}},
-                author = {Bo Yang},
-                year   = 2025,
-                eprint = {arXiv:2503.01224},
-            }""")
-    }
+    # Both, and no "method introduced in": neither paper has this trainer
+    _paper = {"citation": f"{CITATION}\n\n{DPOTrainer._paper['citation']}"}
 
     @functools.wraps(DPOTrainer.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -14,7 +14,7 @@ from trl import GRPOConfig, GRPOTrainer
 from .checks import StopAtNonFinite, check_choices, check_language_model, check_reference_is_loaded, note
 from .data import check_layout
 from .rollouts import ReloadingVLLMGeneration, check_rewards, check_vllm, name_vllm_settings
-from .routing import DescentConfig, DescentTrainer
+from .routing import CITATION, DescentConfig, DescentTrainer
 
 CHOICES = {
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
@@ -55,6 +55,8 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, GRPOTrainer):
     args: CEUGRPOConfig
     _tag_names = ["trl", "grpo", "ceu"]
     _name = "CE-U GRPO"
+    # Both, and no "method introduced in": neither paper has this trainer
+    _paper = {"citation": f"{CITATION}\n\n{GRPOTrainer._paper['citation']}"}
 
     @functools.wraps(GRPOTrainer.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -62,21 +64,16 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, GRPOTrainer):
         given = bound.arguments
         given["args"] = config = CEUGRPOConfig.adopt(given.get("args"), given["model"])
         for role in ("train", "eval"):
+            check = functools.partial(_check_rows, prompted=given.get("environment_factory") is None)
             if isinstance(dataset := given.get(f"{role}_dataset"), dict):
-                given[f"{role}_dataset"] = {name: check_layout(one, name, "prompt") for name, one in dataset.items()}
+                given[f"{role}_dataset"] = {name: check(one, name) for name, one in dataset.items()}
             elif dataset is not None:
-                given[f"{role}_dataset"] = check_layout(dataset, role, "prompt")
+                given[f"{role}_dataset"] = check(dataset, role)
         _check_prompts(given.get("train_dataset"), config)
         check_choices(config, CHOICES)
         check_language_model(given["model"], config.trust_remote_code)
         adapts = given.get("peft_config") is not None or isinstance(given["model"], PeftModel)
         check_reference_is_loaded(needs_reference=config.beta != 0 and not adapts)
-        rewards = given.get("reward_funcs")
-        given["reward_funcs"] = [
-            check_rewards(reward) if callable(reward) and not isinstance(reward, Module) else reward
-            for reward in (rewards if isinstance(rewards, list) else [rewards])
-            if reward is not None
-        ] or None
         if config.use_vllm:
             check_vllm()
         with name_vllm_settings():
@@ -86,14 +83,42 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, GRPOTrainer):
         check_language_model(self.model)
         self.attach_route()
 
+    def close(self) -> None:
+        """End the colocated vLLM engine, if there is one: in every process, at the end of a script.
+
+        It must come before `torch.distributed.destroy_process_group`, which vLLM's exit does for itself.
+        """
+        if self.use_vllm:
+            self.vllm_generation.shutdown()
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
+        given = self.reward_funcs
+        self.reward_funcs = [
+            reward if isinstance(reward, Module) else check_rewards(reward, name)
+            for reward, name in zip(given, self.reward_func_names, strict=True)
+        ]
+        try:
+            return super()._calculate_rewards(*args, **kwargs)
+        finally:
+            self.reward_funcs = given
+
     def describe_rows(self, inputs: Any) -> list[str]:
         # TRL hands each step the rows of a whole generation, each row once for every completion
-        prompts: dict[str, int | None] = {str(row["prompt"]): None for row in inputs}
-        if isinstance(self.train_dataset, Dataset):
+        prompts: dict[str, int | None] = {str(row.get("prompt", row)): None for row in inputs}
+        if isinstance(self.train_dataset, Dataset) and "prompt" in self.train_dataset.column_names:
             for number, prompt in enumerate(self.train_dataset["prompt"]):
                 if str(prompt) in prompts:
                     prompts[str(prompt)] = number
         return [f"row {number} ({textwrap.shorten(prompt, 60)!r})" for prompt, number in prompts.items()]
+
+
+def _check_rows(dataset: Any, name: str, prompted: bool) -> Any:
+    """The layout check, which spares a dataset without prompts where an environment's `reset` gives them."""
+    if prompted or "prompt" in (getattr(dataset, "column_names", None) or ["prompt"]):
+        return check_layout(dataset, name, "prompt")
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(f"The {name} dataset has no rows; give it at least one.")
+    return dataset
 
 
 def _check_prompts(dataset: Any, args: GRPOConfig) -> None:

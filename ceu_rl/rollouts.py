@@ -8,16 +8,15 @@ the packing, loads from an iterator, and packs again.
 import functools
 import importlib.metadata
 import importlib.util
-import inspect
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from numbers import Real
 from types import TracebackType
 from typing import Any
 
+import torch
 from packaging.specifiers import SpecifierSet
 from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer.utils import get_callable_name, is_async_callable
 
 from .checks import RolloutError
 
@@ -44,6 +43,15 @@ class ReloadingVLLMGeneration(VLLMGeneration):
         for _ in parameters:
             pass
         self.llm.reset_prefix_cache()
+
+    def shutdown(self) -> None:
+        """End the colocated engine; calling it twice is no error.
+
+        vLLM takes its groups of processes out of torch's, and the default one with them. Where torch's are destroyed
+        first, vLLM fails on them at the exit of Python. Every process must call it.
+        """
+        if self.mode == "colocate":
+            self.llm.llm_engine.engine_core.shutdown()
 
     def generate(self, prompts: list[list[int]], *args: Any, **kwargs: Any) -> tuple:
         if self.mode == "colocate":
@@ -78,53 +86,72 @@ def _vllm_named(doing: str) -> _NameCause:
     )
 
 
-def check_rewards(function: Callable[..., Any]) -> Callable[..., Any]:
+def check_rewards(function: Callable[..., Any], name: str | None = None) -> Callable[..., Any]:
     """Wrap a reward function, plain or async, so that what it raises or wrongly returns is named.
 
-    It must return one finite number, or None for "not applicable", for each completion.
+    It must return one number for each completion, finite in float32, or None for "not applicable": anything that can be
+    gone through, such as a list, an array, a tensor of shape (B,) or (B, 1) or a generator.
+
+    Args:
+        function: What TRL takes: a function, a `partial`, a callable object.
+        name: What to call it; by default what TRL calls it.
 
     Raises (from the wrapper):
         RolloutError: with the function, and the row and value that cannot be used.
     """
-    name = getattr(function, "__name__", type(function).__name__)
+    name = name or get_callable_name(function)
     named = _NameCause(
         f"The reward function {name!r}", "mend it, or return None for a completion that it cannot judge."
     )
 
-    def check(rewards: Any, prompts: Sequence[Any]) -> list[Any]:
-        if hasattr(rewards, "tolist"):  # an array or a tensor
-            rewards = rewards.tolist()
-        if not isinstance(rewards, Sequence) or isinstance(rewards, str):
+    def check(rewards: Any, prompts: Sequence[Any]) -> list[float | None]:
+        # What has no order or holds keys is gone through by stock as well, and pairs rewards with the wrong completions
+        if not isinstance(rewards, Iterable) or isinstance(rewards, str | bytes | Mapping | Set):
             raise RolloutError(f"The reward function {name!r} returned {rewards!r}; return a list of numbers.")
+        rewards = list(rewards)
         if len(rewards) != len(prompts):
             raise RolloutError(
                 f"The reward function {name!r} returned {len(rewards)} values for {len(prompts)} completions; "
                 "return one for each."
             )
-        for reward, prompt in zip(rewards, prompts, strict=True):
-            if reward is not None and not (isinstance(reward, Real) and math.isfinite(reward)):
-                raise RolloutError(
-                    f"The reward function {name!r} returned {reward!r} for the prompt {str(prompt)[:80]!r}; "
-                    "return a finite number, or None for a completion that it cannot judge."
-                )
-        return list(rewards)
+        return [check_one(reward, prompt) for reward, prompt in zip(rewards, prompts, strict=True)]
 
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+    def check_one(reward: Any, prompt: Any) -> float | None:
+        if reward is None or (number := _float32(reward)) is not None:
+            return None if reward is None else number
+        raise RolloutError(
+            f"The reward function {name!r} returned {reward!r} for the prompt {str(prompt)[:80]!r}; "
+            "return a finite number, or None for a completion that it cannot judge."
+        )
+
+    if is_async_callable(function):
 
         @functools.wraps(function)
-        async def checked_async(prompts: Sequence[Any], **kwargs: Any) -> list[Any]:
+        async def checked_async(prompts: Sequence[Any], **kwargs: Any) -> list[float | None]:
             with named:
                 return check(await function(prompts=prompts, **kwargs), prompts)
 
+        checked_async.__name__ = name
         return checked_async
 
     @functools.wraps(function)
-    def checked(prompts: Sequence[Any], **kwargs: Any) -> list[Any]:
+    def checked(prompts: Sequence[Any], **kwargs: Any) -> list[float | None]:
         with named:
             return check(function(prompts=prompts, **kwargs), prompts)
 
     checked.__name__ = name
     return checked
+
+
+def _float32(value: Any) -> float | None:
+    """A number, or an array of one, as float32 holds it; None for anything else and for what is not finite there."""
+    if isinstance(value, str | bytes):
+        return None
+    try:
+        number = torch.tensor(float(value.item() if hasattr(value, "item") else value), dtype=torch.float32)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+    return number.item() if torch.isfinite(number) else None
 
 
 @contextmanager

@@ -13,6 +13,7 @@ The forward value is untouched, so losses, rewards, KL terms and importance rati
 import functools
 import inspect
 import math
+import textwrap
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,13 @@ from trl.trainer.utils import add_fused_lm_head, get_config_model_id
 from .losses import check_descent_coefficients, descent_weight
 
 SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
+CITATION = textwrap.dedent("""\
+    @article{yang2025ceu,
+        title  = {{CE-U: Cross Entropy Unlearning}},
+        author = {Bo Yang},
+        year   = 2025,
+        eprint = {arXiv:2503.01224},
+    }""")
 
 
 class DescentRoute:

@@ -60,6 +60,8 @@ def run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
             asked = {"prompt": prompt} if prompt else {}
             _finish(method, trainer, args, script, settings_of(arguments), argv, {**asked, **provenance}, start)
             status = 0
+    if method == "grpo":
+        trainer.close()  # vLLM's groups of processes go before torch's
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return status

@@ -47,7 +47,7 @@ from .losses import (
 )
 from .models import end_token_ids
 from .prompts import PromptArguments
-from .routing import check_trl_version, wrap_forward
+from .routing import CITATION, check_trl_version, wrap_forward
 
 
 class Method(NamedTuple):
@@ -226,6 +226,10 @@ class UnlearnTrainer(StopAtNonFinite, SFTTrainer):
             raise ValueError(
                 f"router_aux_loss_coef is {self.router_aux_loss_coef}, which unlearning does not support; set it to 0."
             )
+        if method == "ceu":
+            self._paper = {"title": "CE-U: Cross Entropy Unlearning", "id": "2503.01224", "citation": CITATION}
+        else:
+            self._name = f"{method} unlearning"
         self.model_accepts_loss_kwargs = True  # the loss is divided by the units of the whole step, see `compute_loss`
         base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         add_unlearning_head(base)

@@ -185,6 +185,14 @@ def test_a_stock_config_means_the_defaults(make_trainer, tokenizer, tiny_model, 
     assert_same_weights(ours, adopted)
 
 
+def test_the_model_card_cites_both_papers(make_trainer):
+    trainer = make_trainer(CEUDPOTrainer)
+    trainer.create_model_card("mine")
+    card = Path(trainer.args.output_dir, "README.md").read_text()
+    assert "Cite CE-U DPO as:" in card and "trained with CE-U DPO." in card
+    assert "@article{yang2025ceu," in card and "@inproceedings{rafailov2023direct," in card
+
+
 @dataclass
 class OwnConfig(DPOConfig):
     """A user's config: a field and a method of its own, and one of TRL's methods changed."""

@@ -1,12 +1,16 @@
 """CE-U GRPO against the imported `trl.GRPOTrainer`, and against float64 gradients from plain logits."""
 
 import copy
+import functools
 import inspect
+import random
 import re
+from pathlib import Path
 
 import datasets
 import pytest
 import torch
+import trl
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
@@ -46,6 +50,7 @@ def make_trainer(tiny_model, tokenizer, tmp_path):
     prompts = datasets.Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(8) for b in range(8)])
 
     def make(trainer_class, *, peft_config=None, model=None, reward_funcs=digits, train_dataset=prompts, **settings):
+        given = {key: settings.pop(key) for key in ("environment_factory", "processing_class") if key in settings}
         config_class = CEUGRPOConfig if trainer_class is CEUGRPOTrainer else GRPOConfig
         folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
@@ -70,6 +75,7 @@ def make_trainer(tiny_model, tokenizer, tmp_path):
             config_class(**{**defaults, **settings}),
             train_dataset=train_dataset,
             peft_config=peft_config,
+            **given,
         )
 
     return make
@@ -232,3 +238,79 @@ def test_a_choice_that_there_is_not_is_refused_before_the_first_step(make_traine
     (name,) = settings
     with pytest.raises(ValueError, match=f"{name} is .*; use one of"):
         make_trainer(CEUGRPOTrainer, **settings)
+
+
+class Judge:
+    async def __call__(self, completions, **kwargs):
+        return digits(completions)
+
+
+class OtherJudge(Judge):
+    pass
+
+
+def test_rewards_are_logged_under_the_names_of_stock(make_trainer):
+    rewards = [Judge(), OtherJudge(), functools.partial(digits, scale=1), functools.partial(OtherJudge())]
+    logs = []
+    for trainer_class in (GRPOTrainer, CEUGRPOTrainer):
+        given = list(rewards)
+        trainer = train(make_trainer, trainer_class, reward_funcs=given, max_steps=1)
+        assert trainer.reward_funcs == given == rewards  # the user's own, for a callback to look at
+        logs.append({key: value for key, value in trainer.state.log_history[0].items() if key.startswith("reward")})
+    stock, ours = logs
+    assert ours == stock
+    assert {"rewards/Judge/mean", "rewards/OtherJudge/mean", "rewards/digits/mean"} <= set(ours)
+
+
+class Echo:
+    """An environment that owns the data, a tool and the reward."""
+
+    def reset(self, **kwargs):
+        return f"Say {kwargs.get('word', 'yes')}."
+
+    def look_up(self, word: str) -> str:
+        """Look a word up.
+
+        Args:
+            word: The word.
+
+        Returns:
+            What it means.
+        """
+        return word
+
+    async def get_reward(self):
+        return random.Random(id(self)).random()
+
+
+@pytest.mark.parametrize("rows", ["none", "no prompt", "prompt", "a stream"])
+def test_an_environment_may_own_the_prompts(make_trainer, tokenizer, rows):
+    able = copy.deepcopy(tokenizer)  # to call tools
+    able.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+    words = datasets.Dataset.from_list([{"word": word} for word in ("yes", "no", "maybe", "never")])
+    given = {
+        "none": None,
+        "no prompt": words,
+        "prompt": words.map(lambda row: {"prompt": [{"role": "user", "content": "Now: "}]}),
+        "a stream": words.to_iterable_dataset(),
+    }[rows]
+    settings = {"reward_funcs": None, "train_dataset": given, "environment_factory": Echo, "processing_class": able}
+    trainer = make_trainer(CEUGRPOTrainer, **settings, max_steps=2, remove_unused_columns=False)
+    trainer.train()
+    assert trainer.state.global_step == 2 and "rewards/Echo/mean" in trainer.state.log_history[0]
+    assert "Say" in trainer.describe_rows(words)[0] or "row" in trainer.describe_rows(words)[0]
+
+
+def test_an_environment_dataset_without_rows_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="The train dataset has no rows"):
+        words = datasets.Dataset.from_list([{"word": "yes"}]).select([])
+        make_trainer(CEUGRPOTrainer, train_dataset=words, environment_factory=Echo)
+
+
+def test_the_model_card_cites_both_papers(make_trainer):
+    trainer = make_trainer(CEUGRPOTrainer)
+    trainer.create_model_card("mine")
+    card = Path(trainer.args.output_dir, "README.md").read_text()
+    assert "Cite CE-U GRPO as:" in card and "trained with CE-U GRPO." in card
+    assert "@article{yang2025ceu," in card and "@article{shao2024deepseekmath," in card
+    assert "a method introduced in" not in card

@@ -1,6 +1,7 @@
 """vLLM rollouts on the real engine, on CPU: weight sync, training in one process and in two, and what is refused."""
 
 import asyncio
+import collections
 import functools
 import http.server
 import importlib.metadata
@@ -10,13 +11,17 @@ import os
 import subprocess
 import sys
 import threading
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy
+import pandas
 import psutil
 import pytest
 import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
+from trl.trainer.utils import get_callable_name, is_async_callable
 
 from ceu_rl.rollouts import RolloutError, check_rewards, check_vllm
 from ceu_rl.tasks.addition import accuracy
@@ -41,6 +46,13 @@ def good(prompts, completions, **kwargs):
         (lambda prompts, **kwargs: [float("nan"), 1.0], "returned nan for the prompt '1"),
         (lambda prompts, **kwargs: [1.0, float("inf")], "returned inf for the prompt '3"),
         (lambda prompts, **kwargs: None, "returned None; return a list"),
+        (lambda prompts, **kwargs: (1 / (1 - n) for n in range(2)), "raised ZeroDivisionError"),
+        (lambda prompts, **kwargs: {"1+2=": 1.0, "3+4=": 0.0}, "returned {'1.*; return a list"),
+        (lambda prompts, **kwargs: {1.0, 0.0}, r"returned {.*; return a list"),
+        (lambda prompts, **kwargs: numpy.array(1.0), "raised TypeError"),
+        (lambda prompts, **kwargs: [1.0, 1e300], r"returned 1e\+300 for the prompt '3"),
+        (lambda prompts, **kwargs: [1.0, [0.5]], r"returned \[0\.5\] for the prompt '3"),
+        (lambda prompts, **kwargs: torch.ones(2, 3), r"returned tensor\(.* for the prompt '1"),
     ],
 )
 def test_a_reward_that_cannot_be_used_is_named(function, message):
@@ -54,6 +66,89 @@ def test_a_reward_that_cannot_be_used_is_named(function, message):
     later.__name__ = "my_reward"
     with pytest.raises(RolloutError, match=f"The reward function 'my_reward' {message}"):
         asyncio.run(check_rewards(later)(prompts=["1+2=", "3+4="], completions=["3", "7"]))
+
+
+class Judge:
+    """A callable object, as users write them for a judge that keeps a connection."""
+
+    def __init__(self, later=False):
+        self.later = later
+
+    def score(self, prompts, completions=(), **kwargs):
+        return [1.0] * len(prompts)
+
+    def __call__(self, prompts, **kwargs):
+        return self.score(prompts)
+
+
+class LaterJudge(Judge):
+    async def __call__(self, prompts, **kwargs):
+        return self.score(prompts)
+
+
+class OtherLaterJudge(LaterJudge):
+    pass
+
+
+async def later(prompts, weight=1.0, **kwargs):
+    return [weight] * len(prompts)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        good,
+        functools.partial(good, scale=2),
+        functools.partial(functools.partial(good, scale=2), shift=1),
+        lambda prompts, **kwargs: [1.0] * len(prompts),
+        Judge(),
+        Judge().score,
+        functools.partial(Judge(), scale=2),
+        later,
+        functools.partial(later, weight=1.0),
+        LaterJudge(),
+        OtherLaterJudge(),
+        functools.partial(LaterJudge(), scale=2),
+    ],
+)
+def test_what_trl_calls_is_called_the_same_way_under_the_same_name(function):
+    checked = check_rewards(function)
+    assert get_callable_name(checked) == get_callable_name(function)
+    assert is_async_callable(checked) == is_async_callable(function)
+    returned = checked(prompts=["a", "b"], completions=["x", "y"])
+    assert (asyncio.run(returned) if is_async_callable(function) else returned) == [1.0, 1.0]
+
+
+def stock_rewards(returned):
+    """TRL 1.16's reading of what a reward function returned (`GRPOTrainer._calculate_rewards`)."""
+    return torch.tensor([torch.nan if reward is None else reward for reward in returned], dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.tensor([1.0, 0.5]),
+        lambda: torch.tensor([[1.0], [0.5]]),
+        lambda: torch.tensor([True, False]),
+        lambda: torch.tensor([1.0, 0.5], dtype=torch.bfloat16, requires_grad=True),
+        lambda: [torch.tensor(1.0), torch.tensor([0.5])],
+        lambda: numpy.array([1, 0.1]),
+        lambda: numpy.array([1, None], dtype=object),
+        lambda: [numpy.float16(0.5), numpy.bool_(True)],
+        lambda: [True, None],
+        lambda: (0.5, 1),
+        lambda: (number / 3 for number in range(2)),
+        lambda: map(float, [1, 2]),
+        lambda: range(2),
+        lambda: [Fraction(1, 3), Decimal("0.1")],
+        lambda: collections.deque([1, 2]),
+        lambda: pandas.Series([1.0, 0.5], index=[7, 3]),
+    ],
+)
+def test_every_finite_value_that_stock_takes_is_taken(make):
+    checked = check_rewards(lambda prompts, **kwargs: make())(prompts=["a", "b"])
+    assert all(value is None or type(value) is float for value in checked)
+    torch.testing.assert_close(stock_rewards(checked), stock_rewards(make()), rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_good_reward_passes():
@@ -197,6 +292,7 @@ class TestEngine:
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
         result = self.train(recipe(per_device_train_batch_size=32 // processes), *launch)
         assert result.returncode == 0, result.stderr[-3000:]
+        assert "Traceback" not in result.stderr and "Invalid process group" not in result.stderr
         log = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
         rewards = [entry["reward"] for entry in log if "reward" in entry]
         assert len(rewards) == 30

@@ -456,3 +456,12 @@ class TestBadInput:
             FloatingPointError, match=r"Step 1 met a non-finite loss \(nan\).*row \d+ of the forget dat"
         ):
             trainer.train()
+
+
+@pytest.mark.parametrize("loss_type", ["ceu", "npo"])
+def test_the_model_card_cites_the_method_that_was_used(make_trainer, loss_type):
+    trainer = make_trainer(loss_type)
+    trainer.create_model_card("mine")
+    card = Path(trainer.args.output_dir, "README.md").read_text()
+    assert ("@article{yang2025ceu," in card) == (loss_type == "ceu")
+    assert ("trained with npo unlearning." in card) == (loss_type == "npo")
