@@ -53,6 +53,7 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, GRPOTrainer):
     """
 
     args: CEUGRPOConfig
+    vllm_generation: ReloadingVLLMGeneration
     _tag_names = ["trl", "grpo", "ceu"]
     _name = "CE-U GRPO"
     # Both, and no "method introduced in": neither paper has this trainer
@@ -92,7 +93,7 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, GRPOTrainer):
             self.vllm_generation.shutdown()
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
-        given = self.reward_funcs
+        given: list[Any] = self.reward_funcs
         self.reward_funcs = [
             reward if isinstance(reward, Module) else check_rewards(reward, name)
             for reward, name in zip(given, self.reward_func_names, strict=True)
