@@ -6,7 +6,6 @@
 import difflib
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import AutoConfig, GenerationMixin
 from transformers.distributed.fsdp import is_fsdp_enabled
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .checkpoints import saved_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -146,9 +146,3 @@ def note(message: str) -> None:
 
 class RolloutError(ValueError):
     """A rollout or its reward cannot be used; the message names the cause and the row or function."""
-
-
-def saved_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
-    """Step and folder of each checkpoint in `output_dir`, first to last, without those whose saving was cut short."""
-    states = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")
-    return sorted((int(path.parent.name.rsplit("-", 1)[1]), path.parent) for path in states)

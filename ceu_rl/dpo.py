@@ -11,6 +11,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 
+from .checkpoints import WholeCheckpoints
 from .checks import (
     StopAtNonFinite,
     check_choices,
@@ -44,7 +45,7 @@ class CEUDPOConfig(DescentConfig, DPOConfig):
     """
 
 
-class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, DPOTrainer):
+class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, DPOTrainer):
     """`trl.DPOTrainer` whose descending tokens get the CE-U weight; nothing else changes (arXiv 2503.01224).
 
     It takes the same arguments. After TRL's constructor it attaches `routing.route_descent` to the policy, with the

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch.nn import Module
 from trl import GRPOConfig, GRPOTrainer
 
+from .checkpoints import WholeCheckpoints
 from .checks import StopAtNonFinite, check_choices, check_language_model, check_reference_is_loaded, note
 from .data import check_layout
 from .rollouts import ReloadingVLLMGeneration, check_rewards, check_vllm, name_vllm_settings
@@ -38,7 +39,7 @@ class CEUGRPOConfig(DescentConfig, GRPOConfig):
     ceu_coef: float = field(default=0.5, metadata=DescentConfig.__dataclass_fields__["ceu_coef"].metadata)
 
 
-class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, GRPOTrainer):
+class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, GRPOTrainer):
     """`trl.GRPOTrainer` whose descending tokens get the CE-U weight; nothing else changes (arXiv 2503.01224).
 
     A token descends where the loss lowers its log-probability: in completions with a negative advantage, unless

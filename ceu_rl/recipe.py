@@ -30,7 +30,7 @@ WORDS = {
 
 def classes_of(method: str) -> tuple[Any, Any, Any]:
     """Script arguments, config and trainer of a method. GRPO's bring vLLM, which takes seconds to import."""
-    from trl import ScriptArguments, SFTConfig, SFTTrainer
+    from trl import ScriptArguments, SFTConfig
 
     match method:
         case "dpo":
@@ -48,8 +48,9 @@ def classes_of(method: str) -> tuple[Any, Any, Any]:
 
             return UnlearnScriptArguments, UnlearnConfig, UnlearnTrainer
     from .prompts import PromptArguments
+    from .sft import WholeSFTTrainer
 
-    return PromptArguments, SFTConfig, SFTTrainer
+    return PromptArguments, SFTConfig, WholeSFTTrainer
 
 
 def parser_for(method: str) -> Any:

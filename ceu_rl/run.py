@@ -19,8 +19,9 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
 
 from .callbacks import MetricsFile, Progress, TaskScore
-from .checks import saved_checkpoints
+from .checkpoints import check_resumes, saved_checkpoints
 from .data import check_layout, load
+from .engines import check_engine, check_processes, engines_on_cpu, save_whole
 from .errors import Boundary, NameCause, sentence
 from .models import BUILTIN_MODEL, build_bpe_tokenizer, build_model, build_tokenizer, check_model_name
 from .prompts import PromptFormat
@@ -39,10 +40,15 @@ def run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
     start, provenance = time.perf_counter(), environment()
     arguments = read_arguments(method, argv)
     _check_names(arguments, argv)
+    engines_on_cpu()
     script, args, model_config, mixture = build_configs(method, arguments)
+    check_processes(args.world_size)
     with _FolderLock(args):
         args.resume_from_checkpoint = _resume_from(args.output_dir, args.resume_from_checkpoint)
         trainer, prompt = _build_trainer(method, script, args, model_config, mixture)
+        check_engine(trainer.accelerator)
+        if args.resume_from_checkpoint:
+            check_resumes(args.resume_from_checkpoint, trainer.accelerator.distributed_type)
         boundary.failure = 1
         boundary.remedy = _way_on(args.output_dir)
         with StopOnSignal(trainer) as stop, _RowsOfTemplate(trainer.train_dataset, trainer.processing_class):
@@ -84,6 +90,7 @@ def _finish(
             "No step was trained, so there is no model to save: the dataset has too few rows for one batch, or "
             "max_steps and num_train_epochs ask for none."
         )
+    save_whole(trainer.accelerator)
     trainer.save_model(args.output_dir)
     if trainer.eval_dataset is not None and not any("eval_loss" in entry and entry["step"] == step for entry in log):
         trainer.evaluate()

@@ -33,6 +33,7 @@ from trl.trainer.utils import (
 )
 
 from .answers import part_answer, template_edges
+from .checkpoints import WholeCheckpoints
 from .checks import StopAtNonFinite, check_language_model, check_reference_is_loaded
 from .data import check_layout
 from .fused import fused_linear_unlearning_loss, lm_head_options
@@ -165,7 +166,7 @@ class UnlearnConfig(SFTConfig):
         return METHODS[self.loss_type].needs_reference or self.retain_loss_type == "kl"
 
 
-class UnlearnTrainer(StopAtNonFinite, SFTTrainer):
+class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, SFTTrainer):
     """`trl.SFTTrainer` that unlearns `forget_dataset`; the forget and the retain term take the place of its loss.
 
     Of a conversation the answer alone is unlearned, up to its first end token, and not what the chat template writes

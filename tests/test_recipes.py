@@ -126,7 +126,7 @@ def test_accelerate_configs(path):
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(path))
-    assert config.num_processes >= 2
+    assert config.num_processes >= (1 if path.stem == "single" else 2)
     assert any(re.match(rf"accelerate launch --config_file {name(path)} ", line) for line in header(path))
     fsdp = yaml.safe_load(path.read_text()).get("fsdp_config")
     assert fsdp is None or fsdp["fsdp_cpu_ram_efficient_loading"] is False

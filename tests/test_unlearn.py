@@ -1,12 +1,8 @@
 """The unlearning trainer: its losses against float64 sums over plain logits, its equivalences, and what is refused."""
 
 import copy
-import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -334,49 +330,6 @@ def test_lora_trains_the_adapter_and_takes_the_base_as_reference(make_trainer, m
 def test_only_methods_that_need_one_hold_a_reference(make_trainer):
     held = {method for method in METHODS if make_trainer(method).ref_model is not None}
     assert held == {"npo", "undial"}
-
-
-SCRIPT = """
-import json, os, sys
-from tests.test_unlearn import FORGET, RETAIN
-from ceu_rl import UnlearnConfig, UnlearnTrainer
-
-folder, method, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
-args = UnlearnConfig(f"{folder}/run{size}", loss_type=method, max_steps=3, per_device_train_batch_size=size,
-                     logging_steps=1, learning_rate=1e-3, use_cpu=True, bf16=False, gradient_checkpointing=False,
-                     save_strategy="no", disable_tqdm=True)
-trainer = UnlearnTrainer(f"{folder}/model", args, FORGET, RETAIN)
-trainer.train()
-if trainer.is_world_process_zero():
-    open(f"{folder}/log{size}.json", "w").write(json.dumps(trainer.state.log_history))
-sys.stdout.flush()
-os._exit(0)  # under load a thread of gloo can abort the interpreter at its exit
-"""
-ROOT = Path(__file__).parents[1]
-FSDP2 = ROOT / "recipes" / "accelerate" / "fsdp2_cpu.yaml"
-LAUNCHERS = {
-    "ddp": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-    "fsdp2": ["-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file", str(FSDP2)],
-}
-
-
-@pytest.mark.parametrize(("launcher", "method"), [("ddp", "ceu"), ("fsdp2", "ceu"), ("fsdp2", "npo")])
-def test_two_processes_log_the_losses_of_one(tiny_model, tokenizer, tmp_path, launcher, method):
-    tiny_model().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "train.py").write_text(SCRIPT)
-    for command, size in (([], 8), (LAUNCHERS[launcher], 4)):
-        result = subprocess.run(
-            [sys.executable, *command, tmp_path / "train.py", tmp_path, method, str(size)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
-    one, two = (json.loads((tmp_path / f"log{size}.json").read_text()) for size in (8, 4))
-    for first, second in zip(one[:-1], two[:-1], strict=True):
-        for key in ("loss", "grad_norm", "forget_loss", "retain_loss"):
-            assert second[key] == pytest.approx(first[key], rel=1e-3), key
 
 
 SWALLOWS = (

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from ..checks import saved_checkpoints
+from ..checkpoints import saved_checkpoints
 from ..provenance import environment, write_json
 from ..recipe import read_settings
 from .runs import FAILURE, LOG, RECIPE, RESULT, TOFU_RESULT, Run

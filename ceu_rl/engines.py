@@ -1,0 +1,85 @@
+"""Engines for several processes: what accelerate was asked for and what it made of it, and FSDP2 and ZeRO on a CPU.
+
+accelerate 1.15 chooses the engine by the device. On a CPU it makes plain data parallelism of FSDP, and of DeepSpeed
+processes that each train alone. `engines_on_cpu` changes the answer that it gets when it asks for the device.
+"""
+
+import os
+from typing import Any
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, str_to_bool
+
+from .checks import note
+
+ENGINES = {"FSDP": DistributedType.FSDP, "DEEPSPEED": DistributedType.DEEPSPEED}
+
+
+def engines_on_cpu() -> None:
+    """Let accelerate shard on a CPU, by FSDP2 or DeepSpeed as `accelerate launch` asks for them, over gloo.
+
+    Call it before the config is made. It changes nothing where there is another device, or neither was asked for.
+    """
+    if torch.accelerator.is_available() or "RANK" not in os.environ:
+        return
+    if _asked_for("FSDP"):
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo")
+        # It takes FSDP up under the name of any device but the CPU
+        PartialState._prepare_backend = lambda self, cpu=False, *args: ("gloo", DistributedType.MULTI_GPU)
+    elif _asked_for("DEEPSPEED"):
+        prepare = PartialState._prepare_backend
+
+        def prepare_backend(self: PartialState, cpu: bool = False, *args: Any) -> Any:
+            return prepare(self, cpu, *args) if cpu else ("gloo", DistributedType.NO)
+
+        PartialState._prepare_backend = prepare_backend
+
+
+def check_processes(processes: int) -> None:
+    """Say where fewer processes train together than were asked for; call it before anything sets an address.
+
+    Raises:
+        ValueError: for processes that would each train alone, and write the same files.
+    """
+    asked, tasks = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "SLURM_NTASKS"))
+    if asked > processes:
+        raise ValueError(
+            f"{asked} processes were started and each would train alone, into one folder; on a CPU set use_cpu to true."
+        )
+    if processes > 1:
+        return
+    # accelerate sets the address of the first process where it was asked for more than one
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and asked == 1:
+        note(
+            "warning: accelerate launch was asked for several processes and has started one, as it does with --cpu; "
+            "use --config_file recipes/accelerate/ddp_cpu.yaml."
+        )
+    elif tasks > 1:
+        note(
+            f"warning: Slurm has given this job {tasks} tasks, and this run is one process; start it as "
+            "recipes/accelerate/slurm.sbatch does."
+        )
+
+
+def check_engine(accelerator: Any) -> None:
+    """Raise a ValueError for an engine that `accelerate launch` was asked for and that is not used."""
+    for name, kind in ENGINES.items():
+        if _asked_for(name) and accelerator.distributed_type != kind:
+            way_out = "set use_cpu to false" if name == "DEEPSPEED" else "call ceu_rl.engines.engines_on_cpu first"
+            raise ValueError(
+                f"accelerate was asked for {name} and uses {accelerator.distributed_type.value}, as it does on a CPU; "
+                f"{way_out}, or take recipes/accelerate/ddp_cpu.yaml."
+            )
+
+
+def save_whole(accelerator: Any) -> None:
+    """Let what is saved from here on be a whole model, where FSDP saved shards in the checkpoints."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+
+
+def _asked_for(engine: str) -> bool:
+    return bool(str_to_bool(os.environ.get(f"ACCELERATE_USE_{engine}", "false")))

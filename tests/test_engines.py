@@ -1,0 +1,296 @@
+"""One process, data parallel, FSDP2 and DeepSpeed train the same weights, and say so where they cannot."""
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from ceu_rl import engines
+from ceu_rl.checkpoints import check_resumes
+
+from .engines import CASES
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "recipes" / "accelerate"
+CORE = ["dpo", "unlearn-ceu", "unlearn-npo", "grpo-generate"]
+REST = [case for case in CASES if case not in CORE]
+deepspeed = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
+]
+ENGINES = ["ddp", "fsdp2", pytest.param("zero2", marks=deepspeed), pytest.param("zero3", marks=deepspeed)]
+# Means over the batch of each process, which TRL weighs alike, and of an odd last batch from its first rows alone
+BY_PROCESS = ("logits/", "mean_token_accuracy", "entropy", "num_tokens", "kl")
+CLOCK = ("runtime", "per_second", "step_time", "flos")
+
+
+def launcher(engine, folder):
+    if engine == "one":
+        return []
+    config = RECIPES / f"{engine.removesuffix('-efficient').replace('zero2', 'zero3')}_cpu.yaml"
+    text = config.read_text().replace("zero_stage: 3", f"zero_stage: {engine[-1]}")
+    if engine.endswith("sharded"):
+        text = (RECIPES / "fsdp2_cpu.yaml").read_text().replace("FULL_STATE_DICT", "SHARDED_STATE_DICT")
+    if engine.endswith("efficient"):
+        text = text.replace("cpu_ram_efficient_loading: false", "cpu_ram_efficient_loading: true")
+    (folder / f"{engine}.yaml").write_text(text)
+    return ["-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file", folder / f"{engine}.yaml"]
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory, tokenizer):
+    """Train cases under an engine, each once, and give the folder of the runs and what was printed as errors."""
+    from ceu_rl.models import build_model
+
+    from .conftest import TINY
+
+    folder = tmp_path_factory.mktemp("engines")
+    build_model(tokenizer, seed=1, **TINY).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+
+    @functools.cache
+    def run(engine, *cases):
+        result = subprocess.run(
+            [sys.executable, *launcher(engine, folder), "-m", "tests.engines", folder, engine, *cases],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TRL_EXPERIMENTAL_SILENCE": "1"},
+            cwd=ROOT,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        return folder, result.stderr
+
+    return run
+
+
+def read(folder):
+    weights = load_file(next(folder.glob("*.safetensors")))
+    return json.loads((folder / "log.json").read_text()), weights
+
+
+def assert_same_weights(one, other, start):
+    assert one.keys() == other.keys()
+    moved = max((one[name] - start.get(name, 0)).abs().max() for name in one)
+    assert moved > 4e-3
+    for name in one:
+        torch.testing.assert_close(other[name], one[name], rtol=0, atol=2e-3 * moved.item())
+
+
+def compare(folder, engine, cases):
+    start = load_file(folder / "model" / "model.safetensors")
+    for case in cases:
+        (one, weights), (two, theirs) = read(folder / "one" / case), read(folder / engine / case)
+        assert two["processes"] == 2
+        assert two["sharded"] == (engine in ("fsdp2", "zero3", "fsdp2-efficient"))
+        assert len(one["log"]) == 6  # five steps and the summary
+        for step, (first, second) in enumerate(zip(one["log"], two["log"], strict=True), 1):
+            assert first.keys() == second.keys()
+            for key, value in first.items():
+                if any(part in key for part in CLOCK) or (step >= 3 and key.startswith(BY_PROCESS)):
+                    continue
+                assert float(second[key]) == pytest.approx(float(value), rel=1e-3, abs=2e-6), (engine, case, step, key)
+        assert_same_weights(weights, theirs, start)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_trains_what_one_process_trains(launch, engine):
+    """Loss, metrics and weights, with gradient accumulation, clipping and a last batch of one row."""
+    folder, _ = launch("one", *CORE)
+    launch(engine, *CORE)
+    compare(folder, engine, CORE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_case_under_every_engine(launch, engine):
+    folder, _ = launch("one", *REST)
+    launch(engine, *REST)
+    compare(folder, engine, REST)
+
+
+@pytest.mark.slow
+def test_weights_that_one_process_reads_for_all(launch):
+    """With fsdp_cpu_ram_efficient_loading a reference would be empty on all processes but the first, and is refused."""
+    refused, trained = ["dpo", "unlearn-npo", "unlearn-undial", "grpo"], ["dpo-lora", "unlearn-ceu", "grpo-generate"]
+    folder, _ = launch("one", *CORE)
+    launch("one", *REST)
+    _, printed = launch("fsdp2-efficient", *refused, *trained)
+    for case in refused:
+        assert f"fsdp2-efficient {case}: fsdp_cpu_ram_efficient_loading is true" in printed
+        assert not (folder / "fsdp2-efficient" / case / "log.json").exists()
+    compare(folder, "fsdp2-efficient", trained)
+
+
+SAVED = ["dpo+3", "dpo-lora+3"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("saved", "resumed"),
+    [
+        ("one", "ddp"),
+        ("ddp", "one"),
+        ("fsdp2", "fsdp2"),
+        ("fsdp2-sharded", "fsdp2-sharded"),
+        pytest.param("zero2", "zero2", marks=deepspeed),
+        pytest.param("zero3", "zero3", marks=deepspeed),
+    ],
+)
+def test_a_checkpoint_goes_on_under_an_engine_of_its_kind(launch, saved, resumed):
+    folder, _ = launch("one", *CORE)
+    launch("one", *REST)
+    launch(saved, *SAVED)
+    goes_on = [f"{case}+5@{saved}/{case}+3" for case in ("dpo", "dpo-lora")]
+    launch(resumed, *goes_on)
+    start = load_file(folder / "model" / "model.safetensors")
+    for case, name in zip(("dpo", "dpo-lora"), goes_on, strict=True):
+        (_, weights), (_, theirs) = read(folder / "one" / case), read(folder / resumed / name.replace("/", "-"))
+        assert_same_weights(weights, theirs, start)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saved", ["fsdp2", "fsdp2-sharded", pytest.param("zero3", marks=deepspeed)])
+def test_another_kind_of_engine_refuses_a_checkpoint_and_takes_its_weights(launch, saved):
+    folder, _ = launch(saved, *SAVED)
+    name = f"dpo+5@{saved}/dpo+3"
+    _, printed = launch("one", name)
+    assert f"one {name}: " in printed and not (folder / "one" / name.replace("/", "-") / "log.json").exists()
+    AutoModelForCausalLM.from_pretrained(folder / saved / "dpo+3")
+
+
+@pytest.mark.parametrize(
+    ("files", "engine", "message"),
+    [
+        (["optimizer.pt"], DistributedType.FSDP, "under neither FSDP nor DeepSpeed and this run is under FSDP"),
+        (["optimizer.pt"], DistributedType.DEEPSPEED, "and this run is under DEEPSPEED"),
+        (["pytorch_model_fsdp.bin"], DistributedType.NO, "was saved under FSDP and this run is under NO"),
+        (["pytorch_model_fsdp_0/x"], DistributedType.MULTI_GPU, "was saved under FSDP and this run is under MULTI_GPU"),
+        (["global_step3/x"], DistributedType.MULTI_CPU, "was saved under DEEPSPEED and this run is under MULTI_CPU"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_of_engine_is_refused(tmp_path, files, engine, message):
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_resumes(tmp_path, engine)
+
+
+def test_a_checkpoint_of_the_same_kind_is_taken(tmp_path):
+    (tmp_path / "optimizer.pt").touch()
+    for engine in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        check_resumes(tmp_path, engine)
+    (tmp_path / "global_step3").mkdir()
+    check_resumes(tmp_path, DistributedType.DEEPSPEED)
+
+
+@pytest.fixture
+def recipe(launch, tmp_path):
+    """A small DPO recipe in a folder of its own."""
+    folder, _ = launch("one")
+    rows = [{"prompt": f"{a}+1=", "chosen": f"{a + 1}", "rejected": f"{a}"} for a in range(8)]
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = {"model_name_or_path": str(folder / "model"), "dataset_name": str(tmp_path / "rows"), "max_steps": 1}
+    settings |= {"per_device_train_batch_size": 2, "bf16": False, "use_cpu": True, "gradient_checkpointing": False}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**settings, "output_dir": str(tmp_path / "out")}))
+    return tmp_path / "recipe.yaml"
+
+
+def cli(*words, env=None, cwd=ROOT):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": path, **(env or {})}
+    return subprocess.run([str(word) for word in words], capture_output=True, text=True, env=env, cwd=cwd)
+
+
+STUBS = {
+    "scontrol": "echo 127.0.0.1",
+    # srun starts one task on each of two machines, both of them this one
+    "srun": 'shift; SLURM_NODEID=0 "$@" & SLURM_NODEID=1 "$@" & wait -n && wait -n',
+}
+
+
+def test_a_slurm_job_of_two_machines_is_one_run_of_two_processes(recipe, tmp_path):
+    """The batch file and multi_node.yaml as they are, but for the precision; Slurm's own commands are stand-ins."""
+    for name, line in STUBS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    config = tmp_path / "multi_node.yaml"
+    config.write_text((RECIPES / "multi_node.yaml").read_text().replace("bf16", '"no"'))
+    slurm = {"SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": str(os.getpid()), "SLURM_NNODES": "2"}
+    slurm |= {"SLURM_GPUS_ON_NODE": "1", "SLURM_NTASKS": "2"}
+    path = f"{tmp_path}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    batch = ["bash", RECIPES / "slurm.sbatch", config, "dpo", "--config", recipe]
+    result = cli(*batch, env={**slurm, "PATH": path})
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["processes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("launch_with", "given", "status", "message"),
+    [
+        (["--cpu", "--num_processes", "2"], [], 0, "warning: accelerate launch was asked for several processes"),
+        (["--config_file", RECIPES / "ddp_cpu.yaml"], ["--use_cpu", "false"], 1, "2 processes were started and each"),
+    ],
+)
+def test_fewer_processes_than_asked_for(recipe, tmp_path, launch_with, given, status, message):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", *launch_with]
+    result = cli(*command, "-m", "ceu_rl.cli", "dpo", "--config", recipe, *given)
+    assert result.returncode == status, result.stderr[-3000:]
+    assert message in result.stderr
+    assert (tmp_path / "out" / "result.json").exists() == (status == 0)
+
+
+class TestWhatWasAskedFor:
+    @pytest.fixture(autouse=True)
+    def environment(self, monkeypatch):
+        for name in ("WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION", "SLURM_NTASKS"):
+            monkeypatch.delenv(name, raising=False)
+        self.set = monkeypatch.setenv
+
+    def test_processes_that_would_each_train_alone_are_refused(self):
+        self.set("WORLD_SIZE", "2")
+        with pytest.raises(ValueError, match="2 processes were started and each would train alone, into one folder"):
+            engines.check_processes(1)
+        engines.check_processes(2)
+
+    def test_a_launcher_that_started_one_of_several(self, caplog):
+        caplog.set_level("INFO")
+        self.set("ACCELERATE_MIXED_PRECISION", "no")
+        engines.check_processes(1)
+        assert caplog.text == ""
+        self.set("MASTER_ADDR", "127.0.0.1")
+        engines.check_processes(1)
+        assert "accelerate launch was asked for several processes and has started one" in caplog.text
+        caplog.clear()
+        engines.check_processes(2)
+        assert caplog.text == ""
+
+    def test_a_job_of_several_tasks(self, caplog):
+        caplog.set_level("INFO")
+        self.set("SLURM_NTASKS", "4")
+        engines.check_processes(1)
+        assert "Slurm has given this job 4 tasks, and this run is one process" in caplog.text
+
+    @pytest.mark.parametrize(("name", "way_out"), [("FSDP", "engines_on_cpu"), ("DEEPSPEED", "set use_cpu to false")])
+    def test_an_engine_that_is_not_used_is_refused(self, name, way_out):
+        class Accelerator:
+            distributed_type = DistributedType.MULTI_CPU
+
+        engines.check_engine(Accelerator())
+        self.set(f"ACCELERATE_USE_{name}", "true")
+        with pytest.raises(ValueError, match=f"accelerate was asked for {name} and uses MULTI_CPU.*{way_out}"):
+            engines.check_engine(Accelerator())
+        Accelerator.distributed_type = DistributedType(name)
+        engines.check_engine(Accelerator())
