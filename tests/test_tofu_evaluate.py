@@ -365,6 +365,37 @@ def test_a_model_against_itself_is_indistinguishable(command):
     assert (status, summary["forget_quality"], summary["privacy_leakage"]) == (0, 1.0, 0.0)
 
 
+@pytest.mark.parametrize(("times", "collapsed"), [(9.9, False), (10.1, True)])
+def test_a_model_with_a_tenth_of_the_utility_has_collapsed(command, saved, monkeypatch, capsys, times, collapsed):
+    monkeypatch.setattr("ceu_rl.tofu.metrics.model_utility", lambda summary: 0.05)  # that of these models is 0
+    _, path = command("retain", "out")
+    found = json.loads(path.read_text())
+    assert "collapsed" not in found
+    base = saved / "model" / "tofu_eval.json"
+    utility = found["summary"]["model_utility"] * times
+    base.write_text(json.dumps({**found, "summary": {**found["summary"], "model_utility": utility}}))
+    unlearned = saved / "retain" / "result.json"
+    run = {"command": "ceu-rl unlearn --config x", "settings": {"model_name_or_path": str(saved / "model")}}
+    unlearned.write_text(json.dumps(run))
+    try:
+        results = [command("retain", "found")[1], command("retain", "given", base=base)[1]]
+        assert main(["tofu-eval", "--results", str(path), "--base", str(base)]) == 0
+        for each in (*results, path):
+            result = json.loads(each.read_text())
+            assert result["base"] == {"result": str(base), "model_utility": utility}
+            assert result["collapsed"] is collapsed
+        assert ("yes: the utility is below a tenth of the base's" in capsys.readouterr().out) == collapsed
+        base.write_text(json.dumps({**found, "split": "forget05"}))
+        status, other = command("retain", "other")
+        assert status == 0 and "collapsed" not in json.loads(other.read_text())
+        assert "not said: The base model's result" in capsys.readouterr().err
+        assert command("retain", "refused", base=base)[0] == 2
+        assert "The base model's result" in capsys.readouterr().err.splitlines()[-1]
+    finally:
+        base.unlink()
+        unlearned.unlink()
+
+
 # Killed, and where it cannot write
 
 

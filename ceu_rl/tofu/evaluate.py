@@ -4,7 +4,8 @@
     ceu-rl tofu-eval --results DIR/tofu_eval.json --retain DIR/tofu_eval.json
 
 The result is `tofu_eval.json`: a summary, the values of each row, and provenance. Forget quality and privacy leakage
-need the result of a retain model, now or later.
+need the result of a retain model, now or later. A model whose utility is below a tenth of its base's has collapsed, and
+its forget quality says nothing.
 """
 
 import argparse
@@ -55,6 +56,7 @@ def evaluate(
     use_vllm: bool | None = None,
     model_path: str | None = None,
     retain: str | Path | None = None,
+    base: str | Path | None = None,
     seed: int = 0,
     keep: Path | None = None,
 ) -> dict[str, Any]:
@@ -74,6 +76,7 @@ def evaluate(
             a folder with a full model.
         model_path: What vLLM loads.
         retain: Result file of the retain model, for forget quality and privacy leakage; see [`add_retain`].
+        base: Result file of the model before unlearning, to say whether it collapsed; see [`add_base`].
         seed: vLLM's; decoding is greedy, and nothing else is random.
         keep: A file for finished parts, from which the same evaluation goes on; the caller removes it.
 
@@ -88,6 +91,7 @@ def evaluate(
     prompt = PromptFormat(template, system_prompt, chat_template_kwargs).settle(tokenizer)
     use_vllm = decide_vllm(use_vllm, model_path)
     retain_result = read_result(retain) if retain else None
+    base_result = read_result(base) if base else None
     datasets, non_members = _load(dataset_name, split)
     settings = {
         "dataset": dataset_name,
@@ -104,6 +108,8 @@ def evaluate(
     }
     if retain_result is not None:
         _check_retain(settings, retain_result, str(retain))
+    if base_result is not None:
+        _check_retain(settings, base_result, str(base), "base model")
     ends = end_token_ids(model, tokenizer)
     answers = make_answers(datasets, tokenizer, prompt, ends)
     prompts = [answer for answer in answers if answer.kind == "answer" and answer.config in _asked(split)]
@@ -142,6 +148,8 @@ def evaluate(
     }
     if retain_result is not None:
         add_retain(result, retain_result, str(retain))
+    if base_result is not None:
+        add_base(result, base_result, str(base))
     return result
 
 
@@ -249,15 +257,40 @@ def add_retain(result: dict[str, Any], retain: Mapping[str, Any], name: str) -> 
     result["retain"] = name
 
 
-def _check_retain(run: Mapping[str, Any], retain: Mapping[str, Any], name: str) -> None:
+def add_base(result: dict[str, Any], base: Mapping[str, Any], name: str) -> None:
+    """Say in a result whether the model is destroyed: see [`ceu_rl.tofu.metrics.is_collapsed`].
+
+    Args:
+        result: What [`evaluate`] returned, or a result file holds; it is changed.
+        base: The same of the model before unlearning.
+        name: The file of `base`, for messages and for the record.
+
+    Raises:
+        ValueError: if `base` is of another split, dataset, tokenizer, prompt or kind of non-members.
+    """
+    _check_retain(result, base, name, "base model")
+    utility, before = (each["summary"]["model_utility"] for each in (result, base))
+    result["base"] = {"result": name, "model_utility": before}
+    result["collapsed"] = metrics.is_collapsed(utility, before)
+
+
+def find_base(model: str) -> str | None:
+    """The result of the model that one was unlearned from, if its `result.json` names that and it was evaluated."""
+    path = Path(model, "result.json")
+    run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = Path(run.get("settings", {}).get("model_name_or_path", ""), RESULT)
+    return str(found) if " unlearn " in run.get("command", "") and found.is_file() else None
+
+
+def _check_retain(run: Mapping[str, Any], retain: Mapping[str, Any], name: str, which: str = "retain model") -> None:
     for field in ("split", "data", "tokenizer", "template", "prompt", "non_members"):
         one, other = retain[field], run[field]
         if field == "prompt":  # other settings may render the same
             one, other = (each["fingerprint"] for each in (one, other))
         if one != other:
             raise ValueError(
-                f"The retain model's result {name} has another {field} ({retain[field]!r}) than this model's "
-                f"({run[field]!r}); evaluate the retain model in the same way."
+                f"The {which}'s result {name} has another {field} ({retain[field]!r}) than this model's "
+                f"({run[field]!r}); evaluate the {which} in the same way."
             )
 
 
@@ -300,14 +333,24 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     try:
         if args.results:
-            if not args.retain:
-                raise ValueError("--results needs --retain, the result of the retain model to compare with.")
+            if not args.retain and not args.base:
+                raise ValueError(
+                    "--results needs --retain or --base, the result of the retain or the base model to compare with."
+                )
             path, result = Path(args.results), read_result(args.results)
-            add_retain(result, read_result(args.retain), args.retain)
+            if args.retain:
+                add_retain(result, read_result(args.retain), args.retain)
         else:
             path = _output(args)
             result = _evaluate_path(args, path.with_name(PART))
             result["command"] = shlex.join(["ceu-rl", "tofu-eval", *argv])
+            if not args.base and (found := find_base(args.model)):
+                try:
+                    add_base(result, read_result(found), found)
+                except ValueError as error:  # nobody asked for it
+                    print(f"Whether the model collapsed is not said: {error}", file=sys.stderr)
+        if args.results and args.base:
+            add_base(result, read_result(args.base), args.base)
         write_json(path, result, allow_nan=False)
         path.with_name(PART).unlink(missing_ok=True)
     except (ValueError, OSError, ImportError) as error:
@@ -329,7 +372,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset", default="locuslab/TOFU", help="Hub name, folder, or builtin:authors (%(default)s)")
     parser.add_argument("--split", default="forget10", help="forget01, forget05 or forget10 (%(default)s)")
     parser.add_argument("--retain", help=f"{RESULT} of the retain model, for forget quality and privacy leakage")
-    parser.add_argument("--results", help=f"{RESULT} to add --retain to; no model is needed")
+    parser.add_argument(
+        "--base",
+        help=f"{RESULT} of the model before unlearning, to say whether this one collapsed; default: that of the folder "
+        "from which result.json says that it was unlearned, if there is one",
+    )
+    parser.add_argument("--results", help=f"{RESULT} to add --retain or --base to; no model is needed")
     parser.add_argument(
         "--output_dir",
         help=f"where {RESULT} is written, and {PART} until it is whole, from which the same command goes on after a "
@@ -385,6 +433,7 @@ def _evaluate_path(args: argparse.Namespace, keep: Path) -> dict[str, Any]:
         use_vllm={"true": True, "false": False, None: None}[args.use_vllm],
         model_path=args.model,
         retain=args.retain,
+        base=args.base,
         keep=keep,
     )
 
@@ -395,6 +444,9 @@ def _print_summary(result: Mapping[str, Any]) -> None:
         table.add_row(name, f"{value:.4g}")
     if "forget_quality" not in result["summary"]:
         table.add_row("forget_quality, privacy_leakage", "need --retain")
+    if result.get("collapsed"):
+        before = result["base"]["model_utility"]
+        table.add_row("collapsed", f"yes: the utility is below a tenth of the base's {before:.4g}")
     console = Console()
     console.print(table)
     console.print(f"Non-members of the membership attacks: {result['non_members']}.")

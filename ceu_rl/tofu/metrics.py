@@ -5,8 +5,10 @@ in nats, and l(y) = mean_t l_t, so that exp(l(y)) = p(y | x)^(1/n) is TOFU's len
 end token (n' = n - 1 tokens, usually) is called the text of the answer.
 
 They agree with those of open-unlearning (arXiv 2506.12618), but for a constant of 1e-10 which that adds to the
-denominators of the truth ratio and of the option probability, and which is left out here as in the papers: it acts
-only where a correct answer has a probability near 1e-10, where it would turn a destroyed model's ratios into 0.
+denominators of the truth ratio and of the option probability, and which is left out here as in the papers. It changes a
+ratio by 5 % where the correct answer has a probability of 2e-9, and turns those of a destroyed model into 0: its forget
+quality is then near 0, where by the paper's formula it can lie above any bar. So collapse is named here, see
+[`is_collapsed`].
 """
 
 import math
@@ -32,6 +34,9 @@ def option_probability(correct: float, wrong: Values) -> float:
     """Probability of the correct answer among the options (TOFU, section 2.2.1, real authors and world facts).
 
         P = exp(l(a)) / (exp(l(a)) + sum_i exp(l(a_i)))
+
+    In the paper P(a | q) is that of the whole answer there; its code and open-unlearning normalise each by its length,
+    as here, and their numbers are what these are compared with.
 
     Args:
         correct: l(a) of the correct answer.
@@ -192,3 +197,19 @@ def model_utility(summary: Mapping[str, float]) -> float:
             [`utility_truth_ratio`], and the probability that among options where there are only options.
     """
     return float(stats.hmean([summary[f"{name}_{metric}"] for name in UTILITY_SETS for metric in UTILITY_METRICS]))
+
+
+COLLAPSED = 0.1
+
+
+def is_collapsed(utility: float, base_utility: float) -> bool:
+    """Whether a model is destroyed rather than unlearned: its utility is below a tenth of the base's.
+
+    The truth ratios of a destroyed model can come near those of one that never learned, so that its forget quality says
+    nothing.
+
+    Args:
+        utility: [`model_utility`] after unlearning.
+        base_utility: The same before.
+    """
+    return utility < COLLAPSED * base_utility
