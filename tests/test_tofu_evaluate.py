@@ -384,7 +384,7 @@ def test_a_model_with_a_tenth_of_the_utility_has_collapsed(command, saved, monke
             result = json.loads(each.read_text())
             assert result["base"] == {"result": str(base), "model_utility": utility}
             assert result["collapsed"] is collapsed
-        assert ("yes: the utility is below a tenth of the base's" in capsys.readouterr().out) == collapsed
+        assert ("Collapsed: the utility is below a tenth of the base's" in capsys.readouterr().out) == collapsed
         base.write_text(json.dumps({**found, "split": "forget05"}))
         status, other = command("retain", "other")
         assert status == 0 and "collapsed" not in json.loads(other.read_text())

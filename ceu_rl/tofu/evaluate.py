@@ -444,9 +444,9 @@ def _print_summary(result: Mapping[str, Any]) -> None:
         table.add_row(name, f"{value:.4g}")
     if "forget_quality" not in result["summary"]:
         table.add_row("forget_quality, privacy_leakage", "need --retain")
-    if result.get("collapsed"):
-        before = result["base"]["model_utility"]
-        table.add_row("collapsed", f"yes: the utility is below a tenth of the base's {before:.4g}")
     console = Console()
     console.print(table)
     console.print(f"Non-members of the membership attacks: {result['non_members']}.")
+    if result.get("collapsed"):
+        before = result["base"]["model_utility"]
+        print(f"Collapsed: the utility is below a tenth of the base's {before:.4g}, so the forget quality says nothing.")
