@@ -308,6 +308,14 @@ def test_compare_goes_on_with_an_interrupted_run(recipes, tmp_path):
 
 QUICK = """
 import json, os, pathlib, sys, yaml
+with open(pathlib.Path(__file__).with_name("started"), "a") as file:
+    file.write(f"{sys.argv[sys.argv.index('--output_dir' if '--output_dir' in sys.argv else '--model') + 1]}\\n")
+if "tofu-eval" in sys.argv:
+    folder = pathlib.Path(sys.argv[sys.argv.index("--model") + 1])
+    if "FAIL" in os.environ or (folder / "tofu_eval.json").exists():
+        sys.exit("ceu-rl tofu-eval: error: no memory")
+    (folder / "tofu_eval.json").write_text('{"summary": {"model_utility": 0.5, "forget_quality": 0.1}}')
+    sys.exit()
 folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
 settings = yaml.safe_load(pathlib.Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
 for path in os.environ.get("DELETE", "").split():
@@ -316,8 +324,6 @@ for path in os.environ.get("EDIT", "").split():
     pathlib.Path(path).write_text("seed: 7\\nlearning_rate: 9.0\\n")
 (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.5}) + "\\n")
 (folder / "result.json").write_text(json.dumps({"settings": settings, "seed": settings["seed"], "steps": 1}))
-with open(pathlib.Path(__file__).with_name("started"), "a") as file:
-    file.write(f"{folder}\\n")
 """
 
 
@@ -430,6 +436,23 @@ def test_a_broken_outcome_costs_its_run_and_nothing_else(quick, tmp_path, name, 
     status, _, began = quick()
     assert status == 0 and began == ["runs/ceu/recipe/7"]
     assert {run.status for run in find_runs(tmp_path / "runs")} == {"finished"}
+
+
+def test_what_an_evaluation_lacks_is_evaluated_and_not_trained_again(quick, two_recipes, tmp_path, monkeypatch):
+    for path in two_recipes:
+        path.write_text("dataset_name: builtin:authors\nseed: 7\n")
+    monkeypatch.setenv("FAIL", "1")
+    status, out, began = quick("--method", "unlearn")
+    assert status == 1 and began == ["runs/stock/recipe/7"] * 2 + ["runs/ceu/recipe/7"] * 2
+    assert "ceu/recipe/7: failed: no memory" in out
+    monkeypatch.delenv("FAIL")
+    assert quick("--method", "unlearn")[::2] == (0, ["runs/stock/recipe/7", "runs/ceu/recipe/7"])
+    evaluation = tmp_path / "runs" / "ceu" / "recipe" / "7" / "tofu_eval.json"
+    evaluation.write_text('{"summary": {"model_ut')
+    assert quick("--method", "unlearn")[::2] == (0, ["runs/ceu/recipe/7"])
+    assert evaluation.with_name("tofu_eval.json.broken").is_file() and not list(
+        tmp_path.glob("runs/*/*/*-interrupted*")
+    )
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_any_run(quick, tmp_path):

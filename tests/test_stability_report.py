@@ -13,8 +13,9 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from ceu_rl.stability.report import Run, table_rows, write_report
-from ceu_rl.stability.summary import summarize
+from ceu_rl.stability.summary import find_scores, response_tokens, summarize
 from ceu_rl.stability.verdict import number, rate, verdict
+from ceu_rl.unlearn import UnlearnConfig
 
 ORIGIN = {"commit": "0" * 40, "versions": {"torch": "2.13.0"}, "device": "CPU"}
 COMMAND = "ceu-rl compare stock.yaml ceu.yaml --learning_rate 1e-6 1e-5 1e-4"
@@ -324,6 +325,245 @@ def test_names_are_escaped_and_nothing_is_loaded(make, report):
     assert {ref for ref in re.findall(r'(?:href="#|url\(#)([^")]+)', page)} <= set(ids)
 
 
+# What was set decides, and what the loss counts
+
+
+@pytest.mark.parametrize(
+    ("settings", "command", "expected"),
+    [
+        ({"learning_rate": 1e-5}, "ceu-rl dpo", 1e-5),
+        ({"learning_rate": "1e-5"}, "ceu-rl dpo", 1e-5),  # as earlier versions have it: YAML reads it as text
+        ({"learning_rate": 3e-5, "overrides": ["--learning-rate", "1e-5"]}, "ceu-rl dpo", 1e-5),
+        ({"learning_rate": 3e-5, "overrides": ["--seed", "1", "--learning_rate=1e-5"]}, "ceu-rl dpo", 1e-5),
+        ({"beta": 0.1}, "ceu-rl dpo --config a.yaml", 1e-6),  # TRL's default for DPO
+        ({"beta": 0.1}, "ceu-rl unlearn --config a.yaml", None),
+        ({}, "ceu-rl dpo", 5.5e-6),  # nothing says what was set
+    ],
+)
+def test_the_learning_rate_is_the_one_that_was_set(make, settings, command, expected):
+    """Linear decay from 1e-5, logged each tenth of 20 steps: the largest logged is 5.5e-6."""
+    log = [{"step": step, "learning_rate": 1e-5 * (1 - (step - 1) / 20)} for step in (10, 20)]
+    run = make("stock", log=log, settings=settings, command=command)
+    if expected is None:
+        expected = UnlearnConfig.__dataclass_fields__["learning_rate"].default
+    assert run.learning_rate == pytest.approx(expected)
+
+
+def test_each_run_counts_its_own_tokens(make, report):
+    """stock cuts responses at 4 tokens, ceu at 8: both start at exp(-1/2) a token. ceu ends at exp(-0.525), 97.5 % of
+    that, stock at exp(-0.55) = 95.1 %; by stock's counts ceu would have fallen from exp(-1) to exp(-1.05), by 4.9 %."""
+    ends = {"stock": (4.0, -2.0, -2.2), "ceu": (8.0, -4.0, -4.2)}
+    runs = [
+        make(
+            arm,
+            {"learning_rate": each},
+            log=[
+                {"step": 0, "eval_logps/chosen": start, "eval_logps/rejected": start},
+                {"step": 9, "eval_logps/chosen": end * (1 if each == "1e-6" else 2), "eval_logps/rejected": 2 * start},
+            ],
+            eval_tokens={"chosen": count, "rejected": count / 2},
+            settings={"max_length": int(2 * count), "learning_rate": float(each)},
+        )
+        for arm, (count, start, end) in ends.items()
+        for each in ("1e-6", "1e-5")
+    ]
+    found, page, _ = report(runs)
+    final = {(run["arm"], run["learning_rate"]): next(iter(run["final"].values())) for run in found["runs"]}
+    assert final["stock", 1e-6] == pytest.approx(math.exp(-0.55), rel=1e-5)
+    assert final["ceu", 1e-6] == pytest.approx(math.exp(-0.525), rel=1e-5)
+    assert [run["measures"]["depth"] for run in found["runs"]] == [2.0, 2.0, 2.0, 2.0]
+    assert found["tokens"] == {"stock": {"chosen": 4, "rejected": 2}, "ceu": {"chosen": 8, "rejected": 4}}
+    assert [entry["range"] for entry in found["ranges"]] == [1e-6, 1e-6] and "nats per token" in page
+
+
+def test_each_arm_is_held_against_its_own_base(make):
+    """Cut at 4 of 8 tokens, the base itself scores exp(-1) for exp(-1/2): what each arm keeps is a share of its own."""
+    runs = [
+        make(arm, {"learning_rate": each}, log=scored(start, start, key="eval_logps/chosen"), eval_tokens=tokens)
+        for arm, start, tokens in (
+            ("stock", -4.0, {"chosen": 8.0, "rejected": 8.0}),
+            ("short", -4.0, {"chosen": 4.0, "rejected": 4.0}),
+        )
+        for each in ("1e-6", "1e-5")
+    ]
+    found = summarize(runs, COMMAND)
+    (bases,) = found["bases"].values()
+    assert bases == {"stock": pytest.approx(math.exp(-0.5)), "short": pytest.approx(math.exp(-1.0))}
+    assert [entry["range"] for entry in found["ranges"]] == [1e-5, 1e-5]
+
+
+def test_counts_before_truncation_are_not_used(make):
+    """Results of earlier versions counted 401 tokens of responses that were cut at 64; those of 40 were right."""
+    rows = {"max_length": 64, "overrides": ["--seed", "0"]}
+    cut, whole = ({"chosen": count, "rejected": count} for count in (401.0, 40.0))
+    log = scored(-20.0, key="eval_logps/chosen")
+    long = make("stock", log=log, settings=rows, eval_tokens=cut)
+    assert response_tokens([long]) == {}
+    unlimited = make("ceu", log=log, settings={"max_length": None}, eval_tokens=cut)
+    right = make("paper", log=log, settings={**rows, "dataset_name": "other"}, eval_tokens=whole)
+    found = response_tokens([long, unlimited, right])
+    assert found == {unlimited.folder: cut, right.folder: whole}
+    (score, *_) = find_scores([long, unlimited, right])
+    assert score.final(long) is None and score.final(right) == pytest.approx(math.exp(-0.5))
+    # A run that diverged recorded none: those of the same rows are its
+    broken = make("wild", log=log, end="diverged", settings={**rows, "dataset_name": "other"})
+    assert response_tokens([right, broken])[broken.folder] == whole
+
+
+# Files that are not what they should be
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("result.json", '{"metrics": []}', "metrics is [], not numbers by name"),
+        ("result.json", '{"metrics": {"eval_reward": "high"}}', 'metrics.eval_reward is "high", not a number'),
+        ("result.json", '{"eval_tokens": {"chosen": [1]}}', "eval_tokens.chosen is [1], not a number"),
+        ("result.json", '{"steps": "many"}', 'steps is "many", not a whole number'),
+        ("result.json", '{"steps": true}', "steps is true, not a whole number"),
+        ("result.json", '{"wall_time_s": {}}', "wall_time_s is {}, not a number"),
+        ("result.json", '{"versions": ["torch"]}', 'versions is ["torch"], not a mapping'),
+        ("result.json", '{"command": ["ceu-rl"]}', 'command is ["ceu-rl"], not text'),
+        ("result.json", '{"settings": "beta"}', 'settings is "beta", not a mapping'),
+        ("failure.json", '{"log_tail": "lines"}', 'log_tail is "lines", not a list'),
+        ("failure.json", '{"diverged": "no"}', 'diverged is "no", not true or false'),
+        ("failure.json", "3", "holds 3, no mapping"),
+        ("tofu_eval.json", '{"summary": [1]}', "summary is [1], not numbers by name"),
+        ("tofu_eval.json", '{"summary": {"forget_quality": "0.5"}}', 'summary.forget_quality is "0.5", not a number'),
+        ("tofu_eval.json", "", "is empty"),
+        ("result.json", '{"steps": 3', "is cut short or no JSON"),
+    ],
+)
+def test_an_outcome_of_wrong_types_is_named_and_the_rest_is_reported(make, report, name, content, words):
+    runs = [make(arm, log=scored(1.0, 0.9)) for arm in ("stock", "ceu")]
+    (runs[1].folder / name).write_text(content)
+    found, page, _ = report(runs)
+    stock, ceu = found["runs"]
+    assert stock["status"] == "finished" and stock["final"] == {"greedy accuracy": 0.9}
+    assert ceu["status"] == "failed" and f"{runs[1].folder / name}" in ceu["reason"] and words in ceu["reason"]
+    assert str(runs[1].folder / name) in page
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("3", "[]", "null", '"step"', "{", "\x00\x00", "[" * 50_000),
+        *('{"loss": 1.0}', '{"step": "1"}', '{"step": 1.5}', '{"step": true}', '{"step": null}', '{"step": 1e999}'),
+        *('{"step": 1, "loss": "low"}', '{"step": 1, "eval_kl": [1]}'),
+    ],
+    ids=lambda line: line[:20].replace("\x00", "zero"),
+)
+def test_a_log_line_that_is_no_entry_is_left_out_and_named(make, report, line):
+    run = make("stock", log=scored(1.0, 0.9))
+    path = run.folder / "metrics.jsonl"
+    path.write_text(path.read_text() + f"{line}\n" + json.dumps({"step": 100, "eval_greedy_accuracy": 0.8}) + "\n")
+    found, page, _ = report([run])
+    assert found["runs"][0]["curves"]["eval_greedy_accuracy"] == [1.0, 0.9, 0.8]
+    assert found["runs"][0]["log_problem"].startswith(f"{path} is read without line 3: it")
+    assert found["verdict"][-1] == "1 of 1 runs have log lines that could not be read and are left out."
+    assert "What could not be read" in page
+
+
+def test_odd_but_right_log_lines_are_read(make):
+    run = make("stock")
+    (run.folder / "metrics.jsonl").write_text(
+        '{"step": 1.0, "loss": NaN, "note": "a\u2028b"}\n\n{"step": 2, "loss": 1' + "0" * 400 + ', "grad_norm": null}\n'
+        '{"step": 3, "loss": 2}'
+    )
+    assert run.log_problem is None
+    (first, *rest) = run.series("loss")
+    assert first[0] == 1 and math.isnan(first[1]) and rest == [(2, math.inf), (3, 2.0)]
+
+
+# GRPO: what a reward costs
+
+
+def rewarded(make, arm, each, seed, *steps):
+    """A GRPO run with (divergence, reward) at its evaluations."""
+    log = [
+        {"step": 50 * place, "eval_kl": far, "eval_sampled_accuracy": reward, "eval_sampled_entropy": 0.5 - far}
+        | {"eval_greedy_accuracy": reward, "eval_pass@1": reward, "eval_pass@16": min(1.0, reward + 0.1)}
+        for place, (far, reward) in enumerate(((0.0, 0.5), *steps))
+    ]
+    log[1:1] = [
+        {"step": step, "reward": 0.5, "ceu/descending_below_0.01": 0.1 * step, "ceu/descending_above_0.99": 0.2}
+        for step in (1, 2, 3)
+    ]
+    return make(arm, {"learning_rate": each}, seed, log, settings={"learning_rate": float(each)}, command="ceu-rl grpo")
+
+
+def frontier_grid(make):
+    """Both arms reach 0.8: stock first at 1e-4 with a divergence of 0.2, ceu at 1e-4 with 0.1; ceu at 3e-4 has 0.9."""
+    ends = {
+        ("stock", "1e-4"): [(0.2, 0.78), (0.2, 0.82)],
+        ("stock", "3e-4"): [(0.4, 0.6), (0.4, 0.6)],
+        ("ceu", "1e-4"): [(0.08, 0.8), (0.12, 0.8)],
+        ("ceu", "3e-4"): [(0.3, 0.9), (0.3, 0.9)],
+    }
+    return [
+        rewarded(make, arm, each, seed, (end[0] / 2, end[1] - 0.1), end)
+        for (arm, each), seeds in ends.items()
+        for seed, end in enumerate(seeds)
+    ]
+
+
+def test_the_headline_of_grpo_is_reward_against_divergence(make, report):
+    """By hand: at 0.8 the divergences are 0.1 and 0.2. Seed 0 alone reaches 0.78 at 0.08 and 0.2, seed 1 alone 0.82,
+    which ceu reaches at 3e-4 alone, at 0.3: the resamples' ratios are 0.4, 0.5 (twice) and 1.5."""
+    found, page, _ = report(frontier_grid(make))
+    assert found["verdict"][0] == (
+        "At a sampled accuracy of at least 0.8, which both reach, ceu is 0.1 nats per token from the start (learning "
+        "rate 1e-4), stock is 0.2 from the start (learning rate 1e-4): 0.5 times as far (95 % interval over 2 seeds "
+        "0.4 to 1.5; 1 lies within it)."
+    )
+    assert found["verdict"][1] == (
+        "stock at its best (learning rate 1e-4): sampled accuracy 0.8 (0.78 to 0.82), divergence 0.2 (0.2 to 0.2), "
+        "pass@16 0.9, entropy -0.2 (2 seeds)."
+    )
+    assert found["verdict"][2].startswith("ceu at its best (learning rate 3e-4): sampled accuracy 0.9 (0.9 to 0.9)")
+    assert any("keeps 95 % of the base's sampled accuracy" in sentence for sentence in found["verdict"][3:])
+    (frontier,) = found["frontier"]
+    assert frontier["base"] == 0.5 and len(frontier["points"]) == 4
+    assert frontier["points"][0]["path"] == [[0, 0, 0.5], [50, 0.1, 0.7], [100, 0.2, 0.8]]
+    measured = found["runs"][0]["measures"]
+    assert (measured["pass@1"], measured["pass@16"]) == (0.78, 0.88)
+    assert (measured["descending_rare"], measured["descending_sure"]) == (0.2, 0.2)
+    text = " ".join(page.split())
+    assert text.index("Reward against divergence</h2>") < text.index("Final scores</h2>")
+    for heading in (
+        "pass@1</th>",
+        "pass@16</th>",
+        "descending below 0.01</th>",
+        "pass@16, held out",
+        "entropy change</th>",
+    ):
+        assert heading in text
+
+
+def test_the_frontier_says_that_stock_is_nearer_in_the_same_form(make):
+    ends = {"stock": [(0.1, 0.8)], "ceu": [(0.3, 0.8)]}
+    runs = [rewarded(make, arm, "1e-4", seed, *each) for arm, each in ends.items() for seed in range(1)]
+    assert verdict(summarize(runs, COMMAND))[0] == (
+        "At a sampled accuracy of at least 0.8, which both reach, stock is 0.1 nats per token from the start (learning "
+        "rate 1e-4), ceu is 0.3 from the start (learning rate 1e-4): 0.33 times as far (one seed: no interval)."
+    )
+
+
+def test_a_reward_no_better_than_at_the_start_costs_nothing_to_compare(make):
+    runs = [rewarded(make, arm, "1e-4", 0, (0.1, end)) for arm, end in (("stock", 0.4), ("ceu", 0.8))]
+    assert verdict(summarize(runs, COMMAND))[0] == (
+        "No comparison of ceu in divergence at equal sampled accuracy: both reach 0.4, which is not above the base's "
+        "0.5."
+    )
+
+
+def test_without_divergences_there_is_no_frontier(make, report):
+    log = [{"step": 0, "eval_reward": 0.1}, {"step": 1, "reward": 0.2}, {"step": 50, "eval_reward": 0.5}]
+    found, page, _ = report([make(arm, log=log) for arm in ("stock", "ceu")])
+    assert found["frontier"] == [] and "Reward against divergence" not in page
+    assert found["verdict"][0].startswith("ceu ends with a held-out reward of 0.5")
+
+
 def unlearned(make, arm, each, quality, utility, seed=0):
     run = make(
         arm, {"learning_rate": each} if each else {}, seed, [{"step": 1, "forget_loss": 2.0, "retain_loss": 1.0}]
@@ -355,6 +595,37 @@ def test_tofu_on_the_plane(make, report):
     assert [point["front"] for point in found["tofu"]["points"]] == [True, True, False, True]
     assert "Forget quality and model utility</h2>" in page and "loss on the forget set" in page
     assert "model utility" in terminal
+
+
+def test_a_collapsed_model_reaches_nothing(make, report):
+    """A tenth of the base's utility 0.6 is 0.06. Gradient ascent at 1e-4 destroys the model with one of two seeds, and
+    has the best forget quality of all."""
+    runs = [
+        unlearned(make, "full", None, 1e-20, 0.6),
+        unlearned(make, "grad_diff", "1e-5", 0.01, 0.59),
+        *(unlearned(make, "grad_ascent", "1e-4", 0.9, utility, seed) for seed, utility in enumerate((0.059, 0.061))),
+        unlearned(make, "grad_ascent", "1e-3", 0.078, 0.0),
+    ]
+    found, page, _ = report(runs)
+    assert found["verdict"][0].startswith("No arm reaches a forget quality above 0.05")
+    assert found["verdict"][1] == (
+        "On the Pareto front of forget quality and model utility: grad_diff (learning rate 1e-5)."
+    )
+    assert found["verdict"][2] == (
+        "Collapsed, with a model utility below a tenth of the base's, so that the forget quality says nothing: "
+        "grad_ascent (learning rate 1e-4; 1 of 2 seeds), grad_ascent (learning rate 1e-3; 1 of 1 seed)."
+    )
+    assert [point["collapsed"] for point in found["tofu"]["points"]] == [0, 1, 1]
+    assert [run["collapsed"] for run in found["runs"]] == [False, False, True, False, True]
+    assert "<small>1 collapsed</small>" in page and "<small>collapsed</small>" in page
+    assert "A cross is a setting at which a seed collapsed" in page
+
+
+def test_a_comparison_in_which_every_model_collapsed(make, report):
+    runs = [unlearned(make, "full", None, 1e-20, 0.6), unlearned(make, "grad_ascent", "1e-3", 0.078, 0.0)]
+    found, page, _ = report(runs)
+    assert found["verdict"][0].startswith("No arm reaches") and found["verdict"][1].startswith("Collapsed")
+    assert "</html>" in page
 
 
 def test_tofu_without_and_with_the_models_around_it(make, tmp_path):
@@ -481,8 +752,14 @@ def pages(tmp_path_factory):
     plane = [unlearned(make, "full", None, 1e-20, 0.6)]
     for arm, each in values.items():
         plane += [unlearned(make, arm, lr, *at) for lr, at in zip(("1e-5", "1e-4"), each, strict=True)]
+    plane.append(unlearned(make, "grad_ascent", "1e-4", 0.078, 0.01))
     made = {}
-    for name, members, count in (("grid", runs, 2 + 3 * 8), ("tofu", plane, 1 + 2 * 2)):
+    frontier = frontier_grid(maker(tmp_path_factory.mktemp("grpo")))
+    for name, members, count in (
+        ("grid", runs, 2 + 3 * 8),
+        ("tofu", plane, 1 + 2 * 2),
+        ("grpo", frontier, 1 + 2 + 2 * 10),
+    ):
         folder = tmp_path_factory.mktemp(f"report-{name}")
         write_report(folder, members, Console(file=io.StringIO()), COMMAND)
         made[name] = (folder / "report.html").as_uri(), count
@@ -490,7 +767,7 @@ def pages(tmp_path_factory):
 
 
 @pytest.mark.parametrize("width", [1280, 400])
-@pytest.mark.parametrize("name", ["grid", "tofu"])
+@pytest.mark.parametrize("name", ["grid", "tofu", "grpo"])
 def test_the_page_in_a_browser(browser, pages, name, width):
     address, count = pages[name]
     view = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}

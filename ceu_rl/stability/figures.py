@@ -5,17 +5,18 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from .measures import KEEP
 from .runs import Run
-from .summary import ENTROPIES, FORGET_QUALITY, KEEP_UTILITY, Score, arms, finals, response_tokens
+from .summary import ENTROPIES, FORGET_QUALITY, KEEP_UTILITY, SHARES, Score, arms, finals, passes, response_tokens
 from .verdict import number, rate
 
 BASELINE = "#404040"
@@ -51,13 +52,13 @@ class Style:
 
 @dataclass(frozen=True)
 class Panel:
-    """A curve over steps: what it shows, where it is logged, and its scale."""
+    """A curve over steps: what it shows, where it is logged, its scale, and by what the values of a run are divided."""
 
     title: str
     key: str
     logarithmic: bool = False
     bounded: bool = False
-    divisor: float = 1.0
+    divisors: Mapping[Path, float] | None = None
 
 
 def styles(compared: Sequence[str], every: Sequence[str]) -> dict[str, Style]:
@@ -80,25 +81,34 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
         Panel("greedy accuracy", "eval_greedy_accuracy", bounded=True),
         Panel("sampled accuracy", "eval_sampled_accuracy", bounded=True),
         Panel("reward, held out" if reward == "eval_reward" else "reward, training", reward),
+        *(Panel(f"{name}, held out", key, bounded=True) for name, key in passes(runs).items()),
         Panel("preference accuracy, held out", "eval_rewards/accuracies", bounded=True),
-        Panel(f"chosen log-probability, {unit}", "eval_logps/chosen", divisor=tokens.get("chosen", 1.0)),
-        Panel(f"rejected log-probability, {unit}", "eval_logps/rejected", divisor=tokens.get("rejected", 1.0)),
+        *(
+            Panel(
+                f"{name} log-probability, {unit}",
+                f"eval_logps/{name}",
+                divisors={folder: counts[name] for folder, counts in tokens.items()} or None,
+            )
+            for name in ("chosen", "rejected")
+        ),
         Panel("gradient norm before clipping", "grad_norm", logarithmic=True),
         Panel("loss", "loss"),
         Panel("loss on the forget set", "forget_loss"),
         Panel("loss on the retain set", "retain_loss"),
         Panel("KL from the start, nats per token", "eval_kl"),
         Panel("entropy, nats per token", entropy),
+        Panel("share of descending tokens below 0.01", SHARES["descending_rare"], bounded=True),
+        Panel("share of descending tokens above 0.99", SHARES["descending_sure"], bounded=True),
     )
-    return [panel for panel in found if any(math.isfinite(value) for run in runs for value in run.values(panel.key))]
+    return [panel for panel in found if any(math.isfinite(value) for run in runs for _, value in scaled(run, panel))]
 
 
-def range_plot(runs: Sequence[Run], score: Score, base: float | None, looks: Mapping[str, Style], name: str) -> str:
+def range_plot(runs: Sequence[Run], score: Score, looks: Mapping[str, Style], name: str) -> str:
     """Final score against learning rate: mean over seeds, whiskers from the least to the largest.
 
     A marker is filled where every seed keeps 95 % of the base's score, and a cross at the bottom is a diverged run.
     """
-    limit = _limit(score, base)
+    bases = score.bases(runs)
     grids = {arm: grid for arm in arms(runs) if (grid := finals([run for run in runs if run.arm == arm], score))}
     means = {arm: [(x, float(np.mean(_finite(ends)))) for x, ends in _known(grid)] for arm, grid in grids.items()}
 
@@ -108,9 +118,9 @@ def range_plot(runs: Sequence[Run], score: Score, base: float | None, looks: Map
             shift, look = 1.045 ** (place - (len(grids) - 1) / 2), looks[arm]
             axes.plot([x * shift for x, _ in means[arm]], [mean for _, mean in means[arm]], color=look.colour, zorder=3)
             for x, ends in _known(grid):
-                _seeds_at(axes, x * shift, list(ends.values()), look, limit)
+                _seeds_at(axes, x * shift, list(ends.values()), look, _limit(score, bases.get(arm)))
             crosses += [(x * shift, look.colour) for x, ends in grid.items() if len(_finite(ends)) < len(ends)]
-        _reference_lines(axes.axhline, base, limit)
+        _reference_lines(axes.axhline, score, bases)
         _rate_axis(axes, sorted({rate for grid in grids.values() for rate in grid}))
         axes.set_xlabel("learning rate")
         if "accuracy" in score.name:
@@ -142,7 +152,7 @@ def _limit(score: Score, base: float | None) -> float:
     return KEEP * base if score.kept and base is not None and base > 0 else -math.inf
 
 
-def final_plot(runs: Sequence[Run], score: Score, base: float | None, looks: Mapping[str, Style], name: str) -> str:
+def final_plot(runs: Sequence[Run], score: Score, looks: Mapping[str, Style], name: str) -> str:
     """The final score of each arm where there is one learning rate: a dot for each seed, and a bar at their mean."""
     ends = {
         arm: [end for run in runs if run.arm == arm and (end := score.final(run)) is not None] for arm in arms(runs)
@@ -162,7 +172,7 @@ def final_plot(runs: Sequence[Run], score: Score, base: float | None, looks: Map
                 axes.plot([np.mean(known)] * 2, [place - 0.3, place + 0.3], color=colour, lw=2)
             else:
                 axes.text(0.02, place, outcomes[arm], transform=axes.get_yaxis_transform(), va="center", color=colour)
-        _reference_lines(axes.axvline, base, _limit(score, base))
+        _reference_lines(axes.axvline, score, score.bases(runs))
         axes.set_yticks(range(len(ends)), [arm if len(arm) <= 18 else f"{arm[:17]}…" for arm in ends])
         axes.set_ylim(len(ends) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
@@ -183,7 +193,7 @@ def curve(
     size: tuple[float, float],
 ) -> str:
     """One metric over steps: the mean over seeds, a band from least to largest, a cross where a run broke off."""
-    shown = [arm for arm in arms(runs) if any(run.values(panel.key) for run in runs if run.arm == arm)]
+    shown = [arm for arm in arms(runs) if any(scaled(run, panel) for run in runs if run.arm == arm)]
 
     def draw(axes: Axes) -> None:
         for arm in shown:
@@ -210,7 +220,11 @@ def curve(
 
 
 def scaled(run: Run, panel: Panel) -> list[tuple[int, float]]:
-    return [(step, value / panel.divisor) for step, value in run.series(panel.key)]
+    """What is drawn of a run: nothing, where its divisor is not known."""
+    if panel.divisors is not None and run.folder not in panel.divisors:
+        return []
+    divisor = 1.0 if panel.divisors is None else panel.divisors[run.folder]
+    return [(step, value / divisor) for step, value in run.series(panel.key)]
 
 
 def shared_limits(runs: Sequence[Run], panel: Panel) -> tuple[float, float]:
@@ -275,7 +289,15 @@ def tofu_plane(found: Mapping[str, Any], looks: Mapping[str, Style], name: str) 
         if found["base"]:
             axes.axvline(KEEP_UTILITY * found["base"]["model_utility"], color="#808080", ls="--", lw=1)
         front = sorted((p["model_utility"], max(p["forget_quality"], floor)) for p in points if p["front"])
-        axes.plot(*zip(*front, strict=True), color="#b0b0b0", lw=4, alpha=0.5, drawstyle="steps-pre", zorder=1)
+        axes.plot(
+            [u for u, _ in front],
+            [q for _, q in front],
+            color="#b0b0b0",
+            lw=4,
+            alpha=0.5,
+            drawstyle="steps-pre",
+            zorder=1,
+        )
         for arm in dict.fromkeys(point["arm"] for point in points):
             _arm_on_plane(axes, [point for point in points if point["arm"] == arm], looks[arm], floor)
         for label, each in known.items():
@@ -291,41 +313,88 @@ def tofu_plane(found: Mapping[str, Any], looks: Mapping[str, Style], name: str) 
         axes.set_xlabel("model utility")
         axes.set_ylabel("forget quality (p-value)")
         axes.margins(x=0.08)
-        _name_rates(axes, sorted(points, key=lambda point: not point["front"]), looks, floor)
+        shown = sorted(points, key=lambda point: not point["front"])
+        places = [(p["model_utility"], max(p["forget_quality"], floor), p) for p in shown]
+        _name_points(axes, [(x, y, p["learning_rate"], looks[p["arm"]]) for x, y, p in places])
 
     spoken = [f"{p['arm']} {number(p['model_utility'])}, {number(p['forget_quality'])}" for p in points]
     alt = f"Forget quality against model utility, as utility, quality: {'; '.join(spoken)}."
     return _svg(draw, (5.0, 4.2), name, alt)
 
 
+def frontier_plot(found: Mapping[str, Any], looks: Mapping[str, Style], name: str) -> str:
+    """Reward against divergence from the start: the way of the means through training, and the end with its intervals.
+
+    The axis of the divergence has its square root as scale, in which reward rises about in a line.
+    """
+    points = found["points"]
+
+    def draw(axes: Axes) -> None:
+        axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0.0)), np.square))
+        for point in points:
+            _way_and_end(axes, point, looks[point["arm"]])
+        if found["base"] is not None:
+            axes.axhline(found["base"], color="#808080", lw=1, ls=":", zorder=1)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.set_xlim(left=0)
+        axes.set_xlabel("divergence from the start, nats per token (square-root scale)")
+        axes.set_ylabel(found["score"])
+        _name_points(axes, [(p["divergence"], p["reward"], p["learning_rate"], looks[p["arm"]]) for p in points])
+
+    spoken = [f"{p['arm']} {number(p['divergence'])}, {number(p['reward'])}" for p in points]
+    alt = f"{found['score']} against divergence from the start, as divergence, score: {'; '.join(spoken)}."
+    return _svg(draw, (6.2, 4.2), name, alt)
+
+
+def _way_and_end(axes: Axes, point: Mapping[str, Any], look: Style) -> None:
+    way = [(divergence, reward) for _, divergence, reward in point["path"]]
+    if len(way) > 1:
+        axes.plot(*zip(*way, strict=True), color=look.colour, lw=0.9, alpha=0.55, zorder=2)
+    if len(point["seeds"]) > 1:
+        seeds = zip(*point["seeds"].values(), strict=True)
+        axes.plot(*seeds, look.marker, color=look.colour, ms=3, alpha=0.4, lw=0)
+    across, along = (_error(point[key], point[f"{key}_interval"]) for key in ("divergence", "reward"))
+    end = point["divergence"], point["reward"]
+    axes.errorbar(*end, xerr=across, yerr=along, color=look.colour, capsize=2.5, lw=1, zorder=3)
+    axes.plot(*end, look.marker, color=look.colour, ms=7, zorder=4)
+
+
+def _error(value: float, interval: Sequence[float] | None) -> list[list[float]] | None:
+    if interval is None:
+        return None
+    return [[max(value - interval[0], 0.0)], [max(interval[1] - value, 0.0)]]
+
+
 def _arm_on_plane(axes: Axes, points: Sequence[Mapping[str, Any]], look: Style, floor: float) -> None:
     xs = [point["model_utility"] for point in points]
     ys = [max(point["forget_quality"], floor) for point in points]
     axes.plot(xs, ys, color=look.colour, marker=look.marker, lw=0.9, ms=7, zorder=4)
+    dead = [(point["model_utility"], max(point["forget_quality"], floor)) for point in points if point["collapsed"]]
+    if dead:
+        axes.plot(*zip(*dead, strict=True), "x", color="black", ms=8, mew=1.6, lw=0, zorder=5)
     seeds = [(u, max(q, floor)) for point in points for u, q in point["seeds"] if len(point["seeds"]) > 1]
     if seeds:
         axes.plot(*zip(*seeds, strict=True), look.marker, color=look.colour, ms=3.5, alpha=0.35, lw=0)
 
 
-def _name_rates(axes: Axes, points: Sequence[Mapping[str, Any]], looks: Mapping[str, Style], floor: float) -> None:
+def _name_points(axes: Axes, points: Sequence[tuple[float, float, float | None, Style]]) -> None:
     """Write the learning rate beside a point, where no other one stands yet."""
     to_axes = axes.transData + axes.transAxes.inverted()
     taken: list[tuple[float, float]] = []
-    for point in points:
-        place = point["model_utility"], max(point["forget_quality"], floor)
-        x, y = to_axes.transform(place)
-        if point["learning_rate"] is None or any(abs(x - a) < 0.07 and abs(y - b) < 0.045 for a, b in taken):
+    for across, along, each, look in points:
+        x, y = to_axes.transform((across, along))
+        if each is None or any(abs(x - a) < 0.07 and abs(y - b) < 0.045 for a, b in taken):
             continue
         taken.append((x, y))
-        text, colour = rate(point["learning_rate"]), looks[point["arm"]].colour
-        axes.annotate(text, place, (6, -9), textcoords="offset points", fontsize=7.5, color=colour)
+        offset = (6, -9) if x < 0.9 else (-24, -11)
+        axes.annotate(rate(each), (across, along), offset, textcoords="offset points", fontsize=7.5, color=look.colour)
 
 
-def _reference_lines(line: Callable[..., Any], base: float | None, limit: float) -> None:
-    if base is not None:
+def _reference_lines(line: Callable[..., Any], score: Score, bases: Mapping[str, float]) -> None:
+    for base in sorted(set(bases.values())):
         line(base, color="#808080", lw=1, ls=":", zorder=1)
-    if math.isfinite(limit):
-        line(limit, color="#808080", lw=1, ls="--", zorder=1)
+        if math.isfinite(limit := _limit(score, base)):
+            line(limit, color="#808080", lw=1, ls="--", zorder=1)
 
 
 def _diverged(axes: Axes, crosses: Sequence[tuple[float, str]]) -> None:

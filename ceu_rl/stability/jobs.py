@@ -150,11 +150,13 @@ def run_job(job: Job, variables: Mapping[str, str], stop: Stop) -> str:
 def _run_locked(job: Job, lock: int, variables: Mapping[str, str], stop: Stop) -> str:
     if is_done(job):  # by the process that was waited for
         return f"{job.found.status}, by an earlier call"
-    commands = []
-    if job.found.status != "finished":
+    commands, result = [], job.found.result
+    if not result or result.get("steps") == 0:
         resume = _prepare_folder(job)
         commands.append([*job.launcher, "ceu_rl.cli", *job.command, *resume])
     (job.folder / FAILURE).unlink(missing_ok=True)
+    if (job.folder / TOFU_RESULT).is_file():  # one that cannot be used
+        (job.folder / TOFU_RESULT).rename(job.folder / f"{TOFU_RESULT}.broken")
     if job.evaluation is not None:
         commands.append([*MODULE, "ceu_rl.cli", *job.evaluation])
     for command in commands:

@@ -22,6 +22,7 @@ from .runs import STATUSES, Run
 from .summary import (
     ORIGIN,
     PLANE,
+    SHARES,
     arms,
     by_setting,
     condition,
@@ -30,6 +31,7 @@ from .summary import (
     find_scores,
     grouped,
     methods,
+    passes,
     summarize,
 )
 from .verdict import number, rate, setting_name, verdict
@@ -48,6 +50,16 @@ COLUMNS: tuple[tuple[str, str, Callable[..., Any] | str], ...] = (
     ("depth of rejected", "depth", measures.depth),
     ("KL", "kl", "Divergence from the model before training on sampled answers at the end, in nats per token."),
     ("entropy change", "entropy_change", measures.change),
+    (
+        "descending below 0.01",
+        "descending_rare",
+        "Share of the descending tokens whose probability is below 0.01, mean over the steps.",
+    ),
+    (
+        "descending above 0.99",
+        "descending_sure",
+        "Share of the descending tokens whose probability is above 0.99, mean over the steps.",
+    ),
     ("drawdown", "drawdown", measures.drawdown),
     ("collapse", "collapse_step", measures.collapse_step),
     ("steps not finite", "non_finite_steps", "Steps whose loss or gradient norm is not finite."),
@@ -80,8 +92,9 @@ def write_report(folder: Path, runs: Sequence[Run], console: Console, command: s
         command: The command that made the comparison, for the report.
 
     Returns:
-        What `report.json` holds: `command`, `verdict`, `arms`, `base`, `tokens`, `ranges`, `differences`, `best`,
-        `tofu`, `groups` (each arm at each setting), `runs`, `provenance`. Numbers that are not finite are None.
+        What `report.json` holds: `command`, `verdict`, `arms`, `base`, of each arm `bases` and `tokens`, `frontier`,
+        `ranges`, `differences`, `best`, `tofu`, `groups` (each arm at each setting), `runs`, `provenance`. Numbers that
+        are not finite are None.
     """
     summary = summarize(runs, command)
     report = _clean({"command": command, "verdict": verdict(summary), **summary})
@@ -167,8 +180,10 @@ def _first_to_last(runs: Sequence[Run]) -> Table:
 def _overview(report: Mapping[str, Any]) -> Table:
     headings = [name if len(name) < 25 else name.split(" of ")[0] for name in report["base"]]
     columns = {name.replace("_", " "): name for name in PLANE}
+    if report["frontier"]:
+        columns |= {"KL": "kl", **{name: name for name in list(report["frontier"][0]["points"][0]["passes"])[-1:]}}
     columns |= {"max grad norm": "grad_norm_largest", "displacement": "displacement"}
-    columns = {name: key for name, key in columns.items() if any(group[key] is not None for group in report["groups"])}
+    columns = {n: key for n, key in columns.items() if any(group.get(key) is not None for group in report["groups"])}
     table = Table("arm", "setting", *headings, *columns, "status", box=box.SIMPLE_HEAD)
     for group in report["groups"]:
         seeds = group["seeds"]
@@ -193,7 +208,10 @@ def _html(title: str, runs: Sequence[Run], report: Mapping[str, Any]) -> str:
     )
     environment.filters["unbroken"] = _unbroken
     looks, compared = figures.styles(report["arms"], arms(runs)), methods(runs)
-    columns = [column for column in COLUMNS if any(group[column[1]] is not None for group in report["groups"])]
+    tried = [(name, name, f"Share of prompts of which one in {name[5:]} samples is right.") for name in passes(runs)]
+    columns = [
+        column for column in [*tried, *COLUMNS] if any(group.get(column[1]) is not None for group in report["groups"])
+    ]
     return environment.get_template("report.html.jinja").render(
         title=title,
         report=report,
@@ -202,12 +220,21 @@ def _html(title: str, runs: Sequence[Run], report: Mapping[str, Any]) -> str:
         plane=figures.tofu_plane(report["tofu"], looks, "tofu")
         if report["tofu"] and report["tofu"]["points"]
         else None,
+        frontiers=[
+            {
+                "title": f"{found['score']} against divergence"
+                + (f", {setting_name(found['setting'])}" if found["setting"] else ""),
+                "svg": figures.frontier_plot(found, looks, f"frontier{place}"),
+            }
+            for place, found in enumerate(report["frontier"])
+        ],
         curves=_curve_figures(compared, looks),
         columns=columns,
         table=_table(report, columns, [score.name for score in find_scores(runs) if score.kept]),
-        absent=[column[0] for column in COLUMNS if column not in columns and column[1] not in PLANE],
+        absent=[column[0] for column in COLUMNS if column not in columns and column[1] not in (*PLANE, *SHARES)],
         definitions=[(heading, _definition(text)) for heading, _, text in columns],
         broken=[run for run in runs if run.status != "finished"],
+        log_problems=[run.log_problem for run in runs if run.log_problem],
         table_header=[f"final {name}" for name in report["base"]] + [column[0] for column in columns],
         differ=[name for name in ORIGIN if any(e[name] != report["provenance"][0][name] for e in report["provenance"])],
         setting_name=setting_name,
@@ -232,7 +259,7 @@ def _final_figures(
                 continue
             several = any(len(finals([run for run in members if run.arm == arm], score)) > 1 for arm in arms(members))
             draw = figures.range_plot if several else figures.final_plot
-            svg = draw(members, score, report["base"][score.name], looks, f"final{place}x{number_}")
+            svg = draw(members, score, looks, f"final{place}x{number_}")
             found.append({"title": score.name + (f", {setting_name(rest)}" if rest else ""), "svg": svg})
     return found
 
@@ -283,13 +310,15 @@ def _table(
     for group in report["groups"]:
         cells = []
         for name, score in group["final"].items():
-            base = report["base"][name]
+            base = report["bases"][name].get(group["arm"])
             lost = score and base and name in kept and score["min"] < measures.KEEP * base
             cells.append(
                 {"text": _fixed(score and score["mean"]), "more": _least_to_largest(score), "lost": bool(lost)}
             )
         for _, key, _ in columns:
-            cells.append({"text": _cell(group, key), "more": "", "lost": key in COUNTS and bool(group[key])})
+            dead = _seeds_of(group["dead"], group["seeds"]) if key == "model_utility" and group["dead"] else ""
+            lost = bool(dead) or (key in COUNTS and bool(group[key]))
+            cells.append({"text": _cell(group, key), "more": dead, "lost": lost})
         given = ABSENT if group["learning_rate"] is None else rate(group["learning_rate"])
         row = {"arm": group["arm"], "rate": given, "seeds": _seeds(group["seeds"]), "cells": cells}
         row["beside"] = setting_name({k: v for k, v in group["setting"].items() if k != "learning_rate"}, none="")
@@ -303,6 +332,10 @@ def _seeds(seeds: Mapping[str, int]) -> str:
     return ", ".join([str(seeds["finished"]), *others])
 
 
+def _seeds_of(dead: int, seeds: Mapping[str, int]) -> str:
+    return "collapsed" if sum(seeds.values()) == 1 else f"{dead} collapsed"
+
+
 def _fixed(value: float | None) -> str:
     return ABSENT if value is None else f"{value:.3f}"
 
@@ -312,7 +345,7 @@ def _least_to_largest(score: Mapping[str, Any] | None) -> str:
 
 
 def _cell(group: Mapping[str, Any], key: str) -> str:
-    value = group[key]
+    value = group.get(key)
     if key == "collapse_step":
         absent = ABSENT if group["drawdown"] is None else "no"
         return absent if value is None else f"{group['collapsed']} from step {value}"

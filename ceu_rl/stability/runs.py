@@ -185,7 +185,7 @@ def as_number(value: Any) -> float | None:
     try:
         return float(value)
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def setting_of(settings: Mapping[str, Any], name: str) -> Any:

@@ -4,19 +4,30 @@ The first arm is the baseline. A score is what a run should keep; the base is th
 """
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from . import measures
-from .runs import STATUSES, Run
+from .runs import STATUSES, Run, as_number, has_setting, setting_of
 
 FORGET_QUALITY = 0.05  # p-value above which an unlearned model cannot be told from the retain model
 KEEP_UTILITY = 0.9  # share of the base's model utility
+COLLAPSED = 0.1  # share of the base's model utility below which a model is destroyed: it has forgotten everything
 PLANE = ("model_utility", "forget_quality")
 ENTROPIES = ("eval_sampled_entropy", "eval_entropy", "entropy")
+DEFAULT_MAX_LENGTH = 1024  # of TRL's DPO
+SHARES = {
+    "descending": "ceu/descending_fraction",
+    "descending_rare": "ceu/descending_below_0.01",
+    "descending_sure": "ceu/descending_above_0.99",
+}
+ROWS = ("model_name_or_path", "dataset_name", "dataset_config", "dataset_test_split", "max_length", "truncation_mode")
 CURVES = (
     "eval_greedy_accuracy",
     "eval_sampled_accuracy",
@@ -37,25 +48,38 @@ class Score:
     Args:
         name: What it is, as in "the base's greedy accuracy".
         key: Where it is logged.
-        tokens: If set, what is logged is the log-probability of that many tokens, and the score is its geometric mean.
+        tokens: If set, what is logged is the log-probability of that many tokens of the run in that folder, and the
+            score is its geometric mean; runs that are not in it have no such score.
         kept: Whether a share of the base's value says something.
     """
 
     name: str
     key: str
-    tokens: float | None = None
+    tokens: Mapping[Path, float] | None = None
     kept: bool = True
 
     def series(self, run: Run) -> list[tuple[int, float]]:
-        return [(step, self.of(value)) for step, value in run.series(self.key)]
+        found = ((step, self.of(run, value)) for step, value in run.series(self.key))
+        return [(step, value) for step, value in found if value is not None]
 
-    def of(self, logged: float) -> float:
-        return logged if self.tokens is None else math.exp(logged / self.tokens)
+    def of(self, run: Run, logged: float) -> float | None:
+        if self.tokens is None:
+            return logged
+        count = self.tokens.get(run.folder)
+        return None if count is None else math.exp(min(logged / count, 700.0))
 
     def base(self, runs: Iterable[Run]) -> float | None:
         """The median over runs of the value at step 0."""
         first = [value for run in runs for step, value in self.series(run)[:1] if step == 0 and math.isfinite(value)]
         return statistics.median(first) if first else None
+
+    def bases(self, runs: Sequence[Run]) -> dict[str, float]:
+        """The base of each arm: one for all, or where the arms cut the responses at different lengths, each its own."""
+        names = arms(runs)
+        own = {name: [run for run in runs if run.arm == name] for name in names}
+        cut = self.tokens is not None and len(set(self.tokens.values())) > 1
+        found = {name: self.base(own[name] if cut else runs) for name in names}
+        return {name: value for name, value in found.items() if value is not None}
 
     def final(self, run: Run) -> float | None:
         """The last value of a finished run, NaN for a diverged one, else None."""
@@ -66,15 +90,15 @@ class Score:
         series = self.series(run)
         if series:
             return series[-1][1]
-        last = (run.result or {}).get("metrics", {}).get(self.key)
-        return None if last is None else self.of(float(last))
+        last = as_number(((run.result or {}).get("metrics") or {}).get(self.key))
+        return None if last is None else self.of(run, last)
 
 
 def find_scores(runs: Sequence[Run]) -> list[Score]:
     """The scores that there are: accuracy of a task, else reward, else how probable the chosen responses are."""
 
     def logged(key: str) -> bool:
-        return any(run.values(key) or key in (run.result or {}).get("metrics", {}) for run in runs)
+        return any(run.values(key) or key in ((run.result or {}).get("metrics") or {}) for run in runs)
 
     accuracies = [Score(f"{name} accuracy", f"eval_{name}_accuracy") for name in ("greedy", "sampled")]
     if found := [score for score in accuracies if logged(score.key)]:
@@ -85,33 +109,64 @@ def find_scores(runs: Sequence[Run]) -> list[Score]:
     probability = Score(
         "probability per token of held-out chosen responses" if tokens else "probability of held-out chosen responses",
         "eval_logps/chosen",
-        tokens.get("chosen", 1.0),
+        {folder: counts["chosen"] for folder, counts in tokens.items()} or {run.folder: 1.0 for run in runs},
     )
     preference = Score("held-out preference accuracy", "eval_rewards/accuracies", kept=False)
     return [score for score in (probability, preference) if logged(score.key)]
 
 
-def response_tokens(runs: Sequence[Run]) -> dict[str, float]:
-    """Mean tokens of the held-out chosen and rejected responses; empty if no run recorded them."""
-    return next((run.result["eval_tokens"] for run in runs if run.result and run.result.get("eval_tokens")), {})
+def response_tokens(runs: Sequence[Run]) -> dict[Path, dict[str, float]]:
+    """Mean tokens, as the loss counts them, of the held-out chosen and rejected responses, by the folder of a run.
+
+    A run without a result has those of a run with the same rows; empty if no run recorded any.
+    """
+    known = {run.folder: counts for run in runs if (counts := _counts(run))}
+    found = {}
+    for run in runs:
+        like = [other for other in runs if other.folder in known and _same_rows(run, other)]
+        if run.folder in known or like:
+            found[run.folder] = known.get(run.folder) or known[like[0].folder]
+    return found
+
+
+def _counts(run: Run) -> dict[str, float] | None:
+    """What a run recorded; earlier versions counted before truncation, which a count above `max_length` shows."""
+    recorded = (run.result or {}).get("eval_tokens") or {}
+    counts = {name: as_number(recorded.get(name)) for name in ("chosen", "rejected")}
+    limit = setting_of(run.settings, "max_length") if has_setting(run.settings, "max_length") else DEFAULT_MAX_LENGTH
+    most = math.inf if limit is None else float(limit)
+    whole = {name: count for name, count in counts.items() if count and 0 < count <= most}
+    return whole if len(whole) == len(counts) else None
+
+
+def _same_rows(run: Run, other: Run) -> bool:
+    if (run.arm, condition(run)) == (other.arm, condition(other)):
+        return True
+    both = run.settings, other.settings
+    return all(both) and all(setting_of(both[0], name) == setting_of(both[1], name) for name in ROWS)
 
 
 def summarize(runs: Sequence[Run], command: str) -> dict[str, Any]:
     """Everything that the report says, in numbers; not finite ones may be in it."""
     scores, tokens = find_scores(runs), response_tokens(runs)
-    bases = {score.name: score.base(runs) for score in scores}
+    compared = methods(runs)
     provenance = _provenance(runs)
     records = [_record(run, scores, tokens) for run in runs]
+    utility = (_tofu_base(runs) or {}).get("model_utility")
     for record, run in zip(records, runs, strict=True):
+        if run.tofu:
+            record["collapsed"] = _has_collapsed(run.tofu.get("model_utility"), utility)
         record["provenance"] = next((i for i, entry in enumerate(provenance) if _same_origin(entry, run)), None)
     groups = _groups(runs, records, scores)
     return {
         "command": command,
         "arms": arms(methods(runs)),
-        "base": bases,
-        "tokens": tokens,
-        "ranges": [entry for score in scores for entry in _ranges(methods(runs), score, bases[score.name])],
-        "differences": [entry for score in scores for entry in _differences(methods(runs), score)],
+        "base": {score.name: score.base(runs) for score in scores},
+        "bases": {score.name: score.bases(runs) for score in scores},
+        "tokens": {run.arm: tokens[run.folder] for run in reversed(runs) if run.folder in tokens},
+        "frontier": _frontiers(compared, scores) if is_grpo(compared) else [],
+        "ranges": [entry for score in scores for entry in _ranges(compared, score)],
+        "differences": [entry for score in scores for entry in _differences(compared, score)],
         "best": [entry for score in scores for entry in _best(groups, score)],
         "tofu": _tofu(runs),
         "groups": groups,
@@ -159,7 +214,7 @@ def _unique(items: Iterable[Any]) -> list[Any]:
     return found
 
 
-def _record(run: Run, scores: Sequence[Score], tokens: Mapping[str, float]) -> dict[str, Any]:
+def _record(run: Run, scores: Sequence[Score], tokens: Mapping[Path, Mapping[str, float]]) -> dict[str, Any]:
     outcome = run.result or run.failure or {}
     return {
         "arm": run.arm,
@@ -168,6 +223,7 @@ def _record(run: Run, scores: Sequence[Score], tokens: Mapping[str, float]) -> d
         "seed": run.seed,
         "status": run.status,
         "reason": run.reason,
+        "log_problem": run.log_problem,
         "command": outcome.get("command"),
         "date": outcome.get("date"),
         "final": {score.name: score.final(run) for score in scores},
@@ -176,16 +232,24 @@ def _record(run: Run, scores: Sequence[Score], tokens: Mapping[str, float]) -> d
     }
 
 
-def measure(run: Run, scores: Sequence[Score], tokens: Mapping[str, float]) -> dict[str, Any]:
-    """The measures of one run; None for each whose series it did not log."""
+def measure(run: Run, scores: Sequence[Score], tokens: Mapping[Path, Mapping[str, float]]) -> dict[str, Any]:
+    """The measures of one run; None for each whose series it did not log.
+
+    Args:
+        run: The run.
+        scores: Of the comparison.
+        tokens: What [`response_tokens`] returned for the comparison.
+    """
 
     def of(series: Sequence[float], function: Callable[..., Any], *arguments: Any) -> Any:
         return function(series, *arguments) if series else None
 
     norms, losses = run.values("grad_norm"), run.values("loss")
     finite = [norm for norm in norms if math.isfinite(norm)]
-    chosen, rejected = run.values("eval_logps/chosen"), run.values("eval_logps/rejected")
-    entropy = next((values for key in ENTROPIES if (values := run.values(key))), [])
+    counts = tokens.get(run.folder) if tokens else {"chosen": 1.0, "rejected": 1.0}
+    chosen, rejected = (run.values(f"eval_logps/{name}") if counts else [] for name in ("chosen", "rejected"))
+    counts = counts or {}
+    entropy = _entropy(run)
     score = scores[0].series(run) if scores else []
     bad = {step for key in ("loss", "grad_norm") for step, value in run.series(key) if not math.isfinite(value)}
     return {
@@ -193,10 +257,12 @@ def measure(run: Run, scores: Sequence[Score], tokens: Mapping[str, float]) -> d
         "grad_norm_largest": of(finite, max),
         "grad_norm_spikes": of(norms, lambda values: len(measures.spikes(values))),
         "loss_spikes": of(losses, lambda values: len(measures.loss_spikes(values))),
-        "displacement": of(chosen, measures.displacement, tokens.get("chosen", 1.0)),
-        "depth": of(rejected, measures.depth, tokens.get("rejected", 1.0)),
+        "displacement": of(chosen, measures.displacement, counts.get("chosen")),
+        "depth": of(rejected, measures.depth, counts.get("rejected")),
         "kl": of(run.values("eval_kl"), lambda values: values[-1]),
         "entropy_change": of(entropy, measures.change),
+        **{name: of(run.values(key), lambda values: values[-1]) for name, key in passes([run]).items()},
+        **{name: of(_finite(run.values(key)), statistics.fmean) for name, key in SHARES.items()},
         "drawdown": of([value for _, value in score], measures.drawdown),
         "collapse_step": of(
             [v for _, v in score], lambda values: measures.collapse_step([t for t, _ in score], values)
@@ -208,18 +274,32 @@ def measure(run: Run, scores: Sequence[Score], tokens: Mapping[str, float]) -> d
     }
 
 
+def _entropy(run: Run) -> list[float]:
+    return next((values for key in ENTROPIES if (values := run.values(key))), [])
+
+
+def passes(runs: Iterable[Run]) -> dict[str, str]:
+    """The pass@k that were logged and their keys, by k."""
+    keys = {key for run in runs for entry in run.log for key in entry if re.fullmatch(r"eval_pass@\d+", key)}
+    return {key.removeprefix("eval_"): key for key in sorted(keys, key=lambda key: int(key.split("@")[1]))}
+
+
+def _finite(values: Iterable[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
+
+
 def _seconds_per_step(run: Run) -> float | None:
     """Of training with its evaluations; None for a run that was resumed, whose clock started again."""
     result = run.result or {}
-    seconds, steps = result.get("metrics", {}).get("train_runtime"), result.get("steps")
-    if not seconds or not steps or "--resume_from_checkpoint" in result.get("command", ""):
+    seconds, steps = (result.get("metrics") or {}).get("train_runtime"), result.get("steps")
+    if not seconds or not steps or "--resume_from_checkpoint" in (result.get("command") or ""):
         return None
     return seconds / steps
 
 
 def _curves(run: Run) -> dict[str, list[Any]]:
     """The evaluations by step; None where one key was not logged at a step."""
-    series = {key: dict(run.series(key)) for key in CURVES}
+    series = {key: dict(run.series(key)) for key in (*CURVES, *passes([run]).values())}
     steps = sorted({step for values in series.values() for step in values})
     found = {key: [values.get(step) for step in steps] for key, values in series.items() if values}
     return {"step": steps, **found} if steps else {}
@@ -237,6 +317,7 @@ def _groups(runs: Sequence[Run], records: Sequence[Mapping[str, Any]], scores: S
                 "learning_rate": known_rate(members),
                 "seeds": {status: sum(r["status"] == status for r in found) for status in STATUSES},
                 "final": {score.name: _spread(r["final"][score.name] for r in found) for score in scores},
+                "dead": sum(bool(r.get("collapsed")) for r in found),
                 **_over_seeds([r["measures"] for r in found]),
             }
         )
@@ -259,8 +340,8 @@ def _over_seeds(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "collapse_step": min,
     }
     over = {}
-    for name in found[0]:
-        values = [each[name] for each in found if each[name] is not None and math.isfinite(each[name])]
+    for name in dict.fromkeys(name for each in found for name in each):
+        values = [each[name] for each in found if each.get(name) is not None and math.isfinite(each[name])]
         over[name] = combine.get(name, statistics.median)(values) if values else None
     over["collapsed"] = sum(each["collapse_step"] is not None for each in found)
     return over
@@ -291,24 +372,30 @@ def known_rate(members: Iterable[Run]) -> float | None:
     return next((run.learning_rate for run in members if run.learning_rate is not None), None)
 
 
-def _ranges(runs: Sequence[Run], score: Score, base: float | None) -> list[dict[str, Any]]:
+def _ranges(runs: Sequence[Run], score: Score) -> list[dict[str, Any]]:
     """The stable learning-rate range of each arm, and its ratio to the baseline's; see [`measures.range_ratio`].
 
-    Only the seeds that every rate of both arms has are used.
+    Only the seeds that every rate of both arms has are used, and each arm is held against its own base.
     """
-    if not score.kept or base is None or base <= 0:
+    bases = score.bases(runs)
+    if not score.kept or not bases or min(bases.values()) <= 0:
         return []
     found = []
     for rest in conditions(runs):
         names = arms(runs)
-        grids = {name: finals([r for r in runs if r.arm == name and condition(r) == rest], score) for name in names}
+        grids = {}
+        for name in names:
+            ends = finals([r for r in runs if r.arm == name and condition(r) == rest], score) if name in bases else {}
+            grids[name] = {r: {seed: end / bases[name] for seed, end in each.items()} for r, each in ends.items()}
         for name in names:
             if max(len(grids[name]), len(grids[names[0]])) > 1 and grids[name]:
-                found.append({"score": score.name, "arm": name, "setting": rest, **_range(grids, name, names[0], base)})
+                found.append({"score": score.name, "arm": name, "setting": rest, **_range(grids, name, names[0])})
     return found
 
 
-def _range(grids: Mapping[str, Mapping[float, Mapping[int, float]]], arm: str, baseline: str, base: float) -> dict:
+def _range(grids: Mapping[str, Mapping[float, Mapping[int, float]]], arm: str, baseline: str) -> dict[str, Any]:
+    """Of scores as shares of the base."""
+    base = 1.0
     pair = [grids[arm], grids[baseline]]
     seeds = sorted(set.intersection(*(set(finals) for grid in pair for finals in grid.values())))
     ours, stock = ({rate: [finals[seed] for seed in seeds] for rate, finals in grid.items()} for grid in pair)
@@ -326,6 +413,132 @@ def _range(grids: Mapping[str, Mapping[float, Mapping[int, float]]], arm: str, b
         "ratio": measures.range_ratio(ours, stock, base) if compared else None,
         "interval": measures.range_ratio_interval(ours, stock, base) if compared else None,
     }
+
+
+def is_grpo(runs: Iterable[Run]) -> bool:
+    """Whether a reward is what the runs were trained for."""
+    return any(run.method == "grpo" or run.values("reward") for run in runs)
+
+
+def _frontiers(runs: Sequence[Run], scores: Sequence[Score]) -> list[dict[str, Any]]:
+    """Reward against divergence from the start for each condition: what a run gets, and how far it went for it."""
+    reward = next(
+        (score for score in reversed(scores) if score.kept), None
+    )  # sampled as the rollouts are, if it is there
+    if reward is None:
+        return []
+    found = []
+    for rest in conditions(runs):
+        members = [run for run in runs if condition(run) == rest and run.status == "finished"]
+        points = [point for each in grouped(members) if (point := _frontier_point(each, reward))]
+        if points:
+            base = reward.base(runs)
+            found.append(
+                {
+                    "score": reward.name,
+                    "setting": rest,
+                    "base": base,
+                    "points": points,
+                    "equal": _at_equal_reward(points, arms(runs), base),
+                }
+            )
+    return found
+
+
+def _frontier_point(members: Sequence[Run], reward: Score) -> dict[str, Any] | None:
+    """One arm at one setting: means over seeds with intervals at the end, and the means on the way there."""
+    ends: dict[int, tuple[float, float]] = {}
+    paths: list[dict[int, tuple[float, float]]] = []
+    for run in members:
+        divergence, score = dict(divergences(run)), dict(reward.series(run))
+        path = {step: (divergence[step], score[step]) for step in sorted(divergence.keys() & score.keys())}
+        if path and all(map(math.isfinite, (last := path[max(path)]))):
+            ends[run.seed] = last
+            paths.append(path)
+    if not ends:
+        return None
+    steps = sorted(set.intersection(*(set(path) for path in paths)))
+    columns = [[end[place] for end in ends.values()] for place in (0, 1)]
+    means = [statistics.fmean(column) for column in columns]
+    intervals = [measures.bootstrap_interval(column) for column in columns]
+    return {
+        "arm": members[0].arm,
+        "setting": dict(members[0].setting),
+        "learning_rate": known_rate(members),
+        "divergence": means[0],
+        "divergence_interval": intervals[0],
+        "reward": means[1],
+        "reward_interval": intervals[1],
+        "seeds": {str(seed): list(end) for seed, end in ends.items()},
+        "entropy_change": _mean(measures.change(values) for run in members if (values := _entropy(run))),
+        "passes": {
+            name: _mean(values[-1] for run in members if (values := run.values(key)))
+            for name, key in passes(members).items()
+        },
+        "path": [
+            [step, *(statistics.fmean(path[step][place] for path in paths) for place in (0, 1))]
+            for step in steps
+            if all(math.isfinite(value) for path in paths for value in path[step])
+        ],
+    }
+
+
+def divergences(run: Run) -> list[tuple[int, float]]:
+    """Divergence from the model at the start by step, in nats per token: of the evaluations, else of training."""
+    return run.series("eval_kl") or run.series("kl")
+
+
+def _at_equal_reward(
+    points: Sequence[Mapping[str, Any]], names: Sequence[str], base: float | None
+) -> list[dict[str, Any]]:
+    """Each arm against the first: the divergence at which each has the reward that both reach.
+
+    That reward is the lower of the two arms' best, and an arm's divergence the least of its settings that end with at
+    least that much. The interval draws the seeds with replacement, the same for both arms and all settings, and looks
+    for reward and settings anew in each resample.
+    """
+    found = []
+    for name in names[1:]:
+        pair = [[point for point in points if point["arm"] == arm] for arm in (name, names[0])]
+        if not all(pair):
+            continue
+        seeds = sorted(set.intersection(*(set(point["seeds"]) for each in pair for point in each)))
+        if not seeds:
+            continue
+        grids = [np.array([[point["seeds"][seed] for seed in seeds] for point in each]) for each in pair]
+        target, places, ends = _cheapest(grids)
+        compared = (base is None or target > base) and min(ends) > 0
+
+        def ratio(drawn: np.ndarray, grids: Sequence[np.ndarray] = grids) -> float:
+            _, _, (ours, stock) = _cheapest([grid[:, drawn] for grid in grids])
+            return ours / stock if stock > 0 else math.inf
+
+        found.append(
+            {
+                "arm": name,
+                "reward": target,
+                "seeds": len(seeds),
+                "divergence": ends[0],
+                "baseline_divergence": ends[1],
+                "setting": pair[0][places[0]]["setting"],
+                "baseline_setting": pair[1][places[1]]["setting"],
+                "ratio": ends[0] / ends[1] if compared else None,
+                "interval": measures.bootstrap_interval(range(len(seeds)), ratio) if compared else None,
+            }
+        )
+    return found
+
+
+def _cheapest(grids: Sequence[np.ndarray]) -> tuple[float, list[int], list[float]]:
+    """The reward that both arms reach, and for each the place and the divergence of its setting that has it for least.
+
+    Args:
+        grids: For each arm (settings, seeds, 2): divergence and reward.
+    """
+    means = [grid.mean(axis=1) for grid in grids]
+    target = min(float(mean[:, 1].max()) for mean in means)
+    places = [int(np.where(mean[:, 1] >= target, mean[:, 0], np.inf).argmin()) for mean in means]
+    return target, places, [float(mean[place, 0]) for mean, place in zip(means, places, strict=True)]
 
 
 def _differences(runs: Sequence[Run], score: Score) -> list[dict[str, Any]]:
@@ -384,7 +597,7 @@ def _tofu(runs: Sequence[Run]) -> dict[str, Any] | None:
     if not any(run.tofu for run in runs):
         return None
     base, retain = _tofu_base(runs), _tofu_retain(runs)
-    utility = base and base.get("model_utility")
+    utility = (base or {}).get("model_utility")
     points: list[dict[str, Any]] = []
     for members in grouped([run for run in methods(runs) if run.tofu]):
         seeds = [tuple(_plane(run).values()) for run in members if _placed(run)]
@@ -398,16 +611,23 @@ def _tofu(runs: Sequence[Run]) -> dict[str, Any] | None:
                 "seeds": seeds,
                 "model_utility": statistics.median(u for u, _ in seeds),
                 "forget_quality": statistics.median(q for _, q in seeds),
+                "collapsed": sum(_has_collapsed(u, utility) for u, _ in seeds),
                 "reached": all(q > FORGET_QUALITY and u >= KEEP_UTILITY * utility for u, q in seeds)
                 if utility
                 else None,
             }
         )
-    front = measures.pareto_front([(point["model_utility"], point["forget_quality"]) for point in points])
-    for number, point in enumerate(points):
-        point["front"] = number in front
+    alive = [point for point in points if not point["collapsed"]]
+    front = measures.pareto_front([(point["model_utility"], point["forget_quality"]) for point in alive])
+    for point in points:
+        point["front"] = any(point is alive[number] for number in front)
     unplaced = _unique(run.arm for run in methods(runs) if run.status == "finished" and not _placed(run))
     return {"base": base, "retain": retain, "points": points, "not_placed": unplaced}
+
+
+def _has_collapsed(utility: float | None, base: float | None) -> bool:
+    """Whether a model's utility is below a tenth of the base's: what it scores of forgetting then says nothing."""
+    return utility is not None and base is not None and utility < COLLAPSED * base
 
 
 def _placed(run: Run) -> bool:

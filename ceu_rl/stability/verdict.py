@@ -13,16 +13,61 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
     """One sentence for each arm and score against the baseline, the first arm's first score in front."""
     baseline, *others = summary["arms"] or [""]
     sentences = _tofu(summary["tofu"]) if summary["tofu"] else []
+    first = [_at(each["setting"], say) for each in summary["frontier"] for say in _frontier(each, baseline)]
     for score in summary["base"]:
         for arm in others or [baseline]:
             for kind, say in (("ranges", _range), ("differences", _difference)):
                 for entry in summary[kind]:
                     if (entry["score"], entry["arm"]) == (score, arm):
                         sentences.append(_at(entry["setting"], say(entry, baseline)))
-    sentences.sort(key=lambda sentence: "No comparison of" in sentence)
+    sentences = first + sorted(sentences, key=lambda sentence: "No comparison of" in sentence)
     if not sentences:
         sentences.append(_nothing(summary))
     return sentences + _best(summary) + _left_out(summary["runs"])
+
+
+def _frontier(found: Mapping[str, Any], baseline: str) -> list[str]:
+    """What each arm's reward costs in divergence, then each arm at its best."""
+    arms = _unique(point["arm"] for point in found["points"])
+    best = [
+        max((point for point in found["points"] if point["arm"] == arm), key=lambda point: point["reward"])
+        for arm in arms
+    ]
+    equal = [_at_equal_reward(entry, found, baseline) for entry in found["equal"]]
+    return equal + [_at_best(point, found["score"]) for point in best]
+
+
+def _at_equal_reward(entry: Mapping[str, Any], found: Mapping[str, Any], baseline: str) -> str:
+    arm, score, reward = entry["arm"], found["score"], number(entry["reward"])
+    if entry["ratio"] is None:
+        against = f", which is not above the base's {number(found['base'])}" if found["base"] is not None else ""
+        return f"No comparison of {arm} in divergence at equal {score}: both reach {reward}{against}."
+    ends = [(arm, entry["divergence"], entry["setting"])]
+    ends.append((baseline, entry["baseline_divergence"], entry["baseline_setting"]))
+    ratio, interval = entry["ratio"], entry["interval"]
+    if ratio > 1:
+        ends, ratio = ends[::-1], 1 / ratio
+        interval = interval and [1 / each if each else 0.0 for each in reversed(interval)]
+    near, far = (f"{name} is {number(end)} {{}}from the start ({setting_name(at)})" for name, end, at in ends)
+    spread = _interval(interval, entry["seeds"])
+    unsure = "; 1 lies within it" if interval and interval[0] <= 1 <= interval[1] else ""
+    return (
+        f"At a {score} of at least {reward}, which both reach, {near.format('nats per token ')}, {far.format('')}: "
+        f"{number(ratio, 2)} times as far ({spread}{unsure})."
+    )
+
+
+def _at_best(point: Mapping[str, Any], score: str) -> str:
+    seeds = len(point["seeds"])
+    reward, far = (_value_and_interval(point[key], point[f"{key}_interval"]) for key in ("reward", "divergence"))
+    count = _seeds(seeds) if seeds > 1 else "1 seed: no interval"
+    return (
+        f"{point['arm']} at its best ({setting_name(point['setting'])}): {score} {reward}, divergence {far} ({count})."
+    )
+
+
+def _value_and_interval(value: float, interval: Sequence[float] | None) -> str:
+    return number(value) if interval is None else f"{number(value)} ({number(interval[0])} to {number(interval[1])})"
 
 
 def rate(value: float) -> str:
@@ -161,6 +206,15 @@ def _tofu(found: Mapping[str, Any]) -> list[str]:
         )
     if front := [f"{p['arm']} ({setting_name(p['setting'])})" for p in points if p["front"]]:
         sentences.append(f"On the Pareto front of forget quality and model utility: {', '.join(front)}.")
+    if dead := [
+        f"{p['arm']} ({setting_name(p['setting'])}; {p['collapsed']} of {_seeds(len(p['seeds']))})"
+        for p in points
+        if p["collapsed"]
+    ]:
+        sentences.append(
+            "Collapsed, with a model utility below a tenth of the base's, so that the forget quality says nothing: "
+            f"{', '.join(dead)}."
+        )
     if found["not_placed"]:
         arms = _join(found["not_placed"], "and")
         sentences.append(f"Runs without a forget quality, for want of an evaluation or of a retain model: {arms}.")
@@ -184,9 +238,10 @@ def _reached(points: Sequence[Mapping[str, Any]], goal: str) -> str:
 def _best(summary: Mapping[str, Any]) -> list[str]:
     """Each arm at its own best setting, where it had several: a wide range alone says nothing of how far it got."""
     sentences = []
+    told = {found["score"] for found in summary["frontier"]}
     for score in summary["base"]:
         found = [entry for entry in summary["best"] if entry["score"] == score]
-        if any(entry["settings"] > 1 for entry in found):
+        if score not in told and any(entry["settings"] > 1 for entry in found):
             ends = [f"{e['arm']} {number(e['mean'])} ({setting_name(e['setting'])})" for e in found]
             sentences.append(
                 f"Mean final {score} of each arm at its own best setting, of those where every seed finished: "
@@ -210,6 +265,8 @@ def _left_out(runs: Sequence[Mapping[str, Any]]) -> list[str]:
         if found:
             outcome = kind.format(be="is" if len(found) == 1 else "are")
             sentences.append(f"{len(found)} of {len(runs)} runs {outcome}: {_by_arm(found, runs)}.")
+    if broken := [run for run in runs if run["log_problem"]]:
+        sentences.append(f"{len(broken)} of {len(runs)} runs have log lines that could not be read and are left out.")
     return sentences
 
 

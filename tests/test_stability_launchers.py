@@ -1,0 +1,183 @@
+"""The launchers for several machines, on one: a Ray cluster of two nodes, and submitit's local mode."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ceu_rl.cli import main
+from ceu_rl.stability import compare, report
+
+# Trains for two seconds, with a checkpoint at each step; a killed one goes on from the last of them
+STAND_IN = """
+import json, os, pathlib, sys, time, yaml
+folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+settings = yaml.safe_load((folder / "recipe.yaml").read_text())
+step = 0
+for path in folder.glob("checkpoint-*"):
+    step = max(step, int(path.name.split("-")[1]))
+with open(folder.with_name(f"{folder.name}.started"), "a") as file:
+    file.write(f"{os.getpid()} {step} {' '.join(sys.argv)}\\n")
+while step < 20:
+    time.sleep(0.1)
+    step += 1
+    (folder / f"checkpoint-{step}").mkdir()
+    (folder / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, "loss": 0.5}) + "\\n")
+(folder / "result.json").write_text(json.dumps({"settings": settings, "steps": step}))
+"""
+
+
+@pytest.fixture
+def launch(tmp_path, monkeypatch, capsys):
+    """Compare two recipes with two seeds through a launcher, by runs that only take two seconds."""
+    (tmp_path / "dpo").mkdir()
+    for arm in ("stock", "ceu"):
+        (tmp_path / "dpo" / f"{arm}.yaml").write_text(yaml.safe_dump({"max_steps": 20}))
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "MODULE", [sys.executable, "stand_in.py"])  # of the folder where it was started
+    monkeypatch.setattr(report, "_html", lambda *args: "a page")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+
+    def call(launcher, options=None, *words):
+        config = []
+        if options:
+            (tmp_path / "options.yaml").write_text(yaml.safe_dump(options))
+            config = ["--launcher_config", "options.yaml"]
+        recipes = ["dpo/stock.yaml", "dpo/ceu.yaml", "--seed", "0", "1"]
+        status = main(["compare", *recipes, "--output_dir", "runs", "--launcher", launcher, *config, *words])
+        read = capsys.readouterr()
+        return status, read.out + read.err
+
+    return call
+
+
+def starts(folder):
+    """For each run the steps that it had at each of its starts."""
+    found = [path.read_text().splitlines() for path in folder.glob("runs/*/*/*.started")]
+    return [[int(line.split()[1]) for line in lines] for lines in found]
+
+
+def assert_all_finished(status, out, folder):
+    assert status == 0, out
+    assert [run.status for run in compare.find_runs(folder / "runs")] == ["finished"] * 4
+
+
+def test_submitit_runs_them_at_the_same_time_and_keeps_what_is_done(launch, tmp_path):
+    pytest.importorskip("submitit", reason="submitit is not installed: pip install -e .[slurm]")
+    options = {"cluster": "local", "timeout_min": 5}
+    assert_all_finished(*launch("submitit", options), tmp_path)
+    status, out = launch("submitit", options)
+    assert status == 0 and "4 done earlier and kept, 0 to do" in out
+    assert starts(tmp_path) == [[0]] * 4
+
+
+def test_submitit_names_what_it_does_not_take(launch, tmp_path):
+    pytest.importorskip("submitit", reason="submitit is not installed: pip install -e .[slurm]")
+    status, out = launch("submitit", {"cluster": "local", "gpu_count": 1})
+    assert status == 2 and "--launcher_config: submitit refuses the parameters" in out and "gpu_count" in out
+    status, out = launch("submitit", {"cluster": "lokal"})
+    assert status == 2 and "lokal" in out and not starts(tmp_path)
+
+
+@pytest.mark.parametrize(("launcher", "package", "extra"), [("ray", "ray", "ray"), ("submitit", "submitit", "slurm")])
+def test_a_launcher_without_its_package_is_one_sentence(launch, monkeypatch, launcher, package, extra):
+    monkeypatch.setitem(sys.modules, package, None)
+    status, out = launch(launcher)
+    (line,) = out.splitlines()[1:]
+    assert status == 2 and f"--launcher {launcher} needs the package {package}" in line and f"'ceu-rl[{extra}]'" in line
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A Ray cluster of two nodes with one CPU each, beside a head without any."""
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install -e .[ray]")
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    monkeypatch.setenv("RAY_ADDRESS", made.address)
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def test_ray_runs_them_over_its_nodes(launch, cluster, tmp_path):
+    for _ in range(2):
+        cluster.add_node(num_cpus=1)
+    assert_all_finished(*launch("ray"), tmp_path)
+    assert starts(tmp_path) == [[0]] * 4
+    status, out = launch("ray", {"num_cpu": 1})
+    assert status == 0 and "0 to do" in out  # nothing is asked of Ray
+    (tmp_path / "runs" / "ceu" / "recipe" / "0" / "result.json").unlink()
+    status, out = launch("ray", {"num_cpu": 1})
+    assert status == 2 and "--launcher_config: ray refuses the options" in out and "num_cpu" in out
+
+
+def test_a_run_whose_machine_dies_starts_again_elsewhere_from_its_checkpoint(launch, cluster, tmp_path):
+    import psutil
+
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    killed = []
+
+    def machine_dies():
+        while True:
+            time.sleep(0.05)
+            (raylet,) = (each.process for each in nodes[0].all_processes["raylet"])
+            its = [each for each in psutil.Process(raylet.pid).children(recursive=True) if trains(each)]
+            if its and list((tmp_path / "runs").glob("*/*/*/checkpoint-3")):
+                break
+        killed.extend(str(each.pid) for each in its)
+        everything = psutil.Process(raylet.pid).children(recursive=True)
+        raylet.kill()
+        for each in everything:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        cluster.remove_node(nodes[0], allow_graceful=False)
+
+    def trains(process):
+        with contextlib.suppress(psutil.Error):
+            return "stand_in.py" in " ".join(process.cmdline())
+        return False
+
+    thread = threading.Thread(target=machine_dies)
+    thread.start()
+    status, out = launch("ray")
+    thread.join()
+    assert_all_finished(status, out, tmp_path)
+    begun = [path.read_text().splitlines() for path in tmp_path.glob("runs/*/*/*.started")]
+    again = [lines for lines in begun if len(lines) > 1]
+    assert len(killed) == len(again) == 1 and again[0][0].split()[0] == killed[0]
+    assert int(again[0][1].split()[1]) > 0 and again[0][1].endswith("--resume_from_checkpoint true")
+
+
+@pytest.mark.parametrize("launcher", ["ray", "submitit"])
+def test_ctrl_c_ends_the_runs_wherever_they_are(launch, request, tmp_path, launcher):
+    pytest.importorskip(launcher)
+    options = {"cluster": "local"} if launcher == "submitit" else None
+    if launcher == "ray":
+        request.getfixturevalue("cluster").add_node(num_cpus=2)
+
+    def interrupt():
+        while not list((tmp_path / "runs").glob("*/*/*/checkpoint-1")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    status, out = launch(launcher, options, "--jobs", "2")
+    thread.join()
+    assert status == 130 and "interrupted; the same command goes on where it stopped" in out and "Traceback" not in out
+    pids = [int(line.split()[0]) for path in tmp_path.glob("runs/*/*/*.started") for line in path.open()]
+    assert 0 < len(pids) <= 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
