@@ -331,7 +331,8 @@ for path in os.environ.get("EDIT", "").split():
 def quick(two_recipes, tmp_path, monkeypatch, capsys):
     """Compare the two recipes by runs that only record their settings; returns the status, output and what started."""
     (tmp_path / "quick.py").write_text(QUICK)
-    monkeypatch.setattr(compare, "MODULE", [sys.executable, str(tmp_path / "quick.py")])
+    for module in (compare, jobs):
+        monkeypatch.setattr(module, "MODULE", [sys.executable, str(tmp_path / "quick.py")])
     for module in (jobs, launchers):
         monkeypatch.setattr(module, "POLL", 0.02)
     monkeypatch.setattr(report, "_html", lambda *args: "a page")

@@ -758,7 +758,7 @@ def pages(tmp_path_factory):
     for name, members, count in (
         ("grid", runs, 2 + 3 * 8),
         ("tofu", plane, 1 + 2 * 2),
-        ("grpo", frontier, 1 + 2 + 2 * 10),
+        ("grpo", frontier, 1 + 2 + 2 * 9),
     ):
         folder = tmp_path_factory.mktemp(f"report-{name}")
         write_report(folder, members, Console(file=io.StringIO()), COMMAND)

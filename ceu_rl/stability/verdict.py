@@ -61,9 +61,11 @@ def _at_best(point: Mapping[str, Any], score: str) -> str:
     seeds = len(point["seeds"])
     reward, far = (_value_and_interval(point[key], point[f"{key}_interval"]) for key in ("reward", "divergence"))
     count = _seeds(seeds) if seeds > 1 else "1 seed: no interval"
-    return (
-        f"{point['arm']} at its best ({setting_name(point['setting'])}): {score} {reward}, divergence {far} ({count})."
-    )
+    told = [f"{score} {reward}", f"divergence {far}"]
+    told += [f"{name} {number(value)}" for name, value in list(point["passes"].items())[-1:]]
+    if point["entropy_change"] is not None:
+        told.append(f"entropy {point['entropy_change']:+.3g}")
+    return f"{point['arm']} at its best ({setting_name(point['setting'])}): {', '.join(told)} ({count})."
 
 
 def _value_and_interval(value: float, interval: Sequence[float] | None) -> str:
