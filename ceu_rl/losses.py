@@ -232,3 +232,22 @@ def kl_loss(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     log_p, log_ref = logits.to(dtype).log_softmax(dim=-1), ref_logits.detach().to(dtype).log_softmax(dim=-1)
     return F.kl_div(log_p, log_ref, reduction="none", log_target=True).sum(dim=-1)
+
+
+def activation_loss(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Both terms of RMU, per token: the distance to given activations (Li et al. 2024, arXiv 2403.03218, section 4.2).
+
+        L = |h - target|^2 / d
+
+    To forget, the target is c u, with a random unit vector u, and to retain it is what the frozen model has there. The
+    paper leaves out the division by d, the width; its code has it, and the steering coefficients in use are for that.
+
+    Args:
+        hidden: (..., d), of the model that is trained, after one layer.
+        target: Broadcasts to the shape of `hidden`.
+
+    Returns:
+        The loss of each token, shape (...), in float32 (float64 for float64 activations).
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return (hidden.to(dtype) - target.detach().to(dtype)).square().mean(dim=-1)

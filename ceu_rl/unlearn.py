@@ -1,6 +1,6 @@
 """Unlearning: CE-U (arXiv 2503.01224) and its baselines on TRL's `SFTTrainer`.
 
-    loss = forget term, mean over the tokens or the sequences of the forget set
+    loss = forget_weight * forget term, mean over the tokens or the sequences of the forget set
          + retain_weight * retain term, mean over the tokens of as many rows of the retain set
 
 The formulas of the forget terms are in `losses.py`. Means are over the whole optimizer step: gradient accumulation and
@@ -38,6 +38,7 @@ from .checks import StopAtNonFinite, check_language_model, check_reference_is_lo
 from .data import check_layout
 from .fused import fused_linear_unlearning_loss, lm_head_options
 from .losses import (
+    activation_loss,
     gradient_ascent_loss,
     kl_loss,
     npo_loss,
@@ -58,6 +59,8 @@ class Method(NamedTuple):
     beta: float | None = None  # the default of its paper or of open-unlearning; None: it has no beta
     needs_reference: bool = False
     ignored: int = 0  # the default of ignore_first_n_answer_tokens
+    retain_loss_type: str = "nll"
+    retain_weight: float = 1.0
 
 
 METHODS = {
@@ -69,7 +72,9 @@ METHODS = {
     "wga": Method(beta=1.0),
     "satimp": Method(beta=5.0),
     "undial": Method(beta=10.0, needs_reference=True),
+    "rmu": Method("sequences", retain_loss_type="activations", retain_weight=1200.0),
 }
+RETAIN_LOSSES = ("nll", "kl", "activations")
 COLUMNS = ["input_ids", "labels"]
 
 
@@ -124,26 +129,54 @@ class UnlearnConfig(SFTConfig):
             "0 for the others, as their authors have it."
         },
     )
-    retain_loss_type: str = field(
-        default="nll",
-        metadata={"help": "The retain term: nll, or kl (the divergence from the model before unlearning)."},
+    retain_loss_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "The retain term: nll, kl (the divergence from the model before unlearning) or activations (the "
+            "distance to its activations after rmu_layer, for rmu alone). Default: nll, and activations for rmu."
+        },
     )
-    retain_weight: float = field(default=1.0, metadata={"help": "Weight of the retain term."})
+    forget_weight: float = field(default=1.0, metadata={"help": "Weight of the forget term."})
+    retain_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the retain term. Default: 1, and 1200 for rmu, as in its paper."}
+    )
+    rmu_layer: int = field(
+        default=7, metadata={"help": "The layer, counted from 0, after which rmu steers the activations."}
+    )
+    rmu_update_layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "The layers whose mlp.down_proj rmu trains. Default: rmu_layer and the two before it."},
+    )
+    steering_coeff: float = field(
+        default=6.5, metadata={"help": "The length c of what rmu steers to (its paper's for Zephyr-7B)."}
+    )
+    chunk: bool = field(
+        default=False,
+        metadata={"help": "Cut rows of text into pieces of max_length tokens, each a row, instead of refusing them."},
+    )
 
     def __post_init__(self) -> None:
         check_trl_version()
         if self.loss_type not in METHODS:
             raise ValueError(f"loss_type is {self.loss_type!r}; use one of {', '.join(METHODS)}.")
-        if self.retain_loss_type not in ("nll", "kl"):
-            raise ValueError(f"retain_loss_type is {self.retain_loss_type!r}; use 'nll' or 'kl'.")
         method = METHODS[self.loss_type]
+        if self.retain_loss_type is None:
+            self.retain_loss_type = method.retain_loss_type
+        if self.retain_loss_type not in RETAIN_LOSSES:
+            raise ValueError(f"retain_loss_type is {self.retain_loss_type!r}; use 'nll' or 'kl'.")
+        if self.retain_loss_type == "activations" and self.loss_type != "rmu":
+            raise ValueError(f"retain_loss_type is 'activations' and loss_type {self.loss_type!r}; use 'nll' or 'kl'.")
+        if self.retain_weight is None:
+            self.retain_weight = method.retain_weight
+        if self.chunk and self.max_length is None:
+            raise ValueError("chunk is True and max_length None; set the tokens of a piece.")
         if self.beta is None:
             self.beta = method.beta
         elif method.beta is None:
             raise ValueError(f"beta is {self.beta}, and loss_type {self.loss_type!r} has none; leave it out.")
         if self.beta is not None and not 0 < self.beta < math.inf:
             raise ValueError(f"beta is {self.beta}; use a finite number above 0.")
-        for name in ("beta2", "retain_weight"):
+        for name in ("beta2", "forget_weight", "retain_weight", "steering_coeff"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; use a finite number from 0.")
         if not math.isfinite(self.margin):
@@ -163,7 +196,7 @@ class UnlearnConfig(SFTConfig):
     @property
     def needs_reference(self) -> bool:
         """Whether a term compares with the model as it was before unlearning."""
-        return METHODS[self.loss_type].needs_reference or self.retain_loss_type == "kl"
+        return METHODS[self.loss_type].needs_reference or self.retain_loss_type != "nll"
 
 
 class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, SFTTrainer):
@@ -234,6 +267,8 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, SFTTrainer):
         self.model_accepts_loss_kwargs = True  # the loss is divided by the units of the whole step, see `compute_loss`
         base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         add_unlearning_head(base)
+        if args.loss_type == "rmu":
+            freeze_for_rmu(self.model, args.rmu_layer, args.rmu_update_layers)
         self.train_dataset = self._spare(self.train_dataset, end_token_ids(base, self._tokenizer))
         self.data_collator = PairCollator(self.data_collator)
         if retain_dataset is not None:
@@ -254,6 +289,10 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, SFTTrainer):
         whole = copy.copy(args)  # each row in full, to see which would be cut
         whole.max_length, whole.shuffle_dataset = None, False
         prepared = super()._prepare_dataset(dataset, processing_class, whole, packing, formatting_func, dataset_name)
+        if args.chunk and "prompt" not in prepared.column_names:
+            bos = self._tokenizer.bos_token_id
+            cut = functools.partial(_chunks, length=args.max_length, bos=bos)
+            prepared = prepared.map(cut, batched=True, remove_columns=prepared.column_names)
         check = functools.partial(_check_row, name=name, max_length=args.max_length, tokenizer=self._tokenizer)
         prepared.map(check, with_indices=True)
         return prepared.shuffle(seed=args.seed) if args.shuffle_dataset else prepared
@@ -276,6 +315,7 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, SFTTrainer):
         if reference is None:
             return None
         add_fused_lm_head(reference)
+        add_unlearning_head(reference)
         if self.is_deepspeed_enabled:
             return prepare_deepspeed(reference, self.accelerator)
         if self.is_fsdp_enabled:
@@ -288,7 +328,10 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, SFTTrainer):
         units = sum((_count_units(batch) for batch in samples), torch.zeros(3)).to(device)
         tokens, sequences, retained = self.accelerator.reduce(units, reduction="sum").clamp(min=1)
         forget = tokens if METHODS[self.args.loss_type].unit == "tokens" else sequences
-        self._step_units = {"forget": forget, "retain": retained}
+        self._step_units = {
+            "forget": forget,
+            "retain": sequences if self.args.retain_loss_type == "activations" else retained,
+        }
         return samples, num_items
 
     def compute_loss(
@@ -301,11 +344,12 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, SFTTrainer):
         total = self._forget_loss(model, forget)
         tokens, sequences, retained = _count_units(inputs)
         self._record("forget_loss", total, tokens if METHODS[self.args.loss_type].unit == "tokens" else sequences)
-        loss = total / self._step_units["forget"]
+        loss = self.args.forget_weight * total / self._step_units["forget"]
         if retain:
             total = self._retain_loss(model, retain)
-            self._record("retain_loss", total, retained)
-            loss = loss + self.args.retain_weight * total / self._step_units["retain"]
+            self._record("retain_loss", total, sequences if self.args.retain_loss_type == "activations" else retained)
+            weight: Any = self.args.retain_weight
+            loss = loss + weight * total / self._step_units["retain"]
         # Gradients are averaged over the processes, and the units are those of all of them
         return loss * self.accelerator.num_processes
 
@@ -314,6 +358,9 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, SFTTrainer):
         args: Any = self.args
         if args.loss_type == "ceu":
             return model(**batch, unlearn=True, use_cache=False).loss
+        if args.loss_type == "rmu":
+            hidden = model(**batch, hidden_of=args.rmu_layer, use_cache=False)
+            return self._mean_activation_loss(hidden, self._steered(hidden), batch["labels"])
         if args.loss_type == "undial":
             return undial_loss(*self._logits_of_both(model, batch), args.beta).sum()
         log_probs = self._log_probs(model, batch)  # zero where a token is not unlearned, which adds zero to each sum
@@ -335,8 +382,24 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, SFTTrainer):
         """The retain term, summed over the tokens."""
         if self.args.retain_loss_type == "nll":
             return -self._log_probs(model, batch).sum()
+        if self.args.retain_loss_type == "activations":
+            hidden = model(**batch, hidden_of=self.args.rmu_layer, use_cache=False)
+            with torch.no_grad(), self._reference() as reference:
+                target = reference(**batch, hidden_of=self.args.rmu_layer, use_cache=False)
+            return self._mean_activation_loss(hidden, target, batch["labels"])
         logits, ref_logits, _ = self._logits_of_both(model, batch)
         return kl_loss(logits, ref_logits).sum()
+
+    def _steered(self, hidden: torch.Tensor) -> torch.Tensor:
+        """c u, with a random unit vector u whose entries were drawn from [0, 1): the same for the whole run."""
+        vector = torch.rand(hidden.shape[-1], generator=torch.Generator().manual_seed(self.args.seed))
+        return (self.args.steering_coeff * vector / vector.norm()).to(hidden.device)
+
+    @staticmethod
+    def _mean_activation_loss(hidden: torch.Tensor, target: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The mean over the answer tokens of each sequence, summed over the sequences."""
+        kept = labels != -100
+        return ((activation_loss(hidden, target) * kept).sum(dim=1) / kept.sum(dim=1)).sum()
 
     def _log_probs(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         return model(**batch, fused_lm_head=True, use_cache=False).log_probs
@@ -429,14 +492,23 @@ class PairCollator:
 def add_unlearning_head(model: PreTrainedModel) -> None:
     """Make `model(..., labels=labels, unlearn=True)` return the summed CE-U loss of `fused.py`, without the logits.
 
-    Like TRL's fused head it wraps `forward`, inside which FSDP and ZeRO-3 have the parameters at hand.
+    And `model(..., hidden_of=n)` the activations after layer n, of shape (batch, tokens, width). Like TRL's fused head
+    it wraps `forward`, inside which FSDP and ZeRO-3 have the parameters at hand.
     """
     wrap_forward(model, _unlearning_forward)
 
 
 def _unlearning_forward(
-    forward: Callable[..., Any], self: Any, *args: Any, unlearn: bool = False, **kwargs: Any
+    forward: Callable[..., Any],
+    self: Any,
+    *args: Any,
+    unlearn: bool = False,
+    hidden_of: int | None = None,
+    **kwargs: Any,
 ) -> Any:
+    if hidden_of is not None:
+        kwargs.pop("labels", None)
+        return _hidden_after(self, hidden_of, *args, **kwargs)
     if not unlearn:
         return forward(self, *args, **kwargs)
     labels = kwargs.pop("labels")[:, 1:]
@@ -452,6 +524,58 @@ def _unlearning_forward(
             **lm_head_options(self),
         )
     return FusedCausalLMOutput(loss=loss)
+
+
+def _hidden_after(model: PreTrainedModel, layer: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+    found: list[Any] = []
+    handle = _layers(model)[layer].register_forward_hook(lambda module, given, out: found.append(out))
+    try:
+        model.base_model(*args, **kwargs)
+    finally:
+        handle.remove()
+    return found[0][0] if isinstance(found[0], tuple) else found[0]
+
+
+def _layers(model: Any) -> Any:
+    layers = getattr(model.base_model, "layers", None)
+    if layers is None:
+        raise ValueError(f"loss_type is 'rmu' and {type(model).__name__} has no list of layers; use another loss_type.")
+    return layers
+
+
+def freeze_for_rmu(model: Any, layer: int, updated: list[int] | None) -> None:
+    """Let the weights `mlp.down_proj` of some layers alone be trained (Li et al. 2024, section 4.2).
+
+    Args:
+        model: A causal language model without an adapter.
+        layer: The layer after which activations are steered, counted from 0.
+        updated: The layers that are trained, none after `layer`. None: it and the two before it.
+
+    Raises:
+        ValueError: for layers that do not exist or cannot matter, an adapter, or a model without such weights.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError("loss_type is 'rmu', which trains a few weights itself; leave the adapter out.")
+    layers = _layers(model)
+    updated = [place for place in range(layer - 2, layer + 1) if place >= 0] if updated is None else updated
+    for name, place in (("rmu_layer", layer), *(("rmu_update_layers", place) for place in updated)):
+        if not 0 <= place < len(layers):
+            raise ValueError(f"{name} names layer {place}, and the model has the layers 0 to {len(layers) - 1}.")
+        if place > layer:
+            raise ValueError(
+                f"rmu_update_layers names layer {place}, which comes after rmu_layer {layer}; leave it out."
+            )
+    model.requires_grad_(False)
+    chosen = [
+        parameter
+        for place in updated
+        for name, parameter in layers[place].named_parameters()
+        if name.endswith("mlp.down_proj.weight")
+    ]
+    if not chosen:
+        raise ValueError(f"The layers {updated} of {type(model).__name__} have no mlp.down_proj, which rmu trains.")
+    for parameter in chosen:
+        parameter.requires_grad_(True)
 
 
 def _make_reference(
@@ -489,8 +613,9 @@ def _check_sets(forget: Any, retain: Any, args: UnlearnConfig) -> None:
             raise ValueError(f"{name}_dataset is a {type(dataset).__name__}; give a datasets.Dataset.")
         if len(dataset) == 0:
             raise ValueError(f"The {name} dataset has no rows; give it at least one.")
-    if retain is None and (args.loss_type == "grad_diff" or args.retain_loss_type == "kl"):
-        what = "loss_type is 'grad_diff'" if args.loss_type == "grad_diff" else "retain_loss_type is 'kl'"
+    if retain is None and (args.loss_type == "grad_diff" or args.retain_loss_type != "nll"):
+        both = args.loss_type == "grad_diff"
+        what = "loss_type is 'grad_diff'" if both else f"retain_loss_type is {args.retain_loss_type!r}"
         raise ValueError(f"{what} and retain_dataset is None; give what to retain.")
     if retain is not None and args.loss_type == "grad_ascent":
         raise ValueError(
@@ -507,6 +632,21 @@ def _check_disjoint(forget: Dataset, retain: Dataset, tokenizer: Any) -> None:
             f"{len(shared)} rows of the forget dataset are in the retain dataset too, the first is row {shared[0]} "
             f"({textwrap.shorten(text, 60)!r}); take them out of one of the two."
         )
+
+
+def _chunks(rows: Mapping[str, list[Any]], length: int, bos: int | None) -> dict[str, list[list[int]]]:
+    """Pieces of texts, so that every token is predicted once: each begins with what the text begins with, if that is
+    the beginning token, else with the last token of the piece before, which is its context."""
+    pieces: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
+        opens = ids[0] == bos
+        for start in range(0, max(len(ids) - 1, 1), length - 1):
+            piece, kept = ids[start + 1 : start + length], labels[start + 1 : start + length]
+            alone = len(piece) < 2  # the end token
+            if not start or (any(label != -100 for label in kept) and not alone):
+                pieces["input_ids"].append([ids[0] if opens else ids[start], *piece])
+                pieces["labels"].append([-100 if start else labels[0], *kept])
+    return pieces
 
 
 def _check_row(row: Mapping[str, Any], index: int, name: str, max_length: int | None, tokenizer: Any) -> None:

@@ -36,6 +36,9 @@ FORGET = answers([(a, b) for a in range(4) for b in range(4)])
 RETAIN = answers([(a, b) for a in range(5, 9) for b in range(6)])
 
 
+ON_LOGITS = [method for method in METHODS if method != "rmu"]  # whose forget term is made of logits
+
+
 class KeepGradients(TrainerCallback):
     def __init__(self):
         self.steps = []
@@ -138,7 +141,7 @@ def plain_retain_loss(kind, logits, ref_logits, labels):
 
 
 @pytest.mark.parametrize("kind", ["nll", "kl"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ON_LOGITS)
 def test_loss_and_gradients_are_those_of_plain_logits(make_trainer, tiny_model, method, kind):
     if method == "grad_ascent" and kind == "kl":
         pytest.skip("gradient ascent has no retain term")
@@ -156,6 +159,7 @@ def test_loss_and_gradients_are_those_of_plain_logits(make_trainer, tiny_model, 
         model=sharp,
         ref_model=reference if needs else None,
         retain_loss_type=kind,
+        forget_weight=0.25,
         retain_weight=0.5,
         max_steps=1,
     )
@@ -172,7 +176,7 @@ def test_loss_and_gradients_are_those_of_plain_logits(make_trainer, tiny_model, 
         return model(batch[f"{prefix}input_ids"], attention_mask=batch[f"{prefix}attention_mask"]).logits
 
     forget = plain_forget_loss(method, logits(plain), logits(plain_ref).detach(), batch["labels"])
-    loss, log = forget, trainer.state.log_history[0]
+    loss, log = 0.25 * forget, trainer.state.log_history[0]
     if method != "grad_ascent":
         labels = batch["retain_labels"]
         retain = plain_retain_loss(kind, logits(plain, "retain_"), logits(plain_ref, "retain_").detach(), labels)
@@ -182,6 +186,107 @@ def test_loss_and_gradients_are_those_of_plain_logits(make_trainer, tiny_model, 
     assert log["forget_loss"] == pytest.approx(forget.item(), rel=1e-4)
     assert log["loss"] == pytest.approx(loss.item(), rel=1e-3)
     assert_close_gradients([dict((n, p.grad) for n, p in plain.named_parameters())], [found], rtol=1e-3)
+
+
+def plain_rmu_loss(model, reference, batch, layer, coefficient, weights):
+    """RMU from the hidden states of one sequence after the other (Li et al. 2024, section 4.2; both divided by d)."""
+    forget, retain = [], []
+    for prefix, terms in (("", forget), ("retain_", retain)):
+        hidden, frozen = (
+            each(
+                batch[f"{prefix}input_ids"], attention_mask=batch[f"{prefix}attention_mask"], output_hidden_states=True
+            ).hidden_states[layer + 1]
+            for each in (model, reference)
+        )
+        for row, fixed, labels in zip(hidden, frozen.detach(), batch[f"{prefix}labels"], strict=True):
+            target = fixed
+            if not prefix:
+                vector = torch.rand(row.shape[-1], generator=torch.Generator().manual_seed(42))
+                target = coefficient * vector.double() / vector.double().norm()
+            distances = ((row - target) ** 2).sum(-1) / row.shape[-1]
+            terms.append(distances[labels != -100].mean())
+    forget, retain = torch.stack(forget).mean(), torch.stack(retain).mean()
+    return forget, retain, weights[0] * forget + weights[1] * retain
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("updated", [None, [0]])
+def test_rmu_is_that_of_plain_hidden_states(make_trainer, tiny_model, updated, checkpointing):
+    model, reference = tiny_model(1, num_hidden_layers=4), tiny_model(2, num_hidden_layers=4)
+    plain, plain_ref = copy.deepcopy(model).double(), copy.deepcopy(reference).double()
+    trainer = make_trainer(
+        "rmu", model=model, ref_model=reference, rmu_layer=2, rmu_update_layers=updated, steering_coeff=3.0,
+        forget_weight=2.0, retain_weight=0.5, max_steps=1, gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    batches, compute = [], trainer.compute_loss
+    trainer.compute_loss = lambda model, inputs, *a, **k: (
+        batches.append(copy.copy(inputs)),
+        compute(model, inputs, *a, **k),
+    )[1]
+    (found,) = gradients_of(trainer)
+    names = {f"model.layers.{place}.mlp.down_proj.weight" for place in (updated or [0, 1, 2])}
+    assert set(found) == names
+    forget, retain, loss = plain_rmu_loss(plain, plain_ref, batches[0], 2, 3.0, (2.0, 0.5))
+    loss.backward()
+    log = trainer.state.log_history[0]
+    for name, value in {"forget_loss": forget, "retain_loss": retain, "loss": loss}.items():
+        assert log[name] == pytest.approx(value.item(), rel=1e-4), name
+    expected = {name: p.grad for name, p in plain.named_parameters() if name in names}
+    assert_close_gradients([expected], [found], rtol=1e-3)
+
+
+def test_rmu_has_the_defaults_of_its_paper(make_trainer, tiny_model):
+    args = UnlearnConfig("unused", loss_type="rmu", use_cpu=True, bf16=False)
+    found = (args.rmu_layer, args.steering_coeff, args.retain_weight, args.retain_loss_type, args.forget_weight)
+    assert found == (7, 6.5, 1200.0, "activations", 1.0)
+    trainer = make_trainer("rmu", model=tiny_model(1, num_hidden_layers=9))
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained == {f"model.layers.{place}.mlp.down_proj.weight" for place in (5, 6, 7)}
+    trainer.train()
+    assert trainer.state.log_history[0]["retain_loss"] == 0.0  # the reference is the model before
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "rmu_layer names layer 7, and the model has the layers 0 to 1."),
+        ({"rmu_layer": 1, "rmu_update_layers": [0, 5]}, "rmu_update_layers names layer 5, and the model has"),
+        ({"rmu_layer": 0, "rmu_update_layers": [1]}, "rmu_update_layers names layer 1, which comes after rmu_layer 0"),
+        ({"rmu_layer": 1, "peft_config": LoraConfig(target_modules=["q_proj"])}, "leave the adapter out"),
+        ({"rmu_layer": 1, "retain": None}, "retain_loss_type is 'activations' and retain_dataset is None"),
+    ],
+)
+def test_rmu_where_it_cannot_be_is_refused(make_trainer, given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_trainer("rmu", **given)
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_long_texts_are_cut_into_pieces(make_trainer, tiny_model, opens):
+    """Every token after the first is predicted once, and no piece is longer than `max_length`.
+
+    A piece that would be an end token alone is left out.
+    """
+    tokenizer = build_tokenizer()
+    texts = ["".join(chr(97 + i % 26) for i in range(length)) for length in (2, 8, 9, 10, 26)]
+    texts = [("<|bos|>" if opens else "") + text for text in texts]
+    given = {"retain": None, "tokenizer": tokenizer, "ignore_first_n_answer_tokens": 0, "max_length": 9}
+    rows = Dataset.from_list([{"text": text} for text in texts])
+    with pytest.raises(ValueError, match=r"Row 2 of the forget dataset has \d+ tokens, and max_length \d+ would cut"):
+        make_trainer(forget=rows, **{**given, "max_length": 9 + opens})
+    pieces = make_trainer(forget=rows, chunk=True, **given).train_dataset
+    assert max(map(len, pieces["input_ids"])) == 9
+    predicted = []
+    for ids, labels in zip(pieces["input_ids"], pieces["labels"], strict=True):
+        assert not opens or ids[0] == tokenizer.bos_token_id
+        assert labels[1:] == ids[1:]
+        predicted += labels[1:]
+    predicted = [token for token in predicted if token != tokenizer.eos_token_id]
+    assert predicted == [token for text in texts for token in tokenizer(text).input_ids[1:]]
+    with pytest.raises(ValueError, match="chunk is True and max_length None"):
+        UnlearnConfig("unused", chunk=True, max_length=None, use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match="max_length 9 would cut its answer off"):  # an answer is not cut
+        make_trainer(chunk=True, max_length=9)
 
 
 @pytest.mark.parametrize("method", ["ceu", "npo", "undial"])
@@ -328,7 +433,7 @@ def test_lora_trains_the_adapter_and_takes_the_base_as_reference(make_trainer, m
 
 
 def test_only_methods_that_need_one_hold_a_reference(make_trainer):
-    held = {method for method in METHODS if make_trainer(method).ref_model is not None}
+    held = {method for method in ON_LOGITS if make_trainer(method).ref_model is not None}
     assert held == {"npo", "undial"}
 
 
@@ -399,7 +504,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"router_aux_loss_coef is 0\.001, which unlearning does not support"):
             make_trainer(model=MixtralForCausalLM(config))
 
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("method", ON_LOGITS)
     def test_a_model_whose_logits_are_nan(self, make_trainer, tiny_model, method):
         model = tiny_model()
         with torch.no_grad():

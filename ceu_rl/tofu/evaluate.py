@@ -449,4 +449,4 @@ def _print_summary(result: Mapping[str, Any]) -> None:
     console.print(f"Non-members of the membership attacks: {result['non_members']}.")
     if result.get("collapsed"):
         before = result["base"]["model_utility"]
-        print(f"Collapsed: the utility is below a tenth of the base's {before:.4g}, so the forget quality says nothing.")
+        print(f"Collapsed: the utility is below a tenth of the base's {before:.4g}; the forget quality says nothing.")
