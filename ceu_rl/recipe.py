@@ -30,13 +30,15 @@ WORDS = {
 
 def classes_of(method: str) -> tuple[Any, Any, Any]:
     """Script arguments, config and trainer of a method. GRPO's bring vLLM, which takes seconds to import."""
-    from trl import ScriptArguments, SFTConfig
+    from trl import SFTConfig
+
+    from .prompts import PromptArguments
 
     match method:
         case "dpo":
             from .dpo import CEUDPOConfig, CEUDPOTrainer
 
-            return ScriptArguments, CEUDPOConfig, CEUDPOTrainer
+            return PromptArguments, CEUDPOConfig, CEUDPOTrainer
         case "grpo":
             from trl.scripts.grpo import GRPOScriptArguments
 
@@ -47,7 +49,6 @@ def classes_of(method: str) -> tuple[Any, Any, Any]:
             from .unlearn import UnlearnConfig, UnlearnScriptArguments, UnlearnTrainer
 
             return UnlearnScriptArguments, UnlearnConfig, UnlearnTrainer
-    from .prompts import PromptArguments
     from .sft import WholeSFTTrainer
 
     return PromptArguments, SFTConfig, WholeSFTTrainer

@@ -4,6 +4,7 @@ A run leaves the model in `output_dir`, its log in `metrics.jsonl`, and its resu
 """
 
 import fcntl
+import functools
 import importlib
 import shlex
 import signal
@@ -28,7 +29,9 @@ from .prompts import PromptFormat
 from .provenance import environment, peak_memory_gib, write_json
 from .recipe import build_configs, classes_of, read_arguments, settings_of
 from .tofu.data import ask, has_questions, load_tofu
+from .tofu.refusals import to_preferences
 
+ASKING = ("sft", "dpo", "unlearn")  # methods that take rows of question and answer
 LOCK = "_run.lock"  # the push to the Hub leaves out what begins with an underscore
 
 
@@ -243,7 +246,7 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
     from trl import get_peft_config, get_quantization_config
 
     datasets, task = load(method, script, mixture, evaluates=args.eval_strategy != "no" or args.eval_on_start)
-    asks = method in ("sft", "unlearn") and any(has_questions(dataset) for dataset in datasets.values())
+    asks = method in ASKING and any(has_questions(dataset) for dataset in datasets.values())
 
     given: dict[str, Any]
     if model_config.model_name_or_path == BUILTIN_MODEL:
@@ -275,8 +278,9 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
             )
     prompt = None
     if asks:
-        datasets, prompt = ask(datasets, tokenizer, PromptFormat.of(script, model_config.model_name_or_path))
-    elif method in ("sft", "unlearn"):
+        make = functools.partial(to_preferences, seed=args.seed) if method == "dpo" else None
+        datasets, prompt = ask(datasets, tokenizer, PromptFormat.of(script, model_config.model_name_or_path), make)
+    elif method in ASKING:
         PromptFormat.of(script).check_unused()
     if method == "sft":  # the other trainers judge their rows themselves
         field = args.dataset_text_field

@@ -110,6 +110,7 @@ def test_it_runs_on_a_stand_in(path, stand_in, tmp_path):
         "model_name_or_path": stand_in / "model",
         "dataset_name": stand_in / ("data" if method == "dpo" else "maths"),
         **IN_THE_PLACE_OF[method],
+        **({"dataset_name": "builtin:authors"} if "tofu" in path.parts else {}),
         "output_dir": tmp_path / "out",
         "max_steps": 1,
         "gradient_accumulation_steps": 1,

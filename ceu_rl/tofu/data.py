@@ -1,7 +1,7 @@
 """TOFU's rows, from the Hub, from a folder in the Hub's layout or built in, and as TRL's SFTTrainer takes them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,7 +98,8 @@ def is_tofu(name: str) -> bool:
 def has_questions(dataset: Any) -> bool:
     """Whether the rows are question and answer, which [`to_prompt_completion`] turns into what TRL trains on."""
     columns = set(dataset.column_names or ())
-    return {"question", "answer"} <= columns and not columns & {"prompt", "completion", "messages", "text"}
+    made = {"prompt", "completion", "messages", "text", "chosen", "rejected"}
+    return {"question", "answer"} <= columns and not columns & made
 
 
 def _check_config(name: str, config: str) -> None:
@@ -165,14 +166,21 @@ def to_prompt_completion(
 
 
 def ask(
-    datasets: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase, prompt: PromptFormat
+    datasets: Mapping[str, Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: PromptFormat,
+    make: Callable[[Dataset, PreTrainedTokenizerBase, PromptFormat], Dataset] | None = None,
 ) -> tuple[dict[str, Dataset], dict[str, Any]]:
-    """The datasets with their questions as prompts, and what a result says of the prompt; notes one of them."""
+    """The datasets with their questions as prompts, and what a result says of the prompt; notes one of them.
+
+    `make` turns each into what is trained on; None is [`to_prompt_completion`].
+    """
+    make = make or to_prompt_completion
     prompt = prompt.settle(tokenizer)
     asked = {name: one for name, one in datasets.items() if has_questions(one)}
     first = next(iter(next(iter(asked.values()))))
     note(prompt.example(tokenizer, first["question"], first["answer"]))
-    made = {name: to_prompt_completion(one, tokenizer, prompt) for name, one in asked.items()}
+    made = {name: make(one, tokenizer, prompt) for name, one in asked.items()}
     return {**datasets, **made}, prompt.record(tokenizer)
 
 

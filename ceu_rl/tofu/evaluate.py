@@ -279,7 +279,8 @@ def find_base(model: str) -> str | None:
     path = Path(model, "result.json")
     run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     found = Path(run.get("settings", {}).get("model_name_or_path", ""), RESULT)
-    return str(found) if " unlearn " in run.get("command", "") and found.is_file() else None
+    unlearned = any(f" {method} " in run.get("command", "") for method in ("unlearn", "dpo"))
+    return str(found) if unlearned and found.is_file() else None
 
 
 def _check_retain(run: Mapping[str, Any], retain: Mapping[str, Any], name: str, which: str = "retain model") -> None:
