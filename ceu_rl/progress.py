@@ -13,20 +13,25 @@ STEPS = 20  # lines of a whole loop
 
 
 class Progress:
-    """Shows on stderr how many of `total` units are done; a loop that is over in a second prints no line.
+    """Shows on stderr how many of `total` units are done.
+
+    Without a terminal that is a line after the first units, which says how long it will take, and one for each 5 %; a
+    loop that is over in a second prints none.
 
     Args:
         name: What is done.
         total: In how many units.
+        done: How many were done before.
     """
 
-    def __init__(self, name: str, total: int) -> None:
-        self.name, self.total, self.done = name, total, 0
+    def __init__(self, name: str, total: int, done: int = 0) -> None:
+        self.name, self.total, self.before, self.done = name, total, done, done
+        self.silent = True
         self.bars: Any = None
         if sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self.bars = Bars(*columns, console=Console(stderr=True))
-            self.task = self.bars.add_task(name, total=total)
+            self.task = self.bars.add_task(name, total=total, completed=done)
 
     def __enter__(self) -> "Progress":
         self.start = time.perf_counter()
@@ -40,19 +45,16 @@ class Progress:
 
     def advance(self, units: int) -> None:
         """Count units that are done."""
-        before, self.done = self.done, self.done + units
+        earlier, self.done = self.done, self.done + units
         if self.bars is not None:
             self.bars.advance(self.task, units)
-        elif before * STEPS // self.total < self.done * STEPS // self.total:
-            spent = time.perf_counter() - self.start
-            if spent > 1:
-                left = spent * (self.total - self.done) / self.done
-                share = 100 * self.done // self.total
-                print(
-                    f"{self.name}: {share} %, {self.done} of {self.total}, {duration(left)} left",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            return
+        spent, made = time.perf_counter() - self.start, self.done - self.before
+        if spent > 1 and (self.silent or earlier * STEPS // self.total < self.done * STEPS // self.total):
+            self.silent = False
+            left = duration(spent * (self.total - self.done) / made)
+            share = 100 * self.done // self.total
+            print(f"{self.name}: {share} %, {self.done} of {self.total}, {left} left", file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -19,7 +19,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
 
-from .callbacks import MetricsFile, Progress, TaskScore
+from .callbacks import MetricsFile, Progress, ProgressLines, TaskScore
 from .checkpoints import check_resumes, saved_checkpoints
 from .data import check_layout, load
 from .engines import check_engine, check_processes, engines_on_cpu, save_whole
@@ -299,7 +299,7 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
         )
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(Progress)
+        trainer.add_callback(Progress if sys.stderr.isatty() else ProgressLines)
     trainer.add_callback(MetricsFile)
     if task is not None and "eval" in datasets:
         start = None if method == "sft" else model_config.model_name_or_path

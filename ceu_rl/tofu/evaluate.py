@@ -123,8 +123,7 @@ def evaluate(
     try:
         _score(model, answers, batch_size, kept)
         asked = [prompt for prompt in prompts if prompt.key not in kept.parts["generations"]]
-        with Progress("generation", len(prompts)) as progress:
-            progress.advance(len(prompts) - len(asked))
+        with Progress("generation", len(prompts), done=len(prompts) - len(asked)) as progress:
 
             def when_generated(batch: Sequence[Answer], texts: list[str]) -> None:
                 kept.add("generations", {prompt.key: text for prompt, text in zip(batch, texts, strict=True)})
@@ -156,8 +155,7 @@ def evaluate(
 def _score(model: Any, answers: Sequence[Answer], batch_size: int, kept: Kept) -> None:
     for answer in answers:
         answer.scores = kept.parts["scores"].get(answer.key, {})
-    with Progress("log-probabilities", len(answers)) as progress:
-        progress.advance(len(kept.parts["scores"]))
+    with Progress("log-probabilities", len(answers), done=len(kept.parts["scores"])) as progress:
 
         def when_scored(batch: Sequence[Answer]) -> None:
             kept.add("scores", {answer.key: answer.scores for answer in batch})
