@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -330,3 +331,20 @@ def test_help_of_each_command_has_its_own_fields(method, capsys):
 def test_a_tokenizer_is_saved_with_the_model(recipe, tmp_path, tokenizer):
     assert main(["dpo", "--config", recipe(max_steps=1)]) == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.slow
+def test_optimised_python_and_the_seed_of_hashes_change_nothing(recipe, tmp_path):
+    """`python -O` drops assertions, and a set has another order for each seed of the hashes."""
+    turn = [{"role": "user", "content": "1+2="}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("3", "4")]
+    rows = [{"prompt": "1+2=", "chosen": turn + answers[0], "rejected": turn + answers[1]}] * 8
+    Dataset.from_list(rows).to_json(tmp_path / "chats.jsonl")
+    config = recipe(dataset_name=str(tmp_path / "chats.jsonl"), learning_rate=1e-3)
+    found = []
+    for options, seed in [([], "0"), ([], "1"), ([], "2"), ([], "3"), (["-O"], "0")]:
+        folder = tmp_path / f"{len(found)}"
+        command = [sys.executable, *options, "-m", "ceu_rl.cli", "dpo", "--config", config, "--output_dir", str(folder)]
+        subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}, check=True)
+        found.append(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+    assert all((value == other[name]).all() for other in found[1:] for name, value in found[0].items())
