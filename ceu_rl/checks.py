@@ -5,6 +5,7 @@
 
 import difflib
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,32 @@ def check_columns(dataset: Dataset | IterableDataset, name: str, required: tuple
             close = difflib.get_close_matches(column, row, n=1)
             fix = f"rename {close[0]!r} to {column!r}" if close else f"add {column!r}, or rename the one that holds it"
             raise ValueError(f"The {name} dataset has no column {column!r} among {sorted(row)}; {fix}.")
+
+
+POSITIVE = (
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length"),
+    *("generation_batch_size", "steps_per_generation", "num_generations", "num_generations_eval", "num_iterations"),
+    *("max_completion_length", "temperature"),
+)
+SHARES = ("top_p", "top_entropy_quantile")
+
+
+def check_numbers(settings: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a number with which training would end somewhere in a dependency, or silently be wrong.
+
+    No setting may be NaN, none infinite but the cap of the descent weight; counts and the temperature are above 0.
+    """
+    for name, value in settings.items():
+        for number in value if isinstance(value, list | tuple) else [value]:
+            unbounded = name == "ceu_max_weight" and number == math.inf
+            if isinstance(number, float) and not math.isfinite(number) and not unbounded:
+                raise ValueError(f"{name} is {number}; use a finite number.")
+            if name in POSITIVE and isinstance(number, int | float) and number <= 0:
+                raise ValueError(f"{name} is {number}; use a number above 0.")
+            if name in SHARES and isinstance(number, int | float) and not 0 <= number <= 1:
+                raise ValueError(f"{name} is {number}; use a number from 0 to 1.")
+    if settings.get("learning_rate", 0.0) < 0:
+        raise ValueError(f"learning_rate is {settings['learning_rate']}; use a number from 0.")
 
 
 def check_choices(args: Any, choices: Mapping[str, tuple[str, ...]]) -> None:

@@ -29,6 +29,7 @@ TEXTS = ("messages", "text", "conversations", "input_ids")  # what else supervis
 KIND_OF: dict[str, Kind] = {"sft": "sft", "dpo": "preference", "grpo": "prompt", "unlearn": "sft"}
 # What TRL passes to a reward function beside the columns of the dataset
 REWARD_ARGUMENTS = ("prompts", "completions")
+SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
 BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
@@ -65,7 +66,7 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
         if config is None and Path(name).suffix not in BUILDERS:
             return {role: load_tofu(name, one) for role, one in sets.items()}, None
         splits = _open(name, config)
-        return {role: _split(splits, one) for role, one in sets.items()}, None
+        return {role: _split(splits, one, role) for role, one in sets.items()}, None
     if mixture.datasets:
         from trl import get_dataset
 
@@ -83,7 +84,7 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
     else:
         dataset = _open(name, config, streaming=script.dataset_streaming)
     share = _share(script.dataset_test_split) if evaluates and script.dataset_test_split not in dataset else None
-    train = _split(dataset, script.dataset_train_split)
+    train = _split(dataset, script.dataset_train_split, "dataset_train_split")
     if share is not None:
         if not isinstance(train, Dataset):
             raise ValueError(
@@ -99,13 +100,15 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
         return {"train": parts["train"], "eval": parts["test"]}, task
     datasets = {"train": train}
     if evaluates:
-        datasets["eval"] = _split(dataset, script.dataset_test_split)
+        datasets["eval"] = _split(dataset, script.dataset_test_split, "dataset_test_split")
     return datasets, task
 
 
 def _open(name: str, config: str | None, streaming: bool = False) -> Any:
     """A dataset of a file, a folder or the Hub, by split."""
     path = Path(name)
+    if config is not None and (path.is_file() or any((path / marker).is_file() for marker in SAVED)):
+        raise ValueError(f"dataset_config is {config!r}, and {name} has no configs; leave it out.")
     if path.suffix in BUILDERS and (path.is_file() or not path.exists()):
         if not path.is_file():
             raise ValueError(f"dataset_name {name} is no file; check its name.")
@@ -114,7 +117,7 @@ def _open(name: str, config: str | None, streaming: bool = False) -> Any:
         options = {"sep": "\t"} if path.suffix == ".tsv" else {}
         with _reading(name):
             return load_dataset(BUILDERS[path.suffix], data_files=str(path), streaming=streaming, **options)
-    if any((path / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
+    if any((path / marker).is_file() for marker in SAVED):
         found = load_from_disk(name)
         return found if not isinstance(found, Dataset) else DatasetDict(train=found)
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
@@ -151,12 +154,10 @@ def _share(split: str) -> float | None:
     return share
 
 
-def _split(dataset: Any, split: str) -> Any:
+def _split(dataset: Any, split: str, field: str) -> Any:
     if split not in dataset:
-        raise ValueError(
-            f"The dataset has no split {split!r} but {sorted(dataset)}; set dataset_train_split and "
-            "dataset_test_split, which may be a share of the train split such as 0.1."
-        )
+        share = ", or a share of the train split such as 0.1" if field == "dataset_test_split" else ""
+        raise ValueError(f"{field} is {split!r}, and the dataset has {sorted(dataset)}; name one of these{share}.")
     return dataset[split]
 
 

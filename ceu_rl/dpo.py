@@ -16,6 +16,7 @@ from .checks import (
     StopAtNonFinite,
     check_choices,
     check_language_model,
+    check_numbers,
     check_reference_is_loaded,
     check_shared_cache,
     note,
@@ -73,6 +74,7 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, DPOTraine
         if given.get("train_dataset") is not None:
             check_dataset(given["train_dataset"], "train", "preference")
             check_shared_cache(given["train_dataset"], config.world_size if config.precompute_ref_log_probs else 1)
+        check_numbers(vars(config))
         check_choices(config, CHOICES)
         check_language_model(given["model"], config.trust_remote_code)
         adapts = given.get("peft_config") is not None or isinstance(given["model"], PeftModel)

@@ -41,7 +41,9 @@ class Boundary:
         if is_own_fault(error):
             error.add_note(REPORT)
             return False
-        print(f"{self.command}: error: {sentence(error)} {self.remedy}".rstrip(), file=sys.stderr)
+        text = sentence(error)
+        remedy = "" if "resume" in text else self.remedy
+        print(f"{self.command}: error: {text} {remedy}".rstrip(), file=sys.stderr)
         self.status = self.failure
         return True
 

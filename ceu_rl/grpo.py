@@ -12,7 +12,7 @@ from torch.nn import Module
 from trl import GRPOConfig, GRPOTrainer
 
 from .checkpoints import WholeCheckpoints
-from .checks import StopAtNonFinite, check_choices, check_language_model, check_reference_is_loaded, note
+from .checks import StopAtNonFinite, check_choices, check_language_model, check_numbers, check_reference_is_loaded, note
 from .data import check_layout
 from .rollouts import ReloadingVLLMGeneration, check_rewards, check_vllm, name_vllm_settings
 from .routing import CITATION, DescentConfig, DescentTrainer
@@ -20,6 +20,7 @@ from .routing import CITATION, DescentConfig, DescentTrainer
 CHOICES = {
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
     "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none"),
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
 }
 
@@ -72,6 +73,7 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, GRPOTrai
             elif dataset is not None:
                 given[f"{role}_dataset"] = check(dataset, role)
         _check_prompts(given.get("train_dataset"), config)
+        check_numbers(vars(config))
         check_choices(config, CHOICES)
         check_language_model(given["model"], config.trust_remote_code)
         adapts = given.get("peft_config") is not None or isinstance(given["model"], PeftModel)

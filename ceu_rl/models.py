@@ -166,12 +166,13 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0, **overrides: 
     return model
 
 
-def check_model_name(name: str, recipe: Path | None = None) -> None:
+def check_model_name(name: str, recipe: Path | None = None, field: str = "model_name_or_path") -> None:
     """Raise a ValueError for a folder that is not there or holds no model, with the command that makes it if known.
 
     Args:
         name: `model_name_or_path`: what looks like a path is judged, a name on the Hub is left to its loading.
         recipe: The recipe that names it, beside which the recipe that makes it is looked for.
+        field: What names it.
     """
     path = Path(name)
     if path.is_dir():
@@ -179,14 +180,14 @@ def check_model_name(name: str, recipe: Path | None = None) -> None:
             return
         problem = "holds no model (no config.json)"
     elif path.is_file():
-        raise ValueError(f"model_name_or_path {name} is a file; give the folder of a model.")
+        raise ValueError(f"{field} {name} is a file; give the folder of a model.")
     elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         problem = "is no folder"
     else:
         return
     command = _command_that_makes(name, recipe) if recipe else None
     fix = f"make it with: {command}" if command else "check its name, or train that model first"
-    raise ValueError(f"model_name_or_path {name} {problem}; {fix}.")
+    raise ValueError(f"{field} {name} {problem}; {fix}.")
 
 
 def _command_that_makes(name: str, recipe: Path) -> str | None:

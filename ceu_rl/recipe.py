@@ -16,6 +16,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 from huggingface_hub.dataclasses import type_validator
 
+from .checks import check_numbers
+
 METHODS = ("sft", "dpo", "grpo", "unlearn")
 NO_SETTINGS = ("output_dir", "resume_from_checkpoint")  # where a run lies and how it goes on is not what it is
 WORDS = {
@@ -102,6 +104,7 @@ def settings_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def build_configs(method: str, arguments: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
     """Script arguments, training config, model config and dataset mixture; sets the variables of the field `env`."""
+    check_numbers(arguments)
     for name, value in arguments.get("env", {}).items():
         os.environ[name] = str(value)
     return parser_for(method).parse_dict({name: value for name, value in arguments.items() if name != "env"})

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -52,25 +53,25 @@ def run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
         check_engine(trainer.accelerator)
         if args.resume_from_checkpoint:
             check_resumes(args.resume_from_checkpoint, trainer.accelerator.distributed_type)
-        boundary.failure = 1
-        boundary.remedy = _way_on(args.output_dir)
-        with StopOnSignal(trainer) as stop, _RowsOfTemplate(trainer.train_dataset, trainer.processing_class):
-            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        if stop.stopped_by:
-            step = trainer.state.global_step
-            print(
-                f"{boundary.command}: stopped by {stop.stopped_by.name} after step {step}, with a "
-                f"checkpoint in {args.output_dir}; go on with --resume_from_checkpoint true.",
-                file=sys.stderr,
-            )
-            status = 128 + stop.stopped_by
-        else:
-            boundary.remedy = _way_on(args.output_dir)
-            asked = {"prompt": prompt} if prompt else {}
-            _finish(method, trainer, args, script, settings_of(arguments), argv, {**asked, **provenance}, start)
-            status = 0
-    if method == "grpo":
-        trainer.close()  # vLLM's groups of processes go before torch's
+        trainer.add_callback(_Course(boundary))
+        with ExitStack() as end:
+            if method == "grpo":
+                end.callback(trainer.close)  # vLLM's groups of processes go before torch's
+            with StopOnSignal(trainer) as stop, _RowsOfTemplate(trainer.train_dataset, trainer.processing_class):
+                trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+            if stop.stopped_by:
+                step = trainer.state.global_step
+                print(
+                    f"{boundary.command}: stopped by {stop.stopped_by.name} after step {step}, with a "
+                    f"checkpoint in {args.output_dir}; go on with --resume_from_checkpoint true.",
+                    file=sys.stderr,
+                )
+                status = 128 + stop.stopped_by
+            else:
+                boundary.failure = 1
+                asked = {"prompt": prompt} if prompt else {}
+                _finish(method, trainer, args, script, settings_of(arguments), argv, {**asked, **provenance}, start)
+                status = 0
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return status
@@ -138,6 +139,8 @@ def _check_names(arguments: Mapping[str, Any], argv: Sequence[str]) -> None:
             raise ValueError(f"datasets holds {entry!r}; give a mapping for each dataset, such as {{path: NAME}}.")
     recipe = next((Path(word) for word in argv if Path(word).suffix in (".yaml", ".yml")), None)
     check_model_name(arguments["model_name_or_path"], recipe)
+    if arguments.get("reward_model_name_or_path"):
+        check_model_name(arguments["reward_model_name_or_path"], recipe, "reward_model_name_or_path")
 
 
 # the folder of a run
@@ -197,9 +200,19 @@ def _resume_from(output_dir: str, checkpoint: str | None) -> str | None:
     return checkpoint
 
 
-def _way_on(output_dir: str) -> str:
-    """What to say to a person whose run ended early."""
-    return f"What was saved in {output_dir} is intact; go on from a checkpoint with --resume_from_checkpoint true."
+class _Course(TrainerCallback):
+    """Tells the boundary how far a run got: what fails before the first step is bad input, what was saved is kept."""
+
+    def __init__(self, boundary: Boundary) -> None:
+        self.boundary = boundary
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.boundary.failure = 1
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.boundary.remedy = (
+            f"The checkpoints in {args.output_dir} are intact; go on from the last with --resume_from_checkpoint true."
+        )
 
 
 class StopOnSignal(TrainerCallback):
@@ -349,15 +362,12 @@ def _load_rewards(script: Any) -> list[Any]:
         module, _, name = path.rpartition(".")
         if module and str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))
-        try:
-            with NameCause(f"reward_funcs: importing {module!r}", "mend that module.", ImportError):
-                found = getattr(importlib.import_module(module) if module else trl.rewards, name)
-        except ImportError as error:
-            raise ValueError(
-                f"reward_funcs names {path!r}, which does not resolve ({sentence(error)}); give module.function."
-            ) from error
+        with NameCause(f"reward_funcs names {path!r}, and importing {module}", "mend it, or give module.function."):
+            source = importlib.import_module(module) if module else trl.rewards
+        found = getattr(source, name, None)
         if not callable(found):
-            raise ValueError(f"reward_funcs names {path!r}, which is a {type(found).__name__}; give a function.")
+            what = f"a {type(found).__name__}" if hasattr(source, name) else "not there"
+            raise ValueError(f"reward_funcs names {path!r}, which is {what}; give a function as module.function.")
         rewards.append(found)
     if not rewards:
         raise ValueError("reward_funcs is missing; give a dotted path such as ceu_rl.tasks.addition.accuracy.")

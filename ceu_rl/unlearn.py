@@ -34,7 +34,7 @@ from trl.trainer.utils import (
 
 from .answers import part_answer, template_edges
 from .checkpoints import WholeCheckpoints
-from .checks import StopAtNonFinite, check_language_model, check_reference_is_loaded
+from .checks import StopAtNonFinite, check_language_model, check_numbers, check_reference_is_loaded
 from .data import check_layout
 from .fused import fused_linear_unlearning_loss, lm_head_options
 from .losses import (
@@ -245,6 +245,7 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, SFTTrainer):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} is given, which UnlearnTrainer sets itself; give forget_dataset alone.")
         _check_sets(forget_dataset, retain_dataset, args)
+        check_numbers(vars(args))
         check_language_model(model, args.trust_remote_code)
         adapts = kwargs.get("peft_config") is not None
         check_reference_is_loaded(needs_reference=args.needs_reference and not adapts)

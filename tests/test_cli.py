@@ -132,7 +132,11 @@ def test_help_and_env(capsys):
         ({"dataset_name": None}, [], "dataset_name is missing"),
         ({"dataset_name": "/no/such/data"}, [], "/no/such/data"),
         ({"dataset_name": "builtin:subtraction"}, [], "Unknown built-in task 'builtin:subtraction'"),
-        ({"dataset_train_split": "trian"}, [], r"The dataset has no split 'trian' but ['test', 'train']"),
+        (
+            {"dataset_train_split": "trian"},
+            [],
+            "dataset_train_split is 'trian', and the dataset has ['test', 'train']; name one",
+        ),
         ({}, ["--config", "/no/such/recipe.yaml"], "/no/such/recipe.yaml"),
         ({}, ["--resume_from_checkpoint", "true"], "There is no checkpoint in"),
         ({}, ["--resume_from_checkpoint", "/no/such/checkpoint-3"], "/no/such/checkpoint-3 is no checkpoint"),

@@ -243,10 +243,19 @@ def test_folders(tmp_path):
         ("not json at all", {}, "rows.jsonl cannot be read"),
         ("[1, 2", {}, "rows.jsonl cannot be read"),
         (None, {"dataset_name": "./nowhere"}, "./nowhere is no folder and no file"),
+        ('{"a": 1}\n', {"dataset_config": "x"}, "dataset_config is 'x', and .* has no configs"),
         ('{"a": 1}\n', {"dataset_test_split": "0.1"}, "leaves a part of the 1 rows empty"),
         ('{"a": 1}\n', {"dataset_test_split": "1.5"}, "use a split's name or a share between 0 and 1"),
-        ('{"a": 1}\n', {"dataset_test_split": "dev"}, r"no split 'dev' but \['train'\]"),
-        ('{"a": 1}\n', {"dataset_train_split": "trian"}, r"no split 'trian' but \['train'\]"),
+        (
+            '{"a": 1}\n',
+            {"dataset_test_split": "dev"},
+            r"dataset_test_split is 'dev', and the dataset has \['train'\]; name one of these, or a share",
+        ),
+        (
+            '{"a": 1}\n',
+            {"dataset_train_split": "trian"},
+            r"dataset_train_split is 'trian', and the dataset has \['train'\]; name one of these\.",
+        ),
         ('{"a": 1}\n', {"dataset_test_split": "0.5", "dataset_streaming": True}, "a streamed dataset cannot be parted"),
     ],
 )

@@ -233,7 +233,9 @@ def test_the_choices_are_those_of_trl():
     assert {name for found in compared for name in re.findall(r'"(\w+)"', found)} <= set(CHOICES["loss_type"])
 
 
-@pytest.mark.parametrize("settings", [{"loss_type": "ppo"}, {"importance_sampling_level": "word"}])
+@pytest.mark.parametrize(
+    "settings", [{"loss_type": "ppo"}, {"importance_sampling_level": "word"}, {"scale_rewards": "x"}]
+)
 def test_a_choice_that_there_is_not_is_refused_before_the_first_step(make_trainer, settings):
     (name,) = settings
     with pytest.raises(ValueError, match=f"{name} is .*; use one of"):

@@ -15,6 +15,7 @@ import yaml
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ceu_rl import CEUDPOTrainer
 from ceu_rl import run as run_module
 from ceu_rl.cli import main
 from ceu_rl.errors import REPORT
@@ -158,13 +159,17 @@ def test_an_output_dir_that_is_a_file(recipe, tmp_path, capsys):
 
 
 def test_a_full_disk_while_the_model_is_saved(recipe, tmp_path, monkeypatch, capsys):
-    def full(self, *args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    save = CEUDPOTrainer.save_model
 
-    monkeypatch.setattr("ceu_rl.dpo.CEUDPOTrainer.save_model", full)
-    assert main(["dpo", "--config", recipe()]) == 1
+    def full(self, output_dir=None, *args, **kwargs):
+        if output_dir == str(tmp_path / "out"):  # the checkpoints still had room
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, output_dir, *args, **kwargs)
+
+    monkeypatch.setattr(CEUDPOTrainer, "save_model", full)
+    assert main(["dpo", "--config", recipe(save_strategy="steps", save_steps=2)]) == 1
     err = capsys.readouterr().err
-    assert "No space left on device" in err and "Traceback" not in err and "is intact" in err
+    assert "No space left on device" in err and "Traceback" not in err and "are intact" in err
     assert not (tmp_path / "out" / "result.json").exists()
 
 
@@ -210,7 +215,7 @@ def test_a_signal_in_the_last_step_changes_nothing(recipe, at_step, tmp_path):
 
 def test_a_run_that_trains_nothing_does_not_finish(recipe, tmp_path, capsys):
     config = recipe(max_steps=None, num_train_epochs=1, dataloader_drop_last=True, per_device_train_batch_size=64)
-    assert main(["dpo", "--config", config]) == 1
+    assert main(["dpo", "--config", config]) == 2
     assert "Traceback" not in capsys.readouterr().err
     assert not (tmp_path / "out" / "result.json").exists() and not list((tmp_path / "out").glob("*.safetensors"))
 
@@ -241,7 +246,7 @@ def test_a_template_that_refuses_a_role_names_the_row(recipe, base, tmp_path, ca
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("raise SystemError('x')", "SystemError: x"),
         ("reward = 3", "which is a int; give a function"),
-        ("", "has no attribute 'reward'"),
+        ("", "which is not there; give a function"),
     ],
 )
 def test_a_reward_that_cannot_be_imported_is_named(recipe, tmp_path, monkeypatch, capsys, source, message):
@@ -286,6 +291,18 @@ def test_a_missing_base_is_named_with_the_command_that_makes_it(recipe, tmp_path
         ({"datasets": [3]}, "datasets holds 3; give a mapping"),
         ({"datasets": [{"pat": "x"}]}, "pat"),
         ({"output_dir": "/proc/nothing"}, "/proc/nothing"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf; use a finite number"),
+        ({"learning_rate": -1e-5}, "learning_rate is -1e-05; use a number from 0"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan; use a finite number"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm is nan; use a finite number"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, float("nan")]}, "loss_weights is nan"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; use a number above 0"),
+        ({"per_device_train_batch_size": -1}, "per_device_train_batch_size is -1; use a number above 0"),
+        ({"max_length": 0}, "max_length is 0; use a number above 0"),
+        ({"lr_scheduler_kwargs": {"zzz": 1}}, "zzz"),
+        ({"dataset_config": "zzz"}, "dataset_config is 'zzz'"),
+        ({"attn_implementation": "nonsense"}, "nonsense"),
+        ({"model_init_kwargs": {"zzz": 1}}, "zzz"),
     ],
 )
 def test_input_of_every_kind_ends_in_one_sentence(recipe, base, tmp_path, capsys, fields, message):
