@@ -171,6 +171,8 @@ class _Fields:
         """The value as its field's type has it: text that is a number, a whole number for a float, one for a list."""
         if name == "resume_from_checkpoint" and isinstance(value, bool):
             return str(value).lower()  # true is the last one, a text the folder of one
+        if name == "scale_rewards" and isinstance(value, bool):
+            return value  # TRL's type is text, and it takes both
         hint = self.hints[name]
         kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
         lists = [kind for kind in kinds if get_origin(kind) is list or kind is list]

@@ -125,6 +125,8 @@ def test_a_value_of_the_wrong_type_on_the_command_line_ends_with_2(capsys):
 
 def test_a_reward_function_may_stand_alone(recipe):
     assert read_recipe("grpo", recipe("reward_funcs: a.b"))["reward_funcs"] == ["a.b"]
+    assert read_recipe("grpo", recipe("scale_rewards: false")) == {"scale_rewards": False}
+    assert read_recipe("grpo", recipe("scale_rewards: batch")) == {"scale_rewards": "batch"}
 
 
 def test_variables_are_set_and_configs_are_those_of_the_fields(recipe, tmp_path, monkeypatch):
