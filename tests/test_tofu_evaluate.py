@@ -24,6 +24,7 @@ from ceu_rl.cli import main
 from ceu_rl.models import build_bpe_tokenizer, build_model
 from ceu_rl.tofu import load_tofu
 from ceu_rl.tofu.evaluate import _parser, evaluate
+from ceu_rl.tofu.hold import load_quantized
 from ceu_rl.tofu.keep import Kept
 
 from .conftest import TINY
@@ -394,6 +395,64 @@ def test_a_model_with_a_tenth_of_the_utility_has_collapsed(command, saved, monke
     finally:
         base.unlink()
         unlearned.unlink()
+
+
+# Whether it holds
+
+
+def test_what_was_forgotten_is_learned_again(command, folder, capsys):
+    """A model that knows nothing, and the same after some steps on the forget set; more steps, more of it."""
+    _, plain = command("retain", "plain")
+    status, path = command("retain", "again", relearn=30, relearn_learning_rate=5e-3)
+    shown = " ".join(capsys.readouterr().out.split())
+    result = json.loads(path.read_text())
+    assert status == 0 and "relearned" in shown
+    assert result["summary"] == pytest.approx(json.loads(plain.read_text())["summary"])
+    again = result["relearned"]
+    assert (again["steps"], again["learning_rate"]) == (30, 5e-3)
+    before, after = (each["summary"]["forget_probability"] for each in (result, again))
+    assert after > 10 * before
+    few = json.loads(command("retain", "few", relearn=3, relearn_learning_rate=5e-3)[1].read_text())["relearned"]
+    assert before < few["summary"]["forget_probability"] < after
+
+
+def test_a_quantized_model_is_scored_beside_the_whole_one(command, monkeypatch, learned, refused, bpe, folder):
+    def load(path, bits):
+        model = build_model(bpe, **TINY)
+        model.load_state_dict(learned.state_dict())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                scale = parameter.abs().max() / {"int8": 127, "int4": 7}[bits]
+                parameter.copy_((parameter / scale).round() * scale)
+        return model
+
+    refused(command("model", "none", quantize="int3")[0], "quantize is 'int3'; use int8 or int4")
+    if importlib.util.find_spec("torchao") is None:
+        refused(command("model", "none", quantize="int8")[0], "torchao is not installed; install torchao, or leave")
+    monkeypatch.setattr("ceu_rl.tofu.evaluate.load_quantized", load)
+    monkeypatch.setattr("ceu_rl.tofu.evaluate.check_quantizer", lambda bits: None)
+    for bits in ("int8", "int4"):
+        result = json.loads(command("model", bits, quantize=bits)[1].read_text())
+        rounded = evaluate(load("", bits), bpe, str(folder), "forget01", max_new_tokens=8)["summary"]
+        assert result["quantized"] == {"to": bits, "summary": pytest.approx(rounded, rel=1e-6)}
+        assert result["summary"]["forget_probability"] != rounded["forget_probability"]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchao") is None, reason="torchao is not installed (pip install torchao)"
+)
+@pytest.mark.parametrize(("bits", "levels"), [("int8", 256), ("int4", 16)])
+def test_torchao_rounds_the_linear_layers(saved, learned, bits, levels):
+    model = load_quantized(str(saved / "model"), bits)
+    weight = model.model.layers[0].mlp.down_proj.weight.dequantize()
+    assert all(len(row.unique()) <= levels for row in weight)
+    torch.testing.assert_close(weight, learned.model.layers[0].mlp.down_proj.weight, atol=0.1, rtol=0.2)
+    assert torch.equal(model.lm_head.weight, learned.lm_head.weight)
+
+
+@pytest.mark.parametrize("fields", [{"relearn": -1}, {"relearn": 2, "relearn_learning_rate": 0}])
+def test_relearning_that_cannot_be_is_refused(command, refused, fields):
+    refused(command("model", "none", **fields)[0], "--relearn is .* use a number of steps and a finite rate above 0")
 
 
 # Killed, and where it cannot write

@@ -11,6 +11,7 @@ its forget quality says nothing.
 import argparse
 import dataclasses
 import json
+import math
 import os
 import shlex
 import sys
@@ -34,6 +35,7 @@ from ..provenance import environment, peak_memory_gib, write_json
 from . import metrics
 from .data import REAL_AUTHORS, RETAIN_PERTURBED, WORLD_FACTS, get_split, load_tofu, tofu_configs
 from .generate import decide_vllm, generate, generate_with_vllm
+from .hold import check_quantizer, load_quantized, relearn
 from .keep import Kept, weights_fingerprint
 from .scoring import Answer, check_context, make_answers, score_answers
 
@@ -389,6 +391,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--use_vllm", choices=("true", "false"), help="generate through vLLM; default: if installed and there is a GPU"
     )
+    parser.add_argument("--quantize", help="int8 or int4: evaluate once more with weights rounded by torchao")
+    parser.add_argument(
+        "--relearn",
+        type=int,
+        default=0,
+        help="evaluate once more after N steps on the forget set (%(default)s: do not)",
+    )
+    parser.add_argument("--relearn_learning_rate", type=float, default=1e-5, help="of these steps (%(default)s)")
     return parser
 
 
@@ -397,6 +407,13 @@ def _output(args: argparse.Namespace) -> Path:
         raise ValueError("--model is missing; give a folder or a Hub name, or --results with --retain.")
     if not args.output_dir and not Path(args.model).is_dir():
         raise ValueError(f"--model {args.model} is no folder to write to; check its name, or give --output_dir.")
+    if args.relearn < 0 or not 0 < args.relearn_learning_rate < math.inf:
+        raise ValueError(
+            f"--relearn is {args.relearn} and --relearn_learning_rate {args.relearn_learning_rate}; use a number of "
+            "steps and a finite rate above 0."
+        )
+    if args.quantize:
+        check_quantizer(args.quantize)
     path = Path(args.output_dir or args.model, RESULT)
     if path.exists():
         raise ValueError(f"{path} exists; choose another folder with --output_dir, or move it away.")
@@ -419,28 +436,38 @@ def _evaluate_path(args: argparse.Namespace, keep: Path) -> dict[str, Any]:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"--model {args.model} holds no model with its tokenizer ({first}).") from error
     prompt = PromptFormat.of(args, args.model)
-    return evaluate(
-        model.to("cuda" if torch.cuda.is_available() else "cpu"),
-        tokenizer,
-        args.dataset,
-        args.split,
-        template=prompt.template,
-        system_prompt=prompt.system_prompt,
-        chat_template_kwargs=prompt.chat_template_kwargs,
-        batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-        use_vllm={"true": True, "false": False, None: None}[args.use_vllm],
-        model_path=args.model,
-        retain=args.retain,
-        base=args.base,
-        keep=keep,
-    )
+    settings: dict[str, Any] = {
+        "template": prompt.template,
+        "system_prompt": prompt.system_prompt,
+        "chat_template_kwargs": prompt.chat_template_kwargs,
+        "batch_size": args.batch_size,
+        "max_new_tokens": args.max_new_tokens,
+        "model_path": args.model,
+        "retain": args.retain,
+    }
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    use_vllm = {"true": True, "false": False, None: None}[args.use_vllm]
+    given = (tokenizer, args.dataset, args.split)
+    result = evaluate(model.to(device), *given, use_vllm=use_vllm, base=args.base, keep=keep, **settings)
+    settings["use_vllm"] = False  # which would load the folder again, and not what became of it
+    if args.quantize:
+        found = evaluate(load_quantized(args.model, args.quantize).to(device), *given, **settings)
+        result["quantized"] = {"to": args.quantize, "summary": found["summary"]}
+    if args.relearn:
+        rows = load_tofu(args.dataset, get_split(args.split).perturbed)
+        relearn(model, tokenizer, rows, prompt, args.relearn, args.relearn_learning_rate)
+        found = evaluate(model.to(device), *given, **settings)
+        how = {"steps": args.relearn, "learning_rate": args.relearn_learning_rate}
+        result["relearned"] = {**how, "summary": found["summary"]}
+    return result
 
 
 def _print_summary(result: Mapping[str, Any]) -> None:
-    table = Table("metric", "value", title=f"{result['model']} on {result['split']} of {result['dataset']}")
+    after = {name: result[name]["summary"] for name in ("quantized", "relearned") if name in result}
+    title = f"{result['model']} on {result['split']} of {result['dataset']}"
+    table = Table("metric", "value", *after, title=title)
     for name, value in result["summary"].items():
-        table.add_row(name, f"{value:.4g}")
+        table.add_row(name, *(f"{each:.4g}" for each in (value, *(summary[name] for summary in after.values()))))
     if "forget_quality" not in result["summary"]:
         table.add_row("forget_quality, privacy_leakage", "need --retain")
     console = Console()
