@@ -67,5 +67,8 @@ def write_json(path: Path, content: Mapping[str, Any], allow_nan: bool = True) -
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=2, allow_nan=allow_nan) + "\n")
-    part.replace(path)
+    try:
+        part.write_text(json.dumps(content, indent=2, allow_nan=allow_nan) + "\n")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

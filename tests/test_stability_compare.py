@@ -303,6 +303,39 @@ def test_compare_goes_on_with_an_interrupted_run(recipes, tmp_path):
     assert all(torch.equal(value, aside[name]) for name, value in weights.items())
 
 
+@pytest.mark.slow
+def test_ctrl_c_saves_a_checkpoint_from_which_the_same_command_goes_on(recipes, tmp_path):
+    """Of real training; the other tests of signals have stand-ins. About a minute on 2 cores."""
+    folder = tmp_path / "runs" / "ceu" / "recipe" / "0"
+    recipe = recipes("ceu", max_steps=200, save_strategy="no", eval_strategy="no", eval_on_start=False)
+    command = ["compare", recipe, "--output_dir", str(tmp_path / "runs")]
+    driver = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from ceu_rl.cli import main; "
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", driver + "sys.exit(main(sys.argv[1:]))", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_until(lambda: len(steps_of(folder)) >= 3, process)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in out, out
+    assert "stopped" in log_of(folder) and not (folder / "failure.json").exists()
+    (checkpoint,) = folder.glob("checkpoint-*")
+    assert 3 <= int(checkpoint.name.split("-")[1]) < 200
+    assert main(command) == 0
+    assert json.loads((folder / "result.json").read_text())["steps"] == 200
+    assert steps_of(folder) == list(range(1, 201))
+
+
+def steps_of(folder):
+    path = folder / "metrics.jsonl"
+    entries = [json.loads(line) for line in path.read_text().splitlines()[:-1]] if path.is_file() else []
+    return [entry["step"] for entry in entries if "grad_norm" in entry]
+
+
 # The ways of a comparison with runs that take no time: a stand-in for the command line
 
 

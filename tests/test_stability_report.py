@@ -621,6 +621,16 @@ def test_a_collapsed_model_reaches_nothing(make, report):
     assert "A cross is a setting at which a seed collapsed" in page
 
 
+def test_the_base_that_an_evaluation_recorded_is_enough(make):
+    runs = [unlearned(make, "grad_ascent", each, 0.9, utility) for each, utility in (("1e-5", 0.5), ("1e-4", 0.05))]
+    for run in runs:
+        path = run.folder / "tofu_eval.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "base": {"model_utility": 0.6}}))
+    found = summarize([Run(run.arm, run.setting, run.seed, run.folder) for run in runs], COMMAND)
+    assert found["tofu"]["base"] == {"model_utility": 0.6}
+    assert [point["collapsed"] for point in found["tofu"]["points"]] == [0, 1]
+
+
 def test_a_comparison_in_which_every_model_collapsed(make, report):
     runs = [unlearned(make, "full", None, 1e-20, 0.6), unlearned(make, "grad_ascent", "1e-3", 0.078, 0.0)]
     found, page, _ = report(runs)

@@ -74,6 +74,12 @@ class Run:
         return found if isinstance(found, str) else None
 
     @property
+    def base_utility(self) -> float | None:
+        """The model utility before unlearning, where its evaluation knew it."""
+        found = (self._outcome(TOFU_RESULT) or {}).get("base")
+        return as_number(found.get("model_utility")) if isinstance(found, dict) else None
+
+    @property
     def unusable(self) -> list[str]:
         """One sentence for each of its outcomes that cannot be used."""
         return [content for content in self._outcomes.values() if isinstance(content, str)]
@@ -82,7 +88,7 @@ class Run:
     def _outcomes(self) -> dict[str, dict[str, Any] | str | None]:
         found = {name: _read(self.folder / name) for name in (RESULT, FAILURE, TOFU_RESULT)}
         if isinstance(evaluation := found[TOFU_RESULT], dict):
-            found[TOFU_RESULT] = {name: evaluation.get(name) for name in ("summary", "retain")}  # its rows are many
+            found[TOFU_RESULT] = {name: evaluation.get(name) for name in ("summary", "retain", "base")}  # without rows
         return found
 
     def _outcome(self, name: str) -> dict[str, Any] | None:

@@ -646,13 +646,17 @@ def _is_base(arm: str) -> bool:
 
 
 def _tofu_base(runs: Sequence[Run]) -> dict[str, float] | None:
-    """The model before unlearning: an arm of the comparison, else what was evaluated where the runs started from."""
+    """The model before unlearning: an arm of the comparison, else what was evaluated where the runs started from, else
+    what the evaluations recorded of it."""
     for run in runs:
         if run.tofu and _is_base(run.arm):
             return _plane(run)
     starts = _unique(str(run.settings["model_name_or_path"]) for run in runs if "model_name_or_path" in run.settings)
     found = [run for start in starts if (run := Run("base", {}, 0, Path(start))).tofu]
-    return _plane(found[0]) if len(found) == 1 else None
+    if len(found) == 1:
+        return _plane(found[0])
+    known = {utility for run in runs if (utility := run.base_utility) is not None}
+    return {"model_utility": known.pop()} if len(known) == 1 else None
 
 
 def _tofu_retain(runs: Sequence[Run]) -> dict[str, float] | None:
