@@ -121,12 +121,11 @@ def response_tokens(runs: Sequence[Run]) -> dict[Path, dict[str, float]]:
     A run without a result has those of a run with the same rows; empty if no run recorded any.
     """
     known = {run.folder: counts for run in runs if (counts := _counts(run))}
-    found = {}
+    counted = [run for run in runs if run.folder in known]
     for run in runs:
-        like = [other for other in runs if other.folder in known and _same_rows(run, other)]
-        if run.folder in known or like:
-            found[run.folder] = known.get(run.folder) or known[like[0].folder]
-    return found
+        if run.folder not in known and (like := next((o for o in counted if _same_rows(run, o)), None)):
+            known[run.folder] = known[like.folder]
+    return known
 
 
 def _counts(run: Run) -> dict[str, float] | None:
