@@ -304,7 +304,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
     """
     try:
         result = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is cut short or no JSON ({error}); run ceu-rl tofu-eval for it again.") from error
     needed = ("split", "data", "tokenizer", "template", "non_members", "rows", "summary", "items")
     missing = [field for field in (*needed, "prompt") if not isinstance(result, dict) or field not in result]

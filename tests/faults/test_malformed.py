@@ -1,0 +1,208 @@
+"""Bad input at volume: each ends in one sentence of ours or is understood, never in a traceback from a dependency.
+
+The inputs are drawn by hypothesis, the same in every run. `test_runs` goes the whole way, from a recipe to a model.
+"""
+
+import json
+import math
+import string
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ceu_rl import CEUDPOConfig, CEUDPOTrainer
+from ceu_rl.cli import main
+from ceu_rl.data import check_layout
+from ceu_rl.recipe import _Fields, parser_for, read_recipe
+from ceu_rl.stability.runs import Run
+from ceu_rl.stability.summary import summarize
+from ceu_rl.tofu.evaluate import read_result
+
+
+def volume(count):
+    """So many inputs, the same each time; a fixture that is a folder is written over by each."""
+    return settings(
+        max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
+
+
+WORDS = st.text(string.printable + "é\u2028\u0085\ufeff{}[]:&*!|>%@`", max_size=12)
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 10**6),
+    st.floats(),
+    WORDS,
+    st.sampled_from(["1e-4", "no", "true", ".nan"]),
+)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3), max_leaves=5
+)
+FIELDS = sorted(_Fields(parser_for("dpo")).hints)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("malformed")
+
+
+def assert_sentence(error, *needed):
+    text = str(error)
+    assert text.strip() and "\n" not in text, text
+    assert all(word in text for word in needed), text
+
+
+# recipes
+
+
+@volume(300)
+@given(content=st.one_of(st.binary(max_size=60), WORDS.map(str.encode), VALUES.map(lambda v: json.dumps(v).encode())))
+def test_files_that_are_no_recipe(folder, content):
+    path = folder / "recipe.yaml"
+    path.write_bytes(content)
+    try:
+        found = read_recipe("dpo", path)
+    except ValueError as error:
+        assert_sentence(error, str(path))
+    else:
+        assert isinstance(found, dict)
+
+
+@volume(300)
+@given(fields=st.dictionaries(st.sampled_from(FIELDS) | WORDS, VALUES, min_size=1, max_size=3))
+def test_recipes_with_fields_of_every_type(folder, fields):
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(fields), encoding="utf-8")
+    try:
+        found = read_recipe("dpo", path)
+    except ValueError as error:
+        assert_sentence(error, str(path))
+    else:
+        assert {name.replace("-", "_") for name in fields} == set(found)
+
+
+# rows
+
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": WORDS}), max_size=3
+)
+CELLS = st.one_of(SCALARS, WORDS, MESSAGES, st.lists(WORDS, max_size=2))
+ROWS = st.fixed_dictionaries(
+    {}, optional={name: CELLS for name in ("prompt", "chosen", "rejected", "completion", "messages", "text", "prompts")}
+)
+
+
+@volume(400)
+@given(rows=st.lists(ROWS, min_size=1, max_size=3), kind=st.sampled_from(["preference", "sft", "prompt"]))
+def test_rows_of_every_layout(rows, kind):
+    try:
+        dataset = Dataset.from_list(rows)
+    except (ValueError, TypeError, OverflowError):  # no dataset: columns of mixed types
+        return
+    try:
+        checked = check_layout(dataset, "train", kind)
+    except ValueError as error:
+        assert_sentence(error, "train dataset")
+    else:
+        assert len(checked) == len(dataset)
+
+
+@volume(60)
+@given(rows=st.lists(ROWS.filter(lambda row: {"chosen", "rejected"} <= set(row)), min_size=1, max_size=2))
+def test_rows_through_the_trainer(folder, tiny_model, tokenizer, rows):
+    try:
+        dataset = Dataset.from_list(rows)
+    except (ValueError, TypeError, OverflowError):
+        return
+    settings = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True}
+    args = CEUDPOConfig(str(folder / "run"), max_steps=1, save_strategy="no", report_to="none", **settings)
+    try:
+        trainer = CEUDPOTrainer(tiny_model(), tiny_model(), args, train_dataset=dataset, processing_class=tokenizer)
+    except ValueError as error:
+        assert_sentence(error, "train dataset")
+    else:
+        trainer.train()
+        assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
+
+
+# results
+
+
+@volume(200)
+@given(
+    result=st.one_of(
+        VALUES.map(json.dumps),
+        WORDS,
+        st.dictionaries(
+            st.sampled_from(["settings", "metrics", "steps", "eval_tokens", "versions", "date", "command", "seed"]),
+            VALUES,
+        ).map(json.dumps),
+    ),
+    log=st.lists(
+        st.one_of(
+            WORDS,
+            VALUES.map(json.dumps),
+            st.dictionaries(
+                st.sampled_from(["step", "loss", "grad_norm", "eval_logps/chosen", "eval_kl"]), SCALARS
+            ).map(json.dumps),
+        ),
+        max_size=4,
+    ),
+)
+def test_results_of_a_comparison(folder, result, log):
+    run = folder / "stock" / "recipe" / "0"
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "result.json").write_text(result, encoding="utf-8")
+    (run / "metrics.jsonl").write_text("\n".join(log), encoding="utf-8")
+    found = Run("stock", {}, 0, run)
+    assert found.status in ("finished", "diverged", "failed", "missing")
+    summarize([found], "command")
+
+
+@volume(200)
+@given(
+    content=st.one_of(
+        st.binary(max_size=40),
+        VALUES.map(lambda v: json.dumps(v).encode()),
+        st.dictionaries(st.sampled_from(["split", "data", "tokenizer", "rows", "items", "summary"]), VALUES).map(
+            lambda v: json.dumps(v).encode()
+        ),
+    )
+)
+def test_results_of_an_evaluation(folder, content):
+    path = folder / "tofu_eval.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as refusal:
+        read_result(path)
+    assert_sentence(refusal.value, str(path))
+
+
+# runs
+
+
+@pytest.mark.slow
+@volume(300)
+@given(fields=st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=2))
+def test_runs(folder, tiny_model, tokenizer, capsys, fields):
+    base = folder / "base"
+    if not base.exists():
+        tiny_model().save_pretrained(base)
+        tokenizer.save_pretrained(base)
+        Dataset.from_list([{"prompt": f"{n}=", "chosen": "1", "rejected": "2"} for n in range(4)]).to_json(
+            folder / "r.jsonl"
+        )
+    fixed = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True, "max_steps": 1}
+    names = {"model_name_or_path": str(base), "dataset_name": str(folder / "r.jsonl"), "report_to": "none"}
+    out = folder / f"out{len(list(folder.iterdir()))}"
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**fixed, **names, "output_dir": str(out), **fields}), encoding="utf-8")
+    capsys.readouterr()
+    status = main(["dpo", "--config", str(path)])
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("ceu-rl dpo: error: ")]
+    assert "Traceback" not in err and len(lines) == (status != 0)
+    assert (status == 0) == Path(out, "result.json").exists() or "output_dir" in fields
