@@ -49,22 +49,20 @@ class MetricsFile(TrainerCallback):
 
 
 class TaskScore(TrainerCallback):
-    """Logs greedy and sampled accuracy on a built-in task at every evaluation.
+    """Logs greedy and sampled accuracy on a task, and pass@k, at every evaluation.
 
     With a `reference`, the folder of the model at the start, also divergence from it and entropy of the samples.
     """
 
-    def __init__(self, trainer: Any, task: Task, prompts: Any, reference: str | None = None) -> None:
-        self.trainer, self.task, self.prompts = trainer, task, list(prompts)
+    def __init__(self, trainer: Any, task: Task, rows: Any, reference: str | None = None) -> None:
+        self.trainer, self.task, self.rows = trainer, task, list(rows)
         self.reference = reference and AutoModelForCausalLM.from_pretrained(reference).eval()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Every process generates the same answers: sharded models need all of them to take part
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        given = (self.trainer.processing_class, self.task, self.prompts)
-        scores = {"greedy_accuracy": evaluate_accuracy(model, *given)}
-        if self.reference:
-            scores |= evaluate_samples(model, self.reference.to(model.device), *given, seed=args.seed)
-        else:
-            scores["sampled_accuracy"] = evaluate_accuracy(model, *given, sample=True, seed=args.seed)
+        given = (model, self.trainer.processing_class, self.task, self.rows)
+        reference = self.reference and self.reference.to(model.device)
+        scores = {"greedy_accuracy": evaluate_accuracy(*given)}
+        scores |= evaluate_samples(*given, seed=args.seed, reference=reference)
         self.trainer.log({f"eval_{name}": value for name, value in scores.items()})

@@ -1,25 +1,25 @@
 """The tasks and their scoring."""
 
+import ast
 import dataclasses
+import itertools
 import random
+import re
+import sys
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from ceu_rl.models import build_model, build_tokenizer
-from ceu_rl.tasks import (
-    TASKS,
-    evaluate_accuracy,
-    evaluate_samples,
-    generate_answers,
-    get_task,
-    load_task_dataset,
-    maze,
-)
-from ceu_rl.tasks.addition import TASK, addition_trace, computed_places, corrupt, is_correct
-from ceu_rl.tasks.score import generate_tokens
+from ceu_rl.tasks import evaluate_accuracy, evaluate_samples, generate_answers, get_task, load_task_dataset
+from ceu_rl.tasks import score as scoring
+from ceu_rl.tasks.addition import CONFIGS, addition_trace, computed_places, corrupt, is_correct
+from ceu_rl.tasks.protocol import right_answer
+from ceu_rl.tasks.reasoning_gym import score_answer, wrong_answers
+from ceu_rl.tasks.score import generate_tokens, pass_at_k
 
+TASK = get_task("builtin:addition")
 COLUMNS = {
     "sft": {"prompt", "completion"},
     "preference": {"prompt", "chosen", "rejected"},
@@ -96,80 +96,35 @@ def test_verifier_refuses_a_foreign_prompt(prompt):
         is_correct(user(prompt), "3")
 
 
-# maze
-
-
-def paths(grid):
-    """Every simple path from S to G, by depth-first search, written apart from the package."""
-    cells = {(r, c): mark for r, line in enumerate(grid.split("/")) for c, mark in enumerate(line) if mark != "#"}
-    start = next(cell for cell, mark in cells.items() if mark == "S")
-    found, stack = [], [(start, "", {start})]
-    while stack:
-        (r, c), moves, seen = stack.pop()
-        if cells[r, c] == "G":
-            found.append(moves)
-            continue
-        for move, cell in {"U": (r - 1, c), "D": (r + 1, c), "L": (r, c - 1), "R": (r, c + 1)}.items():
-            if cell in cells and cell not in seen:
-                stack.append((cell, moves + move, seen | {cell}))
-    return found
-
-
-def test_maze_verifier_against_all_paths():
-    rng, several = random.Random(0), 0
-    for example in maze.make_examples("train", 200, 0.0, 0):
-        found = paths(example.question)
-        shortest = {path for path in found if len(path) == min(map(len, found))}
-        several += len(shortest) > 1
-        assert maze.MIN_MOVES <= len(example.answer) <= maze.MAX_MOVES and example.answer in shortest
-        others = {maze.corrupt(example.question, example.answer, rng) for _ in range(20)} | set(found) - shortest
-        others |= {example.answer[:-1], example.answer + "U", example.answer + " ", "", "x", example.answer.lower()}
-        for moves in shortest | others:
-            assert maze.is_correct(user(example.question), moves) == (moves in shortest)
-    assert several > 20
-
-
-def test_a_maze_path_is_drawn_among_all_shortest_ones():
-    drawn = {maze.shortest_path("S.../..../..../...G", random.Random(seed)) for seed in range(300)}
-    assert len(drawn) == 20 and all(sorted(path) == sorted("DDDRRR") for path in drawn)
-
-
-@pytest.mark.parametrize("prompt", ["", "S..G", "S.../..../..../....", "S.../..../..../..GG", "S.#./..../..../...X"])
-def test_maze_verifier_refuses_a_foreign_prompt(prompt):
-    with pytest.raises(ValueError, match="is no maze: use 4 rows of 4"):
-        maze.is_correct(user(prompt), "R")
-
-
-def test_maze_verifier_refuses_a_maze_without_a_path():
-    with pytest.raises(ValueError, match="has no path from S to G; use a maze that has one"):
-        maze.is_correct("S#../##../..../...G", "R")
-
-
 # datasets
 
 
-@pytest.mark.parametrize("name", TASKS)
+# Tasks of the library whose answers differ in form: a number, a yes or no, a word, text, a grid, a plan in JSON. Its
+# verifiers are lenient in their own ways
+NAMES = ["builtin:addition", *(f"reasoning_gym:{task}" for task in ("chain_sum", "syllogism", "letter_jumble"))]
+SMALL = {"reasoning_gym:chain_sum": "min_terms=2, max_terms=2, size=60", **dict.fromkeys(NAMES[2:], "size=60")}
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", COLUMNS)
 def test_dataset_has_the_standard_columns_and_right_answers(kind, name):
-    is_correct = get_task(name).is_correct
-    data = load_task_dataset(name, kind)
+    task, data = get_task(name, SMALL.get(name)), load_task_dataset(name, kind, SMALL.get(name))
     assert set(data) == {"train", "test"}
     for split in data.values():
-        assert set(split.column_names) == COLUMNS[kind]
-        for row in split.select(range(100)):
-            answer = next(row[key] for key in ("completion", "chosen", "answer") if key in row)
+        assert set(split.column_names) - {"entry"} == COLUMNS[kind]
+        for row in split.select(range(50)):
             assert row["prompt"][0]["role"] == "user"
-            assert is_correct(row["prompt"], answer)
+            assert task.score(row, right_answer(row)) == 1
             if kind == "preference":
-                assert not is_correct(row["prompt"], row["rejected"])
+                assert task.score(row, row["rejected"][0]["content"]) < 1
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", NAMES)
 def test_no_question_is_in_both_splits_for_any_two_seeds(task):
     questions = {
         seed: {
             name: [row[0]["content"] for row in split["prompt"]]
-            for name, split in load_task_dataset(task, "prompt", seed=seed).items()
+            for name, split in load_task_dataset(task, "prompt", SMALL.get(task), seed=seed).items()
         }
         for seed in (0, 1)
     }
@@ -180,7 +135,7 @@ def test_no_question_is_in_both_splits_for_any_two_seeds(task):
         for second in questions:
             # the two numbers of an addition in either order are one question
             train, test = (
-                {frozenset(q.strip("=").split("+")) for q in questions[seed][split]}
+                {frozenset(q.strip("=").split("+")) if task == NAMES[0] else q for q in questions[seed][split]}
                 for seed, split in ((first, "train"), (second, "test"))
             )
             assert not train & test
@@ -195,7 +150,7 @@ def test_dataset_depends_on_its_arguments_alone(preference):
         assert again[split].to_list() == preference[split].to_list()
 
 
-@pytest.mark.parametrize("config, rate", TASK.configs.items())
+@pytest.mark.parametrize("config, rate", CONFIGS.items())
 def test_config_sets_the_error_rate_of_the_computed_digits_alone(config, rate):
     data = load_task_dataset("builtin:addition", "sft", config)
     wrong = total = 0
@@ -216,16 +171,16 @@ def test_config_changes_no_other_kind(kind):
     assert clean["train"].select(range(100)).to_list() == noisy["train"].select(range(100)).to_list()
 
 
-def test_no_answer_is_longer_than_the_limit(tokenizer, preference):
-    for name, task in TASKS.items():
-        rows = load_task_dataset(name, "prompt")["train"]
-        assert max(len(tokenizer(row["answer"]).input_ids) + 1 for row in rows) == task.max_new_tokens, name
+def test_no_answer_is_longer_than_the_limit(tokenizer):
+    rows = load_task_dataset("builtin:addition", "prompt")["train"]
+    assert max(len(tokenizer(row["answer"]).input_ids) + 1 for row in rows) == TASK.max_new_tokens
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("builtin:poetry", "sft"), "Unknown built-in task 'builtin:poetry': choose one of builtin:addition"),
+        (("builtin:poetry", "sft"), "Unknown built-in task 'builtin:poetry': choose builtin:addition or reasoning_gym"),
+        (("builtin:maze", "sft"), "Unknown built-in task 'builtin:maze'"),
         (("builtin:addition", "reward"), "Unknown kind 'reward' .* choose one of sft, preference, prompt"),
         (("builtin:addition", "sft", "loud"), "Unknown config 'loud' .* choose one of clean, noisy, noisier"),
     ],
@@ -233,6 +188,137 @@ def test_no_answer_is_longer_than_the_limit(tokenizer, preference):
 def test_unknown_names_are_refused_with_the_choices(arguments, message):
     with pytest.raises(ValueError, match=message):
         load_task_dataset(*arguments)
+
+
+# reasoning gym
+
+
+def test_a_config_sets_the_fields_of_the_task_and_the_number_of_rows():
+    fields = "min_terms=3, max_terms=3, min_digits=2, max_digits=2, size=40"
+    data = load_task_dataset("reasoning_gym:chain_sum", "sft", fields)
+    assert (len(data["train"]), len(data["test"])) == (40, 40)
+    for row in data["train"]:
+        numbers = re.findall(r"\d+", row["prompt"][0]["content"])
+        assert len(numbers) == 3 and all(len(number) == 2 for number in numbers)
+
+
+@pytest.mark.parametrize(
+    "task, config, seen",
+    [
+        ("basic_arithmetic", "operators=['+'], allow_parentheses=False, min_terms=2, max_terms=2", lambda q: "+" in q),
+        ("basic_arithmetic", "operators=('*',), format_style=natural, allow_negation=true", lambda q: "*" in q),
+        ("binary_alternation", "p_solvable=1", lambda q: "binary string" in q),
+        ("time_intervals", "task_types=['date'], min_date='2020-01-01', max_date='2020-12-31'", lambda q: "2020" in q),
+        ("word_sorting", "transformation=uppercase", lambda q: any(w.isupper() and len(w) > 2 for w in q.split())),
+    ],
+)
+def test_a_value_takes_the_type_of_its_field(task, config, seen):
+    rows = load_task_dataset(f"reasoning_gym:{task}", "prompt", f"{config}, size=5")["train"]
+    assert all(seen(row["prompt"][0]["content"]) for row in rows)
+
+
+@pytest.mark.parametrize(
+    "name, config, message",
+    [
+        ("chain_sums", None, "reasoning_gym has no task 'chain_sums'; the closest name is chain_sum."),
+        ("", None, "reasoning_gym has no task ''"),
+        ("chain_sum", "max_term=2", "task chain_sum has no field 'max_term'; the closest name is max_terms."),
+        ("chain_sum", "max_terms=two", "sets max_terms='two' of chain_sum; give it the type int, as in 6"),
+        ("chain_sum", "max_terms=2.5", "sets max_terms=2.5 of chain_sum"),
+        ("chain_sum", "max_terms=True", "sets max_terms=True of chain_sum"),
+        ("chain_sum", "allow_negation=1", "give it the type bool, as in False"),
+        ("chain_sum", "max_terms 2", "dataset_config is 'max_terms 2'; write it as in 'min_terms=2, max_terms=2'"),
+        ("chain_sum", "max_terms", "dataset_config is 'max_terms'; write it as"),
+        ("chain_sum", "max_terms=2)+f(", "write it as in"),
+        ("chain_sum", "**{}", "write it as in"),
+        ("chain_sum", "max_terms=len('ab')", "write it as in"),
+        ("chain_sum", "size=0", "sets size=0; it is the number of train rows, at least 1"),
+        ("time_intervals", "min_date=yesterday", "sets min_date='yesterday' of time_intervals; give it the type date"),
+        ("word_sorting", "transformation=shouted", "sets transformation='shouted'"),
+        ("binary_matrix", "p_zero=1.0, min_n=3, max_n=3", "binary_matrix has no question for te"),
+        ("composite", None, "reasoning_gym:composite does not work with its default config"),
+        ("chain_sum", "min_terms=5, max_terms=2", "does not work with min_terms=5, max_terms=2: max_terms must be >="),
+    ],
+)
+def test_what_the_library_does_not_know_is_named(name, config, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_task_dataset(f"reasoning_gym:{name}", "sft", config)
+
+
+@pytest.mark.parametrize("kind", ["sft", "preference"])
+def test_a_task_without_right_answers_trains_by_reward_alone(kind):
+    with pytest.raises(ValueError, match="graph_color has a verifier but no right answers to show; it works with"):
+        load_task_dataset("reasoning_gym:graph_color", kind, "size=10")
+    rows = load_task_dataset("reasoning_gym:graph_color", "prompt", "size=10")["train"]
+    assert len(rows) == 10 and get_task("reasoning_gym:graph_color").score(rows[0], "{}") < 1
+
+
+def test_a_missing_library_is_named_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(ImportError, match=r"needs the package reasoning-gym; pip install 'ceu-rl\[tasks\]'"):
+        get_task("reasoning_gym:chain_sum", "min_terms=3")
+
+
+def test_few_questions_end_a_split_early():
+    data = load_task_dataset("reasoning_gym:chain_sum", "prompt", "max_terms=1, min_terms=1, max_digits=1, size=300")
+    assert len(data["train"]) + len(data["test"]) == 10  # the digits
+
+
+def test_the_reward_is_the_verifiers_score_of_each_answer_to_its_own_entry():
+    import reasoning_gym
+
+    rows = load_task_dataset("reasoning_gym:letter_jumble", "prompt", "size=10")["train"]
+    library = reasoning_gym.create_dataset("letter_jumble", seed=0)
+    right = [row["answer"] for row in rows]
+    for answers in (right, right[1:] + right[:1], [answer[:-1] for answer in right], [""] * 10):
+        completions = [[{"role": "assistant", "content": f" {answer}\n"}] for answer in answers]
+        found = score_answer(rows["prompt"], completions, rows["entry"], trainer_state=None)
+        expected = [
+            library.score_answer(answer, ast.literal_eval(entry))
+            for answer, entry in zip(answers, rows["entry"], strict=True)
+        ]
+        assert found == expected
+    assert 0 < score_answer(rows["prompt"], [answer[:-1] for answer in right], rows["entry"])[0] < 1
+    with pytest.raises(ValueError, match="The dataset has no column entry; use this reward with dataset_name"):
+        score_answer(rows["prompt"], right)
+
+
+@pytest.mark.parametrize("answer", ["", "[[", "1/0", "nonsense", "9" * 5000, "{}", "null", "\x00", "((((((" * 500])
+def test_an_answer_that_the_verifier_cannot_read_scores_nothing(answer):
+    for task in ("prime_factorization", "boxnet", "game_of_life", "coin_flip"):
+        row = load_task_dataset(f"reasoning_gym:{task}", "prompt", "size=3")["train"][0]
+        assert get_task(f"reasoning_gym:{task}").score(row, answer) < 1
+
+
+def test_a_wrong_answer_keeps_the_form_of_the_right_one():
+    rng = random.Random(0)
+    for right, others, form in (("-1204", [], r"-[1-9]\d{3}"), ("No", ["No", "Yes"], "Yes"), ("True", [], "False")):
+        found = list(wrong_answers(right, others, rng))
+        assert found and right not in found and re.fullmatch(form, found[0])
+
+
+def all_tasks():
+    """The names of the library's tasks but for the mixture; without the library the test of its absence says so."""
+    factory = pytest.importorskip("reasoning_gym.factory")
+    return [name for name in factory.DATASETS if name != "composite"]
+
+
+@pytest.mark.slow
+def test_every_task_of_the_library_gives_rows_that_its_verifier_judges_right():
+    for task in all_tasks():
+        name = f"reasoning_gym:{task}"
+        rows = load_task_dataset(name, "prompt", "size=4")["train"]
+        assert len(rows) == 4, task
+        if rows[0]["answer"] is None:
+            continue
+        assert score_answer(rows["prompt"], rows["answer"], rows["entry"]) == [1.0] * 4, task
+        if task == "game_of_life_halting":  # its verifier compares the truth of two texts that are never empty
+            with pytest.raises(ValueError, match="or no answer that its verifier finds wrong"):
+                load_task_dataset(name, "preference", "size=4")
+            continue
+        pairs = load_task_dataset(name, "preference", "size=4")["train"]
+        wrong = [row["rejected"][0]["content"] for row in pairs]
+        assert len(pairs) == 4 and max(score_answer(pairs["prompt"], wrong, pairs["entry"])) < 1, task
 
 
 # scoring
@@ -246,7 +332,7 @@ def test_scoring_leaves_no_trace(tokenizer, model, preference, sample, training)
     model.train(training)
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    evaluate_accuracy(model, right_padded, TASK, preference["test"]["prompt"][:4], sample=sample)
+    evaluate_accuracy(model, right_padded, TASK, list(preference["test"].select(range(4))), sample=sample)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training is training
     assert right_padded.padding_side == "right"
@@ -284,44 +370,113 @@ def test_a_model_that_knows_the_answer_scores_and_loses_by_its_share_of_errors(t
         model(**batch, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert evaluate_accuracy(model, tokenizer, get_task("builtin:addition"), prompts) == 0.5
+    rows = [{"prompt": prompt} for prompt in prompts]
+    assert evaluate_accuracy(model, tokenizer, TASK, rows) == 0.5
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
-    assert evaluate_accuracy(adapted, tokenizer, get_task("builtin:addition"), prompts) == 0.5
+    assert evaluate_accuracy(adapted, tokenizer, TASK, rows) == 0.5
 
 
-def test_divergence_from_the_start_is_that_of_each_sample_alone(tokenizer):
-    """Against one row at a time, without padding, in float64; samples of several lengths."""
+@pytest.mark.parametrize("padding", ["own", "the end"])
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_divergence_from_the_start_is_that_of_each_sample_alone(tokenizer, padding, chunk, monkeypatch):
+    """Against one row at a time, without padding, in float64; samples of several lengths and with several ends.
+
+    A conversation of several turns has the end inside its prompt: as the padding, it must still be seen.
+    """
     model, reference = build_model(tokenizer), build_model(tokenizer, seed=1)
+    other_end = tokenizer.convert_tokens_to_ids("7")
     with torch.no_grad():
-        model.lm_head.weight[tokenizer.eos_token_id] *= 20  # likely after some prefixes
-    prompts = [user("1+2="), user("123+567="), user("99+1="), user("5+5=")]
-    task = get_task("builtin:maze")
-    found = evaluate_samples(model, reference, tokenizer, maze_like(task), prompts, seed=3)
-    total, entropy, count, lengths = 0.0, 0.0, 0, set()
-    for questions, answers in generate_tokens(model, tokenizer, prompts, task.max_new_tokens, sample=True, seed=3):
-        for question, answer in zip(questions.tolist(), answers.tolist(), strict=True):
-            question = [token for token in question if token != tokenizer.pad_token_id]
-            if tokenizer.eos_token_id in answer:
-                answer = answer[: answer.index(tokenizer.eos_token_id) + 1]
-            lengths.add(len(answer))
-            ids = torch.tensor([question + answer])
-            with torch.no_grad():
-                p, q = (m(ids).logits[0, len(question) - 1 : -1].double().softmax(-1) for m in (model, reference))
-            total += (p * (p / q).log()).sum().item()
-            entropy -= (p * p.log()).sum().item()
-            count += len(answer)
-    assert len(lengths) > 1
+        model.lm_head.weight[[tokenizer.eos_token_id, other_end]] *= 20  # likely after some prefixes
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, other_end]
+    if padding == "the end":
+        tokenizer = build_tokenizer()
+        tokenizer.pad_token = tokenizer.eos_token
+    if chunk:
+        monkeypatch.setattr(scoring, "LOGITS", chunk)
+        monkeypatch.setattr(scoring, "DOUBLES", chunk)
+    turns = [*user("hi"), {"role": "assistant", "content": "yo"}]
+    prompts = [user("1+2="), turns + user("123+567="), user("99+1="), turns + user("5+5=")]
+    task = dataclasses.replace(TASK, score=lambda row, answer: 0.0, max_new_tokens=10)
+    rows = [{"prompt": prompt} for prompt in prompts]
+    found = evaluate_samples(model, tokenizer, task, rows, seed=3, reference=reference)
+    total, entropy, count, lengths, ends = 0.0, 0.0, 0, set(), set()
+    (batch,) = generate_tokens(model, tokenizer, prompts, 10, sample=True, seed=3)
+    for prompt, answer in zip(prompts, batch.answers.tolist(), strict=True):
+        question = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        stops = [place for place, token in enumerate(answer) if token in (tokenizer.eos_token_id, other_end)]
+        answer = answer[: stops[0] + 1] if stops else answer
+        lengths.add(len(answer))
+        ends.add(answer[-1])
+        ids = torch.tensor([question + answer])
+        with torch.no_grad():
+            p, q = (m(ids).logits[0, len(question) - 1 : -1].double().softmax(-1) for m in (model, reference))
+        total += (p * (p / q).log()).sum().item()
+        entropy -= (p * p.log()).sum().item()
+        count += len(answer)
+    assert len(lengths) > 1 and {tokenizer.eos_token_id, other_end} <= ends
     assert found["kl"] == pytest.approx(total / count, rel=1e-4) and found["kl"] > 0.01
     assert found["sampled_entropy"] == pytest.approx(entropy / count, rel=1e-4)
-    same = evaluate_samples(model, model, tokenizer, maze_like(task), prompts, seed=3)
+    same = evaluate_samples(model, tokenizer, task, rows, seed=3, reference=model)
     assert same == {**found, "kl": 0.0}
 
 
-def maze_like(task):
-    """The task with a verifier that takes any question."""
-    return dataclasses.replace(task, is_correct=lambda prompt, answer: False)
+@pytest.mark.parametrize("special", [True, False])
+def test_every_end_of_the_generation_config_ends_an_answer_and_is_none_of_it(special):
+    """A model that says `ok` and closes its turn with another token than `eos_token`, as Gemma does, is right."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["<end_of_turn>"], special_tokens=special)
+    turn_end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    model = build_model(tokenizer)
+    said = tokenizer.convert_tokens_to_ids(["<|assistant|>", "o", "k", "<end_of_turn>", "x"])
+    with torch.no_grad():  # each token of `said` makes the next one sure, whatever comes before
+        model.lm_head.weight.zero_()
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        for before, after in itertools.pairwise(said):
+            model.lm_head.weight[after] = model.model.embed_tokens.weight[before] * 100
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, turn_end]
+    task = dataclasses.replace(TASK, score=lambda row, answer: float(answer == "ok"), max_new_tokens=8)
+    assert evaluate_accuracy(model, tokenizer, task, [{"prompt": user("?")}]) == 1.0
+    (batch,) = generate_tokens(model, tokenizer, [user("?")], 8)
+    assert batch.answers.tolist() == [[*said[1:4]]] and batch.answer_mask.tolist() == [[1, 1, 1]]
 
 
-def test_scoring_no_prompts_is_refused(tokenizer, model):
-    with pytest.raises(ValueError, match="0 prompts"):
+def test_pass_at_k_by_hand_and_by_drawing():
+    """Of 4 samples 1 is right: two drawn hold it with chance 1/2. Against all ways to draw k, for other numbers."""
+    assert pass_at_k(4, 1, 2) == 0.5
+    for right in range(6):
+        for k in range(1, 6):
+            draws = [any(place < right for place in drawn) for drawn in itertools.combinations(range(5), k)]
+            assert pass_at_k(5, right, k) == pytest.approx(sum(draws) / len(draws))
+    with pytest.raises(ValueError, match="pass@8 cannot be told from 4 samples; draw at least 8"):
+        pass_at_k(4, 1, 8)
+
+
+def test_several_samples_give_their_mean_and_pass_at_k(tokenizer, model):
+    """With a verifier that depends on the question alone, whatever was drawn."""
+    rows = [{"prompt": user(f"{a}+1=")} for a in range(4)]
+    task = dataclasses.replace(TASK, score=lambda row, answer: float("3+" in row["prompt"][0]["content"]), samples=6)
+    found = evaluate_samples(model, tokenizer, task, rows, seed=0)
+    assert found == {"sampled_accuracy": 0.25, "pass@2": 0.25, "pass@4": 0.25}
+    seen = []
+    lucky = dataclasses.replace(task, score=lambda row, answer: float(seen.append(answer) or len(seen) % 6 == 0))
+    found = evaluate_samples(model, tokenizer, lucky, rows, seed=0)
+    assert found == pytest.approx({"sampled_accuracy": 1 / 6, "pass@2": 1 / 3, "pass@4": 2 / 3})
+    assert len(set(seen[:6])) > 1  # six draws, not one six times
+
+
+def test_a_task_without_a_limit_takes_that_of_its_longest_right_answer(tokenizer, model, monkeypatch):
+    limits = []
+    monkeypatch.setattr(scoring, "generate_tokens", lambda *given, **settings: limits.append(given[3]) or [])
+    task = dataclasses.replace(TASK, max_new_tokens=None)
+    for answers in (["12", "12345"], [None, None], ["9" * 2000]):
+        rows = [{"prompt": user("?"), "answer": answer} for answer in answers]
+        with pytest.raises(ValueError):
+            evaluate_accuracy(model, tokenizer, task, rows)
+    assert limits == [6, 512, 512]
+
+
+def test_scoring_no_rows_is_refused(tokenizer, model):
+    with pytest.raises(ValueError, match="0 rows"):
         evaluate_accuracy(model, tokenizer, TASK, [])

@@ -1,95 +1,85 @@
 """What is scored: tasks with verifiers that need no download, and the scoring of a model on them.
 
-A task is one module that ends in a `TASK` and one line of `TASKS` below.
+`builtin:addition` needs nothing; `reasoning_gym:TASK` is any task of that library.
 """
 
 import inspect
 import sys
 from collections.abc import Iterator
+from typing import Any
 from zlib import crc32
 
 from datasets import Dataset, DatasetDict
 
-from ceu_rl.tasks import addition, maze
-from ceu_rl.tasks.protocol import Example, Task
+from ceu_rl.tasks import addition, protocol, reasoning_gym
+from ceu_rl.tasks.protocol import KINDS, Task
 from ceu_rl.tasks.score import evaluate_accuracy, evaluate_samples, generate_answers
 
 __all__ = [
-    "TASKS",
+    "Task",
     "evaluate_accuracy",
     "evaluate_samples",
     "generate_answers",
     "get_task",
+    "is_task",
     "load_task_dataset",
 ]
 
-TASKS: dict[str, Task] = {task.name: task for task in (addition.TASK, maze.TASK)}
-
-TRAIN_ROWS = {"sft": 20_000, "preference": 9_600, "prompt": 9_600}
-TEST_ROWS = 500
+# Each module makes a task out of the full name and the `dataset_config`
+_MODULES = {addition.NAME: addition, reasoning_gym.PREFIX: reasoning_gym}
 
 
-def get_task(name: str) -> Task:
-    """The task of that name, such as `builtin:addition`.
+def is_task(name: str) -> bool:
+    """Whether a `dataset_name` means a task."""
+    return name.startswith(("builtin:", reasoning_gym.PREFIX))
+
+
+def get_task(name: str, config: str | None = None) -> Task:
+    """The task of a name, such as `builtin:addition` or `reasoning_gym:chain_sum`, with its `dataset_config`.
 
     Raises:
-        ValueError: if there is no such task.
+        ValueError: if there is no such task or config.
+        ImportError: if the library of the task is not installed.
     """
-    if name not in TASKS:
-        raise ValueError(f"Unknown built-in task {name!r}: choose one of {', '.join(TASKS)}.")
-    return TASKS[name]
+    return _module(name).make_task(name, config)
+
+
+def _module(name: str) -> Any:
+    key = reasoning_gym.PREFIX if name.startswith(reasoning_gym.PREFIX) else name
+    if key not in _MODULES:
+        raise ValueError(f"Unknown built-in task {name!r}: choose {addition.NAME} or {reasoning_gym.PREFIX}TASK.")
+    return _MODULES[key]
 
 
 def load_task_dataset(name: str, kind: str, config: str | None = None, seed: int = 0) -> DatasetDict:
     """Make the splits `train` and `test` of a task, in TRL's conversational formats.
 
-    | kind | columns | train rows |
-    |---|---|---|
-    | `sft` | prompt, completion | 20 000 |
-    | `preference` | prompt, chosen, rejected | 9 600 |
-    | `prompt` | prompt, answer (text) | 9 600 |
+    | kind | columns |
+    |---|---|
+    | `sft` | prompt, completion |
+    | `preference` | prompt, chosen, rejected |
+    | `prompt` | prompt, answer (text) |
 
-    Every column but `answer` is a message list. `test` has 500 rows and shares no question with `train`, for
-    any two seeds. The rows depend on the arguments alone. `config` sets the error rate of the completions in
-    the train split of `sft`, and no other row depends on it; `None` is the task's first config.
+    Every column but `answer` is a message list; a task may add columns of its own. `test` shares no question with
+    `train`, for any two seeds. The rows depend on the arguments alone.
 
     Raises:
-        ValueError: if the name, the kind or the config is unknown.
+        ValueError: if the name, the kind or the config is unknown, or the task has no rows of that kind.
+        ImportError: if the library of the task is not installed.
     """
-    task = get_task(name)
-    if kind not in TRAIN_ROWS:
-        raise ValueError(f"Unknown kind {kind!r} of {name}: choose one of {', '.join(TRAIN_ROWS)}.")
-    config = next(iter(task.configs)) if config is None else config
-    if config not in task.configs:
-        raise ValueError(f"Unknown config {config!r} of {name}: choose one of {', '.join(task.configs)}.")
+    task = get_task(name, config)
+    if kind not in KINDS:
+        raise ValueError(f"Unknown kind {kind!r} of {name}: choose one of {', '.join(KINDS)}.")
+    for split in ("train", "test"):
+        next(iter(task.rows(kind, split, seed)))  # what is wrong is said here, not from inside `datasets`
     # A dataset from a generator lies in the cache of `datasets`, which the processes of a run share; the checksum keeps
     # rows of another version of the task from being taken for these
-    sources = inspect.getsource(sys.modules[__name__]) + inspect.getsource(sys.modules[task.make_examples.__module__])
-    fixed = {"name": name, "kind": kind, "seed": seed, "checksum": crc32(sources.encode())}
-    splits = {"train": (TRAIN_ROWS[kind], task.configs[config]), "test": (TEST_ROWS, 0.0)}
+    sources = "".join(inspect.getsource(module) for module in (sys.modules[__name__], protocol, _module(name)))
+    fixed = {"name": name, "config": config, "kind": kind, "seed": seed, "checksum": crc32(sources.encode())}
     return DatasetDict(
-        {
-            split: Dataset.from_generator(
-                _rows, gen_kwargs={**fixed, "split": split, "count": count, "error_rate": error_rate}
-            )
-            for split, (count, error_rate) in splits.items()
-        }
+        {split: Dataset.from_generator(_rows, gen_kwargs={**fixed, "split": split}) for split in ("train", "test")}
     )
 
 
-def _rows(name: str, kind: str, seed: int, checksum: int, split: str, count: int, error_rate: float) -> Iterator[dict]:
-    for example in get_task(name).make_examples(split, count, error_rate, seed):
-        yield _row(example, kind)
-
-
-def _row(example: Example, kind: str) -> dict:
-    prompt = [{"role": "user", "content": example.question}]
-    if kind == "prompt":
-        return {"prompt": prompt, "answer": example.answer}
-    if kind == "sft":
-        return {"prompt": prompt, "completion": _assistant(example.demonstration)}
-    return {"prompt": prompt, "chosen": _assistant(example.answer), "rejected": _assistant(example.corrupted)}
-
-
-def _assistant(text: str) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": text}]
+def _rows(name: str, config: str | None, kind: str, seed: int, checksum: int, split: str) -> Iterator[dict]:
+    yield from get_task(name, config).rows(kind, split, seed)

@@ -10,12 +10,33 @@ column. A corrupted answer has exactly one computed digit changed, in a total or
 
 import random
 import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 from zlib import crc32
 
-from ceu_rl.tasks.protocol import Example, Messages, Task, last_content
+from ceu_rl.tasks.protocol import Messages, Task, conversation, last_content
 
+NAME = "builtin:addition"
+CONFIGS = {"clean": 0.0, "noisy": 0.04, "noisier": 0.13}  # error rate of the computed digits that `sft` rows show
+ROWS = {"sft": 20_000, "preference": 9_600, "prompt": 9_600}
+TEST_ROWS = 500
 DIGITS = 3
 TEST_SHARE = 16  # one pair in 16 belongs to the test split
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question with everything that the three kinds need, as plain text.
+
+    `answer` is right, `corrupted` is wrong in one place, and `demonstration` is what supervised fine-tuning imitates:
+    the answer, with as many errors as the config asks for.
+    """
+
+    question: str
+    answer: str
+    corrupted: str
+    demonstration: str
 
 
 def addition_trace(a: int, b: int) -> str:
@@ -91,10 +112,24 @@ def accuracy(prompts: list[str | Messages], completions: list[str | Messages], *
     return [float(is_correct(prompt, completion)) for prompt, completion in zip(prompts, completions, strict=True)]
 
 
-TASK = Task(
-    name="builtin:addition",
-    configs={"clean": 0.0, "noisy": 0.04, "noisier": 0.13},
-    make_examples=make_examples,
-    is_correct=is_correct,
-    max_new_tokens=len(addition_trace(10**DIGITS - 1, 1)) + 1,
-)
+def make_task(name: str, config: str | None = None) -> Task:
+    """Column addition; the config, `clean` by default, sets the error rate of what the train split of `sft` shows.
+
+    Raises:
+        ValueError: if the config is unknown.
+    """
+    config = next(iter(CONFIGS)) if config is None else config
+    if config not in CONFIGS:
+        raise ValueError(f"Unknown config {config!r} of {name}: choose one of {', '.join(CONFIGS)}.")
+
+    def rows(kind: str, split: str, seed: int) -> Iterator[dict[str, Any]]:
+        count, error_rate = (ROWS[kind], CONFIGS[config]) if split == "train" else (TEST_ROWS, 0.0)
+        for example in make_examples(split, count, error_rate, seed):
+            yield conversation(kind, example.question, example.answer, example.corrupted, example.demonstration)
+
+    longest = len(addition_trace(10**DIGITS - 1, 1)) + 1
+    return Task(name, rows, _score, max_new_tokens=longest)
+
+
+def _score(row: Mapping[str, Any], answer: str) -> float:
+    return float(is_correct(row["prompt"], answer))

@@ -1,41 +1,51 @@
-"""What a built-in task is: a source of examples and a verifier."""
+"""What a task is: rows for each kind of training, and a verifier."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 Messages = list[dict[str, str]]
 
-
-@dataclass(frozen=True)
-class Example:
-    """One question with everything that the three dataset kinds need, as plain text.
-
-    `answer` is right, `corrupted` is wrong in one place, and `demonstration` is what supervised fine-tuning
-    imitates: the answer, with as many errors as the task's config asks for.
-    """
-
-    question: str
-    answer: str
-    corrupted: str
-    demonstration: str
+KINDS = ("sft", "preference", "prompt")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A built-in task; one module defines it and one line of the registry in `ceu_rl.tasks` adds it.
+    """A task, at one setting of it.
 
-    `configs` maps each config's name to the error rate of the demonstrations in its `sft` data; the first is
-    the default. `make_examples(split, count, error_rate, seed)` returns `count` examples with distinct
-    questions, none of which appears in the other split, whatever the two seeds.
-    `is_correct(prompt, completion)` is the verifier. No answer has more than `max_new_tokens` tokens, the end
-    token included.
+    `rows(kind, split, seed)` yields rows in TRL's conversational formats (see [`conversation`]), with distinct
+    questions; none of the split "test" is in "train", whatever the two seeds. `score(row, answer)` is the verifier: a
+    number from 0 to 1 for the text of an answer to a row's prompt, 1 if it is right. No right answer has more than
+    `max_new_tokens` tokens, the end token included; None means the longest of the rows that are scored. At each
+    evaluation `samples` answers are drawn to every question.
     """
 
     name: str
-    configs: Mapping[str, float]
-    make_examples: Callable[[str, int, float, int], list[Example]]
-    is_correct: Callable[[str | Messages, str | Messages], bool]
-    max_new_tokens: int
+    rows: Callable[[str, str, int], Iterable[dict[str, Any]]]
+    score: Callable[[Mapping[str, Any], str], float]
+    max_new_tokens: int | None = None
+    samples: int = 1
+
+
+def conversation(kind: str, question: str, right: str | None, wrong: str = "", shown: str | None = None) -> dict:
+    """A row of one kind: prompt and completion (`shown`, or the right answer), prompt, chosen and rejected, or prompt
+    and answer. Every column but `answer` is a message list."""
+    prompt = [{"role": "user", "content": question}]
+    if kind == "prompt":
+        return {"prompt": prompt, "answer": right}
+    if kind == "sft":
+        return {"prompt": prompt, "completion": _assistant(right if shown is None else shown)}
+    return {"prompt": prompt, "chosen": _assistant(right), "rejected": _assistant(wrong)}
+
+
+def _assistant(text: str | None) -> list[dict[str, str | None]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def right_answer(row: Mapping[str, Any]) -> str | None:
+    """The answer that a row of any kind shows as right; None where a task has only a verifier."""
+    found = next(row[column] for column in ("answer", "completion", "chosen") if column in row)
+    return None if found is None else last_content(found)
 
 
 def last_content(text_or_messages: str | Messages) -> str:

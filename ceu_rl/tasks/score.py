@@ -1,15 +1,31 @@
-"""Accuracy of a model on a built-in task and divergence from its start, measured by generating answers."""
+"""Accuracy of a model on a task and divergence from its start, measured by generating answers."""
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ceu_rl.models import seeded_rng
-from ceu_rl.tasks.protocol import Messages, Task
+from ceu_rl.models import end_token_ids, seeded_rng
+from ceu_rl.tasks.protocol import Messages, Task, right_answer
 
-Batches = list[tuple[torch.Tensor, torch.Tensor]]  # token ids of prompts and answers, see `generate_tokens`
+Row = Mapping[str, Any]
+LONGEST = 512  # most tokens of an answer where neither the task nor its rows set a limit
+LOGITS = 2**25  # most logits that one forward pass of `evaluate_divergence` returns, beyond those of one answer
+DOUBLES = 2**22  # most of them at once in float64
+
+
+class Batch(NamedTuple):
+    """Prompts (batch, prompt length), padded on the left, and answers (batch, answer length), padded on the right.
+
+    A mask is 1 for what counts: all of the prompt, and the answer up to its first end token, that one included.
+    """
+
+    prompts: torch.Tensor
+    prompt_mask: torch.Tensor
+    answers: torch.Tensor
+    answer_mask: torch.Tensor
 
 
 @torch.no_grad()
@@ -21,20 +37,18 @@ def generate_tokens(
     sample: bool = False,
     seed: int = 0,
     batch_size: int = 512,
-) -> Batches:
+) -> list[Batch]:
     """Generate one answer for each prompt: greedy, or drawn at temperature 1 from `seed`.
 
-    `model` is a causal language model or a PEFT model of one. Nothing outlives the call: the random state,
-    the model's training mode and the tokenizer's padding side are as before.
-
-    Returns:
-        For each batch the prompts, padded on the left, and the answers, padded on the right after their end token.
+    `model` is a causal language model or a PEFT model of one; an answer ends with any of the tokens that
+    [`ceu_rl.models.end_token_ids`] names. Nothing outlives the call: the random state, the model's training mode and
+    the tokenizer's padding side are as before.
     """
     texts = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, tokenize=False)
     decoding: dict[str, Any] = {"do_sample": False}
     if sample:
         decoding = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    was_training = model.training
+    ends, was_training = end_token_ids(model, tokenizer), model.training
     model.eval()
     batches = []
     try:
@@ -52,11 +66,14 @@ def generate_tokens(
                     attention_mask=batch["attention_mask"],
                     max_new_tokens=max_new_tokens,
                     pad_token_id=tokenizer.pad_token_id,
-                    eos_token_id=tokenizer.eos_token_id,
+                    eos_token_id=ends or None,
                     use_cache=True,
                     **decoding,
                 )
-                batches.append(tokens.split([width := batch["input_ids"].shape[1], tokens.shape[1] - width], dim=1))
+                answers = tokens[:, batch["input_ids"].shape[1] :]
+                ended = torch.isin(answers, torch.tensor(ends, device=answers.device)).long()
+                mask = (ended.cumsum(dim=1) - ended == 0).long()
+                batches.append(Batch(batch["input_ids"], batch["attention_mask"], answers, mask))
     finally:
         model.train(was_training)
     return batches
@@ -66,86 +83,124 @@ def generate_answers(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages], max_new_tokens: int, **settings: Any
 ) -> list[str]:
     """The texts of [`generate_tokens`], which takes the same arguments."""
-    return _texts(tokenizer, generate_tokens(model, tokenizer, prompts, max_new_tokens, **settings))
+    return _texts(model, tokenizer, generate_tokens(model, tokenizer, prompts, max_new_tokens, **settings))
+
+
+def _texts(model: Any, tokenizer: PreTrainedTokenizerBase, batches: Sequence[Batch]) -> list[str]:
+    ends = torch.tensor(end_token_ids(model, tokenizer), device=model.device)
+    return [
+        tokenizer.decode(answer[mask.bool() & ~torch.isin(answer, ends)], skip_special_tokens=True)
+        for batch in batches
+        for answer, mask in zip(batch.answers, batch.answer_mask, strict=True)
+    ]
 
 
 @torch.no_grad()
-def evaluate_divergence(
-    model: Any, reference: Any, tokenizer: PreTrainedTokenizerBase, batches: Batches
-) -> dict[str, float]:
+def evaluate_divergence(model: Any, reference: Any, batches: Sequence[Batch]) -> dict[str, float]:
     """Divergence from a reference and entropy on the model's own samples, in nats per token.
 
         KL = mean_t sum_v p(v) log(p(v) / p_ref(v))        H = -mean_t sum_v p(v) log p(v)
 
     with p and p_ref given the prompt and the sampled tokens before t, and the mean over the tokens of all answers, the
-    end token included: the sum over v is exact, and only the prefixes are sampled.
+    end token included: the sum over v is exact, and only the prefixes are sampled. It is computed a few answers at a
+    time, so that a large vocabulary takes little memory.
 
     Args:
         model: What drew the samples.
         reference: The model before training.
-        tokenizer: Of both.
         batches: What [`generate_tokens`] returned for `sample=True`.
     """
     was_training, total, count = model.training, torch.zeros(2, dtype=torch.float64), 0
+    vocabulary = model.config.get_text_config().vocab_size
     model.eval()
     try:
-        for prompts, answers in batches:
-            ends = (answers == tokenizer.eos_token_id).long()
-            kept = ends.cumsum(dim=1) - ends == 0  # up to the end token
-            mask = torch.cat([prompts != tokenizer.pad_token_id, kept], dim=1).long()
-            inputs = {
-                "input_ids": torch.cat([prompts, answers], dim=1),
-                "attention_mask": mask,
-                "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
-            }
-            log_p, log_ref = (
-                one(**inputs, use_cache=False).logits[:, prompts.shape[1] - 1 : -1][kept].double().log_softmax(dim=-1)
-                for one in (model, reference)
-            )
-            p = log_p.exp()
-            total += torch.stack([(p * (log_p - log_ref)).sum(), -(p * log_p).sum()]).cpu()
-            count += len(p)
+        for batch in batches:
+            at_once = max(1, LOGITS // (batch.answers.shape[1] * vocabulary))
+            for part in zip(*(each.split(at_once) for each in batch), strict=True):
+                logits = [_answer_logits(one, Batch(*part)) for one in (model, reference)]
+                count += len(logits[0])
+                for few in zip(*(each.split(max(1, DOUBLES // vocabulary)) for each in logits), strict=True):
+                    log_p, log_ref = (each.double().log_softmax(dim=-1) for each in few)
+                    p = log_p.exp()
+                    total += torch.stack([(p * (log_p - log_ref)).sum(), -(p * log_p).sum()]).cpu()
     finally:
         model.train(was_training)
     divergence, entropy = (total / count).tolist()
     return {"kl": divergence, "sampled_entropy": entropy}
 
 
-def evaluate_accuracy(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    prompts: Sequence[Messages],
-    sample: bool = False,
-    seed: int = 0,
-    batch_size: int = 512,
-) -> float:
-    """The share of prompts, 0 to 1, that the model answers correctly by the task's verifier.
+def _answer_logits(model: Any, batch: Batch) -> torch.Tensor:
+    """What predicts each token of the answers that counts, (tokens, vocabulary)."""
+    mask = torch.cat([batch.prompt_mask, batch.answer_mask], dim=1)
+    length = batch.answers.shape[1]
+    outputs = model(
+        input_ids=torch.cat([batch.prompts, batch.answers], dim=1),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+        use_cache=False,
+        logits_to_keep=length + 1,
+    )
+    return outputs.logits[:, -length - 1 : -1][batch.answer_mask.bool()]
 
-    Safe in the middle of a training run: see [`generate_tokens`].
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """The chance that one of k answers is right, without bias from `samples` of which `right` are (Chen et al. 2021,
+    arXiv 2107.03374, equation 1): 1 - C(samples - right, k) / C(samples, k).
 
     Raises:
-        ValueError: if there are no prompts.
+        ValueError: if k is greater than the number of samples.
     """
-    if not prompts:
-        raise ValueError("There are 0 prompts to score: pass at least one.")
-    settings: dict[str, Any] = {"sample": sample, "seed": seed, "batch_size": batch_size}
-    batches = generate_tokens(model, tokenizer, prompts, task.max_new_tokens, **settings)
-    return _accuracy(tokenizer, task, prompts, batches)
+    if not 1 <= k <= samples:
+        raise ValueError(f"pass@{k} cannot be told from {samples} samples; draw at least {k}.")
+    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def evaluate_accuracy(
+    model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Row], **settings: Any
+) -> float:
+    """The share of rows, 0 to 1, whose prompt the model answers right by the task's verifier.
+
+    Safe in the middle of a training run: see [`generate_tokens`], which takes the same settings.
+
+    Raises:
+        ValueError: if there are no rows.
+    """
+    right = _right(model, tokenizer, task, rows, _generate(model, tokenizer, task, rows, **settings))
+    return sum(right) / len(right)
 
 
 def evaluate_samples(
-    model: Any, reference: Any, tokenizer: PreTrainedTokenizerBase, task: Task, prompts: Sequence[Messages], seed: int
+    model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Row], seed: int, reference: Any = None
 ) -> dict[str, float]:
-    """`sampled_accuracy` as [`evaluate_accuracy`] gives it, and [`evaluate_divergence`] of the same samples."""
-    batches = generate_tokens(model, tokenizer, prompts, task.max_new_tokens, sample=True, seed=seed)
-    accuracy = _accuracy(tokenizer, task, prompts, batches)
-    return {"sampled_accuracy": accuracy, **evaluate_divergence(model, reference, tokenizer, batches)}
+    """`sampled_accuracy` and `pass@k` of `task.samples` answers to each row, drawn at temperature 1.
+
+    k is each power of two up to the number of samples; pass@1 is the sampled accuracy and not repeated. With a
+    reference, also [`evaluate_divergence`] of the same samples.
+
+    Raises:
+        ValueError: if there are no rows.
+    """
+    count = task.samples
+    repeated = [row for row in rows for _ in range(count)]
+    batches = _generate(model, tokenizer, task, repeated, sample=True, seed=seed)
+    right = _right(model, tokenizer, task, repeated, batches)
+    found = [sum(right[start : start + count]) for start in range(0, len(right), count)]
+    scores = {"sampled_accuracy": sum(found) / len(right)}
+    for k in (2**power for power in range(1, count.bit_length())):
+        scores[f"pass@{k}"] = sum(pass_at_k(count, each, k) for each in found) / len(found)
+    return scores | (evaluate_divergence(model, reference, batches) if reference is not None else {})
 
 
-def _accuracy(tokenizer: PreTrainedTokenizerBase, task: Task, prompts: Sequence[Messages], batches: Batches) -> float:
-    return sum(map(task.is_correct, prompts, _texts(tokenizer, batches))) / len(prompts)
+def _generate(model: Any, tokenizer: Any, task: Task, rows: Sequence[Row], **settings: Any) -> list[Batch]:
+    if not rows:
+        raise ValueError("There are 0 rows to score: pass at least one.")
+    longest = task.max_new_tokens
+    if longest is None:
+        answers = [answer for row in rows if (answer := right_answer(row)) is not None]
+        lengths = [len(ids) for ids in tokenizer(answers, add_special_tokens=False).input_ids] if answers else []
+        longest = min(max(lengths, default=LONGEST) + 1, LONGEST)
+    return generate_tokens(model, tokenizer, [row["prompt"] for row in rows], longest, **settings)
 
 
-def _texts(tokenizer: PreTrainedTokenizerBase, batches: Batches) -> list[str]:
-    return [text for _, answers in batches for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+def _right(model: Any, tokenizer: Any, task: Task, rows: Sequence[Row], batches: Sequence[Batch]) -> list[bool]:
+    return [task.score(row, text) >= 1 for row, text in zip(rows, _texts(model, tokenizer, batches), strict=True)]

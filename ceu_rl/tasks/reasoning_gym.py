@@ -1,0 +1,215 @@
+"""`reasoning_gym:TASK`: the procedural tasks of Reasoning Gym (Stojanovski et al. 2025, arXiv 2505.24760) as datasets.
+
+The fields of a task are set by `dataset_config`, as its config takes them; `size` is the number of train rows:
+
+    dataset_name: reasoning_gym:chain_sum
+    dataset_config: "min_terms=2, max_terms=2, size=1000"
+
+A question belongs to test or to train once for all, by its checksum. The column `entry` holds what the verifier of the
+library needs; `score_answer` reads it as a reward function. A few tasks (such as `ransom_note`) draw from sets, so that
+their questions also depend on `PYTHONHASHSEED`.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import enum
+import functools
+import io
+import itertools
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+from zlib import crc32
+
+from ceu_rl.tasks.protocol import Messages, Task, conversation, last_content
+
+PREFIX = "reasoning_gym:"
+TRAIN_ROWS = 2000
+TEST_ROWS = 100  # no more than train rows
+TEST_SHARE = 8  # one question in 8 belongs to the test split
+SAMPLES = 8
+# What a verifier raises for an answer that it cannot read
+UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, SyntaxError, TypeError, ValueError)
+
+
+def make_task(name: str, config: str | None = None) -> Task:
+    """A task of the library with its fields set.
+
+    Raises:
+        ImportError: if `reasoning-gym` is not installed.
+        ValueError: if the task or a field is unknown, or a value does not fit its field.
+    """
+    task = name.removeprefix(PREFIX)
+    dataset = _dataset(task, config)
+
+    def rows(kind: str, split: str, seed: int) -> Iterator[dict[str, Any]]:
+        if kind != "prompt" and dataset[0]["answer"] is None:
+            raise ValueError(f"{name} has a verifier but no right answers to show; it works with `ceu-rl grpo` alone.")
+        return _rows(task, config, kind, split, seed)
+
+    return Task(name, rows, lambda row, answer: _score(row["entry"], answer), samples=SAMPLES)
+
+
+def score_answer(
+    prompts: Sequence[Any], completions: Sequence[str | Messages], entry: Sequence[str] | None = None, **kwargs: Any
+) -> list[float]:
+    """The library's `score_answer` as a reward function for GRPO: 0 to 1, with part of it for some wrong answers.
+
+    Raises:
+        ValueError: for a dataset that is not one of this module.
+    """
+    if entry is None:
+        raise ValueError(f"The dataset has no column entry; use this reward with dataset_name: {PREFIX}TASK.")
+    return [_score(one, last_content(completion)) for one, completion in zip(entry, completions, strict=True)]
+
+
+def _score(entry: str, answer: str) -> float:
+    held = ast.literal_eval(entry)
+    return _verify(_dataset(held.pop("task"), held.pop("config")), held, answer.strip())
+
+
+def _verify(dataset: Any, entry: Mapping[str, Any], answer: str) -> float:
+    with contextlib.redirect_stdout(io.StringIO()):  # some verifiers print
+        try:
+            return float(dataset.score_answer(answer, entry))
+        except UNREADABLE:
+            return 0.0
+
+
+def _rows(task: str, config: str | None, kind: str, split: str, seed: int) -> Iterator[dict[str, Any]]:
+    verifier = _dataset(task, config)
+    count = _settings(task, config).get("size", TRAIN_ROWS)
+    count = count if split == "train" else min(count, TEST_ROWS)
+    # Some tasks have few questions: where no new ones come, the split ends with fewer rows
+    drawn = _dataset(task, config, seed, 4 * TEST_SHARE * count)
+    rng, seen, others = random.Random(f"{split} {seed}"), set(), [drawn[i]["answer"] for i in range(20)]
+    for index in range(drawn.size):
+        entry = drawn[index]
+        question = entry["question"]
+        is_test = crc32(question.encode()) % TEST_SHARE == 0
+        if is_test != (split == "test") or question in seen:
+            continue
+        wrong = ""
+        if kind == "preference":
+            candidates = wrong_answers(entry["answer"], others, rng)
+            found = next((each for each in candidates if _verify(verifier, entry, each) < 1), None)
+            if found is None:
+                continue
+            wrong = found
+        seen.add(question)
+        held = repr({"task": task, "config": config, **entry})
+        yield {**conversation(kind, question, entry["answer"], wrong), "entry": held}
+        if len(seen) == count:
+            return
+    if not seen:
+        reason = ", or no answer that its verifier finds wrong" if kind == "preference" else ""
+        raise ValueError(
+            f"{PREFIX}{task} has no question for {split} among {drawn.size}{reason}; let its fields vary more."
+        )
+
+
+def wrong_answers(right: str, others: Sequence[str], rng: random.Random) -> Iterator[str]:
+    """Answers of the form of the right one, to be tried in turn: one digit changed, the answer to another question, the
+    opposite, two parts exchanged."""
+    digits = [match.start() for match in re.finditer(r"[0-9]", right)]
+    for _ in range(10 if digits else 0):
+        place = rng.choice(digits)
+        leads = right[place + 1 : place + 2].isdigit() and not right[place - 1 : place].isdigit()
+        new = rng.choice([digit for digit in "0123456789"[leads:] if digit != right[place]])
+        yield right[:place] + new + right[place + 1 :]
+    yield from (other for other in rng.sample(others, len(others)) if other != right)
+    opposites = {"True": "False", "Yes": "No"}
+    opposites |= {no: yes for yes, no in opposites.items()}
+    if right in opposites:
+        yield opposites[right]
+    parts = right.split() if " " in right else list(right)
+    for first, second in itertools.islice(itertools.combinations(range(len(parts)), 2), 20):
+        if parts[first] != parts[second]:
+            exchanged = list(parts)
+            exchanged[first], exchanged[second] = parts[second], parts[first]
+            yield (" " if " " in right else "").join(exchanged)
+
+
+@functools.cache
+def _dataset(task: str, config: str | None, seed: int = 0, size: int = TRAIN_ROWS) -> Any:
+    """The library's dataset, from which questions are drawn by index."""
+    _, library = _registry()
+    settings = {"seed": seed, **_settings(task, config), "size": size}
+    try:
+        return library.create_dataset(task, **settings)
+    except (AssertionError, ValueError, TypeError) as error:
+        raise ValueError(f"{PREFIX}{task} does not work with {config or 'its default config'}: {error}.") from error
+
+
+def _registry() -> tuple[dict[str, tuple[Any, Any]], Any]:
+    """The classes of all tasks by their name, and the library."""
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise ImportError(f"{PREFIX}TASK needs the package reasoning-gym; pip install 'ceu-rl[tasks]'.") from error
+    return DATASETS, reasoning_gym
+
+
+def _settings(task: str, config: str | None) -> dict[str, Any]:
+    """The fields that `name=value, name=value` sets, with values of the types of their defaults."""
+    known = _registry()[0]
+    if task not in known:
+        raise ValueError(f"reasoning_gym has no task {task!r}{_closest(task, known)}.")
+    fields = {field.name: field for field in dataclasses.fields(known[task][1])}
+    given: dict[str, Any] = {}
+    try:
+        call = ast.parse(f"dict({config or ''})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or not all(each.arg for each in call.keywords):
+            raise ValueError("no list of fields")
+        given = {str(each.arg): _value(each.value) for each in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"dataset_config is {config!r}; write it as in 'min_terms=2, max_terms=2'.") from error
+    for name, value in given.items():
+        if name not in fields:
+            raise ValueError(f"reasoning_gym's task {task} has no field {name!r}{_closest(name, fields)}.")
+        given[name] = _typed(task, fields[name], value)
+    if given.get("size", 1) < 1:
+        raise ValueError(f"dataset_config sets size={given['size']}; it is the number of train rows, at least 1.")
+    return given
+
+
+def _value(node: ast.expr) -> Any:
+    """A literal, or a bare word as text."""
+    if isinstance(node, ast.Name):
+        return {"true": True, "false": False}.get(node.id, node.id)
+    return ast.literal_eval(node)
+
+
+def _typed(task: str, field: dataclasses.Field, value: Any) -> Any:
+    """The value in the type of the field's default, where it has one."""
+    default = field.default
+    if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    kind = type(default)
+    convert: dict[type, Callable[[Any], Any]] = {
+        datetime.date: datetime.date.fromisoformat,
+        datetime.time: datetime.time.fromisoformat,
+    }
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if default in (None, dataclasses.MISSING) or kind is type(value):
+        return value
+    if kind is float and whole:
+        return float(value)
+    if kind in (list, tuple) and isinstance(value, list | tuple):
+        return kind(value)
+    if isinstance(value, str) and (kind in convert or issubclass(kind, enum.Enum)):
+        with contextlib.suppress(ValueError):
+            return convert.get(kind, kind)(value)
+    raise ValueError(
+        f"dataset_config sets {field.name}={value!r} of {task}; give it the type {kind.__name__}, as in {default!r}."
+    )
+
+
+def _closest(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"; the closest name is {close[0]}" if close else ""
