@@ -34,7 +34,7 @@ def test_links_and_paths_resolve(path):
             assert re.search(rf"^def {title}\(", place.read_text(), flags=re.M), f"{name(path)} cites {title}"
     for target in re.findall(r"`((?:tests|docs|recipes|ceu_rl)/[\w./-]+)`", text):
         assert (ROOT / target).exists(), f"{name(path)} mentions {target}"
-    for recipe in re.findall(r"recipes/[\w./-]+\.yaml", text):
+    for recipe in re.findall(r"recipes/(?!\w+/maze/)[\w./-]+\.yaml", text):  # those of the maze are in the history
         assert (ROOT / recipe).exists(), f"{name(path)} mentions {recipe}"
 
 
