@@ -41,7 +41,7 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
 
     | `dataset_name` | meaning |
     |---|---|
-    | `builtin:addition` | an embedded task |
+    | `builtin:addition`, `reasoning_gym:TASK` | a task, at the setting of `dataset_config` |
     | `locuslab/TOFU`, `builtin:authors`, a folder in TOFU's layout | the configs of `dataset_config`, joined by + |
     | `rows.jsonl` (`.json`, `.csv`, `.tsv`, `.parquet`) | that file, as the split train |
     | a folder | what `save_to_disk` wrote there, or its files |
@@ -57,7 +57,7 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
         ValueError: for a name, config or split that there is not.
         OSError: for what cannot be read or reached.
     """
-    from .tasks import get_task, load_task_dataset
+    from .tasks import get_task, is_task, load_task_dataset
     from .tofu.data import is_tofu, load_tofu
 
     name, config, task = script.dataset_name, script.dataset_config, None
@@ -78,8 +78,8 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
             )
         parts = [load_tofu(name, one).select_columns(["question", "answer"]) for one in config.split("+")]
         dataset = {script.dataset_train_split: concatenate_datasets(parts)}
-    elif name.startswith("builtin:"):
-        task = get_task(name)
+    elif is_task(name):
+        task = get_task(name, config)
         dataset = load_task_dataset(name, KIND_OF[method], config)
     else:
         dataset = _open(name, config, streaming=script.dataset_streaming)

@@ -25,7 +25,7 @@ from .checkpoints import check_resumes, saved_checkpoints
 from .data import check_layout, load
 from .engines import check_engine, check_processes, engines_on_cpu, save_whole
 from .errors import Boundary, NameCause, sentence
-from .models import BUILTIN_MODEL, build_bpe_tokenizer, build_model, build_tokenizer, check_model_name
+from .models import BUILTIN_MODEL, build_bpe_tokenizer, build_model, build_tokenizer, check_model_name, resolve_model
 from .prompts import PromptFormat
 from .provenance import environment, peak_memory_gib, write_json
 from .recipe import build_configs, classes_of, read_arguments, settings_of
@@ -131,9 +131,11 @@ def _eval_tokens(method: str, trainer: Any) -> dict[str, dict[str, float]]:
 
 def _check_names(arguments: Mapping[str, Any], argv: Sequence[str]) -> None:
     if not arguments.get("model_name_or_path"):
-        raise ValueError(f"model_name_or_path is missing; give a Hub name, a folder, or {BUILTIN_MODEL} for sft.")
+        raise ValueError("model_name_or_path is missing; give a Hub name, a folder, or builtin:smollm2.")
     if not arguments.get("dataset_name") and not arguments.get("datasets"):
-        raise ValueError("dataset_name is missing; give a Hub name, a folder, a file, or builtin:addition.")
+        raise ValueError(
+            "dataset_name is missing; give a Hub name, a folder, a file, or a task such as builtin:addition."
+        )
     for entry in arguments.get("datasets") or []:
         if not isinstance(entry, Mapping):
             raise ValueError(f"datasets holds {entry!r}; give a mapping for each dataset, such as {{path: NAME}}.")
@@ -262,9 +264,7 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
     asks = method in ASKING and any(has_questions(dataset) for dataset in datasets.values())
 
     given: dict[str, Any]
-    if model_config.model_name_or_path == BUILTIN_MODEL:
-        if method != "sft":
-            raise ValueError(f"{BUILTIN_MODEL} has random weights; train it with `ceu-rl sft` and name that folder.")
+    if method == "sft" and model_config.model_name_or_path == BUILTIN_MODEL:
         tokenizer: Any = build_tokenizer()
         if asks:  # one tokenizer for all the models of a dataset
             full = load_tofu(script.dataset_name, "full")
@@ -273,6 +273,7 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
         args.model_init_kwargs = None
         given = {"model": model, "processing_class": tokenizer}
     else:
+        model_config.model_name_or_path = resolve_model(model_config.model_name_or_path)
         args.model_init_kwargs = {
             "revision": model_config.model_revision,
             "trust_remote_code": args.trust_remote_code,
@@ -316,7 +317,7 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
     trainer.add_callback(MetricsFile)
     if task is not None and "eval" in datasets:
         start = None if method == "sft" else model_config.model_name_or_path
-        trainer.add_callback(TaskScore(trainer, task, datasets["eval"]["prompt"], start))
+        trainer.add_callback(TaskScore(trainer, task, datasets["eval"], start))
     return trainer, prompt
 
 

@@ -396,12 +396,13 @@ def test_divergence_from_the_start_is_that_of_each_sample_alone(tokenizer, paddi
         monkeypatch.setattr(scoring, "DOUBLES", chunk)
     turns = [*user("hi"), {"role": "assistant", "content": "yo"}]
     prompts = [user("1+2="), turns + user("123+567="), user("99+1="), turns + user("5+5=")]
-    task = dataclasses.replace(TASK, score=lambda row, answer: 0.0, max_new_tokens=10)
+    task = dataclasses.replace(TASK, score=lambda row, answer: 0.0, max_new_tokens=10, samples=2)
     rows = [{"prompt": prompt} for prompt in prompts]
     found = evaluate_samples(model, tokenizer, task, rows, seed=3, reference=reference)
     total, entropy, count, lengths, ends = 0.0, 0.0, 0, set(), set()
-    (batch,) = generate_tokens(model, tokenizer, prompts, 10, sample=True, seed=3)
-    for prompt, answer in zip(prompts, batch.answers.tolist(), strict=True):
+    (batch,) = generate_tokens(model, tokenizer, prompts, 10, sample=True, seed=3, samples=2)
+    answers = batch.answers.flatten(0, 1).tolist()
+    for prompt, answer in zip([p for p in prompts for _ in range(2)], answers, strict=True):
         question = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
         stops = [place for place, token in enumerate(answer) if token in (tokenizer.eos_token_id, other_end)]
         answer = answer[: stops[0] + 1] if stops else answer
@@ -439,7 +440,7 @@ def test_every_end_of_the_generation_config_ends_an_answer_and_is_none_of_it(spe
     task = dataclasses.replace(TASK, score=lambda row, answer: float(answer == "ok"), max_new_tokens=8)
     assert evaluate_accuracy(model, tokenizer, task, [{"prompt": user("?")}]) == 1.0
     (batch,) = generate_tokens(model, tokenizer, [user("?")], 8)
-    assert batch.answers.tolist() == [[*said[1:4]]] and batch.answer_mask.tolist() == [[1, 1, 1]]
+    assert batch.answers.tolist() == [[said[1:4]]] and batch.answer_mask.tolist() == [[[1, 1, 1]]]
 
 
 def test_pass_at_k_by_hand_and_by_drawing():

@@ -17,7 +17,7 @@ DOUBLES = 2**22  # most of them at once in float64
 
 
 class Batch(NamedTuple):
-    """Prompts (batch, prompt length), padded on the left, and answers (batch, answer length), padded on the right.
+    """Prompts (batch, prompt length), padded on the left, and answers (batch, samples, length), padded on the right.
 
     A mask is 1 for what counts: all of the prompt, and the answer up to its first end token, that one included.
     """
@@ -37,12 +37,13 @@ def generate_tokens(
     sample: bool = False,
     seed: int = 0,
     batch_size: int = 512,
+    samples: int = 1,
 ) -> list[Batch]:
-    """Generate one answer for each prompt: greedy, or drawn at temperature 1 from `seed`.
+    """Generate `samples` answers to each prompt: greedy, or drawn at temperature 1 from `seed`.
 
-    `model` is a causal language model or a PEFT model of one; an answer ends with any of the tokens that
-    [`ceu_rl.models.end_token_ids`] names. Nothing outlives the call: the random state, the model's training mode and
-    the tokenizer's padding side are as before.
+    A prompt is read once for all its answers, of which a batch has `batch_size`. `model` is a causal language model or a
+    PEFT model of one; an answer ends with any of the tokens that [`ceu_rl.models.end_token_ids`] names. Nothing outlives
+    the call: the random state, the model's training mode and the tokenizer's padding side are as before.
     """
     texts = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, tokenize=False)
     decoding: dict[str, Any] = {"do_sample": False}
@@ -53,27 +54,28 @@ def generate_tokens(
     batches = []
     try:
         with seeded_rng(seed, model.device):
-            for start in range(0, len(texts), batch_size):
+            for start in range(0, len(texts), at_once := max(1, batch_size // samples)):
                 batch = tokenizer(
-                    texts[start : start + batch_size],
+                    texts[start : start + at_once],
                     padding=True,
                     padding_side="left",
                     add_special_tokens=False,
                     return_tensors="pt",
                 ).to(model.device)
+                prompts_read = batch["input_ids"], batch["attention_mask"]
                 tokens = model.generate(
-                    input_ids=batch["input_ids"],
-                    attention_mask=batch["attention_mask"],
+                    **dict(zip(("input_ids", "attention_mask"), _copies(prompts_read, samples), strict=True)),
+                    past_key_values=_read(model, *prompts_read, samples),
                     max_new_tokens=max_new_tokens,
                     pad_token_id=tokenizer.pad_token_id,
                     eos_token_id=ends or None,
                     use_cache=True,
                     **decoding,
                 )
-                answers = tokens[:, batch["input_ids"].shape[1] :]
+                answers = tokens[:, batch["input_ids"].shape[1] :].unflatten(0, (-1, samples))
                 ended = torch.isin(answers, torch.tensor(ends, device=answers.device)).long()
-                mask = (ended.cumsum(dim=1) - ended == 0).long()
-                batches.append(Batch(batch["input_ids"], batch["attention_mask"], answers, mask))
+                mask = (ended.cumsum(dim=-1) - ended == 0).long()
+                batches.append(Batch(*prompts_read, answers, mask))
     finally:
         model.train(was_training)
     return batches
@@ -91,7 +93,7 @@ def _texts(model: Any, tokenizer: PreTrainedTokenizerBase, batches: Sequence[Bat
     return [
         tokenizer.decode(answer[mask.bool() & ~torch.isin(answer, ends)], skip_special_tokens=True)
         for batch in batches
-        for answer, mask in zip(batch.answers, batch.answer_mask, strict=True)
+        for answer, mask in zip(batch.answers.flatten(0, 1), batch.answer_mask.flatten(0, 1), strict=True)
     ]
 
 
@@ -115,7 +117,7 @@ def evaluate_divergence(model: Any, reference: Any, batches: Sequence[Batch]) ->
     model.eval()
     try:
         for batch in batches:
-            at_once = max(1, LOGITS // (batch.answers.shape[1] * vocabulary))
+            at_once = max(1, LOGITS // (batch.answers[0].numel() * vocabulary))
             for part in zip(*(each.split(at_once) for each in batch), strict=True):
                 logits = [_answer_logits(one, Batch(*part)) for one in (model, reference)]
                 count += len(logits[0])
@@ -131,16 +133,39 @@ def evaluate_divergence(model: Any, reference: Any, batches: Sequence[Batch]) ->
 
 def _answer_logits(model: Any, batch: Batch) -> torch.Tensor:
     """What predicts each token of the answers that counts, (tokens, vocabulary)."""
-    mask = torch.cat([batch.prompt_mask, batch.answer_mask], dim=1)
-    length = batch.answers.shape[1]
-    outputs = model(
-        input_ids=torch.cat([batch.prompts, batch.answers], dim=1),
-        attention_mask=mask,
-        position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
-        use_cache=False,
-        logits_to_keep=length + 1,
-    )
-    return outputs.logits[:, -length - 1 : -1][batch.answer_mask.bool()]
+    samples, width = batch.answers.shape[1], batch.prompts.shape[1]
+    answers, kept = batch.answers.flatten(0, 1), batch.answer_mask.flatten(0, 1)
+    prompts, prompt_mask = _copies((batch.prompts, batch.prompt_mask), samples)
+    mask = torch.cat([prompt_mask, kept], dim=1)
+    logits = model(
+        input_ids=torch.cat([prompts, answers], dim=1)[:, width - 1 : -1],
+        attention_mask=mask[:, :-1],
+        position_ids=_positions(mask)[:, width - 1 : -1],
+        past_key_values=_read(model, batch.prompts, batch.prompt_mask, samples),
+        use_cache=True,
+    ).logits
+    return logits[kept.bool()]
+
+
+def _read(model: Any, prompts: torch.Tensor, mask: torch.Tensor, samples: int) -> Any:
+    """What the model keeps of each prompt but for its last token, once for every sample."""
+    past = model(
+        input_ids=prompts[:, :-1],
+        attention_mask=mask[:, :-1],
+        position_ids=_positions(mask)[:, :-1],
+        use_cache=True,
+        logits_to_keep=1,
+    ).past_key_values
+    past.batch_repeat_interleave(samples)
+    return past
+
+
+def _copies(tensors: Sequence[torch.Tensor], samples: int) -> list[torch.Tensor]:
+    return [each.repeat_interleave(samples, dim=0) for each in tensors]
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
@@ -181,9 +206,8 @@ def evaluate_samples(
         ValueError: if there are no rows.
     """
     count = task.samples
-    repeated = [row for row in rows for _ in range(count)]
-    batches = _generate(model, tokenizer, task, repeated, sample=True, seed=seed)
-    right = _right(model, tokenizer, task, repeated, batches)
+    batches = _generate(model, tokenizer, task, rows, sample=True, seed=seed, samples=count)
+    right = _right(model, tokenizer, task, [row for row in rows for _ in range(count)], batches)
     found = [sum(right[start : start + count]) for start in range(0, len(right), count)]
     scores = {"sampled_accuracy": sum(found) / len(right)}
     for k in (2**power for power in range(1, count.bit_length())):

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from ..models import end_token_ids
+from ..models import end_token_ids, resolve_model
 from ..progress import Progress
 from ..prompts import PromptArguments, PromptFormat, fingerprint
 from ..provenance import environment, peak_memory_gib, write_json
@@ -429,9 +429,10 @@ def _output(args: argparse.Namespace) -> Path:
 def _evaluate_path(args: argparse.Namespace, keep: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    name = resolve_model(args.model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        model: Any = AutoModelForCausalLM.from_pretrained(args.model)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model: Any = AutoModelForCausalLM.from_pretrained(name)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"--model {args.model} holds no model with its tokenizer ({first}).") from error
