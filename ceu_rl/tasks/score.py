@@ -41,9 +41,9 @@ def generate_tokens(
 ) -> list[Batch]:
     """Generate `samples` answers to each prompt: greedy, or drawn at temperature 1 from `seed`.
 
-    A prompt is read once for all its answers, of which a batch has `batch_size`. `model` is a causal language model or a
-    PEFT model of one; an answer ends with any of the tokens that [`ceu_rl.models.end_token_ids`] names. Nothing outlives
-    the call: the random state, the model's training mode and the tokenizer's padding side are as before.
+    A prompt is read once for all its answers, of which a batch has `batch_size`. `model` is a causal language model or
+    a PEFT model of one; an answer ends with any of the tokens that [`ceu_rl.models.end_token_ids`] names. Nothing
+    outlives the call: the random state, the model's training mode and the tokenizer's padding side are as before.
     """
     texts = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, tokenize=False)
     decoding: dict[str, Any] = {"do_sample": False}
