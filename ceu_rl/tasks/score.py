@@ -91,7 +91,7 @@ def generate_answers(
 def _texts(model: Any, tokenizer: PreTrainedTokenizerBase, batches: Sequence[Batch]) -> list[str]:
     ends = torch.tensor(end_token_ids(model, tokenizer), device=model.device)
     return [
-        tokenizer.decode(answer[mask.bool() & ~torch.isin(answer, ends)], skip_special_tokens=True)
+        str(tokenizer.decode(answer[mask.bool() & ~torch.isin(answer, ends)], skip_special_tokens=True))
         for batch in batches
         for answer, mask in zip(batch.answers.flatten(0, 1), batch.answer_mask.flatten(0, 1), strict=True)
     ]
