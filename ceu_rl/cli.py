@@ -4,6 +4,7 @@
     ceu-rl compare RECIPE.yaml ... [--learning_rate a b ...] [--seed 0 1 ...] [--any_field v1 v2 ...] [--jobs N]
     ceu-rl tofu-eval --model DIR --dataset NAME --split forget10 [--retain DIR/tofu_eval.json]
     ceu-rl recipes [NAME [DEST]]
+    ceu-rl gsm8k example_model_solutions.jsonl PAIRS.jsonl
     ceu-rl env
 
 `ceu-rl COMMAND --help` shows the command's own options. The same under accelerate:
@@ -68,6 +69,13 @@ def _recipes(argv: list[str], boundary: Boundary) -> int:
     return recipes_main(argv)
 
 
+def _gsm8k(argv: list[str], boundary: Boundary) -> int:
+    """Make preference pairs out of the model solutions that come with GSM8K."""
+    from .tasks.gsm8k import main as gsm8k_main
+
+    return gsm8k_main(argv)
+
+
 def _print_environment(argv: list[str], boundary: Boundary) -> int:
     """Print versions, device, and whether vLLM works here."""
     from rich.console import Console
@@ -95,6 +103,7 @@ COMMANDS: dict[str, Callable[[list[str], Boundary], int]] = {
     "compare": _compare,
     "tofu-eval": _tofu_eval,
     "recipes": _recipes,
+    "gsm8k": _gsm8k,
     "env": _print_environment,
 }
 

@@ -7,6 +7,7 @@ right.
 
 import difflib
 import functools
+import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -48,7 +49,7 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
     | anything else | a dataset on the Hub |
 
     `datasets` of the recipe, a mixture, goes before it. Where there is no split `dataset_test_split`, a share such as
-    `0.1` takes that part of the train split, the same rows for every seed.
+    `0.1` takes that part of the train split, the same rows for every seed, and no prompt in both parts.
 
     Returns:
         train and eval, or forget and retain for unlearning; and the task or None.
@@ -96,8 +97,15 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
                 f"dataset_test_split is {script.dataset_test_split}, which leaves a part of the {len(train)} rows "
                 "empty; choose another share."
             )
-        parts = train.train_test_split(test_size=share, seed=0)
-        return {"train": parts["train"], "eval": parts["test"]}, task
+        test = _test_rows(train, share)
+        taken = set(test)
+        rest = [index for index in range(len(train)) if index not in taken]
+        if not rest:
+            raise ValueError(
+                f"dataset_test_split is {script.dataset_test_split}, which takes all of the {len(train)} rows, because "
+                "rows with the same prompt stay together; choose a smaller share."
+            )
+        return {"train": train.select(rest), "eval": train.select(test)}, task
     datasets = {"train": train}
     if evaluates:
         datasets["eval"] = _split(dataset, script.dataset_test_split, "dataset_test_split")
@@ -152,6 +160,21 @@ def _share(split: str) -> float | None:
     if not 0 < share < 1:
         raise ValueError(f"dataset_test_split is {split}; use a split's name or a share between 0 and 1, such as 0.1.")
     return share
+
+
+def _test_rows(dataset: Dataset, share: float) -> list[int]:
+    """At least that share of the rows, drawn by their prompts, so that no prompt is in both parts."""
+    columns = [name for name in ("prompt", "question") if name in dataset.column_names]
+    prompts = map(str, dataset[columns[0]]) if columns else map(str, range(len(dataset)))
+    rows: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(index)
+    drawn = sorted(rows)
+    random.Random(0).shuffle(drawn)
+    test: list[int] = []
+    while len(test) < round(share * len(dataset)):
+        test += rows[drawn.pop()]
+    return sorted(test)
 
 
 def _split(dataset: Any, split: str, field: str) -> Any:

@@ -54,10 +54,13 @@ def test_it_parses_and_says_how_to_run_it(path, monkeypatch):
         assert found is not None or value is None
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem.startswith("stock")], ids=name)
+STOCK = [path for path in RECIPES if path.stem.startswith("stock") and path.stem != "stock-sft"]
+
+
+@pytest.mark.parametrize("path", STOCK, ids=name)
 def test_stock_and_ce_u_differ_in_a_few_lines(path):
     assert yaml.safe_load(path.read_text())["ceu_coef"] == 0
-    twins = [path.with_name(path.name.replace("stock", arm)) for arm in ("ceu", "paper")]
+    twins = [path.with_name(path.name.replace("stock", arm)) for arm in ("ceu", "paper", "positives")]
     assert twins[0].is_file()
     for twin in filter(Path.is_file, twins):
         stock, other = (
@@ -65,6 +68,13 @@ def test_stock_and_ce_u_differ_in_a_few_lines(path):
         )
         assert 2 <= len(other - stock) <= 3
         assert len(stock - other) <= 3
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem == "stock-sft"], ids=name)
+def test_the_remedy_against_displacement_is_stock_with_its_loss_alone(path):
+    remedy, stock = (yaml.safe_load(each.read_text()) for each in (path, path.with_name("stock.yaml")))
+    assert remedy.pop("loss_type") == ["sigmoid", "sft"] and remedy.pop("output_dir") != stock.pop("output_dir")
+    assert remedy == stock
 
 
 @pytest.fixture(scope="session")
@@ -99,6 +109,11 @@ IN_THE_PLACE_OF = {
     "grpo": {"use_vllm": "false", "num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 4},
     "sft": {"dataset_name": "builtin:authors", "model_name_or_path": "builtin:llama"},
     "unlearn": {"dataset_name": "builtin:authors"},
+    "smollm2-chain-sum": {
+        "dataset_name": "reasoning_gym:chain_sum",
+        "dataset_config": "min_terms=2, max_terms=2, max_digits=3, size=16",
+    },
+    "smollm2-gsm8k": {"dataset_test_split": "test"},
 }
 
 
@@ -111,6 +126,7 @@ def test_it_runs_on_a_stand_in(path, stand_in, tmp_path):
         "dataset_name": stand_in / ("data" if method == "dpo" else "maths"),
         **IN_THE_PLACE_OF[method],
         **({"dataset_name": "builtin:authors"} if "tofu" in path.parts else {}),
+        **IN_THE_PLACE_OF.get(path.parent.name, {}),
         "output_dir": tmp_path / "out",
         "max_steps": 1,
         "gradient_accumulation_steps": 1,

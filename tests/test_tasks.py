@@ -3,16 +3,20 @@
 import ast
 import dataclasses
 import itertools
+import json
 import random
 import re
 import sys
 
+import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from ceu_rl.cli import main
+from ceu_rl.data import _test_rows
 from ceu_rl.models import build_model, build_tokenizer
-from ceu_rl.tasks import evaluate_accuracy, evaluate_samples, generate_answers, get_task, load_task_dataset
+from ceu_rl.tasks import evaluate_accuracy, evaluate_samples, generate_answers, get_task, gsm8k, load_task_dataset
 from ceu_rl.tasks import score as scoring
 from ceu_rl.tasks.addition import CONFIGS, addition_trace, computed_places, corrupt, is_correct
 from ceu_rl.tasks.protocol import right_answer
@@ -319,6 +323,64 @@ def test_every_task_of_the_library_gives_rows_that_its_verifier_judges_right():
         pairs = load_task_dataset(name, "preference", "size=4")["train"]
         wrong = [row["rejected"][0]["content"] for row in pairs]
         assert len(pairs) == 4 and max(score_answer(pairs["prompt"], wrong, pairs["entry"])) < 1, task
+
+
+# gsm8k
+
+
+def solved(problem, *right):
+    """A line of the published file: what four models answered, of which those named are right."""
+    answers = {
+        model: {"is_correct": model in right, "solution": f"{model} on {problem}\nA: 1"} for model in gsm8k.MODELS
+    }
+    return {"question": f"Problem {problem}?", "ground_truth": f"Human on {problem}\nA: 2", **answers}
+
+
+def test_every_wrong_solution_makes_a_pair_with_a_right_one_or_the_human_one(tmp_path, capsys):
+    lines = [solved(0, "6b_verification", "175b_finetuning"), solved(1), solved(2, *gsm8k.MODELS)]
+    (tmp_path / "solutions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "\n")
+    assert main(["gsm8k", str(tmp_path / "solutions.jsonl"), str(tmp_path / "pairs.jsonl")]) == 0
+    assert "6 pairs of 2 problems" in capsys.readouterr().out
+    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    said = [(pair["problem"], pair["chosen_by"], pair["chosen"][0]["content"].split()[0]) for pair in pairs]
+    assert said == [(0, "model", "6b_verification")] * 2 + [(1, "human", "Human")] * 4
+    assert [pair["rejected"][0]["content"].split()[0] for pair in pairs] == [
+        "6b_finetuning",
+        "175b_verification",
+        *gsm8k.MODELS,
+    ]
+    assert pairs[0]["prompt"] == [{"role": "user", "content": "Problem 0?"}]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"question": "?"}', "3", '{"question": "?", "6b_finetuning": 1}'])
+def test_a_file_that_is_not_the_published_one_is_named_with_the_problem(line, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text(f"{json.dumps(solved(0))}\n{line}\n")
+    assert main(["gsm8k", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert "in.jsonl is not as published: problem 2 is no JSON object with question" in error
+    assert error.count("\n") == 1 and not (tmp_path / "out.jsonl").exists()
+
+
+def test_pairs_are_not_written_over(tmp_path, capsys):
+    for name in ("in.jsonl", "out.jsonl"):
+        (tmp_path / name).write_text(json.dumps(solved(0)))
+    assert main(["gsm8k", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]) == 2
+    assert "out.jsonl exists; choose another name" in capsys.readouterr().err
+    assert main(["gsm8k", str(tmp_path / "none.jsonl"), str(tmp_path / "other.jsonl")]) == 2
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_a_share_for_test_takes_whole_prompts(share):
+    rows = [
+        {"prompt": [{"role": "user", "content": f"{i // 3}"}], "chosen": "a", "rejected": str(i)} for i in range(60)
+    ]
+    dataset = datasets.Dataset.from_list(rows)
+    test = _test_rows(dataset, share)
+    assert test == _test_rows(dataset, share) and share * 60 <= len(test) < share * 60 + 3
+    inside = {rows[index]["prompt"][0]["content"] for index in test}
+    assert all((row["prompt"][0]["content"] in inside) == (index in test) for index, row in enumerate(rows))
+    whole = datasets.Dataset.from_list([{"text": "same"}] * 60)
+    assert len(_test_rows(whole, share)) == share * 60
 
 
 # scoring

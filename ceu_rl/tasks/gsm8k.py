@@ -1,0 +1,65 @@
+"""`ceu-rl gsm8k`: preference pairs out of the model solutions that come with GSM8K.
+
+Source: Cobbe et al. 2021, arXiv 2110.14168.
+
+    ceu-rl gsm8k example_model_solutions.jsonl gsm8k-pairs.jsonl
+
+The file, of github.com/openai/grade-school-math (MIT), has four model solutions to each test problem, judged right or
+wrong, and a human one. Every wrong one is rejected once; chosen is the first right one of a model or, where no model
+was right, the human one. The problems are GSM8K's test set: do not train on these pairs
+where test accuracy is claimed.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ceu_rl.tasks.protocol import conversation
+
+MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
+
+
+def make_pairs(number: int, problem: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The pairs of one problem, in TRL's conversational format, with its number and who wrote what is chosen.
+
+    Raises:
+        KeyError: if a field of the published file is missing.
+    """
+    judged = [problem[model] for model in MODELS]
+    right = [each["solution"] for each in judged if each["is_correct"]]
+    chosen, writer = (right[0], "model") if right else (problem["ground_truth"], "human")
+    for each in judged:
+        if not each["is_correct"]:
+            row = conversation("preference", problem["question"], chosen, each["solution"])
+            yield {**row, "problem": number, "chosen_by": writer}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Read the published file, write the pairs.
+
+    Raises:
+        ValueError: for a line that is no JSON or lacks a field, with its number, or a file to write that is there.
+        OSError: for a file that cannot be read or written.
+    """
+    help_as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="ceu-rl gsm8k", description=__doc__, formatter_class=help_as_written)
+    parser.add_argument("solutions", type=Path, help="grade_school_math/data/example_model_solutions.jsonl")
+    parser.add_argument("pairs", type=Path, help="the file to write")
+    args = parser.parse_args(argv)
+    if args.pairs.exists():
+        raise ValueError(f"{args.pairs} exists; choose another name, or move it away.")
+    pairs: list[dict[str, Any]] = []
+    lines = args.solutions.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(filter(str.strip, lines)):
+        try:
+            pairs += make_pairs(number, json.loads(line))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{args.solutions} is not as published: problem {number + 1} is no JSON object with question, "
+                f"ground_truth and {', '.join(MODELS)} ({error}); take example_model_solutions.jsonl."
+            ) from error
+    args.pairs.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    print(f"{len(pairs)} pairs of {len({pair['problem'] for pair in pairs})} problems are in {args.pairs}.")
+    return 0
