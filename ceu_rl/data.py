@@ -66,7 +66,7 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
         sets = {"forget": script.forget, **({"retain": script.retain} if script.retain else {})}
         if config is None and Path(name).suffix not in BUILDERS:
             return {role: load_tofu(name, one) for role, one in sets.items()}, None
-        splits = _open(name, config)
+        splits = open_dataset(name, config)
         return {role: _split(splits, one, role) for role, one in sets.items()}, None
     if mixture.datasets:
         from trl import get_dataset
@@ -83,7 +83,7 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
         task = get_task(name, config)
         dataset = load_task_dataset(name, KIND_OF[method], config)
     else:
-        dataset = _open(name, config, streaming=script.dataset_streaming)
+        dataset = open_dataset(name, config, streaming=script.dataset_streaming)
     share = _share(script.dataset_test_split) if evaluates and script.dataset_test_split not in dataset else None
     train = _split(dataset, script.dataset_train_split, "dataset_train_split")
     if share is not None:
@@ -112,7 +112,7 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
     return datasets, task
 
 
-def _open(name: str, config: str | None, streaming: bool = False) -> Any:
+def open_dataset(name: str, config: str | None, streaming: bool = False) -> Any:
     """A dataset of a file, a folder or the Hub, by split."""
     path = Path(name)
     if config is not None and (path.is_file() or any((path / marker).is_file() for marker in SAVED)):

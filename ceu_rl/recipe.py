@@ -32,6 +32,13 @@ WORDS = {
 
 def classes_of(method: str) -> tuple[Any, Any, Any]:
     """Script arguments, config and trainer of a method. GRPO's bring vLLM, which takes seconds to import."""
+    from .keeps import with_kept
+
+    script, config, trainer = _classes_of(method)
+    return with_kept(script), config, trainer
+
+
+def _classes_of(method: str) -> tuple[Any, Any, Any]:
     from trl import SFTConfig
 
     from .prompts import PromptArguments

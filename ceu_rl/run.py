@@ -25,6 +25,7 @@ from .checkpoints import check_resumes, saved_checkpoints
 from .data import check_layout, load
 from .engines import check_engine, check_processes, engines_on_cpu, save_whole
 from .errors import Boundary, NameCause, sentence
+from .keeps import KeptScore, load_kept
 from .models import BUILTIN_MODEL, build_bpe_tokenizer, build_model, build_tokenizer, check_model_name, resolve_model
 from .prompts import PromptFormat
 from .provenance import environment, peak_memory_gib, write_json
@@ -260,7 +261,11 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
     """The trainer, and what the result says of the prompt of questions, if the rows are questions."""
     from trl import get_peft_config, get_quantization_config
 
-    datasets, task = load(method, script, mixture, evaluates=args.eval_strategy != "no" or args.eval_on_start)
+    evaluates = args.eval_strategy != "no" or args.eval_on_start
+    datasets, task = load(method, script, mixture, evaluates)
+    kept = load_kept(script)
+    if kept and not evaluates:
+        raise ValueError("eval_facts and eval_solutions are scored at evaluations; set eval_strategy, as to steps.")
     asks = method in ASKING and any(has_questions(dataset) for dataset in datasets.values())
 
     given: dict[str, Any]
@@ -318,6 +323,8 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
     if task is not None and "eval" in datasets:
         start = None if method == "sft" else model_config.model_name_or_path
         trainer.add_callback(TaskScore(trainer, task, datasets["eval"], start))
+    if kept:
+        trainer.add_callback(KeptScore(trainer, kept))
     return trainer, prompt
 
 

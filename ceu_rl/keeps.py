@@ -1,0 +1,117 @@
+"""What a model knew before and should keep: facts of the world and solutions, scored at every evaluation of a run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, make_dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+ROWS = 50  # of each set, the first ones: a look at every evaluation has to be cheap
+BATCH = 8
+
+
+@dataclass
+class KeptArguments:
+    """Fields of every recipe that name what the model should keep."""
+
+    eval_facts: str | None = field(
+        default=None,
+        metadata={
+            "help": "TOFU on the Hub or a folder in its layout: each evaluation logs the probability of the right "
+            "answers about the world and real authors, of which the first 50 of each are asked."
+        },
+    )
+    eval_solutions: str | None = field(
+        default=None,
+        metadata={
+            "help": "A file or dataset with the columns question and answer, such as GSM8K's test.jsonl: each "
+            "evaluation logs the negative log-likelihood of the first 50 answers, in nats per token."
+        },
+    )
+
+
+@cache
+def with_kept(script: type) -> type:
+    """Script arguments of a method, with the fields above."""
+    return make_dataclass(script.__name__, [], bases=(KeptArguments, script))
+
+
+def load_kept(script: Any) -> dict[str, Dataset]:
+    """The rows that a recipe names, by the set they belong to; empty if it names none.
+
+    Raises:
+        ValueError: for a file, folder or name that cannot be read or lacks the columns.
+    """
+    from .data import open_dataset
+    from .tofu.data import REAL_AUTHORS, WORLD_FACTS, load_tofu
+
+    found: dict[str, Dataset] = {}
+    if script.eval_facts:
+        found |= {name: load_tofu(script.eval_facts, name) for name in (WORLD_FACTS, REAL_AUTHORS)}
+    if script.eval_solutions:
+        splits = open_dataset(script.eval_solutions, None)
+        rows = splits["test"] if "test" in splits else next(iter(splits.values()))
+        if not {"question", "answer"} <= set(rows.column_names):
+            raise ValueError(
+                f"eval_solutions {script.eval_solutions} has the columns {', '.join(rows.column_names)}; give question "
+                "and answer."
+            )
+        found["solutions"] = rows
+    return {name: rows.select(range(min(ROWS, len(rows)))) for name, rows in found.items()}
+
+
+class KeptScore(TrainerCallback):
+    """Logs at every evaluation what the model makes of the rows of [`load_kept`].
+
+    `eval_world_facts_probability` and `eval_real_authors_probability` are TOFU's: the mean over questions of the right
+    answer's length-normalised probability among the options, 0 to 1. `eval_solutions_nll` is in nats per token, the
+    mean over all tokens of all answers with their end. What the chat template writes before each answer is not scored.
+    """
+
+    def __init__(self, trainer: Any, rows: Mapping[str, Dataset]) -> None:
+        from .models import end_token_ids
+        from .prompts import PromptFormat
+        from .tofu.scoring import make_answers
+
+        tokenizer = trainer.processing_class
+        prompt = PromptFormat().settle(tokenizer)
+        self.trainer = trainer
+        self.answers = make_answers(rows, tokenizer, prompt, end_token_ids(trainer.model, tokenizer))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Every process scores the same answers: sharded models need all of them to take part
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        self.trainer.log({f"eval_{name}": value for name, value in self.score(model).items()})
+
+    def score(self, model: Any) -> dict[str, float]:
+        """What is logged, for a model whose training mode is restored."""
+        from .tofu.metrics import option_probability
+        from .tofu.scoring import score_answers
+
+        was_training = model.training
+        model.eval()
+        try:
+            for answer in self.answers:
+                answer.scores = {}
+            with torch.no_grad():
+                score_answers(model, self.answers, BATCH)
+        finally:
+            model.train(was_training)
+        found: dict[str, float] = {}
+        for config in dict.fromkeys(answer.config for answer in self.answers):
+            here = [answer for answer in self.answers if answer.config == config]
+            right = [answer for answer in here if answer.kind == "answer"]
+            if config == "solutions":
+                total = sum(answer.log_prob * len(answer.completion_ids) for answer in right)
+                found["solutions_nll"] = -total / sum(len(answer.completion_ids) for answer in right)
+                continue
+            wrong: dict[int, list[float]] = {}
+            for answer in here:
+                if answer.kind == "perturbed":
+                    wrong.setdefault(answer.row, []).append(answer.log_prob)
+            values = [option_probability(answer.log_prob, wrong[answer.row]) for answer in right]
+            found[f"{config.removesuffix('_perturbed')}_probability"] = sum(values) / len(values)
+        return found

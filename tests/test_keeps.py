@@ -1,0 +1,90 @@
+"""What a model keeps: TOFU's facts and solutions, against one answer at a time."""
+
+import itertools
+import json
+import math
+
+import datasets
+import pytest
+import torch
+from scipy.special import softmax
+
+from ceu_rl import CEUDPOConfig, CEUDPOTrainer
+from ceu_rl.cli import main
+from ceu_rl.keeps import KeptArguments, KeptScore, load_kept
+from ceu_rl.tofu.data import REAL_AUTHORS, WORLD_FACTS, load_tofu
+
+
+@pytest.fixture(scope="module")
+def solutions(tmp_path_factory):
+    path = tmp_path_factory.mktemp("kept") / "solutions.jsonl"
+    rows = [{"question": f"What is {a}+{a}?", "answer": f"{a}+{a}={2 * a}. " * (a + 1) + "Done"} for a in range(3)]
+    datasets.Dataset.from_list(rows).to_json(path)
+    return path
+
+
+def log_probs(model, tokenizer, question, answer):
+    """Of the tokens of one answer with its end, alone in its batch."""
+    chat = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    full = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": answer}], return_dict=False)
+    with torch.no_grad():
+        found = model(torch.tensor([full])).logits[0].double().log_softmax(dim=-1)
+    return [found[place - 1, full[place]].item() for place in range(len(prompt), len(full))]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_scores_are_those_of_each_answer_alone(tiny_model, tokenizer, preferences, solutions, tmp_path, training):
+    rows = load_kept(KeptArguments(eval_facts="builtin:authors", eval_solutions=str(solutions)))
+    assert set(rows) == {WORLD_FACTS, REAL_AUTHORS, "solutions"}
+    args = CEUDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    trainer = CEUDPOTrainer(tiny_model(), args=args, train_dataset=preferences, processing_class=tokenizer)
+    trainer.model.train(training)
+    found = KeptScore(trainer, rows).score(trainer.model)
+    assert trainer.model.training is training
+    trainer.model.eval()
+    for name, config in (("world_facts", WORLD_FACTS), ("real_authors", REAL_AUTHORS)):
+        values = []
+        for row in load_tofu("builtin:authors", config):
+            options = [row["answer"], *row["perturbed_answer"]]
+            each = [log_probs(trainer.model, tokenizer, row["question"], option) for option in options]
+            values.append(softmax([sum(one) / len(one) for one in each])[0])
+        assert found[f"{name}_probability"] == pytest.approx(sum(values[:50]) / len(values[:50]), rel=1e-4)
+    tokens = [log_probs(trainer.model, tokenizer, row["question"], row["answer"]) for row in rows["solutions"]]
+    assert len({len(one) for one in tokens}) == 3  # a mean over tokens is not one over answers
+    nll = -math.fsum(itertools.chain(*tokens)) / sum(map(len, tokens))
+    assert found["solutions_nll"] == pytest.approx(nll, rel=1e-4)
+
+
+def test_a_run_logs_what_its_recipe_names(tiny_model, tokenizer, solutions, tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    recipe = {
+        "model_name_or_path": tmp_path / "model",
+        "dataset_name": "builtin:addition",
+        "eval_solutions": solutions,
+        "output_dir": tmp_path / "out",
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+        "bf16": "false",
+        "use_cpu": "true",
+        "disable_tqdm": "true",
+    }
+    argv = [word for key, value in recipe.items() for word in (f"--{key}", str(value))]
+    assert main(["dpo", *argv]) == 2
+    assert "scored at evaluations; set eval_strategy" in capsys.readouterr().err
+    argv += ["--eval_strategy", "steps", "--eval_steps", "1", "--output_dir", str(tmp_path / "second")]
+    assert main(["dpo", *argv]) == 0
+    result = json.loads((tmp_path / "second" / "result.json").read_text())
+    assert result["settings"]["eval_solutions"] == str(solutions)
+    assert 4 < result["metrics"]["eval_solutions_nll"] < 6  # random weights over 103 tokens: log 103 = 4.6
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('{"question": "?"}', "has the columns question; give question and answer"), ("nonsense", "cannot be read")],
+)
+def test_solutions_that_are_none_are_named(text, message, tmp_path):
+    (tmp_path / "file.jsonl").write_text(text + "\n")
+    with pytest.raises(ValueError, match=message):
+        load_kept(KeptArguments(eval_solutions=str(tmp_path / "file.jsonl")))
