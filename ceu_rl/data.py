@@ -163,9 +163,12 @@ def _share(split: str) -> float | None:
 
 
 def _test_rows(dataset: Dataset, share: float) -> list[int]:
-    """At least that share of the rows, drawn by their prompts, so that no prompt is in both parts."""
-    columns = [name for name in ("prompt", "question") if name in dataset.column_names]
-    prompts = map(str, dataset[columns[0]]) if columns else map(str, range(len(dataset)))
+    """At least that share of the rows, drawn by their prompts, so that no prompt is in both parts; if all rows have the
+    same one, drawn by row."""
+    column = next((name for name in ("prompt", "question") if name in dataset.column_names), None)
+    prompts = [str(prompt) for prompt in dataset[column]] if column else []
+    if len(set(prompts)) < 2:
+        prompts = [str(index) for index in range(len(dataset))]
     rows: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):
         rows.setdefault(prompt, []).append(index)

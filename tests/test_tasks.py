@@ -379,8 +379,8 @@ def test_a_share_for_test_takes_whole_prompts(share):
     assert test == _test_rows(dataset, share) and share * 60 <= len(test) < share * 60 + 3
     inside = {rows[index]["prompt"][0]["content"] for index in test}
     assert all((row["prompt"][0]["content"] in inside) == (index in test) for index, row in enumerate(rows))
-    whole = datasets.Dataset.from_list([{"text": "same"}] * 60)
-    assert len(_test_rows(whole, share)) == share * 60
+    for row in ({"text": "same"}, {"prompt": "same"}):
+        assert len(_test_rows(datasets.Dataset.from_list([row] * 60), share)) == share * 60
 
 
 # scoring
