@@ -1,6 +1,7 @@
 """What a run shows and records while it trains."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,32 @@ class MetricsFile(TrainerCallback):
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             with open(Path(args.output_dir, "metrics.jsonl"), mode) as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in entries)
+
+
+class Pace(TrainerCallback):
+    """Measures tokens per second over the training steps: data, rollouts and the optimizer count, evaluations do not."""
+
+    def __init__(self) -> None:
+        self.seconds = self.timed = 0.0
+        self.tokens = self.before = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before = state.num_input_tokens_seen  # GRPO's count goes on where a checkpoint left it
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds += time.perf_counter() - self.began
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "num_tokens" in (logs or {}):
+            self.tokens, self.timed = int(logs["num_tokens"]), self.seconds
+
+    def result(self) -> dict[str, float]:
+        """`tokens_per_second`, up to the last log; empty for a trainer that counts none."""
+        tokens = self.tokens - self.before
+        return {"tokens_per_second": round(tokens / self.timed, 1)} if tokens > 0 and self.timed else {}
 
 
 class TaskScore(TrainerCallback):

@@ -20,7 +20,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
 
-from .callbacks import MetricsFile, Progress, ProgressLines, TaskScore
+from .callbacks import MetricsFile, Pace, Progress, ProgressLines, TaskScore
 from .checkpoints import check_resumes, saved_checkpoints
 from .data import check_layout, load
 from .engines import check_engine, check_processes, engines_on_cpu, save_whole
@@ -110,6 +110,7 @@ def _finish(
             "processes": trainer.accelerator.num_processes,
             "metrics": {key: value for key, value in final.items() if key not in ("step", "epoch")},
             **_eval_tokens(method, trainer),
+            **next(each for each in trainer.callback_handler.callbacks if isinstance(each, Pace)).result(),
             "wall_time_s": round(time.perf_counter() - start, 1),
             "peak_memory_gib": round(peak_memory_gib(), 3),
             **provenance,
@@ -320,6 +321,7 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress if sys.stderr.isatty() else ProgressLines)
     trainer.add_callback(MetricsFile)
+    trainer.add_callback(Pace())
     if task is not None and "eval" in datasets:
         start = None if method == "sft" else model_config.model_name_or_path
         trainer.add_callback(TaskScore(trainer, task, datasets["eval"], start))
