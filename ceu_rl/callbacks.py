@@ -50,7 +50,7 @@ class MetricsFile(TrainerCallback):
 
 
 class Pace(TrainerCallback):
-    """Measures tokens per second over the training steps: data, rollouts and the optimizer count, evaluations do not."""
+    """Measures tokens per second of the training steps, rollouts and the optimizer included, evaluations not."""
 
     def __init__(self) -> None:
         self.seconds = self.timed = 0.0
