@@ -33,15 +33,15 @@ def log_probs(model, tokenizer, question, answer):
     return [found[place - 1, full[place]].item() for place in range(len(prompt), len(full))]
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_the_scores_are_those_of_each_answer_alone(tiny_model, tokenizer, preferences, solutions, tmp_path, training):
+def test_the_scores_are_those_of_each_answer_alone(tiny_model, tokenizer, preferences, solutions, tmp_path):
     rows = load_kept(KeptArguments(eval_facts="builtin:authors", eval_solutions=str(solutions)))
     assert set(rows) == {WORLD_FACTS, REAL_AUTHORS, "solutions"}
     args = CEUDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
-    trainer = CEUDPOTrainer(tiny_model(), args=args, train_dataset=preferences, processing_class=tokenizer)
-    trainer.model.train(training)
+    given = {"args": args, "train_dataset": preferences, "processing_class": tokenizer}
+    trainer = CEUDPOTrainer(tiny_model(), ref_model=tiny_model(), **given)
+    trainer.model.train()
     found = KeptScore(trainer, rows).score(trainer.model)
-    assert trainer.model.training is training
+    assert trainer.model.training
     trainer.model.eval()
     for name, config in (("world_facts", WORLD_FACTS), ("real_authors", REAL_AUTHORS)):
         values = []
