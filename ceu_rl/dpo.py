@@ -97,7 +97,7 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, DPOTraine
     @staticmethod
     def _leaves_ties_out(args: Any) -> bool:
         # On equal answers stock's two gradients cancel; weighed on one side they would train on the answer
-        return args.ceu_coef > 0
+        return args.ceu_coef > 0 or args.drop_descending
 
     def _without_ties(self, prepared: Dataset, args: DPOConfig, name: str, rows: int) -> Dataset:
         """Leave out the pairs whose answers are the same, and say what became of the rows."""

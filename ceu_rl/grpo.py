@@ -33,11 +33,35 @@ class CEUGRPOConfig(DescentConfig, GRPOConfig):
     about as fast on-policy (docs/results/grpo.md).
 
     Raises:
-        ValueError: for a coefficient outside its range, or `use_liger_kernel`.
+        ValueError: for a coefficient outside its range, `use_liger_kernel`, or a `weight_sync_steps` below 1, without
+            vLLM or with its sleep mode.
         ImportError: for a version of TRL that this package was not tested with.
     """
 
     ceu_coef: float = field(default=0.5, metadata=DescentConfig.__dataclass_fields__["ceu_coef"].metadata)
+    weight_sync_steps: int = field(
+        default=1,
+        metadata={
+            "help": "Steps between two syncs of vLLM's weights, which are then up to that many steps old; 1 is TRL's "
+            "behaviour. What corrects for it (vllm_importance_sampling_correction) stays as set. An evaluation syncs too."
+        },
+    )
+
+    def check(self) -> None:
+        super().check()
+        steps = self.weight_sync_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"weight_sync_steps is {steps}; use a whole number from 1, which syncs before each step.")
+        if steps > 1 and not self.use_vllm:
+            raise ValueError(
+                f"weight_sync_steps is {steps} and use_vllm is False: the model itself then generates, and is never "
+                "behind; set use_vllm to True, or leave weight_sync_steps out."
+            )
+        if steps > 1 and self.vllm_enable_sleep_mode:
+            raise ValueError(
+                f"weight_sync_steps is {steps} and vllm_enable_sleep_mode is True, which discards the engine's weights "
+                "after each generation; set one of the two to its default."
+            )
 
 
 class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, GRPOTrainer):
@@ -45,7 +69,9 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, GRPOTrai
 
     A token descends where the loss lowers its log-probability: in completions with a negative advantage, unless
     clipping or the KL term says otherwise. With `ceu_coef` 0 it trains the same weights as `trl.GRPOTrainer`, bit for
-    bit. It takes the same arguments, and logs `ceu/descending_fraction`, `ceu/weight_mean` and `ceu/weight_max`.
+    bit. It takes the same arguments, and logs `ceu/descending_fraction`, `ceu/weight_mean` and `ceu/weight_max`, and
+    with vLLM `rollout/age_mean`, `rollout/age_max` (steps between the weights that generated and those that learn) and
+    `rollout/sync_seconds`.
 
     Raises:
         ValueError: before any step, for a dataset without rows or without `prompt`, or a model without a
@@ -84,8 +110,30 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, GRPOTrai
             super().__init__(*bound.args[1:], **bound.kwargs)
         if config.use_vllm:
             self.vllm_generation.__class__ = ReloadingVLLMGeneration
+            self.vllm_generation.period = config.weight_sync_steps
+            self.vllm_generation.clock = lambda: self.state.global_step
+        self._ages: list[int] = []
         check_language_model(self.model)
         self.attach_route()
+
+    @property
+    def _is_training(self) -> bool:
+        model: Any = self.model
+        return model.training
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._is_training and self.use_vllm and self.vllm_generation.rollout_step is not None:
+            self._ages.append(self.state.global_step - self.vllm_generation.rollout_step)
+        return inputs
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self._is_training and self._ages:
+            logs["rollout/age_mean"] = sum(self._ages) / len(self._ages)
+            logs["rollout/age_max"] = max(self._ages)
+            logs["rollout/sync_seconds"], self.vllm_generation.sync_seconds = self.vllm_generation.sync_seconds, 0.0
+            self._ages = []
+        super().log(logs, *args, **kwargs)
 
     def close(self) -> None:
         """End the colocated vLLM engine, if there is one: in every process, at the end of a script.

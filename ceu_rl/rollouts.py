@@ -8,6 +8,7 @@ the packing, loads from an iterator, and packs again.
 import functools
 import importlib.metadata
 import importlib.util
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from types import TracebackType
@@ -26,13 +27,28 @@ SUPPORTED_VLLM = SpecifierSet("==0.31.*")
 class ReloadingVLLMGeneration(VLLMGeneration):
     """TRL's vLLM generation, which on CPU syncs weights through `reload_weights`; elsewhere it is TRL's own.
 
+    TRL calls `sync_weights` where the step has changed since its last call. With `period` above 1 the weights then stay
+    until they are that many steps old. An evaluation always gets the weights of its own step.
+
     Raises:
         RolloutError: when the engine or its server fails or dies, and for a prompt that leaves no room to generate.
     """
 
+    period: int = 1
+    clock: Callable[[], int] = staticmethod(lambda: 0)  # the trainer's step
+    engine_step: int | None = None  # the step of the weights that the engine has; None before the first sync
+    rollout_step: int | None = None  # the step of the weights that the last rollouts of training came from
+    sync_seconds: float = 0.0  # spent in syncs, for who reads it to reset
+
     def sync_weights(self) -> None:
+        step = self.clock()
+        if self.model.training and self.engine_step is not None and 0 < step - self.engine_step < self.period:
+            return
+        start = time.perf_counter()
         with _vllm_named("taking the new weights"):
             self._sync_weights()
+        self.engine_step = step
+        self.sync_seconds += time.perf_counter() - start
 
     def _sync_weights(self) -> None:
         if self.mode != "colocate" or self.accelerator.device.type != "cpu":
@@ -63,7 +79,10 @@ class ReloadingVLLMGeneration(VLLMGeneration):
                     f"raise vllm_max_model_length or drop the prompt: {text[:80]!r}."
                 )
         with _vllm_named("generating completions"):
-            return super().generate(prompts, *args, **kwargs)
+            generated = super().generate(prompts, *args, **kwargs)
+        if self.model.training:
+            self.rollout_step = self.engine_step
+        return generated
 
 
 class _NameCause:

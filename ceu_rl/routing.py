@@ -41,17 +41,23 @@ CITATION = textwrap.dedent("""\
 class DescentRoute:
     """The coefficients of one attached route, and what it met in the backward passes since it was last read."""
 
-    def __init__(self, coef: float, scale: float, max_weight: float) -> None:
+    def __init__(self, coef: float, scale: float, max_weight: float, drop: bool = False) -> None:
         check_descent_coefficients(coef, scale, max_weight)
         self.coefficients = (coef, scale, max_weight)
+        self.drop = drop
         self._record: torch.Tensor | None = None
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether it changes any gradient: stock has no route."""
+        return self.coefficients[0] != 0 or self.drop
 
     def weigh(self, grad: torch.Tensor, log_probs: torch.Tensor, label_mask: torch.Tensor) -> torch.Tensor:
         """Return `grad` (shape of `log_probs`) with the weight on its descending tokens, and record them.
 
         Recording stays on the device, so a step never waits for it.
         """
-        weight = descent_weight(log_probs, *self.coefficients)
+        weight = torch.zeros_like(log_probs) if self.drop else descent_weight(log_probs, *self.coefficients)
         descending = (grad > 0) & label_mask
         weights = weight.masked_fill(~descending, 0.0)
         rare, sure = log_probs < math.log(0.01), log_probs > math.log(0.99)
@@ -112,7 +118,7 @@ class _Route(torch.autograd.Function):
 
 
 def route_descent(
-    model: PreTrainedModel, coef: float = 1.0, scale: float = 1.0, max_weight: float = 1.0
+    model: PreTrainedModel, coef: float = 1.0, scale: float = 1.0, max_weight: float = 1.0, drop: bool = False
 ) -> DescentRoute:
     """Attach the route to a model that has TRL's fused LM head.
 
@@ -123,7 +129,8 @@ def route_descent(
     Args:
         model: The policy, after `trl.trainer.utils.add_fused_lm_head`; a PEFT model is routed at its base model, where
             TRL puts the head.
-        coef, scale, max_weight: a, s and M of `losses.descent_weight`. With coef 0 nothing is attached.
+        coef, scale, max_weight: a, s and M of `losses.descent_weight`. With coef 0 nothing is attached, unless:
+        drop: Descending tokens get no gradient at all, whatever the coefficients: the weight with a = 1 and M -> 0.
 
     Returns:
         The route, whose `pop_metrics` tells what it met.
@@ -133,7 +140,7 @@ def route_descent(
         ImportError: if TRL is of another version than the one whose fused head this was written for.
     """
     check_trl_version()
-    route = DescentRoute(coef, scale, max_weight)
+    route = DescentRoute(coef, scale, max_weight, drop)
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     if getattr(model.forward, "ceu_wrapper", None) is _routed_forward:
@@ -143,7 +150,7 @@ def route_descent(
             f"{type(model).__name__}.forward takes no fused_lm_head, so there are no log-probabilities to route; "
             "call trl.trainer.utils.add_fused_lm_head(model) first, as TRL's trainers do."
         )
-    if coef != 0:
+    if route.is_attached:
         model._descent_route = route  # type: ignore[assignment]
         wrap_forward(model, _routed_forward)
     return route
@@ -241,7 +248,7 @@ def check_trl_version() -> None:
 
 @dataclass
 class DescentConfig:
-    """The three fields that our configs add to their TRL parent; see `losses.descent_weight`."""
+    """The fields that our configs add to their TRL parent; see `losses.descent_weight`."""
 
     ceu_coef: float = field(
         default=1.0,
@@ -259,6 +266,14 @@ class DescentConfig:
         metadata={
             "help": "Soft cap M > 0 on the CE-U weight. With M <= 1 the only balance of a token that chosen and "
             "rejected responses share is at probability 1; `inf` is CE-U as published, which drives it to 1/2."
+        },
+    )
+
+    drop_descending: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether tokens whose log-probability the step would lower get no gradient at all, whatever the "
+            "ceu_* fields: training on positives only, the control for every claim about the weight."
         },
     )
 
@@ -342,13 +357,14 @@ class DescentTrainer:
             args.ceu_coef,
             args.ceu_scale,
             args.ceu_max_weight,
+            args.drop_descending,
         )
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
         accelerator: Any = self.accelerator  # type: ignore[attr-defined]
         # Here, where every process comes by: a callback may log on one of them alone
-        if accelerator.sync_gradients and self.descent_route.coefficients[0] != 0:
+        if accelerator.sync_gradients and self.descent_route.is_attached:
             record = self.descent_route.pop_record()
             records = accelerator.gather(torch.zeros(6, device=loss.device) if record is None else record).view(-1, 6)
             earlier = [] if self._descent_record is None else [self._descent_record]

@@ -16,8 +16,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from ceu_rl import CEUGRPOConfig, CEUGRPOTrainer
 from ceu_rl.grpo import CHOICES
+from ceu_rl.rollouts import ReloadingVLLMGeneration
 
 from .reference import assert_gradients_follow, distance, keep_log_probs, routed_gradients
+from .stand_in_engine import StandInEngine
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 SETTINGS = {
@@ -50,7 +52,8 @@ def make_trainer(tiny_model, tokenizer, tmp_path):
     prompts = datasets.Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(8) for b in range(8)])
 
     def make(trainer_class, *, peft_config=None, model=None, reward_funcs=digits, train_dataset=prompts, **settings):
-        given = {key: settings.pop(key) for key in ("environment_factory", "processing_class") if key in settings}
+        others = ("environment_factory", "processing_class", "eval_dataset")
+        given = {key: settings.pop(key) for key in others if key in settings}
         config_class = CEUGRPOConfig if trainer_class is CEUGRPOTrainer else GRPOConfig
         folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
@@ -316,3 +319,137 @@ def test_the_model_card_cites_both_papers(make_trainer):
     assert "Cite CE-U GRPO as:" in card and "trained with CE-U GRPO." in card
     assert "@article{yang2025ceu," in card and "@article{shao2024deepseekmath," in card
     assert "a method introduced in" not in card
+
+
+@pytest.fixture
+def engine(monkeypatch, tiny_model):
+    """vLLM's place is taken by a copy of the policy that lags behind as an engine does."""
+    pytest.importorskip("vllm", reason="vLLM is not installed (make install)")
+    from trl.generation import vllm_generation
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # TRL sets them for vLLM
+        monkeypatch.setenv(name, "0")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(StandInEngine, "policy", tiny_model(1))
+    monkeypatch.setattr(vllm_generation, "LLM", StandInEngine)
+
+
+STALE = {"use_vllm": True, "vllm_mode": "colocate", "max_steps": 8}
+
+
+def train_with_lag(make_trainer, trainer_class=CEUGRPOTrainer, checkpoint=None, **settings):
+    trainer = make_trainer(trainer_class, **{**STALE, **settings})
+    if trainer_class is GRPOTrainer:  # whose own sync does not work on a CPU
+        trainer.vllm_generation.__class__ = ReloadingVLLMGeneration
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer, [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def ages(log):
+    return [entry["rollout/age_max"] for entry in log]
+
+
+def test_a_sync_at_every_step_is_stock_bit_for_bit(make_trainer, engine):
+    stock, _ = train_with_lag(make_trainer, GRPOTrainer)
+    ours, log = train_with_lag(make_trainer, ceu_coef=0.0)
+    assert same(stock, ours)
+    assert len(ours.vllm_generation.llm.syncs) == len(stock.vllm_generation.llm.syncs) == 8
+    assert ages(log) == [0] * 8 and all(entry["rollout/sync_seconds"] > 0 for entry in log)
+    ours.close()
+    assert ours.vllm_generation.llm.is_shut
+
+
+def test_weights_stay_for_as_many_steps_as_set(make_trainer, engine):
+    trainer, log = train_with_lag(make_trainer, weight_sync_steps=3)
+    assert ages(log) == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert len(trainer.vllm_generation.llm.syncs) == 3
+    assert [entry["rollout/sync_seconds"] > 0 for entry in log] == [age == 0 for age in ages(log)]
+    # What the engine drew from differs from what learns by as much as the steps between them
+    differences = [entry["sampling/sampling_logp_difference/mean"] for entry in log]
+    assert max(differences[0], differences[3], differences[6]) < 1e-5 < 1e-3 < min(differences[1], differences[4])
+    assert log[0]["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_logs_of_several_steps_hold_the_mean_and_the_largest_age(make_trainer, engine):
+    _, log = train_with_lag(make_trainer, weight_sync_steps=4, logging_steps=4)
+    assert [entry["rollout/age_mean"] for entry in log] == [1.5, 1.5]
+    assert ages(log) == [3, 3]
+
+
+def test_rollouts_that_are_used_again_grow_older(make_trainer, engine):
+    _, log = train_with_lag(make_trainer, weight_sync_steps=3, num_iterations=2)
+    assert ages(log) == [0, 1, 2, 3, 0, 1, 2, 3]  # generated at steps 0, 2, 4 and 6; synced at 0 and 4
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_the_correction_for_age_stays_as_it_was_set(make_trainer, engine, corrected):
+    settings = {"weight_sync_steps": 4, "vllm_importance_sampling_correction": corrected}
+    trainer, log = train_with_lag(make_trainer, vllm_importance_sampling_mode="token_truncate", **settings)
+    assert trainer.args.vllm_importance_sampling_correction is corrected
+    ratios = [entry.get("sampling/importance_sampling_ratio/max") for entry in log]
+    if corrected:
+        assert all(ratio == pytest.approx(1.0, abs=1e-4) for ratio in ratios[::4])
+        assert all(ratio > 1.001 for ratio in ratios[1:4])
+    else:
+        assert ratios == [None] * 8
+
+
+def test_an_evaluation_scores_the_weights_of_its_own_step(make_trainer, engine):
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8, "max_steps": 4}
+    rows = datasets.Dataset.from_list([{"prompt": "1+1="}, {"prompt": "2+2="}])
+    trainer = make_trainer(CEUGRPOTrainer, eval_dataset=rows, weight_sync_steps=3, **{**STALE, **settings})
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert ages(log) == [0, 1, 0, 1]
+    last = trainer.vllm_generation.llm.syncs[-1]
+    assert all(torch.equal(value, last[name]) for name, value in weights(trainer).items())
+    evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(evaluated) == 2 and not any("rollout/age_max" in entry for entry in evaluated)
+
+
+def test_a_resumed_run_knows_the_age_of_its_weights(make_trainer, engine):
+    first, _ = train_with_lag(make_trainer, weight_sync_steps=4, save_strategy="steps", save_steps=3)
+    resumed, log = train_with_lag(make_trainer, checkpoint=f"{first.args.output_dir}/checkpoint-3", weight_sync_steps=4)
+    # The engine starts with the weights of the checkpoint: step 3
+    assert ages(log)[-5:] == [0, 1, 2, 3, 0]
+    assert len(resumed.vllm_generation.llm.syncs) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight_sync_steps": 0, "use_vllm": True}, "weight_sync_steps is 0; use a whole number from 1"),
+        ({"weight_sync_steps": -3}, "weight_sync_steps is -3; use"),
+        ({"weight_sync_steps": 2.5, "use_vllm": True}, r"weight_sync_steps is 2\.5; use"),
+        ({"weight_sync_steps": True}, "weight_sync_steps is True; use"),
+        ({"weight_sync_steps": 16}, "weight_sync_steps is 16 and use_vllm is False"),
+        (
+            {"weight_sync_steps": 2, "use_vllm": True, "vllm_enable_sleep_mode": True},
+            "vllm_enable_sleep_mode is True, which discards",
+        ),
+    ],
+)
+def test_a_lag_that_cannot_be_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CEUGRPOConfig("out", use_cpu=True, bf16=False, **settings)
+
+
+def test_dropping_descending_tokens_trains_on_the_others_as_stock_does(make_trainer):
+    """The gradient is that of the rule with w = 0, whatever the coefficients."""
+    stock = make_trainer(GRPOTrainer)
+    batch = stock._prepare_inputs([stock.train_dataset[i // 4] for i in range(8)])
+    kept = keep_log_probs(stock)
+    stock_loss = stock.compute_loss(stock.model, copy.deepcopy(batch))
+    stock_loss.backward()
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    expected, descending = routed_gradients(stock, kept, ids, mask, torch.zeros_like)
+    assert descending > 0
+    for coef in (0.0, 0.5):
+        ours = make_trainer(CEUGRPOTrainer, drop_descending=True, ceu_coef=coef)
+        our_loss = ours.compute_loss(ours.model, copy.deepcopy(batch))
+        our_loss.backward()
+        assert torch.equal(our_loss, stock_loss)
+        assert_gradients_follow(ours.model, expected)
+        metrics = ours.descent_route.pop_metrics()
+        assert metrics["ceu/weight_mean"] == metrics["ceu/weight_max"] == 0 < metrics["ceu/descending_fraction"]

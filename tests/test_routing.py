@@ -9,6 +9,8 @@ import types
 import pytest
 import torch
 import trl
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from trl import DPOTrainer, KTOConfig, KTOTrainer
@@ -239,13 +241,18 @@ def test_a_copy_has_its_own_weights_head_and_route(tiny_model, tokenizer, how, k
     assert base._descent_route.pop_metrics()["ceu/descending_fraction"] == 1
 
 
-def test_a_copy_of_a_model_in_mixed_precision_has_its_own_weights(tiny_model, tokenizer):
-    from accelerate import Accelerator
+@pytest.fixture
+def bf16_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)  # of trainers that ran before in this process
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
 
+
+def test_a_copy_of_a_model_in_mixed_precision_has_its_own_weights(tiny_model, tokenizer, bf16_accelerator):
     model = tiny_model()
     add_fused_lm_head(model)
     route_descent(model)
-    model = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    model = bf16_accelerator.prepare_model(model)
     other, batch = copy.deepcopy(model), fused_batch(model, tokenizer)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         copied.load_state_dict(tiny_model(1).state_dict())
