@@ -14,6 +14,16 @@ from trl import GRPOConfig, GRPOTrainer
 from .checkpoints import WholeCheckpoints
 from .checks import StopAtNonFinite, check_choices, check_language_model, check_numbers, check_reference_is_loaded, note
 from .data import check_layout
+from .logged import (
+    COLUMNS,
+    PREFIX,
+    LoggedRollouts,
+    check_lengths,
+    has_log_probs,
+    is_logged,
+    logged,
+    take_logged,
+)
 from .rollouts import ReloadingVLLMGeneration, check_rewards, check_vllm, name_vllm_settings
 from .routing import CITATION, DescentConfig, DescentTrainer
 
@@ -43,7 +53,7 @@ class CEUGRPOConfig(DescentConfig, GRPOConfig):
         default=1,
         metadata={
             "help": "Steps between two syncs of vLLM's weights, which are then up to that many steps old; 1 is TRL's "
-            "behaviour. What corrects for it (vllm_importance_sampling_correction) stays as set. An evaluation syncs too."
+            "behaviour. vllm_importance_sampling_correction stays as it is set. An evaluation syncs too."
         },
     )
 
@@ -73,6 +83,9 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, GRPOTrai
     with vLLM `rollout/age_mean`, `rollout/age_max` (steps between the weights that generated and those that learn) and
     `rollout/sync_seconds`.
 
+    A train dataset with `completions` and `rewards` (and `log_probs`) is learned from offline, without generating, as
+    `logged.py` says. `reward_funcs` then score evaluations on prompts alone, and may be left out.
+
     Raises:
         ValueError: before any step, for a dataset without rows or without `prompt`, or a model without a
             language-model head.
@@ -92,14 +105,28 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, GRPOTrai
         bound = inspect.signature(GRPOTrainer.__init__).bind(self, *args, **kwargs)
         given = bound.arguments
         given["args"] = config = CEUGRPOConfig.adopt(given.get("args"), given["model"])
+        self._offline = "completions" in (getattr(given.get("train_dataset"), "column_names", None) or [])
         for role in ("train", "eval"):
-            check = functools.partial(_check_rows, prompted=given.get("environment_factory") is None)
+            generations = config.num_generations if role == "train" else config.num_generations_eval
+            check = functools.partial(
+                _check_rows,
+                prompted=given.get("environment_factory") is None,
+                generations=(generations or config.num_generations) if self._offline else None,
+            )
             if isinstance(dataset := given.get(f"{role}_dataset"), dict):
                 given[f"{role}_dataset"] = {name: check(one, name) for name, one in dataset.items()}
             elif dataset is not None:
                 given[f"{role}_dataset"] = check(dataset, role)
         _check_prompts(given.get("train_dataset"), config)
         check_numbers(vars(config))
+        self.rollout_rows: Any = []  # those that are being answered
+        if self._offline:
+            _check_offline(given)
+            rewards = given.get("reward_funcs") or []
+            given["reward_funcs"] = [logged, *(rewards if isinstance(rewards, list) else [rewards])]
+            if isinstance(given.get("reward_processing_classes"), list):
+                given["reward_processing_classes"] = [None, *given["reward_processing_classes"]]
+            given["rollout_func"] = LoggedRollouts()
         check_choices(config, CHOICES)
         check_language_model(given["model"], config.trust_remote_code)
         adapts = given.get("peft_config") is not None or isinstance(given["model"], PeftModel)
@@ -115,6 +142,8 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, GRPOTrai
         self._ages: list[int] = []
         check_language_model(self.model)
         self.attach_route()
+        if self._offline and has_log_probs(self.train_dataset):
+            check_lengths(self.train_dataset, self)
 
     @property
     def _is_training(self) -> bool:
@@ -126,6 +155,30 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, GRPOTrai
         if self._is_training and self.use_vllm and self.vllm_generation.rollout_step is not None:
             self._ages.append(self.state.global_step - self.vllm_generation.rollout_step)
         return inputs
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        given = self.rollout_func
+        if self._offline and not is_logged(self.rollout_rows):  # an evaluation by generating
+            self.rollout_func = None
+        try:
+            return super()._generate(prompts)
+        finally:
+            self.rollout_func = given
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
+        self.rollout_rows = inputs
+        outputs = super()._generate_and_score_completions(inputs)
+        if self._offline and is_logged(inputs):
+            # The ratio is that to what wrote the completions, and without log-probabilities of the policy it is 1
+            outputs.pop("old_per_token_logps", None)
+            if "sampling_per_token_logps" in outputs:
+                outputs["old_per_token_logps"] = outputs["sampling_per_token_logps"]
+        return outputs
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: list[str] = self._signature_columns or []
+        self._signature_columns: Any = [*columns, *({PREFIX + column for column in COLUMNS} - set(columns))]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._is_training and self._ages:
@@ -149,6 +202,8 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, GRPOTrai
             reward if isinstance(reward, Module) else check_rewards(reward, name)
             for reward, name in zip(given, self.reward_func_names, strict=True)
         ]
+        if self._offline and is_logged(self.rollout_rows):  # logged completions have their rewards
+            self.reward_funcs[1:] = [_no_rewards] * (len(given) - 1)
         try:
             return super()._calculate_rewards(*args, **kwargs)
         finally:
@@ -164,8 +219,41 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, GRPOTrai
         return [f"row {number} ({textwrap.shorten(prompt, 60)!r})" for prompt, number in prompts.items()]
 
 
-def _check_rows(dataset: Any, name: str, prompted: bool) -> Any:
-    """The layout check, which spares a dataset without prompts where an environment's `reset` gives them."""
+def _no_rewards(prompts: list[Any], **kwargs: Any) -> list[float | None]:
+    return [None] * len(prompts)
+
+
+def _check_offline(given: dict[str, Any]) -> None:
+    """Refuse what cannot be honoured where completions are logged."""
+    config = given["args"]
+    for name in ("rollout_func", "environment_factory", "tools"):
+        if given.get(name):
+            raise ValueError(f"{name} is given, and the train dataset brings its completions; leave one of them out.")
+    if config.use_vllm:
+        raise ValueError(
+            "use_vllm is True, and the train dataset brings its completions, so nothing is generated; set it to False."
+        )
+    held_out = given.get("eval_dataset")
+    sets = list(held_out.values()) if isinstance(held_out, dict) else [held_out]
+    if not given.get("reward_funcs") and not all(rows is None or is_logged(rows) for rows in sets):
+        raise ValueError(
+            "The eval dataset has no 'completions', so they are generated, and nothing scores them; give reward_funcs, "
+            "or completions and rewards."
+        )
+    if config.off_policy_mask_threshold is not None and not has_log_probs(given["train_dataset"]):
+        raise ValueError(
+            f"off_policy_mask_threshold is {config.off_policy_mask_threshold}, and the train dataset has no "
+            "'log_probs', without which it is not known how far the policy has moved; add them, or leave it out."
+        )
+
+
+def _check_rows(dataset: Any, name: str, prompted: bool, generations: int | None) -> Any:
+    """The layout check, which spares a dataset without prompts where an environment's `reset` gives them.
+
+    With `generations` the dataset may bring as many completions for each row.
+    """
+    if generations is not None:
+        dataset = take_logged(dataset, name, generations)
     if prompted or "prompt" in (getattr(dataset, "column_names", None) or ["prompt"]):
         return check_layout(dataset, name, "prompt")
     if isinstance(dataset, Dataset) and len(dataset) == 0:

@@ -308,7 +308,8 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
             name: check_layout(one, name, "sft", args.dataset_num_proc, field) for name, one in datasets.items()
         }
     if method == "grpo":
-        given["reward_funcs"] = _load_rewards(script)
+        brings_rewards = "completions" in (datasets["train"].column_names or ())
+        given["reward_funcs"] = _load_rewards(script, needed=not brings_rewards)
     _, _, trainer_class = classes_of(method)
     with _RowsOfTemplate(next(iter(datasets.values())), given.get("processing_class") or model_config):
         trainer = trainer_class(
@@ -363,7 +364,7 @@ class _RowsOfTemplate:
                 ) from error
 
 
-def _load_rewards(script: Any) -> list[Any]:
+def _load_rewards(script: Any, needed: bool = True) -> list[Any]:
     """The reward model and functions of a recipe: the names that TRL's own script takes, or dotted paths."""
     import trl.rewards
 
@@ -379,6 +380,6 @@ def _load_rewards(script: Any) -> list[Any]:
             what = f"a {type(found).__name__}" if hasattr(source, name) else "not there"
             raise ValueError(f"reward_funcs names {path!r}, which is {what}; give a function as module.function.")
         rewards.append(found)
-    if not rewards:
+    if not rewards and needed:
         raise ValueError("reward_funcs is missing; give a dotted path such as ceu_rl.tasks.addition.accuracy.")
     return rewards

@@ -1,0 +1,175 @@
+"""Logged completions: GRPO from a dataset that brings its completions and rewards, offline and for several epochs.
+
+    prompt       text, or messages
+    completions  num_generations answers to it: texts, assistant messages, or token ids
+    rewards      a number for each, or None for one that was not judged
+    log_probs    for each the log-probabilities of its tokens under what wrote it, temperature included (if known)
+
+TRL's trainer asks a `rollout_func` for completions, and this one answers from the row. Where `log_probs` are known,
+importance ratios are those to what wrote the completions; where they are not, every ratio is 1.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+
+COLUMNS = ("completions", "rewards", "log_probs")
+PREFIX = "logged_"  # TRL hands reward functions an argument `completions` of its own
+
+
+def take_logged(dataset: Any, name: str, generations: int) -> Any:
+    """Check the logged completions of a dataset, and put them in columns whose names TRL does not use itself.
+
+    Args:
+        dataset: A dataset; one without a column `completions` is returned as it is.
+        name: What it is called in messages, such as train.
+        generations: `num_generations`, the completions of each row.
+
+    Raises:
+        ValueError: with row and column, for completions, rewards or log-probabilities that cannot be learned from.
+    """
+    columns = getattr(dataset, "column_names", None) or []
+    if "completions" not in columns:
+        return dataset
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"The {name} dataset is a stream with logged completions; load it without streaming.")
+    if "rewards" not in columns:
+        raise ValueError(f"The {name} dataset has 'completions' and no column 'rewards'; add one reward for each.")
+    kept = [column for column in COLUMNS if column in columns]
+    known = None
+    for index, row in enumerate(dataset.select_columns(kept)):
+        known = row.get("log_probs") is not None if known is None else known
+        if problem := _problem(row, generations, known):
+            raise ValueError(f"Row {index} of the {name} dataset has {problem}.")
+    return dataset.rename_columns({column: PREFIX + column for column in kept})
+
+
+def is_logged(rows: Any) -> bool:
+    """Whether a dataset, or the rows of a batch, bring completions that `take_logged` has checked."""
+    names = rows[0] if isinstance(rows, list) else getattr(rows, "column_names", None) or []
+    return PREFIX + "completions" in names
+
+
+def has_log_probs(dataset: Dataset) -> bool:
+    """Whether the log-probabilities of logged completions are known."""
+    column = PREFIX + "log_probs"
+    return column in dataset.column_names and dataset[0][column] is not None
+
+
+def _problem(row: Mapping[str, Any], generations: int, known: bool) -> str | None:
+    """What is wrong with a row, and what to do."""
+    completions, log_probs = row["completions"], row.get("log_probs")
+    if not isinstance(completions, list):
+        return f"{completions!r:.80} as 'completions'; give a list of {generations} (num_generations)"
+    if len(completions) != generations:
+        return (
+            f"{len(completions)} 'completions', and num_generations is {generations}; give each row as many, and set "
+            "num_generations to that number"
+        )
+    for place, completion in enumerate(completions):
+        if not _is_completion(completion):
+            return (
+                f"{completion!r:.80} as completion {place} ('completions'); give a text, one assistant message, or "
+                "token ids"
+            )
+    if (log_probs is not None) != known:
+        return "'log_probs' where an earlier row has none, or the reverse; give them for all rows or for none"
+    for column, values in (("rewards", row["rewards"]), ("log_probs", log_probs if known else completions)):
+        if not isinstance(values, list) or len(values) != generations:
+            count = len(values) if isinstance(values, list) else repr(values)
+            return f"{count} {column!r} for {generations} completions; give one for each"
+    for place, reward in enumerate(row["rewards"]):
+        if reward is not None and not (isinstance(reward, int | float) and math.isfinite(reward)):
+            return f"the reward {reward!r} for completion {place} ('rewards'); give a finite number, or None"
+    for place, values in enumerate(log_probs or []):
+        if not isinstance(values, list):
+            return f"{values!r:.80} for completion {place} in 'log_probs'; give one log-probability for each token"
+        wrong = [value for value in values if not (isinstance(value, int | float) and -math.inf < value <= 1e-3)]
+        if wrong:
+            return f"the log-probability {wrong[0]!r} in completion {place} ('log_probs'); give finite ones up to 0"
+    return None
+
+
+def _is_completion(value: Any) -> bool:
+    if isinstance(value, str):
+        return True
+    if not isinstance(value, list) or not value:
+        return False
+    if isinstance(value[0], Mapping):
+        return len(value) == 1 and value[0].get("role") == "assistant"
+    return all(isinstance(token, int) for token in value)
+
+
+class LoggedRollouts:
+    """TRL's `rollout_func`: the completions of the rows at hand, which the trainer keeps in `rollout_rows`."""
+
+    def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        rows: Sequence[Mapping[str, Any]] = trainer.rollout_rows
+        prompt_ids, _, _ = trainer._tokenize_prompts(prompts)
+        generations = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
+        first = trainer.accelerator.process_index * len(rows)  # a group may lie on several processes
+        found: dict[str, list[Any]] = {"completion_ids": [], "logprobs": [], "logged_reward": []}
+        for place, (row, prompt, ids) in enumerate(zip(rows, prompts, prompt_ids, strict=True), start=first):
+            which = place % generations
+            log_probs = row.get(PREFIX + "log_probs")
+            tokens = completion_ids(trainer, prompt, ids, row[PREFIX + "completions"][which])
+            if log_probs is not None:
+                tokens = tokens[: len(log_probs[which])]  # without the end where what wrote them was cut off before it
+                found["logprobs"].append(log_probs[which][: trainer.max_completion_length])
+            found["completion_ids"].append(tokens[: trainer.max_completion_length])
+            found["logged_reward"].append(row[PREFIX + "rewards"][which])
+        return {"prompt_ids": prompt_ids, **found, "logprobs": found["logprobs"] or None}
+
+
+def check_lengths(dataset: Dataset, trainer: Any) -> None:
+    """Raise a ValueError for the first row whose log-probabilities are not as many as the tokens of a completion."""
+    for index, row in enumerate(dataset):
+        (ids,), _, _ = trainer._tokenize_prompts([row["prompt"]])
+        for which, completion in enumerate(row[PREFIX + "completions"]):
+            tokens, count = (
+                completion_ids(trainer, row["prompt"], ids, completion),
+                len(row[PREFIX + "log_probs"][which]),
+            )
+            if count == 0 or count not in (len(tokens), len(tokens) - 1):
+                raise ValueError(
+                    f"Row {index} of the train dataset has {count} 'log_probs' for completion {which}, which has "
+                    f"{len(tokens)} tokens with its end; give one for each token, or the completion as token ids."
+                )
+
+
+def logged(prompts: list[Any], logged_reward: list[float | None] | None = None, **kwargs: Any) -> list[float | None]:
+    """The reward function of logged completions; none of completions that were generated."""
+    return [None] * len(prompts) if logged_reward is None else logged_reward
+
+
+def completion_ids(trainer: Any, prompt: Any, prompt_ids: list[int], completion: Any) -> list[int]:
+    """The tokens of a completion, as generation would have left them: with the end token, and nothing after it.
+
+    Raises:
+        ValueError: for a chat template that writes the prompt differently once there is an answer.
+    """
+    if isinstance(completion, list) and isinstance(completion[0], int):
+        return completion
+    tokenizer = trainer.processing_class
+    if isinstance(prompt, str):
+        text = completion if isinstance(completion, str) else completion[0]["content"]
+        ids = tokenizer(text=text, add_special_tokens=False)["input_ids"]
+        return ids if ids and ids[-1] in trainer.eos_token_ids else [*ids, trainer._tokenizer.eos_token_id]
+    messages = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    whole = tokenizer.apply_chat_template(
+        conversation=[*prompt, *messages],
+        chat_template=trainer.chat_template,
+        tokenize=True,
+        return_dict=True,
+        **trainer.chat_template_kwargs,
+    )["input_ids"]
+    if whole[: len(prompt_ids)] != prompt_ids:
+        raise ValueError(
+            "The chat template writes the prompt differently once there is an answer, so the tokens of logged "
+            f"completions are not known; give them as token ids (prompt: {prompt!s:.80})."
+        )
+    ids = whole[len(prompt_ids) :]
+    ends = [place for place, token in enumerate(ids) if token in trainer.eos_token_ids]
+    return ids[: ends[-1] + 1] if ends else ids
