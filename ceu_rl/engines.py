@@ -19,12 +19,13 @@ ENGINES = {"FSDP": DistributedType.FSDP, "DEEPSPEED": DistributedType.DEEPSPEED}
 def engines_on_cpu() -> None:
     """Let accelerate shard on a CPU, by FSDP2 or DeepSpeed as `accelerate launch` asks for them, over gloo.
 
-    Call it before the config is made. It changes nothing where there is another device, or neither was asked for.
+    Call it before the config is made. It changes nothing in a run of one process, or where there is another device.
     """
     if torch.accelerator.is_available() or "RANK" not in os.environ:
         return
+    # Of a device named cpu:0, as accelerate calls it, torch cannot load an optimizer
+    os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
     if _asked_for("FSDP"):
-        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo")
         # It takes FSDP up under the name of any device but the CPU

@@ -197,7 +197,10 @@ def _resume_from(output_dir: str, checkpoint: str | None) -> str | None:
         return None
     if str(checkpoint).lower() == "true":
         if not saved_checkpoints(folder):
-            raise ValueError(f"There is no checkpoint in {output_dir} to resume; leave resume_from_checkpoint out.")
+            raise ValueError(
+                f"There is no checkpoint in {output_dir} to resume; move away what it holds, and leave "
+                "resume_from_checkpoint out."
+            )
         return str(saved_checkpoints(folder)[-1][1])
     if not Path(checkpoint, "trainer_state.json").is_file():
         raise ValueError(f"resume_from_checkpoint {checkpoint} is no checkpoint; name a checkpoint-N folder, or true.")

@@ -38,10 +38,10 @@ CLOCK = ("runtime", "per_second", "step_time", "flos")
 def launcher(engine, folder):
     if engine == "one":
         return []
-    config = RECIPES / f"{engine.removesuffix('-efficient').replace('zero2', 'zero3')}_cpu.yaml"
+    config = RECIPES / f"{engine.partition('-')[0].replace('zero2', 'zero3')}_cpu.yaml"
     text = config.read_text().replace("zero_stage: 3", f"zero_stage: {engine[-1]}")
     if engine.endswith("sharded"):
-        text = (RECIPES / "fsdp2_cpu.yaml").read_text().replace("FULL_STATE_DICT", "SHARDED_STATE_DICT")
+        text = text.replace("FULL_STATE_DICT", "SHARDED_STATE_DICT")
     if engine.endswith("efficient"):
         text = text.replace("cpu_ram_efficient_loading: false", "cpu_ram_efficient_loading: true")
     (folder / f"{engine}.yaml").write_text(text)

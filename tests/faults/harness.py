@@ -1,0 +1,293 @@
+"""Kills runs and holds what they come to, once they are resumed, against a run that nobody killed.
+
+    python -m tests.faults.harness FOLDER METHOD ... [--tries N] [--seed N] [--output FILE]
+
+METHOD is dpo, unlearn, grpo (with vLLM) or compare. A run is a fork of this process, which has imported everything
+already, so that a try takes the seconds of its steps. Half of the kills fall between two steps, the others while a
+checkpoint is being written. What is lost, and what is left behind, is counted.
+"""
+
+import argparse
+import filecmp
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import psutil
+import yaml
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ceu_rl.checkpoints import saved_checkpoints
+from ceu_rl.cli import main as ceu_rl
+from ceu_rl.models import build_model, build_tokenizer
+from ceu_rl.provenance import environment, write_json
+
+ROOT = Path(__file__).parents[2]
+STEPS = 12
+MARK = "CEU_RL_FAULTS"  # in the environment of every process that a try starts
+ROWS = [(a, b) for a in range(8) for b in range(6)]
+SETTINGS = {
+    "max_steps": STEPS,
+    "save_steps": 2,
+    "save_total_limit": 2,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1e-3,
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "seed": 0,
+}
+OWN = {
+    "dpo": {"dataset_name": "preferences"},
+    "unlearn": {"dataset_name": "questions", "forget": "forget", "retain": "retain", "loss_type": "ceu"},
+    "grpo": {
+        "dataset_name": "prompts",
+        "reward_funcs": ["tests.faults.harness.digits"],
+        "num_generations": 4,
+        "max_completion_length": 6,
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_max_model_length": 64,
+        "env": {"VLLM_CPU_KVCACHE_SPACE": 1},
+    },
+}
+
+
+def digits(completions, **kwargs):
+    return [sum(character.isdigit() for character in completion) / 6 for completion in completions]
+
+
+def make(folder, **model):
+    """A tiny model, its data and a recipe for each method, in a folder."""
+    tokenizer = build_tokenizer()
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, **model}
+    build_model(tokenizer, seed=1, **size).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = {
+        "preferences/train": [
+            {"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a + b}{b}"[: 1 + b % 3]} for a, b in ROWS
+        ],
+        "prompts/train": [{"prompt": f"{a}+{b}="} for a, b in ROWS],
+        "questions/forget": [{"question": f"{a}+{b}?", "answer": f"{a + b} it is"} for a, b in ROWS[:24]],
+        "questions/retain": [{"question": f"{a}+{b}?", "answer": f"{a + b} it is"} for a, b in ROWS[24:]],
+    }
+    for name, content in rows.items():
+        path = folder / "data" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    for method, own in OWN.items():
+        recipe = {"model_name_or_path": str(folder / "model"), **SETTINGS, **own, "output_dir": "unused"}
+        recipe["dataset_name"] = str(folder / "data" / own["dataset_name"])
+        path = folder / ("tofu" if method == "unlearn" else method) / "recipe.yaml"
+        path.parent.mkdir()
+        path.write_text(yaml.safe_dump(recipe))
+
+
+def recipe_of(folder, method):
+    return folder / ("tofu" if method == "unlearn" else method) / "recipe.yaml"
+
+
+class Run:
+    """`ceu-rl` with these arguments, in a fork of this process and a session of its own."""
+
+    def __init__(self, arguments, log, mark):
+        self.log = log
+        self.pid = os.fork()
+        if self.pid:
+            return
+        status = 1
+        try:
+            os.setsid()
+            os.environ[MARK] = mark
+            with open(log, "a") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            status = ceu_rl([str(word) for word in arguments])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def poll(self):
+        """The exit status, negative for a signal, or None while it runs."""
+        if self.pid:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if not pid:
+                return None
+            self.pid, self.status = 0, os.waitstatus_to_exitcode(status)
+        return self.status
+
+    def wait(self, until=lambda: False, limit=300):
+        end = time.monotonic() + limit
+        while self.poll() is None and not until():
+            assert time.monotonic() < end, f"{self.log} did not end within {limit} s"
+            time.sleep(0.001)
+        return self.poll()
+
+    def kill(self, number=signal.SIGKILL):
+        if self.poll() is None:
+            os.killpg(self.pid, number)
+        return self.wait()
+
+
+def left_behind(mark):
+    """The processes of a try that are still there."""
+    left = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
+                left.append(process.pid)
+        except psutil.Error:
+            continue
+    return left
+
+
+def train(folder, method, out, *more):
+    resume = ["--resume_from_checkpoint", "true"] if saved_checkpoints(out) else []
+    if not resume:  # killed before its first checkpoint: what there is is moved away, and the run starts again
+        shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    words = [method, "--config", recipe_of(folder, method), "--output_dir", out, *resume, *more]
+    return Run(words, out.with_name(f"{out.name}.log"), str(out))
+
+
+def compare(folder, out):
+    words = ["compare", recipe_of(folder, "dpo"), "--output_dir", out, "--learning_rate", "1e-3", "2e-3", "--jobs", "2"]
+    return Run(words, out.with_name(f"{out.name}.log"), str(out))
+
+
+def steps_of(out):
+    path = out / "metrics.jsonl"
+    return path.read_text().count('"loss"') if path.is_file() else 0
+
+
+def folders_of(out):
+    return {path.name for path in out.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+
+
+def same_weights(one, other):
+    first, second = (next(Path(folder).glob("*.safetensors"), None) for folder in (one, other))
+    return None not in (first, second) and filecmp.cmp(first, second, shallow=False)
+
+
+def kill_at_random(folder, method, out, chance):
+    """Kill one run and resume it; says where the kill fell, and what became of it."""
+    run = train(folder, method, out)
+    step, in_checkpoint = chance.randrange(1, STEPS), chance.random() < 0.5
+    if in_checkpoint:
+        run.wait(lambda: steps_of(out) >= step and not run.poll())
+        before = folders_of(out)
+        run.wait(lambda: folders_of(out) - before)
+        time.sleep(chance.uniform(0, 0.02))
+    else:
+        run.wait(lambda: steps_of(out) >= step)
+        time.sleep(chance.uniform(0, 0.05))
+    killed = run.kill() == -signal.SIGKILL
+    whole = {path.name for _, path in saved_checkpoints(out)}
+    found = {"killed": killed, "step": steps_of(out), "half_written": len(folders_of(out) - whole)}
+    found["left_behind"] = len(left_behind(str(out)))
+    if killed:
+        found["status"] = train(folder, method, out).wait()
+        found["left_behind"] += len(left_behind(str(out)))
+    return found
+
+
+def kill_compare(folder, out, chance):
+    """Kill a comparison, and in every other try its runs too; start it again."""
+    run = compare(folder, out)
+    step = chance.randrange(1, 2 * STEPS)
+    run.wait(lambda: sum(path.read_text().count('"loss"') for path in out.rglob("metrics.jsonl")) >= step)
+    killed = run.kill() == -signal.SIGKILL
+    runs_too = chance.random() < 0.5
+    if runs_too:
+        for pid in left_behind(str(out)):
+            os.kill(pid, signal.SIGKILL)
+    found = {"killed": killed, "step": step, "runs_killed_too": runs_too, "half_written": 0}
+    found["status"] = compare(folder, out).wait()
+    found["left_behind"] = len(left_behind(str(out)))
+    return found
+
+
+def try_method(folder, method, tries, seed):
+    """Count over the tries: kills, half-written checkpoints that were skipped, and what was lost or left behind."""
+    chance = random.Random(f"{method} {seed}")
+    expected = {}
+    if method == "compare":
+        words = [
+            "compare",
+            recipe_of(folder, "dpo"),
+            "--output_dir",
+            folder / "whole",
+            "--learning_rate",
+            "1e-3",
+            "2e-3",
+        ]
+        assert Run([*words, "--jobs", "2"], folder / "whole.log", "whole").wait() == 0, folder / "whole.log"
+        expected = {path.parent.relative_to(folder / "whole"): path.parent for path in models(folder / "whole")}
+        assert len(expected) == 2
+    else:
+        whole = train(folder, method, folder / f"{method}-whole")
+        assert whole.wait() == 0, whole.log
+        expected = {Path("."): folder / f"{method}-whole"}
+    count = {"tries": 0, "killed": 0, "half_written_skipped": 0, "lost": 0, "processes_left_behind": 0, "steps": []}
+    for number in range(tries):
+        out = folder / f"{method}-{number}"
+        found = (
+            kill_compare(folder, out, chance) if method == "compare" else kill_at_random(folder, method, out, chance)
+        )
+        kept = found.get("status", 0) == 0 and all(same_weights(out / at, path) for at, path in expected.items())
+        count["tries"] += 1
+        count["killed"] += found["killed"]
+        count["half_written_skipped"] += found["half_written"]
+        count["lost"] += not kept
+        count["processes_left_behind"] += found["left_behind"]
+        count["steps"].append(found["step"])
+        print(method, number, found, "kept" if kept else "LOST", flush=True)
+    return count
+
+
+def models(folder):
+    """The models at the end of the runs of a comparison."""
+    return [path for path in folder.rglob("model.safetensors") if not path.parent.name.startswith("checkpoint-")]
+
+
+def main(words=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("methods", nargs="+", choices=(*OWN, "compare"))
+    parser.add_argument("--tries", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args(words)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    if not (args.folder / "model").exists():
+        make(args.folder)
+    # Imported once, before the forks
+    import ceu_rl.dpo
+    import ceu_rl.run
+    import ceu_rl.unlearn
+
+    if "grpo" in args.methods:
+        import ceu_rl.grpo  # noqa: F401
+    counts = {method: try_method(args.folder, method, args.tries, args.seed) for method in args.methods}
+    if args.output:
+        before = json.loads(args.output.read_text())["sigkill"] if args.output.exists() else {}
+        command = f"python -m tests.faults.harness FOLDER {' '.join(args.methods)} --tries {args.tries}"
+        counts = {method: {**count, "command": command, **environment()} for method, count in counts.items()}
+        write_json(args.output, {"sigkill": {**before, **counts}})
+    return sum(count["lost"] + count["processes_left_behind"] for count in counts.values())
+
+
+if __name__ == "__main__":
+    sys.exit(min(1, main()))
