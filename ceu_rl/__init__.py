@@ -7,6 +7,8 @@ __version__ = "0.1.0"
 
 # Imported lazily: `ceu_rl.losses` needs torch alone, and TRL takes seconds to import
 _PUBLIC = {
+    "CEUAsyncGRPOConfig": "async_grpo",
+    "CEUAsyncGRPOTrainer": "async_grpo",
     "CEUDPOConfig": "dpo",
     "CEUDPOTrainer": "dpo",
     "CEUGRPOConfig": "grpo",
@@ -14,7 +16,16 @@ _PUBLIC = {
     "UnlearnConfig": "unlearn",
     "UnlearnTrainer": "unlearn",
 }
-__all__ = ["CEUDPOConfig", "CEUDPOTrainer", "CEUGRPOConfig", "CEUGRPOTrainer", "UnlearnConfig", "UnlearnTrainer"]
+__all__ = [
+    "CEUAsyncGRPOConfig",
+    "CEUAsyncGRPOTrainer",
+    "CEUDPOConfig",
+    "CEUDPOTrainer",
+    "CEUGRPOConfig",
+    "CEUGRPOTrainer",
+    "UnlearnConfig",
+    "UnlearnTrainer",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,204 @@
+"""CE-U under TRL's asynchronous GRPO, on a CPU: the test's own worker generates from a copy of the policy that lags."""
+
+import importlib.util
+import queue
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from torch.nn.functional import scaled_dot_product_attention
+
+from ceu_rl import CEUAsyncGRPOConfig, CEUAsyncGRPOTrainer
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("trl.experimental.async_grpo") is None, reason="this TRL has no AsyncGRPOTrainer"
+)
+PROMPTS = [{"prompt": f"{a}+{b}="} for a in range(4) for b in range(4)]
+
+
+def varlen_attention(query, key, value, starts_q, starts_k, longest_q, longest_k, softmax_scale, causal, **kwargs):
+    """The kernel that TRL's trie calls, in plain torch: segments of queries, each with the keys of its own path."""
+    groups = query.shape[1] // key.shape[1]
+    out = torch.empty_like(query)
+    for i in range(len(starts_q) - 1):
+        q = query[starts_q[i] : starts_q[i + 1]].transpose(0, 1)
+        k, v = (x[starts_k[i] : starts_k[i + 1]].transpose(0, 1).repeat_interleave(groups, 0) for x in (key, value))
+        seen = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
+        part = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=softmax_scale)
+        out[starts_q[i] : starts_q[i + 1]] = part.transpose(0, 1)
+    return out
+
+
+class Worker:
+    """A rollout worker and the weight transfer in one: rollouts of a copy that takes the weights it is sent."""
+
+    def __init__(self, model, tokenizer, generations=4):
+        self.model, self.tokenizer, self.generations = model, tokenizer, generations
+        self.version, self.syncs, self.next_group = 0, 0, 0
+        self.rollout_buffer, self.metrics_queue = self, queue.Queue()
+        self.ready = []
+
+    def get(self, timeout=None):
+        from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
+
+        if not self.ready:
+            prompt = PROMPTS[self.next_group % len(PROMPTS)]["prompt"]
+            ids = torch.tensor(self.tokenizer([prompt] * self.generations)["input_ids"])
+            with torch.no_grad():
+                whole = self.model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=True, top_k=0)
+                log_probs = self.model(whole).logits[:, :-1].log_softmax(-1).gather(-1, whole[:, 1:, None])[..., 0]
+            texts = self.tokenizer.batch_decode(whole[:, ids.shape[1] :])
+            rewards = np.array([sum(map(str.isdigit, text)) for text in texts], dtype=float)
+            for tokens, values, advantage in zip(whole, log_probs, rewards - rewards.mean(), strict=True):
+                mask = np.arange(len(tokens)) >= ids.shape[1]
+                old = np.concatenate([[0.0], values.numpy()]) * mask
+                self.ready.append(
+                    RolloutSample(
+                        prompt=[],
+                        completion=[],
+                        input_ids=tokens.numpy(),
+                        completion_mask=mask.astype(int),
+                        old_log_probs=old.astype(np.float32),
+                        advantage=float(advantage),
+                        model_version=self.version,
+                        group_id=self.next_group,
+                        metrics={"reward": 0.0},
+                    )
+                )
+            self.next_group += 1
+        return self.ready.pop(0)
+
+    def qsize(self):
+        return len(self.ready)
+
+    def update_model_version(self, version):
+        self.version = version
+
+    def send_weights(self, iterator):
+        self.syncs += 1
+        self.model.load_state_dict({name: value.clone() for name, value in iterator}, strict=False)
+
+    def start(self, *args, **kwargs):
+        pass
+
+    stop = check_health = init_weight_transfer = pause = resume = destroy = start
+
+
+@pytest.fixture
+def train(tiny_model, tokenizer, tmp_path, monkeypatch):
+    from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer, packing
+
+    monkeypatch.setattr(async_grpo_trainer, "get_peak_flops_per_device", lambda *args: None)  # which asks for CUDA
+    monkeypatch.setattr(packing, "_flash_attn", lambda: types.SimpleNamespace(flash_attn_varlen_func=varlen_attention))
+    tiny_model(1).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+
+    def run(trainer_class=CEUAsyncGRPOTrainer, **settings):
+        config_class = CEUAsyncGRPOConfig if trainer_class is CEUAsyncGRPOTrainer else AsyncGRPOConfig
+        defaults = {
+            "output_dir": str(tmp_path / f"run{len(list(tmp_path.iterdir()))}"),
+            "max_steps": 4,
+            "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 1,
+            "num_generations": 4,
+            "token_budget": -1,
+            "learning_rate": 1e-2,
+            "gradient_checkpointing": False,
+            "bf16": False,
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "weight_sync_steps": 2,
+            "max_staleness": 8,
+        }
+        worker = Worker(tiny_model(1), tokenizer)
+        torch.manual_seed(0)
+        trainer = trainer_class(
+            str(tmp_path / "model"),
+            args=config_class(**{**defaults, **settings}),
+            train_dataset=Dataset.from_list(PROMPTS),
+            rollout_worker=worker,
+            weight_transfer=worker,
+        )
+        trainer.train()
+        return trainer, worker, [entry for entry in trainer.state.log_history if "loss" in entry]
+
+    return run, AsyncGRPOTrainer
+
+
+def same(first, second):
+    pairs = zip(first.model.parameters(), second.model.parameters(), strict=True)
+    return all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_coef_zero_equals_stock_bit_for_bit_and_the_default_does_not(train):
+    run, stock_class = train
+    stock, worker, log = run(stock_class)
+    ours, _, our_log = run(ceu_coef=0.0)
+    routed, _, routed_log = run()
+    assert same(stock, ours) and not same(stock, routed)
+    assert worker.syncs == 3  # at the start, and after steps 2 and 4
+    assert [entry["ratio"] for entry in our_log] == [entry["ratio"] for entry in log]
+    assert abs(log[0]["ratio"] - 1) < 1e-3 < abs(log[1]["ratio"] - 1)  # rollouts lag
+    assert routed_log[0]["loss"] == log[0]["loss"]
+    assert all(0 < entry["ceu/descending_fraction"] < 1 for entry in routed_log)
+    assert not any("ceu/weight_mean" in entry for entry in our_log)
+
+
+def test_the_route_weighs_the_net_gradient_of_a_token_that_completions_share(train, tiny_model):
+    """Two completions share their first token, with advantages 2 and -1: net it rises, and keeps stock's gradient."""
+    from trl.experimental.async_grpo.async_grpo_trainer import DataCollatorForRollout
+    from trl.experimental.async_grpo.packing import TreeRow
+
+    run, _ = train
+    trainer, _, _ = run(max_steps=1, ceu_coef=1.0)
+    trainer.descent_route.pop_metrics()
+    for advantages, fraction in (((2.0, -1.0), 1 / 3), ((1.0, -2.0), 2 / 3)):
+        row = TreeRow()
+        for tokens, advantage in zip(([9, 10, 11, 12], [9, 10, 11, 13]), advantages, strict=True):
+            mask = np.array([0, 0, 1, 1])
+            sample = {"input_ids": np.array(tokens), "completion_mask": mask, "old_log_probs": np.zeros(4, np.float32)}
+            row.add({**sample, "advantage": advantage, "group_id": 0, "metrics": {}})
+        batch = DataCollatorForRollout(0)([[row]])
+        batch["old_log_probs"] = reference_log_probs(trainer, batch)
+        trainer.compute_loss(trainer.model, batch).backward()
+        assert trainer.descent_route.pop_metrics()["ceu/descending_fraction"] == pytest.approx(fraction)
+
+
+def reference_log_probs(trainer, batch):
+    """The policy's own log-probabilities of the targets, so that the ratio is 1."""
+    kept = {}
+    forward = trainer.model.forward
+
+    def keep(*args, **kwargs):
+        outputs = forward(*args, **kwargs)
+        kept["log_probs"] = outputs.log_probs.detach()
+        return outputs
+
+    trainer.model.forward = keep
+    with torch.no_grad():
+        trainer.compute_loss(trainer.model, batch)
+    trainer.model.forward = forward
+    return kept["log_probs"].flatten()[batch["token_index"]]
+
+
+def test_it_is_refused_under_another_trl_and_for_a_wrong_coefficient(monkeypatch):
+    with pytest.raises(ValueError, match="ceu_coef is 2; use"):
+        CEUAsyncGRPOConfig("out", use_cpu=True, bf16=False, ceu_coef=2)
+    monkeypatch.setattr(trl, "__version__", "1.17.0")
+    with pytest.raises(ImportError, match=r"trl is 1\.17\.0.*pip install"):
+        CEUAsyncGRPOConfig("out", use_cpu=True, bf16=False)
+    with pytest.raises(ImportError, match=r"trl is 1\.17\.0.*pip install"):
+        importlib.reload(sys.modules[CEUAsyncGRPOConfig.__module__])  # before TRL's module is looked for
+
+
+def test_a_step_that_is_not_finite_ends_the_run(train):
+    run, _ = train
+    with pytest.raises(FloatingPointError, match="tokens of rollouts that begin with"):
+        run(learning_rate=1e30)
