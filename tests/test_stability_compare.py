@@ -131,6 +131,7 @@ def test_the_method_is_that_of_the_folder(tmp_path):
         (["{stock}", "--beta"], "--beta has no value"),
         (["no/dpo/such.yaml"], "no/dpo/such.yaml"),
         (["{stock}", "--retain", "no/such.json"], "no/such.json is no file"),
+        (["{stock}", "--retain", "{stock}"], "stock.yaml is cut short or no JSON"),
         ([], "No recipe is given"),
         (["--seed", "1"], "No recipe is given"),
         (["{folder}"], "dpo is a folder; name a recipe in it."),

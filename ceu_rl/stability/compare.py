@@ -36,7 +36,7 @@ from ..tofu.data import SPLITS, is_tofu
 from .jobs import MODULE, Job, is_done
 from .launchers import LAUNCHERS, make_launcher, run_jobs
 from .report import write_report
-from .runs import FAILURE, LOG, RESULT, TOFU_RESULT, Run
+from .runs import FAILURE, LOG, RESULT, TOFU_RESULT, Run, read_outcome
 
 METHODS = {"dpo": "dpo", "grpo": "grpo", "tofu": "unlearn"}  # by the folder that a recipe is in
 RESERVED = ("config", *NO_SETTINGS)
@@ -262,6 +262,8 @@ def make_jobs(
     for path in (accelerate_config, retain):
         if path is not None and not path.is_file():
             raise ValueError(f"{path} is no file; check its name.")
+    if retain is not None and isinstance(problem := read_outcome(retain), str):
+        raise ValueError(f"--retain: {problem}")
     stems = [recipe.stem for recipe in recipes]
     if len(set(stems)) < len(stems):
         raise ValueError(f"Two recipes have one name among {[str(recipe) for recipe in recipes]}; rename one.")

@@ -86,7 +86,7 @@ class Run:
 
     @cached_property
     def _outcomes(self) -> dict[str, dict[str, Any] | str | None]:
-        found = {name: _read(self.folder / name) for name in (RESULT, FAILURE, TOFU_RESULT)}
+        found = {name: read_outcome(self.folder / name) for name in (RESULT, FAILURE, TOFU_RESULT)}
         if isinstance(evaluation := found[TOFU_RESULT], dict):
             found[TOFU_RESULT] = {name: evaluation.get(name) for name in ("summary", "retain", "base")}  # without rows
         return found
@@ -250,7 +250,7 @@ def _is_read(key: str) -> bool:
     return key in READ or key.startswith(("eval_", "ceu/"))
 
 
-def _read(path: Path) -> dict[str, Any] | str | None:
+def read_outcome(path: Path) -> dict[str, Any] | str | None:
     """An outcome, None where there is none, or a sentence that says why it cannot be used."""
     try:
         found = json.loads(path.read_bytes())
