@@ -103,12 +103,13 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
     return [panel for panel in found if any(math.isfinite(value) for run in runs for _, value in scaled(run, panel))]
 
 
-def range_plot(runs: Sequence[Run], score: Score, looks: Mapping[str, Style], name: str) -> str:
+def range_plot(
+    runs: Sequence[Run], score: Score, bases: Mapping[str, float], looks: Mapping[str, Style], name: str
+) -> str:
     """Final score against learning rate: mean over seeds, whiskers from the least to the largest.
 
     A marker is filled where every seed keeps 95 % of the base's score, and a cross at the bottom is a diverged run.
     """
-    bases = score.bases(runs)
     grids = {arm: grid for arm in arms(runs) if (grid := finals([run for run in runs if run.arm == arm], score))}
     means = {arm: [(x, float(np.mean(_finite(ends)))) for x, ends in _known(grid)] for arm, grid in grids.items()}
 
@@ -152,7 +153,9 @@ def _limit(score: Score, base: float | None) -> float:
     return KEEP * base if score.kept and base is not None and base > 0 else -math.inf
 
 
-def final_plot(runs: Sequence[Run], score: Score, looks: Mapping[str, Style], name: str) -> str:
+def final_plot(
+    runs: Sequence[Run], score: Score, bases: Mapping[str, float], looks: Mapping[str, Style], name: str
+) -> str:
     """The final score of each arm where there is one learning rate: a dot for each seed, and a bar at their mean."""
     ends = {
         arm: [end for run in runs if run.arm == arm and (end := score.final(run)) is not None] for arm in arms(runs)
@@ -172,7 +175,7 @@ def final_plot(runs: Sequence[Run], score: Score, looks: Mapping[str, Style], na
                 axes.plot([np.mean(known)] * 2, [place - 0.3, place + 0.3], color=colour, lw=2)
             else:
                 axes.text(0.02, place, outcomes[arm], transform=axes.get_yaxis_transform(), va="center", color=colour)
-        _reference_lines(axes.axvline, score, score.bases(runs))
+        _reference_lines(axes.axvline, score, bases)
         axes.set_yticks(range(len(ends)), [arm if len(arm) <= 18 else f"{arm[:17]}…" for arm in ends])
         axes.set_ylim(len(ends) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
@@ -369,7 +372,7 @@ def _arm_on_plane(axes: Axes, points: Sequence[Mapping[str, Any]], look: Style, 
     xs = [point["model_utility"] for point in points]
     ys = [max(point["forget_quality"], floor) for point in points]
     axes.plot(xs, ys, color=look.colour, marker=look.marker, lw=0.9, ms=7, zorder=4)
-    dead = [(point["model_utility"], max(point["forget_quality"], floor)) for point in points if point["collapsed"]]
+    dead = [(point["model_utility"], max(point["forget_quality"], floor)) for point in points if point.get("collapsed")]
     if dead:
         axes.plot(*zip(*dead, strict=True), "x", color="black", ms=8, mew=1.6, lw=0, zorder=5)
     seeds = [(u, max(q, floor)) for point in points for u, q in point["seeds"] if len(point["seeds"]) > 1]

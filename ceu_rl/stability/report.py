@@ -259,7 +259,7 @@ def _final_figures(
                 continue
             several = any(len(finals([run for run in members if run.arm == arm], score)) > 1 for arm in arms(members))
             draw = figures.range_plot if several else figures.final_plot
-            svg = draw(members, score, looks, f"final{place}x{number_}")
+            svg = draw(members, score, report["bases"][score.name], looks, f"final{place}x{number_}")
             found.append({"title": score.name + (f", {setting_name(rest)}" if rest else ""), "svg": svg})
     return found
 

@@ -92,7 +92,7 @@ class Run:
         return found
 
     def _outcome(self, name: str) -> dict[str, Any] | None:
-        content = self._outcomes[name]
+        content = self._outcomes.get(name)
         return content if isinstance(content, dict) else None
 
     @property

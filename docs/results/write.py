@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 
 from ceu_rl.stability import figures
-from ceu_rl.stability.runs import Run
+from ceu_rl.stability.runs import FAILURE, RESULT, Run
 from ceu_rl.stability.summary import arms, condition, conditions, find_scores
 from ceu_rl.stability.verdict import number, rate, setting_name
 
@@ -71,11 +71,13 @@ def recorded(name: str) -> list[Run]:
     """The runs of a report, with the curves that it keeps of them."""
     runs = []
     for record in report(name)["runs"]:
-        run = Run(record["arm"], record["setting"], record["seed"], RESULTS / name)
+        folder = RESULTS / name / record["arm"] / str(len(runs))
+        run = Run(record["arm"], record["setting"], record["seed"], folder)
         steps = enumerate(record["curves"].get("step", []))
         log = [{key: values[place] for key, values in record["curves"].items()} for place, _ in steps]
-        result = {"eval_tokens": report(name)["tokens"]}
-        vars(run).update(log=log, status=record["status"], result=result, failure=None)
+        tokens = report(name)["tokens"]
+        result = {"eval_tokens": tokens.get(record["arm"], tokens)}
+        vars(run).update(_log=(log, None), status=record["status"], _outcomes={RESULT: result, FAILURE: None})
         runs.append(run)
     return runs
 
@@ -418,7 +420,8 @@ def final_scores(*names: str) -> str:
             for score in find_scores(runs):
                 title = f"{Path(name).name}: {score.name}" + (f", {setting_name(rest)}" if rest else "")
                 prefix = f"{name.replace('/', '-')}-{score.key}-{place}"
-                row.append((title, figures.range_plot(members, score, report(name)["base"][score.name], looks, prefix)))
+                bases = dict.fromkeys(arms(members), report(name)["base"][score.name])
+                row.append((title, figures.range_plot(members, score, bases, looks, prefix)))
             rows.append(row)
     return sheet(rows, looks)
 
@@ -447,7 +450,7 @@ def pictures() -> dict[Path, str]:
         found = []
         for run in runs:
             other = Run(setting_name({key: run.setting[key]}), {}, run.seed, run.folder)
-            vars(other).update({name: vars(run)[name] for name in ("log", "status", "result", "failure")})
+            vars(other).update({name: vars(run)[name] for name in ("_log", "status", "_outcomes")})
             found.append(other)
         return found
 
