@@ -212,8 +212,8 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, SFTTrainer):
         forget_dataset: What to unlearn, in one of the formats of `SFTTrainer`: prompt and completion, or text.
         retain_dataset: What to keep. Each row of the forget set comes with one of these: all of them in turn, in an
             order drawn from `args.seed`, going on where the last epoch ended.
-        ref_model: The reference of `npo`, `undial` and the retain term `kl`. By default the model before unlearning:
-            a copy, or with a `peft_config` the model without its adapter.
+        ref_model: The reference of `npo`, `undial` and the retain terms `kl` and `activations`. By default the model
+            before unlearning: a copy, or with a `peft_config` the model without its adapter.
         kwargs: All else that `SFTTrainer` takes: `eval_dataset`, `processing_class`, `peft_config`, `callbacks`, ...
 
     Raises:
@@ -636,8 +636,10 @@ def _check_disjoint(forget: Dataset, retain: Dataset, tokenizer: Any) -> None:
 
 
 def _chunks(rows: Mapping[str, list[Any]], length: int, bos: int | None) -> dict[str, list[list[int]]]:
-    """Pieces of texts, so that every token is predicted once: each begins with what the text begins with, if that is
-    the beginning token, else with the last token of the piece before, which is its context."""
+    """Pieces of texts, in which every token but the first is predicted once.
+
+    Each begins with the beginning token, if the text does, else with the last token of the piece before, its context.
+    """
     pieces: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
         opens = ids[0] == bos
