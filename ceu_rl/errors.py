@@ -65,9 +65,9 @@ class NameCause:
     """Turns whatever is raised inside into one sentence: what failed, the error, and what to do.
 
     Args:
-        what: The subject, such as "reward_funcs 'a.b'".
+        what: The subject, such as "The reward function 'f'".
         remedy: What to do.
-        kind: The type of the exception that says it; what is of that type already passes.
+        kind: The type of the exception that says it. One that is of this type already, and no plain ValueError, passes.
     """
 
     def __init__(self, what: str, remedy: str, kind: type[Exception] = ValueError) -> None:
@@ -77,5 +77,7 @@ class NameCause:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, Exception) and type(error) is not self.kind:
-            raise self.kind(f"{self.what} raised {type(error).__name__}: {sentence(error)}; {self.remedy}") from error
+        named = self.kind is not ValueError and isinstance(error, self.kind)
+        if isinstance(error, Exception) and not named:
+            text = " ".join(str(error).split())
+            raise self.kind(f"{self.what} raised {type(error).__name__}: {text}; {self.remedy}") from error

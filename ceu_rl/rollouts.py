@@ -11,7 +11,6 @@ import importlib.util
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from .checks import RolloutError
+from .errors import NameCause
 
 SUPPORTED_VLLM = SpecifierSet("==0.31.*")
 
@@ -85,24 +85,9 @@ class ReloadingVLLMGeneration(VLLMGeneration):
         return generated
 
 
-class _NameCause:
-    """Turns whatever is raised inside into a `RolloutError`: what failed, the error, and what to do."""
-
-    def __init__(self, what: str, remedy: str) -> None:
-        self.what, self.remedy = what, remedy
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if isinstance(error, Exception) and not isinstance(error, RolloutError):
-            raise RolloutError(f"{self.what} raised {type(error).__name__}: {error}; {self.remedy}") from error
-
-
-def _vllm_named(doing: str) -> _NameCause:
-    return _NameCause(
-        f"vLLM, while {doing},", "what was saved is intact: start again with --resume_from_checkpoint true."
-    )
+def _vllm_named(doing: str) -> NameCause:
+    remedy = "what was saved is intact: start again with --resume_from_checkpoint true."
+    return NameCause(f"vLLM, while {doing},", remedy, RolloutError)
 
 
 def check_rewards(function: Callable[..., Any], name: str | None = None) -> Callable[..., Any]:
@@ -119,9 +104,8 @@ def check_rewards(function: Callable[..., Any], name: str | None = None) -> Call
         RolloutError: with the function, and the row and value that cannot be used.
     """
     name = name or get_callable_name(function)
-    named = _NameCause(
-        f"The reward function {name!r}", "mend it, or return None for a completion that it cannot judge."
-    )
+    remedy = "mend it, or return None for a completion that it cannot judge."
+    named = NameCause(f"The reward function {name!r}", remedy, RolloutError)
 
     def check(rewards: Any, prompts: Sequence[Any]) -> list[float | None]:
         # What has no order or holds keys is gone through by stock as well, and pairs rewards with the wrong completions

@@ -263,7 +263,7 @@ class StopOnSignal(TrainerCallback):
 
 def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixture: Any) -> tuple[Any, Any]:
     """The trainer, and what the result says of the prompt of questions, if the rows are questions."""
-    from trl import get_peft_config, get_quantization_config
+    from trl import get_peft_config
 
     evaluates = args.eval_strategy != "no" or args.eval_on_start
     datasets, task = load(method, script, mixture, evaluates)
@@ -272,33 +272,7 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
         raise ValueError("eval_facts and eval_solutions are scored at evaluations; set eval_strategy, as to steps.")
     asks = method in ASKING and any(has_questions(dataset) for dataset in datasets.values())
 
-    given: dict[str, Any]
-    if method == "sft" and model_config.model_name_or_path == BUILTIN_MODEL:
-        tokenizer: Any = build_tokenizer()
-        if asks:  # one tokenizer for all the models of a dataset
-            full = load_tofu(script.dataset_name, "full")
-            tokenizer = build_bpe_tokenizer([*full["question"], *full["answer"]])
-        model = build_model(tokenizer, seed=args.seed, **(args.model_init_kwargs or {}))
-        args.model_init_kwargs = None
-        given = {"model": model, "processing_class": tokenizer}
-    else:
-        model_config.model_name_or_path = resolve_model(model_config.model_name_or_path)
-        args.model_init_kwargs = {
-            "revision": model_config.model_revision,
-            "trust_remote_code": args.trust_remote_code,
-            "attn_implementation": model_config.attn_implementation,
-            "dtype": model_config.dtype,
-            **(args.model_init_kwargs or {}),
-        }
-        given = {
-            "model": model_config.model_name_or_path,
-            "quantization_config": get_quantization_config(model_config),
-        }
-        tokenizer = None
-        if asks:
-            tokenizer = AutoTokenizer.from_pretrained(
-                model_config.model_name_or_path, trust_remote_code=args.trust_remote_code
-            )
+    given, tokenizer = _name_model(method, script, args, model_config, asks)
     prompt = None
     if asks:
         make = functools.partial(to_preferences, seed=args.seed) if method == "dpo" else None
@@ -332,6 +306,32 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
     if kept:
         trainer.add_callback(KeptScore(trainer, kept))
     return trainer, prompt
+
+
+def _name_model(method: str, script: Any, args: Any, model_config: Any, asks: bool) -> tuple[dict[str, Any], Any]:
+    """What a trainer takes for `model_name_or_path`, and the tokenizer where one is needed before it is made."""
+    from trl import get_quantization_config
+
+    if method == "sft" and model_config.model_name_or_path == BUILTIN_MODEL:
+        tokenizer = build_tokenizer()
+        if asks:  # one tokenizer for all the models of a dataset
+            full = load_tofu(script.dataset_name, "full")
+            tokenizer = build_bpe_tokenizer([*full["question"], *full["answer"]])
+        model = build_model(tokenizer, seed=args.seed, **(args.model_init_kwargs or {}))
+        args.model_init_kwargs = None
+        return {"model": model, "processing_class": tokenizer}, tokenizer
+    name = model_config.model_name_or_path = resolve_model(model_config.model_name_or_path)
+    args.model_init_kwargs = {
+        "revision": model_config.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+        "attn_implementation": model_config.attn_implementation,
+        "dtype": model_config.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    given = {"model": name, "quantization_config": get_quantization_config(model_config)}
+    if not asks:
+        return given, None
+    return given, AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
 
 
 class _RowsOfTemplate:

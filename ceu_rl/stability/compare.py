@@ -44,16 +44,13 @@ DEFAULT_SEED = 42  # of transformers
 
 
 def main(argv: Sequence[str]) -> int:
-    """`ceu-rl compare`: 0 if each run finished or diverged, 1 if one failed, 2 for bad input, 130 for Ctrl-C, 143 for
-    SIGTERM."""
+    """`ceu-rl compare`: 0 if each run finished or diverged, 1 if one failed, 130 for Ctrl-C, 143 for SIGTERM; raises a
+    ValueError for bad input."""
     console = Console()
     command = shlex.join(["ceu-rl", "compare", *argv])
     try:
         with _raising_at_sigterm():
             return _compare(argv, console, command)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"ceu-rl compare: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt as error:
         print("ceu-rl compare: interrupted; the same command goes on where it stopped.", file=sys.stderr)
         return 143 if isinstance(error, _Terminated) else 130

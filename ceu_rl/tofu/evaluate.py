@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import shlex
 import sys
 import tempfile
@@ -330,35 +329,29 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`ceu-rl tofu-eval`: returns 0, or 2 for bad input, with one sentence on stderr."""
+    """`ceu-rl tofu-eval`: returns 0, or raises for bad input as [`evaluate`] does."""
     args = _parser().parse_args(argv)
-    try:
-        if args.results:
-            if not args.retain and not args.base:
-                raise ValueError(
-                    "--results needs --retain or --base, the result of the retain or the base model to compare with."
-                )
-            path, result = Path(args.results), read_result(args.results)
-            if args.retain:
-                add_retain(result, read_result(args.retain), args.retain)
-        else:
-            path = _output(args)
-            result = _evaluate_path(args, path.with_name(PART))
-            result["command"] = shlex.join(["ceu-rl", "tofu-eval", *argv])
-            if not args.base and (found := find_base(args.model)):
-                try:
-                    add_base(result, read_result(found), found)
-                except ValueError as error:  # nobody asked for it
-                    print(f"Whether the model collapsed is not said: {error}", file=sys.stderr)
-        if args.results and args.base:
-            add_base(result, read_result(args.base), args.base)
-        write_json(path, result, allow_nan=False)
-        path.with_name(PART).unlink(missing_ok=True)
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("CEU_RL_TRACEBACK"):
-            raise
-        print(f"ceu-rl tofu-eval: error: {error}", file=sys.stderr)
-        return 2
+    if args.results:
+        if not args.retain and not args.base:
+            raise ValueError(
+                "--results needs --retain or --base, the result of the retain or the base model to compare with."
+            )
+        path, result = Path(args.results), read_result(args.results)
+        if args.retain:
+            add_retain(result, read_result(args.retain), args.retain)
+    else:
+        path = _output(args)
+        result = _evaluate_path(args, path.with_name(PART))
+        result["command"] = shlex.join(["ceu-rl", "tofu-eval", *argv])
+        if not args.base and (found := find_base(args.model)):
+            try:
+                add_base(result, read_result(found), found)
+            except ValueError as error:  # nobody asked for it
+                print(f"Whether the model collapsed is not said: {error}", file=sys.stderr)
+    if args.results and args.base:
+        add_base(result, read_result(args.base), args.base)
+    write_json(path, result, allow_nan=False)
+    path.with_name(PART).unlink(missing_ok=True)
     _print_summary(result)
     print(f"The values of each row are in {path}.")
     return 0

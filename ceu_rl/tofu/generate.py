@@ -60,7 +60,7 @@ def generate_with_vllm(
     """The same through vLLM, in what memory the scored model leaves."""
     from vllm import LLM, SamplingParams
 
-    from ..rollouts import _NameCause
+    from ..errors import NameCause
 
     settings: dict[str, Any] = {"max_model_len": max(len(p.question_ids) for p in prompts) + max_new_tokens}
     if torch.cuda.is_available():
@@ -68,7 +68,7 @@ def generate_with_vllm(
         free, total = torch.cuda.mem_get_info()
         settings["gpu_memory_utilization"] = 0.9 * free / total
     sampling = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=list(ends))
-    with _NameCause("vLLM, while generating answers,", "mend that, or set use_vllm to false."):
+    with NameCause("vLLM, while generating answers,", "mend that, or set use_vllm to false."):
         engine: Any = LLM(model=path, seed=seed, disable_log_stats=True, **settings)
         for start in range(0, len(prompts), VLLM_PROMPTS):
             batch = prompts[start : start + VLLM_PROMPTS]
