@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from .tasks.score import Batch, evaluate_divergence
 
 ROWS = 50  # of each set, the first ones: a look at every evaluation has to be cheap
 BATCH = 8
@@ -68,10 +70,12 @@ class KeptScore(TrainerCallback):
 
     `eval_world_facts_probability` and `eval_real_authors_probability` are TOFU's: the mean over questions of the right
     answer's length-normalised probability among the options, 0 to 1. `eval_solutions_nll` is in nats per token, the
-    mean over all tokens of all answers with their end. What the chat template writes before each answer is not scored.
+    mean over all tokens of all answers with their end, and with a `reference`, the folder of the model at the start,
+    `eval_solutions_kl` is the mean divergence from it at these tokens, KL(p | p_ref) over the whole vocabulary. What
+    the chat template writes before each answer is not scored.
     """
 
-    def __init__(self, trainer: Any, rows: Mapping[str, Dataset]) -> None:
+    def __init__(self, trainer: Any, rows: Mapping[str, Dataset], reference: str | None = None) -> None:
         from .models import end_token_ids
         from .prompts import PromptFormat
         from .tofu.scoring import make_answers
@@ -79,6 +83,9 @@ class KeptScore(TrainerCallback):
         tokenizer = trainer.processing_class
         prompt = PromptFormat().settle(tokenizer)
         self.trainer = trainer
+        self.reference = None
+        if reference is not None and "solutions" in rows:
+            self.reference = AutoModelForCausalLM.from_pretrained(reference).eval()
         self.answers = make_answers(rows, tokenizer, prompt, end_token_ids(trainer.model, tokenizer))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -107,6 +114,9 @@ class KeptScore(TrainerCallback):
             if config == "solutions":
                 total = sum(answer.log_prob * len(answer.completion_ids) for answer in right)
                 found["solutions_nll"] = -total / sum(len(answer.completion_ids) for answer in right)
+                if self.reference is not None:
+                    batches = [_as_batch(answer, model.device) for answer in right]
+                    found["solutions_kl"] = evaluate_divergence(model, self.reference.to(model.device), batches)["kl"]
                 continue
             wrong: dict[int, list[float]] = {}
             for answer in here:
@@ -115,3 +125,8 @@ class KeptScore(TrainerCallback):
             values = [option_probability(answer.log_prob, wrong[answer.row]) for answer in right]
             found[f"{config.removesuffix('_perturbed')}_probability"] = sum(values) / len(values)
         return found
+
+
+def _as_batch(answer: Any, device: torch.device) -> Batch:
+    prompt, completion = (torch.tensor([ids], device=device) for ids in (answer.prompt_ids, answer.completion_ids))
+    return Batch(prompt, torch.ones_like(prompt), completion[None], torch.ones_like(completion)[None])

@@ -300,11 +300,11 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
         trainer.add_callback(Progress if sys.stderr.isatty() else ProgressLines)
     trainer.add_callback(MetricsFile)
     trainer.add_callback(Pace())
+    start = None if method == "sft" else model_config.model_name_or_path
     if task is not None and "eval" in datasets:
-        start = None if method == "sft" else model_config.model_name_or_path
         trainer.add_callback(TaskScore(trainer, task, datasets["eval"], start))
     if kept:
-        trainer.add_callback(KeptScore(trainer, kept))
+        trainer.add_callback(KeptScore(trainer, kept, start))
     return trainer, prompt
 
 

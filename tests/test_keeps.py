@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.special import softmax
 
-from ceu_rl import CEUDPOConfig, CEUDPOTrainer
+from ceu_rl import CEUDPOConfig, CEUDPOTrainer, keeps
 from ceu_rl.cli import main
 from ceu_rl.keeps import KeptArguments, KeptScore, load_kept
 from ceu_rl.tofu.data import REAL_AUTHORS, WORLD_FACTS, load_tofu
@@ -23,37 +23,53 @@ def solutions(tmp_path_factory):
     return path
 
 
-def log_probs(model, tokenizer, question, answer):
-    """Of the tokens of one answer with its end, alone in its batch."""
+def tokens_of(tokenizer, question, answer):
     chat = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    full = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": answer}], return_dict=False)
+    return prompt, tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": answer}], return_dict=False)
+
+
+def log_probs(model, tokenizer, question, answer):
+    """Of the tokens of one answer with its end, alone in its batch."""
+    prompt, full = tokens_of(tokenizer, question, answer)
     with torch.no_grad():
         found = model(torch.tensor([full])).logits[0].double().log_softmax(dim=-1)
     return [found[place - 1, full[place]].item() for place in range(len(prompt), len(full))]
 
 
-def test_the_scores_are_those_of_each_answer_alone(tiny_model, tokenizer, preferences, solutions, tmp_path):
+def test_the_scores_are_those_of_each_answer_alone(
+    tiny_model, tokenizer, preferences, solutions, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(keeps, "ROWS", 5)
     rows = load_kept(KeptArguments(eval_facts="builtin:authors", eval_solutions=str(solutions)))
     assert set(rows) == {WORLD_FACTS, REAL_AUTHORS, "solutions"}
     args = CEUDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     given = {"args": args, "train_dataset": preferences, "processing_class": tokenizer}
     trainer = CEUDPOTrainer(tiny_model(), ref_model=tiny_model(), **given)
     trainer.model.train()
-    found = KeptScore(trainer, rows).score(trainer.model)
+    start = tiny_model(seed=1)
+    start.save_pretrained(tmp_path / "start")
+    found = KeptScore(trainer, rows, str(tmp_path / "start")).score(trainer.model)
     assert trainer.model.training
     trainer.model.eval()
     for name, config in (("world_facts", WORLD_FACTS), ("real_authors", REAL_AUTHORS)):
         values = []
-        for row in load_tofu("builtin:authors", config):
+        for row in load_tofu("builtin:authors", config).select(range(5)):
             options = [row["answer"], *row["perturbed_answer"]]
             each = [log_probs(trainer.model, tokenizer, row["question"], option) for option in options]
             values.append(softmax([sum(one) / len(one) for one in each])[0])
-        assert found[f"{name}_probability"] == pytest.approx(sum(values[:50]) / len(values[:50]), rel=1e-4)
+        assert found[f"{name}_probability"] == pytest.approx(sum(values) / 5, rel=1e-4)
     tokens = [log_probs(trainer.model, tokenizer, row["question"], row["answer"]) for row in rows["solutions"]]
     assert len({len(one) for one in tokens}) == 3  # a mean over tokens is not one over answers
     nll = -math.fsum(itertools.chain(*tokens)) / sum(map(len, tokens))
     assert found["solutions_nll"] == pytest.approx(nll, rel=1e-4)
+    divergences = []
+    for row in rows["solutions"]:
+        prompt, full = tokens_of(tokenizer, row["question"], row["answer"])
+        with torch.no_grad():
+            p, q = (each(torch.tensor([full])).logits[0].double().softmax(-1) for each in (trainer.model, start))
+        divergences += (p * (p / q).log()).sum(-1)[len(prompt) - 1 : -1].tolist()
+    assert found["solutions_kl"] == pytest.approx(sum(divergences) / len(divergences), rel=1e-4)
 
 
 def test_a_run_logs_what_its_recipe_names(tiny_model, tokenizer, solutions, tmp_path, capsys):
