@@ -40,6 +40,14 @@ demo-smollm2: install $(SMOLLM2)/result.json
 test: install
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
+# The fast tests with the oldest and the newest set of what pyproject.toml allows, without vLLM, in empty environments
+matrix:
+	for set in oldest newest; do \
+		rm -rf .matrix/$$set && $(PYTHON) -m venv .matrix/$$set && \
+		.matrix/$$set/bin/python -m pip install --quiet --constraint tests/matrix/$$set.txt --editable ".[dev]" && \
+		.matrix/$$set/bin/python -m pytest -m "not slow and not vllm" || exit 1; \
+	done
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

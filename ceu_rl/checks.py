@@ -15,7 +15,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import AutoConfig, GenerationMixin
-from transformers.distributed.fsdp import is_fsdp_enabled
+from transformers.integrations import is_fsdp_enabled
 
 from .checkpoints import saved_checkpoints
 

@@ -65,10 +65,11 @@ def digits(completions, **kwargs):
     return [sum(character.isdigit() for character in completion) / 6 for completion in completions]
 
 
-def make(folder, **model):
+def make(folder):
     """A tiny model, its data and a recipe for each method, in a folder."""
     tokenizer = build_tokenizer()
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, **model}
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    size["head_dim"] = 32  # the least that vLLM's attention for CPU takes
     build_model(tokenizer, seed=1, **size).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     rows = {
@@ -141,16 +142,20 @@ class Run:
         return self.wait()
 
 
-def left_behind(mark):
-    """The processes of a try that are still there."""
-    left = []
-    for process in psutil.process_iter():
-        try:
-            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
-                left.append(process.pid)
-        except psutil.Error:
-            continue
-    return left
+def left_behind(mark, at_once=False):
+    """The processes of a try that are there and, unless they are wanted at once, stay there for ten seconds."""
+    end = time.monotonic() + (0 if at_once else 10)
+    while True:
+        left = []
+        for process in psutil.process_iter():
+            try:
+                if process.pid != os.getpid() and process.environ().get(MARK) == mark:
+                    left.append(process.pid)
+            except psutil.Error:
+                continue
+        if not left or time.monotonic() > end:
+            return left
+        time.sleep(0.1)
 
 
 def train(folder, method, out, *more):
@@ -211,7 +216,7 @@ def kill_compare(folder, out, chance):
     killed = run.kill() == -signal.SIGKILL
     runs_too = chance.random() < 0.5
     if runs_too:
-        for pid in left_behind(str(out)):
+        for pid in left_behind(str(out), at_once=True):
             os.kill(pid, signal.SIGKILL)
     found = {"killed": killed, "step": step, "runs_killed_too": runs_too, "half_written": 0}
     found["status"] = compare(folder, out).wait()
