@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -70,7 +71,10 @@ def main(argv: Sequence[str]) -> int:
     """`ceu-rl recipes`: list them, or copy those of a name; raises as [`copy_recipes`]."""
     args = parser().parse_args(argv)
     if args.name is None:
-        table = Table("recipe", "what it is", "hardware")
+        table = Table(box=box.SIMPLE_HEAD)
+        table.add_column("recipe", no_wrap=True, overflow="fold")
+        table.add_column("what it is")
+        table.add_column("hardware")
         for row in list_recipes():
             table.add_row(*row)
         Console().print(table)

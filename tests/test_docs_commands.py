@@ -1,0 +1,249 @@
+"""Every command and code block of the documents and of the recipes' headers: parsed by its own parser, or run."""
+
+import importlib
+import itertools
+import os
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from datasets import Dataset
+from packaging.requirements import Requirement
+from trl import KTOConfig
+
+from ceu_rl.cli import COMMANDS
+from ceu_rl.recipe import build_configs, read_arguments
+from ceu_rl.recipes import copy_recipes
+from ceu_rl.recipes import parser as recipes_parser
+from ceu_rl.stability import compare
+from ceu_rl.tofu import evaluate
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+TRAINING = ("sft", "dpo", "grpo", "unlearn")
+STANDS_FOR = {  # what a command leaves to the reader
+    "RECIPE.yaml": "recipes/dpo/addition/ceu.yaml",
+    "F": "recipes/dpo/addition/ceu.yaml",
+    "RATE": "1e-4",
+    "A": "0.5",
+    "S": "1",
+    "M": "1",
+    "N": "4",
+    "SEED": "0",
+}
+OF_OTHERS = ("python src/", "vllm serve ")  # open-unlearning's in docs/migrating.md, and vLLM's in a recipe
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+def blocks(text):
+    """The code blocks of a Markdown text as (language, body); an indented one has the language ""."""
+    fenced = re.findall(r"^( *)```(\w*)\n(.*?)^ *```", text, flags=re.M | re.S)
+    rest = re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S)
+    indented = re.findall(r"(?:(?<=\n\n)|\A)((?:(?: {4}| {8}).*\n?)+)", rest)
+    # A list item's further lines are indented too, and are no code
+    indented = [block for block in indented if not re.match(r" {4,}(?:- |\d+\. )", block)]
+    return [*((language, body) for _, language, body in fenced), *(("", block) for block in indented)]
+
+
+def lines(block):
+    """The commands of a block, those that go on after a backslash as one, without comments and placeholders."""
+    joined = re.sub(r"\\\n\s*", " ", block)
+    return [line.strip() for line in re.sub(r"\s+#.*|\[as above\]", "", joined).splitlines() if line.strip()]
+
+
+def commands_of(path):
+    if path.suffix == ".yaml":
+        header = [line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#   ")]
+        return [re.sub(r"\s+\(.*\)$", "", line) for line in header]
+    found = []
+    for language, block in blocks(path.read_text()):
+        if language in ("", "bash", "sh"):
+            found += [line for line in lines(block) if language or not is_formula(line)]
+    return found
+
+
+def is_formula(line):
+    return " = " in line
+
+
+ALL = sorted({(name(path), command) for path in [*DOCUMENTS, *RECIPES] for command in commands_of(path)})
+
+
+def test_there_are_commands():
+    assert len(ALL) > 60
+    assert {"README.md", "CONTRIBUTING.md", "docs/recipes.md", "docs/results/dpo.md"} <= {path for path, _ in ALL}
+
+
+@pytest.mark.parametrize(("path", "command"), ALL)
+def test_a_command_is_understood(path, command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("os.environ", dict(os.environ))
+    check(command)
+
+
+def check(command):
+    """Raise if a command could not be run as it stands."""
+    command = re.sub(r"^([A-Z_]+=\S+ )+", "", command)
+    if command.startswith(OF_OTHERS):
+        return
+    words = list(itertools.chain.from_iterable(expand(word) for word in shlex.split(command)))
+    words = [STANDS_FOR.get(word, word) for word in words]
+    program, rest = Path(words[0]).name, words[1:]
+    if program.startswith("python"):
+        return check_python(rest)
+    checks = {"make": check_make, "ceu-rl": check_ceu_rl, "accelerate": check_accelerate, "pip": check_pip}
+    assert program in checks, f"what is {command!r}?"
+    checks[program](rest)
+
+
+def expand(word):
+    """A word whose braces the shell expands."""
+    found = re.fullmatch(r"([^{]*)\{([^{}\"]+,[^{}\"]+)\}(.*)", word)
+    return [f"{found[1]}{each}{found[3]}" for each in found[2].split(",")] if found else [word]
+
+
+def check_make(words):
+    for target in words:
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.M), f"make {target}"
+
+
+def check_ceu_rl(words):
+    command, rest = words[0], words[1:]
+    assert command in COMMANDS
+    if command in TRAINING:
+        # bf16 is refused on a machine without it, which is not what is asked here
+        build_configs(command, {**read_arguments(command, rest), "use_cpu": True})
+    elif command == "compare":
+        args, fields = compare._parser().parse_known_args(rest)
+        method = args.method or compare.METHODS[args.recipes[0].parent.parent.name]
+        for recipe in args.recipes:
+            given = [
+                [f"--{field}", value] for field, values in compare.parse_fields(fields).items() for value in values
+            ]
+            for word in given:
+                read_arguments(method, ["--config", str(recipe), *word])
+    elif command == "tofu-eval":
+        strictly(evaluate._parser(), rest)
+    elif command == "recipes":
+        args = strictly(recipes_parser(), rest)
+        assert args.name is None or copy_recipes(args.name, ROOT / "recipes")
+    else:
+        assert not rest
+
+
+def strictly(parser, words):
+    args, rest = parser.parse_known_args(words)
+    assert not rest
+    return args
+
+
+def check_accelerate(words):
+    assert words[0] == "launch"
+    args = launch_command_parser().parse_args(words[1:])
+    if args.config_file:
+        assert yaml.safe_load(Path(args.config_file).read_text())
+    assert args.module and args.training_script == "ceu_rl.cli"
+    check_ceu_rl(args.training_script_args)
+
+
+def check_pip(words):
+    """Requirements that can be read, and extras of ours that exist."""
+    assert words[0] in ("install", "uninstall")
+    for word in words[1:]:
+        if word.startswith(".["):
+            extras = word.removeprefix(".[").removesuffix("]").split(",")
+            assert set(extras) <= set(PROJECT["project"]["optional-dependencies"])
+        elif not word.startswith("-") and word != "." and not word.endswith(".whl"):
+            Requirement(word)
+
+
+def check_python(words):
+    if words[0] != "-m":
+        assert (ROOT / words[0]).is_file()
+        return
+    module, rest = words[1], words[2:]
+    if module == "pytest":
+        for flag, value in itertools.pairwise(rest):
+            if flag == "-m":
+                markers = [marker.split(":")[0] for marker in PROJECT["tool"]["pytest"]["ini_options"]["markers"]]
+                assert value.removeprefix("not ") in markers
+        for word in rest:
+            assert not word.startswith("tests/") or (ROOT / word).exists()
+    elif module in ("vllm.entrypoints.openai.api_server", "build", "http.server"):
+        return
+    else:
+        importlib.import_module(module)
+
+
+@pytest.mark.parametrize(
+    "command", ["make demonstration", "ceu-rl dpo --config none.yaml", "ceu-rl cmp", "pip install .[gpu]"]
+)
+def test_a_command_that_is_wrong_is_noticed(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises((AssertionError, ValueError)):
+        check(command)
+
+
+INLINE = sorted(
+    {
+        (name(path), code)
+        for path in DOCUMENTS
+        for code in re.findall(r"`((?:ceu-rl|make) [^`]+)`", path.read_text())
+        if "..." not in code and "COMMAND" not in code
+    }
+)
+
+
+@pytest.mark.parametrize(("path", "command"), INLINE)
+def test_a_command_within_a_sentence_is_one_that_there_is(path, command, monkeypatch):
+    """The command and its options; a sentence may leave out what they need."""
+    monkeypatch.chdir(ROOT)
+    words = [STANDS_FOR.get(word, word) for word in shlex.split(command)]
+    if words[0] == "make":
+        return check_make(words[1:])
+    assert words[1] in COMMANDS
+    options = [word.removeprefix("--") for word in words[2:] if word.startswith("--")]
+    if words[1] in TRAINING:
+        check_ceu_rl(words[1:])
+    known = {"compare": compare._parser, "tofu-eval": evaluate._parser}.get(words[1])
+    if known:
+        assert set(options) <= {action.dest for action in known()._actions}
+
+
+PYTHON = [(path, block) for path in DOCUMENTS for language, block in blocks(path.read_text()) if language == "python"]
+
+
+def test_every_language_of_a_block_is_one_that_is_checked():
+    languages = {language for path in DOCUMENTS for language, _ in blocks(path.read_text())}
+    assert languages <= {"", "python", "bash", "yaml"}
+
+
+@pytest.mark.parametrize(("path", "block"), PYTHON, ids=[name(path) for path, _ in PYTHON])
+def test_a_python_block_runs(path, block, tiny_model, tokenizer, preferences, tmp_path, monkeypatch):
+    """As it stands, with a tiny model and data, for one step on the CPU."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained(tmp_path / "model")
+    small = {"use_cpu": True, "bf16": False, "max_steps": 1, "report_to": "none", "gradient_checkpointing": False}
+    rows = preferences.select(range(8))
+    scope = {"model": str(tmp_path / "model"), "dataset": rows, "tokenizer": tokenizer}
+    if "KTOTrainer" in block:
+        columns = {"prompt": rows["prompt"], "completion": rows["chosen"], "label": [True, False] * 4}
+        scope |= {"dataset": Dataset.from_dict(columns), "args": KTOConfig(output_dir="runs/mine", **small)}
+    more = ", ".join(f"{key}={value!r}" for key, value in small.items())
+    exec(block.replace('(output_dir="runs/mine"', f'(output_dir="runs/mine", {more}'), scope)
+    assert scope["trainer"].state.global_step == 1
+
+
+def test_yaml_blocks_parse():
+    for path in DOCUMENTS:
+        for language, block in blocks(path.read_text()):
+            assert language != "yaml" or isinstance(yaml.safe_load(block), dict), name(path)
