@@ -15,7 +15,7 @@ from datasets import Dataset
 from packaging.requirements import Requirement
 from trl import KTOConfig
 
-from ceu_rl.cli import COMMANDS
+from ceu_rl.cli import COMMANDS, main
 from ceu_rl.recipe import build_configs, read_arguments
 from ceu_rl.recipes import copy_recipes
 from ceu_rl.recipes import parser as recipes_parser
@@ -123,14 +123,7 @@ def check_ceu_rl(words):
         # bf16 is refused on a machine without it, which is not what is asked here
         build_configs(command, {**read_arguments(command, rest), "use_cpu": True})
     elif command == "compare":
-        args, fields = compare._parser().parse_known_args(rest)
-        method = args.method or compare.METHODS[args.recipes[0].parent.parent.name]
-        for recipe in args.recipes:
-            given = [
-                [f"--{field}", value] for field, values in compare.parse_fields(fields).items() for value in values
-            ]
-            for word in given:
-                read_arguments(method, ["--config", str(recipe), *word])
+        assert main(["compare", *rest, "--dry_run"]) == 0
     elif command == "tofu-eval":
         strictly(evaluate._parser(), rest)
     elif command == "recipes":

@@ -11,6 +11,7 @@ import re
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -67,18 +68,40 @@ def report(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def recorded(name: str) -> list[Run]:
-    """The runs of a report, with the curves that it keeps of them."""
+@dataclass(frozen=True)
+class Recorded(Run):
+    """A run as a report keeps it: its evaluations by step, and how it ended."""
+
+    entries: Sequence[Mapping[str, Any]]
+    outcome: str
+    tokens: Mapping[str, float]
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        return [dict(entry) for entry in self.entries]
+
+    @property
+    def status(self) -> str:  # type: ignore[override]
+        return self.outcome
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return {"eval_tokens": dict(self.tokens)}
+
+    @property
+    def failure(self) -> None:
+        return None
+
+
+def recorded(name: str) -> list[Recorded]:
+    """The runs of a report."""
     runs = []
     for record in report(name)["runs"]:
-        folder = RESULTS / name / record["arm"] / str(len(runs))
-        run = Run(record["arm"], record["setting"], record["seed"], folder)
-        steps = enumerate(record["curves"].get("step", []))
-        log = [{key: values[place] for key, values in record["curves"].items()} for place, _ in steps]
-        tokens = report(name)["tokens"]
-        result = {"eval_tokens": tokens.get(record["arm"], tokens)}
-        vars(run).update(_log=(log, None), status=record["status"], _outcomes={RESULT: result, FAILURE: None})
-        runs.append(run)
+        steps = range(len(record["curves"].get("step", [])))
+        entries = [{key: values[place] for key, values in record["curves"].items()} for place in steps]
+        folder, tokens = RESULTS / name / record["arm"] / str(len(runs)), report(name)["tokens"]
+        given = record["arm"], record["setting"], record["seed"], folder
+        runs.append(Recorded(*given, entries, record["status"], tokens.get(record["arm"], tokens)))
     return runs
 
 
@@ -441,18 +464,13 @@ def curves(runs: Sequence[Run], keys: Sequence[str], titles: Mapping[str, str] |
 def pictures() -> dict[Path, str]:
     """The pictures of docs/reading-metrics.md, from runs that are committed."""
 
-    def of(name: str, arms_: Sequence[str], **setting: str) -> list[Run]:
+    def of(name: str, arms_: Sequence[str], **setting: str) -> list[Recorded]:
         runs = [run for run in recorded(name) if run.arm in arms_]
         return [run for run in runs if all(run.setting[key] == value for key, value in setting.items())]
 
-    def renamed(runs: Sequence[Run], key: str) -> list[Run]:
+    def renamed(runs: Sequence[Recorded], key: str) -> list[Recorded]:
         """The same with a setting in the place of the arm, such as "num iterations 4"."""
-        found = []
-        for run in runs:
-            other = Run(setting_name({key: run.setting[key]}), {}, run.seed, run.folder)
-            vars(other).update({name: vars(run)[name] for name in ("_log", "status", "_outcomes")})
-            found.append(other)
-        return found
+        return [replace(run, arm=setting_name({key: run.setting[key]}), setting={}) for run in runs]
 
     stale = sorted(of("grpo/addition", ["stock"], learning_rate="3e-4"), key=lambda run: run.setting["num_iterations"])
     drawn = {
