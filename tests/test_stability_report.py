@@ -318,8 +318,9 @@ def test_names_are_escaped_and_nothing_is_loaded(make, report):
     runs = [make(arm, log=scored(1.0, 0.5, loss=0.1)) for arm in ("stock", 'a<b>&"c$x_1$[red]')]
     _, page, terminal = report(runs)
     assert "[red]" in terminal.split("First evaluation")[1]
+    assert page.count("<script") == 1 and "http" not in page.split("<script>")[1]
     assert "a<b>" not in page and "a&lt;b&gt;&amp;" in page
-    assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#)|url\((?!#)|@import|<script|<link""", page)
+    assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#)|url\((?!#)|@import|<script |<link""", page)
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert {ref for ref in re.findall(r'(?:href="#|url\(#)([^")]+)', page)} <= set(ids)
@@ -798,6 +799,85 @@ def test_the_page_in_a_browser(browser, pages, name, width):
     assert browser.execute_script(TEXT_OVER_TEXT) == []
     # The verdict is what is read first
     assert browser.find_element("css selector", ".verdict strong").location["y"] < 300
+
+
+def column(browser, place):
+    rows = browser.find_elements("css selector", "table.sortable tbody:not(.beside) tr")
+    return [row.find_elements("css selector", "th, td")[place].text.split("\n")[0] for row in rows]
+
+
+def test_the_table_sorts_by_keyboard(browser, pages):
+    from selenium.webdriver.common.keys import Keys
+
+    browser.get(pages["grid"][0])
+    heads = browser.find_elements("css selector", "table.sortable thead th")
+    score = next(place for place, head in enumerate(heads) if head.text.startswith("final greedy"))
+    button, before = heads[score].find_element("css selector", "button"), column(browser, score)
+    for said, order in (("ascending", False), ("descending", True)):
+        button.send_keys(Keys.ENTER)
+        assert heads[score].get_attribute("aria-sort") == said
+        found = [float(text) for text in column(browser, score) if text != "—"]
+        assert found == sorted(found, reverse=order) and len(set(found)) > 2
+    button.send_keys(Keys.ENTER)
+    assert heads[score].get_attribute("aria-sort") is None and column(browser, score) == before
+    heads[0].find_element("css selector", "button").send_keys(Keys.ENTER)
+    assert column(browser, 0) == sorted(column(browser, 0), key=lambda text: text.split()[-1])
+    heads[1].find_element("css selector", "button").send_keys(Keys.ENTER)
+    rates = [float(text) for text in column(browser, 1)]
+    assert rates == sorted(rates)
+
+
+def test_the_seeds_of_a_row_lead_to_its_runs(browser, pages):
+    from selenium.webdriver.common.keys import Keys
+
+    browser.get(pages["grid"][0])
+    assert not browser.find_elements("css selector", "details[id^=runs][open]")
+    rows = browser.find_elements("css selector", "table.sortable tbody tr")
+    for row in rows[0], rows[-1]:
+        arm, rate, seeds = (row.find_elements("css selector", "th, td")[place].text for place in range(3))
+        link = row.find_element("css selector", "a")
+        link.send_keys(Keys.ENTER)
+        found = browser.find_element(
+            "css selector", link.get_attribute("href")[link.get_attribute("href").index("#") :]
+        )
+        assert found.get_attribute("open") is not None
+        assert found.find_element("css selector", "summary").text == f"{arm.split()[-1]}, learning rate {rate}"
+        statuses = [each.text for each in found.find_elements("css selector", "tbody td.words")]
+        finished, _, others = seeds.partition(", ")
+        assert statuses.count("finished") == int(finished) and len(statuses) == int(finished) + bool(others)
+
+
+CONTRAST = """
+const channel = value => { value /= 255; return value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4; };
+const light = colour => {
+  const [r, g, b] = colour.match(/[\\d.]+/g).map(Number);
+  return 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+};
+const behind = element => {
+  const colour = getComputedStyle(element).backgroundColor;
+  return colour !== "rgba(0, 0, 0, 0)" || !element.parentElement ? colour : behind(element.parentElement);
+};
+const low = [];
+for (const element of document.querySelectorAll("h1, h2, h3, p, li, td, th, small, summary, dt, dd, pre, a:not(.skip), strong")) {
+  const [one, other] = [light(getComputedStyle(element).color), light(behind(element))].sort((a, b) => b - a);
+  if ((one + 0.05) / (other + 0.05) < 4.5) low.push(element.tagName + ": " + element.textContent.slice(0, 40));
+}
+return low;
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_what_is_written_stands_out(browser, pages, scheme):
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    browser.get(pages["grid"][0])
+    background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+    assert browser.execute_script(CONTRAST) == []
+    for figure in browser.find_elements("css selector", "figure.plot svg")[:2]:
+        picture = imread(io.BytesIO(base64.b64decode(figure.screenshot_as_base64)))
+        assert np.median(picture[..., :3]) > 0.95  # a figure stays on white
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
 TEXT_OUTSIDE = """
