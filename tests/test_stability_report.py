@@ -857,8 +857,8 @@ const behind = element => {
   const colour = getComputedStyle(element).backgroundColor;
   return colour !== "rgba(0, 0, 0, 0)" || !element.parentElement ? colour : behind(element.parentElement);
 };
-const low = [];
-for (const element of document.querySelectorAll("h1, h2, h3, p, li, td, th, small, summary, dt, dd, pre, a:not(.skip), strong")) {
+const low = [], written = "h1, h2, h3, p, li, td, th, small, summary, dt, dd, pre, a:not(.skip), strong";
+for (const element of document.querySelectorAll(written)) {
   const [one, other] = [light(getComputedStyle(element).color), light(behind(element))].sort((a, b) => b - a);
   if ((one + 0.05) / (other + 0.05) < 4.5) low.push(element.tagName + ": " + element.textContent.slice(0, 40));
 }
