@@ -19,8 +19,8 @@ from typing import Any
 import jinja2
 
 from ceu_rl.stability import figures
-from ceu_rl.stability.runs import FAILURE, RESULT, Run
-from ceu_rl.stability.summary import arms, condition, conditions, find_scores
+from ceu_rl.stability.runs import Run
+from ceu_rl.stability.summary import COLLAPSED, arms, condition, conditions, find_scores
 from ceu_rl.stability.verdict import number, rate, setting_name
 
 RESULTS = Path(__file__).parent
@@ -328,7 +328,10 @@ class Page:
 
     def plane(self, name: str) -> str:
         looks = figures.styles(report(name)["arms"], report(name)["arms"])
-        svg = figures.tofu_plane(report(name)["tofu"], looks, "plane")
+        tofu = report(name)["tofu"]
+        dead = COLLAPSED * tofu["base"]["model_utility"]
+        points = [{**p, "collapsed": sum(utility < dead for utility, _ in p["seeds"])} for p in tofu["points"]]
+        svg = figures.tofu_plane({**tofu, "points": points}, looks, "plane")
         return self.figure("plane.svg", sheet([[("", svg)]], looks), "forget quality against model utility")
 
 
