@@ -38,6 +38,13 @@ def test_links_and_paths_resolve(path):
         assert (ROOT / recipe).exists(), f"{name(path)} mentions {recipe}"
 
 
+def test_every_page_is_on_the_site():
+    """`make docs` fails at a page that the navigation leaves out, and at a broken link."""
+    pages = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
+    nav = (ROOT / "mkdocs.yml").read_text().split("\nnav:")[1].split("\n\n")[0]
+    assert set(re.findall(r"[\w/.-]+\.md", nav)) == pages
+
+
 def test_statements_of_the_method_cite_their_tests():
     text = (ROOT / "docs" / "method.md").read_text()
     links = re.findall(r'\]\(\.\./tests/test_\w+\.py(?: "(test_\w+)")?\)', text)

@@ -63,7 +63,7 @@ def lines(block):
 def commands_of(path):
     if path.suffix == ".yaml":
         header = [line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#   ")]
-        return [re.sub(r"\s+\(.*\)$", "", line) for line in header]
+        return [re.sub(r"\s+\(.*\)$", "", line) for line in header if not line.startswith("(")]
     found = []
     for language, block in blocks(path.read_text()):
         if language in ("", "bash", "sh"):
@@ -87,7 +87,10 @@ def test_there_are_commands():
 def test_a_command_is_understood(path, command, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("os.environ", dict(os.environ))
-    check(command)
+    if re.search(r"recipes/\w+/maze/", command):  # in the history: at the commit that the result names
+        assert path.startswith("docs/results/")
+    else:
+        check(command)
 
 
 def check(command):
@@ -119,6 +122,8 @@ def check_make(words):
 def check_ceu_rl(words):
     command, rest = words[0], words[1:]
     assert command in COMMANDS
+    if rest == ["--help"]:
+        return
     if command in TRAINING:
         # bf16 is refused on a machine without it, which is not what is asked here
         build_configs(command, {**read_arguments(command, rest), "use_cpu": True})
@@ -134,7 +139,7 @@ def check_ceu_rl(words):
         args = strictly(recipes_parser(), rest)
         assert args.name is None or copy_recipes(args.name, ROOT / "recipes")
     else:
-        assert not rest
+        assert len(rest) == (2 if command == "gsm8k" else 0)
 
 
 def strictly(parser, words):
@@ -216,7 +221,9 @@ def test_a_command_within_a_sentence_is_one_that_there_is(path, command, monkeyp
         assert set(options) <= {action.dest for action in known()._actions}
 
 
-PYTHON = [(path, block) for path in DOCUMENTS for language, block in blocks(path.read_text()) if language == "python"]
+# The blocks of docs/elsewhere.md are run in tests/test_elsewhere.py, with stand-ins for the frameworks
+HERE = [path for path in DOCUMENTS if path.name != "elsewhere.md"]
+PYTHON = [(path, block) for path in HERE for language, block in blocks(path.read_text()) if language == "python"]
 
 
 def test_every_language_of_a_block_is_one_that_is_checked():
