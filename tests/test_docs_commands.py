@@ -130,7 +130,8 @@ def check_ceu_rl(words):
     elif command == "compare":
         # The result of a retain model is there once the command before it has run
         rest = [
-            "pyproject.toml" if before == "--retain" else word for before, word in zip(["", *rest], rest, strict=False)
+            "docs/results/dpo/demo/base.json" if before == "--retain" else word
+            for before, word in zip(["", *rest], rest, strict=False)
         ]
         assert main(["compare", *rest, "--dry_run"]) == 0
     elif command == "tofu-eval":
