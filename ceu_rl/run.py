@@ -29,7 +29,7 @@ from .keeps import KeptScore, load_kept
 from .models import BUILTIN_MODEL, build_bpe_tokenizer, build_model, build_tokenizer, check_model_name, resolve_model
 from .prompts import PromptFormat
 from .provenance import environment, peak_memory_gib, write_json
-from .recipe import build_configs, classes_of, read_arguments, settings_of
+from .settings import build_configs, classes_of, read_arguments, settings_of
 from .tofu.data import ask, has_questions, load_tofu
 from .tofu.refusals import to_preferences
 

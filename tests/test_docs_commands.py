@@ -16,9 +16,9 @@ from packaging.requirements import Requirement
 from trl import KTOConfig
 
 from ceu_rl.cli import COMMANDS, main
-from ceu_rl.recipe import build_configs, read_arguments
 from ceu_rl.recipes import copy_recipes
 from ceu_rl.recipes import parser as recipes_parser
+from ceu_rl.settings import build_configs, read_arguments
 from ceu_rl.stability import compare
 from ceu_rl.tofu import evaluate
 

@@ -31,7 +31,7 @@ import yaml
 from rich.console import Console
 
 from ..models import check_model_name
-from ..recipe import NO_SETTINGS, read_recipe, read_settings
+from ..settings import NO_SETTINGS, read_recipe, read_settings
 from ..tofu.data import SPLITS, is_tofu
 from .jobs import MODULE, Job, is_done
 from .launchers import LAUNCHERS, make_launcher, run_jobs

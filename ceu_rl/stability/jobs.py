@@ -25,7 +25,7 @@ import yaml
 
 from ..checkpoints import saved_checkpoints
 from ..provenance import environment, write_json
-from ..recipe import read_settings
+from ..settings import read_settings
 from .runs import FAILURE, LOG, RECIPE, RESULT, TOFU_RESULT, Run
 
 OUTPUT = "log.txt"  # what the processes of a run print

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from ceu_rl.recipe import build_configs, read_arguments, read_recipe, read_settings
+from ceu_rl.settings import build_configs, read_arguments, read_recipe, read_settings
 
 
 @pytest.fixture
