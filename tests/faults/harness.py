@@ -225,7 +225,7 @@ def kill_compare(folder, out, chance):
 
 
 def try_method(folder, method, tries, seed):
-    """Count over the tries: kills, half-written checkpoints that were skipped, and what was lost or left behind."""
+    """Count, try after try: kills, half-written checkpoints that were skipped, and what was lost or left behind."""
     chance = random.Random(f"{method} {seed}")
     expected = {}
     if method == "compare":
@@ -259,7 +259,7 @@ def try_method(folder, method, tries, seed):
         count["processes_left_behind"] += found["left_behind"]
         count["steps"].append(found["step"])
         print(method, number, found, "kept" if kept else "LOST", flush=True)
-    return count
+        yield count
 
 
 def models(folder):
@@ -277,7 +277,11 @@ def main(words=None):
     args = parser.parse_args(words)
     args.folder.mkdir(parents=True, exist_ok=True)
     if not (args.folder / "model").exists():
-        make(args.folder)
+        maker = os.fork()  # what it starts would be in the way of later forks
+        if not maker:
+            make(args.folder)
+            os._exit(0)
+        assert os.waitpid(maker, 0)[1] == 0
     # Imported once, before the forks
     import ceu_rl.dpo
     import ceu_rl.run
@@ -285,13 +289,16 @@ def main(words=None):
 
     if "grpo" in args.methods:
         import ceu_rl.grpo  # noqa: F401
-    counts = {method: try_method(args.folder, method, args.tries, args.seed) for method in args.methods}
-    if args.output:
-        before = json.loads(args.output.read_text())["sigkill"] if args.output.exists() else {}
-        command = f"python -m tests.faults.harness FOLDER {' '.join(args.methods)} --tries {args.tries}"
-        counts = {method: {**count, "command": command, **environment()} for method, count in counts.items()}
-        write_json(args.output, {"sigkill": {**before, **counts}})
-    return sum(count["lost"] + count["processes_left_behind"] for count in counts.values())
+    failures = 0
+    for method in args.methods:
+        for count in try_method(args.folder, method, args.tries, args.seed):
+            if args.output:
+                before = json.loads(args.output.read_text())["sigkill"] if args.output.exists() else {}
+                command = f"python -m tests.faults.harness FOLDER {method} --tries {args.tries}"
+                entry = {**count, "command": command, **environment()}
+                write_json(args.output, {"sigkill": {**before, method: entry}})
+        failures += count["lost"] + count["processes_left_behind"]
+    return failures
 
 
 if __name__ == "__main__":
