@@ -20,7 +20,7 @@ from ceu_rl.models import build_model, end_token_ids
 from ceu_rl.prompts import PromptArguments, PromptFormat
 from ceu_rl.tofu import load_tofu, to_prompt_completion
 from ceu_rl.tofu.data import tokenize
-from ceu_rl.tofu.evaluate import evaluate, main
+from ceu_rl.tofu.evaluate import evaluate
 from ceu_rl.tofu.scoring import make_answers
 
 from .conftest import TINY
@@ -198,7 +198,7 @@ def command(llama, folder, tmp_path):
     def run(name, *words):
         given = ["--model", str(llama), "--dataset", str(folder), "--split", "forget01", "--max_new_tokens", "2"]
         path = tmp_path / name / "tofu_eval.json"
-        return main([*given, "--output_dir", str(path.parent), *words]), path
+        return command_line(["tofu-eval", *given, "--output_dir", str(path.parent), *words]), path
 
     return run
 
