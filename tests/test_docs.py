@@ -181,7 +181,7 @@ def test_each_file_of_results_is_used_by_its_page():
     """`docs/results/x/y.json` is what the page x.md draws from."""
     for path in RAW:
         question = path.relative_to(RESULTS).parts[0]
-        page = {"fused": "speed", "grpo-time": "speed"}.get(question, question)
+        page = {"fused": "speed", "grpo-time": "speed", "faults": "speed"}.get(question, question)
         template = (RESULTS / f"{page}.md.jinja").read_text()
         folder = path.relative_to(RESULTS).parent
         used = [str(path.relative_to(RESULTS).with_suffix("")), *(f"{each}/" for each in (folder, folder.parent))]

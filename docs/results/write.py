@@ -301,6 +301,12 @@ class Page:
             lines.append([*map(str, [*cells, speed["vllm-ceu"], speed["generate-ceu"], *ratios])])
         return table([*header, "step, CE-U / stock (vLLM)", "step, CE-U / stock (generate)"], lines)
 
+    def killed(self) -> str:
+        found = json.loads((RESULTS / "faults" / "sigkill.json").read_text())["sigkill"]
+        keys = ("tries", "half_written_skipped", "lost", "processes_left_behind")
+        header = ["method", "tries", "half-written checkpoints skipped", "lost", "processes left behind"]
+        return table(header, [[method, *(str(counts[key]) for key in keys)] for method, counts in found.items()])
+
     def fused_figure(self) -> str:
         """Bars of the peak memory and the time of each way to compute the loss."""
         memory, seconds = (report(f"fused/{kind}-cpu-float32")["rows"] for kind in ("memory", "time"))

@@ -1,6 +1,6 @@
 """Runs that are killed, lose a process or run out of room end at the weights of a run that was left alone.
 
-The counts of the slow tests are in docs/results/faults.json, written by `python -m tests.faults.harness`.
+The counts of the slow tests are in docs/results/faults/sigkill.json, written by `python -m tests.faults.harness`.
 """
 
 import contextlib
