@@ -18,7 +18,6 @@ from huggingface_hub.dataclasses import type_validator
 
 from .checks import check_numbers
 
-METHODS = ("sft", "dpo", "grpo", "unlearn")
 NO_SETTINGS = ("output_dir", "resume_from_checkpoint")  # where a run lies and how it goes on is not what it is
 WORDS = {
     bool: "true or false",
