@@ -4,7 +4,8 @@
 
 METHOD is dpo, unlearn, grpo (with vLLM) or compare. A run is a fork of this process, which has imported everything
 already, so that a try takes the seconds of its steps. Half of the kills fall between two steps, the others while a
-checkpoint is being written. What is lost, and what is left behind, is counted.
+checkpoint is being written. What is lost, and what is left behind, is counted. A count of the same commit that FILE
+holds goes on up to N tries.
 """
 
 import argparse
@@ -32,6 +33,7 @@ ROOT = Path(__file__).parents[2]
 STEPS = 12
 MARK = "CEU_RL_FAULTS"  # in the environment of every process that a try starts
 ROWS = [(a, b) for a in range(8) for b in range(6)]
+NOTHING = {"tries": 0, "killed": 0, "half_written_skipped": 0, "lost": 0, "processes_left_behind": 0}
 SETTINGS = {
     "max_steps": STEPS,
     "save_steps": 2,
@@ -224,30 +226,17 @@ def kill_compare(folder, out, chance):
     return found
 
 
-def try_method(folder, method, tries, seed):
+def try_method(folder, method, tries, seed, count):
     """Count, try after try: kills, half-written checkpoints that were skipped, and what was lost or left behind."""
-    chance = random.Random(f"{method} {seed}")
-    expected = {}
-    if method == "compare":
-        words = [
-            "compare",
-            recipe_of(folder, "dpo"),
-            "--output_dir",
-            folder / "whole",
-            "--learning_rate",
-            "1e-3",
-            "2e-3",
-        ]
-        assert Run([*words, "--jobs", "2"], folder / "whole.log", "whole").wait() == 0, folder / "whole.log"
-        expected = {path.parent.relative_to(folder / "whole"): path.parent for path in models(folder / "whole")}
-        assert len(expected) == 2
-    else:
-        whole = train(folder, method, folder / f"{method}-whole")
-        assert whole.wait() == 0, whole.log
-        expected = {Path("."): folder / f"{method}-whole"}
-    count = {"tries": 0, "killed": 0, "half_written_skipped": 0, "lost": 0, "processes_left_behind": 0, "steps": []}
-    for number in range(tries):
-        out = folder / f"{method}-{number}"
+    whole = folder / f"{method}-whole"
+    shutil.rmtree(whole, ignore_errors=True)
+    run = compare(folder, whole) if method == "compare" else train(folder, method, whole)
+    assert run.wait() == 0, run.log
+    expected = {path.parent.relative_to(whole): path.parent for path in models(whole)}
+    assert len(expected) == (2 if method == "compare" else 1)
+    for number in range(count["tries"], tries):
+        out, chance = folder / f"{method}-{number}", random.Random(f"{method} {seed} {number}")
+        shutil.rmtree(out, ignore_errors=True)
         found = (
             kill_compare(folder, out, chance) if method == "compare" else kill_at_random(folder, method, out, chance)
         )
@@ -259,7 +248,7 @@ def try_method(folder, method, tries, seed):
         count["processes_left_behind"] += found["left_behind"]
         count["steps"].append(found["step"])
         print(method, number, found, "kept" if kept else "LOST", flush=True)
-        yield count
+        yield
 
 
 def models(folder):
@@ -291,12 +280,14 @@ def main(words=None):
         import ceu_rl.grpo  # noqa: F401
     failures = 0
     for method in args.methods:
-        for count in try_method(args.folder, method, args.tries, args.seed):
+        found = json.loads(args.output.read_text())["sigkill"] if args.output and args.output.exists() else {}
+        origin, count = environment(), {**NOTHING, "steps": []}
+        if found.get(method, {}).get("commit") == origin["commit"]:
+            count = {key: found[method][key] for key in count}
+        for _ in try_method(args.folder, method, args.tries, args.seed, count):
             if args.output:
-                before = json.loads(args.output.read_text())["sigkill"] if args.output.exists() else {}
                 command = f"python -m tests.faults.harness FOLDER {method} --tries {args.tries}"
-                entry = {**count, "command": command, **environment()}
-                write_json(args.output, {"sigkill": {**before, method: entry}})
+                write_json(args.output, {"sigkill": {**found, method: {**count, "command": command, **origin}}})
         failures += count["lost"] + count["processes_left_behind"]
     return failures
 
