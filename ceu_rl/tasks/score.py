@@ -12,6 +12,7 @@ from ceu_rl.tasks.protocol import Messages, Task, right_answer
 
 Row = Mapping[str, Any]
 LONGEST = 512  # most tokens of an answer where neither the task nor its rows set a limit
+DIVERGED = 2  # samples of each row whose divergence is computed: each costs a pass of two models
 LOGITS = 2**25  # most logits that one forward pass of `evaluate_divergence` returns, beyond those of one answer
 DOUBLES = 2**22  # most of them at once in float64
 
@@ -200,7 +201,7 @@ def evaluate_samples(
     """`sampled_accuracy` and `pass@k` of `task.samples` answers to each row, drawn at temperature 1.
 
     k is each power of two up to the number of samples; pass@1 is the sampled accuracy and not repeated. With a
-    reference, also [`evaluate_divergence`] of the same samples.
+    reference, also [`evaluate_divergence`] of the first two of the same samples.
 
     Raises:
         ValueError: if there are no rows.
@@ -212,7 +213,10 @@ def evaluate_samples(
     scores = {"sampled_accuracy": sum(found) / len(right)}
     for k in (2**power for power in range(1, count.bit_length())):
         scores[f"pass@{k}"] = sum(pass_at_k(count, each, k) for each in found) / len(found)
-    return scores | (evaluate_divergence(model, reference, batches) if reference is not None else {})
+    if reference is not None:
+        few = [Batch(*batch[:2], *(each[:, :DIVERGED] for each in batch[2:])) for batch in batches]
+        scores |= evaluate_divergence(model, reference, few)
+    return scores
 
 
 def _generate(model: Any, tokenizer: Any, task: Task, rows: Sequence[Row], **settings: Any) -> list[Batch]:
