@@ -57,7 +57,7 @@ class CEUAsyncGRPOTrainer(DescentTrainer, StopAtNonFinite, AsyncGRPOTrainer):
         check_numbers(vars(config))
         check_language_model(given["model"], config.trust_remote_code)
         super().__init__(*bound.args[1:], **bound.kwargs)
-        self.attach_route()
+        self.attach_route(observe=True)
 
     def describe_rows(self, inputs: Any) -> list[str]:
         # The trie holds each token of the batch once, so that rows cannot be told apart

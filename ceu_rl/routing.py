@@ -29,6 +29,7 @@ from trl.trainer.utils import add_fused_lm_head, get_config_model_id
 from .losses import check_descent_coefficients, descent_weight
 
 SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
+RECORD = 10  # numbers that a route keeps of what it met
 CITATION = textwrap.dedent("""\
     @article{yang2025ceu,
         title  = {{CE-U: Cross Entropy Unlearning}},
@@ -41,34 +42,35 @@ CITATION = textwrap.dedent("""\
 class DescentRoute:
     """The coefficients of one attached route, and what it met in the backward passes since it was last read."""
 
-    def __init__(self, coef: float, scale: float, max_weight: float, drop: bool = False) -> None:
+    def __init__(self, coef: float, scale: float, max_weight: float, drop: bool = False, observe: bool = False) -> None:
         check_descent_coefficients(coef, scale, max_weight)
         self.coefficients = (coef, scale, max_weight)
         self.drop = drop
+        self.is_attached = coef != 0 or drop or observe
         self._record: torch.Tensor | None = None
-
-    @property
-    def is_attached(self) -> bool:
-        """Whether it changes any gradient: stock has no route."""
-        return self.coefficients[0] != 0 or self.drop
 
     def weigh(self, grad: torch.Tensor, log_probs: torch.Tensor, label_mask: torch.Tensor) -> torch.Tensor:
         """Return `grad` (shape of `log_probs`) with the weight on its descending tokens, and record them.
 
-        Recording stays on the device, so a step never waits for it.
+        With coef 0 it is `grad` itself. Recording stays on the device, so a step never waits for it.
         """
         weight = torch.zeros_like(log_probs) if self.drop else descent_weight(log_probs, *self.coefficients)
         descending = (grad > 0) & label_mask
         weights = weight.masked_fill(~descending, 0.0)
+        weighed = grad
+        if self.drop or self.coefficients[0] != 0:
+            weighed = torch.where(descending, grad * weight.to(grad.dtype), grad)
         rare, sure = log_probs < math.log(0.01), log_probs > math.log(0.99)
-        counts = [label_mask, descending, descending & rare, descending & sure]
+        groups = [label_mask, descending, descending & rare, descending & sure]
+        norms = weighed.abs().float() * -torch.expm1(log_probs).clamp(max=0).float()
+        sums = [*(group.sum() for group in groups), *((norms * group).sum() for group in groups), weights.sum()]
         largest = weights.max() if weights.numel() else weights.sum()
-        record = torch.stack([value.float() for value in (*(count.sum() for count in counts), weights.sum(), largest)])
+        record = torch.stack([value.float() for value in (*sums, largest)])
         self._record = merge_records([record] if self._record is None else [self._record, record])
-        return torch.where(descending, grad * weight.to(grad.dtype), grad)
+        return weighed
 
     def pop_record(self) -> torch.Tensor | None:
-        """What this process met since the last call, for `merge_records` and `descent_metrics`, or None: shape (6,)."""
+        """What this process met since the last call, for `merge_records` and `descent_metrics`, or None."""
         record, self._record = self._record, None
         return record
 
@@ -79,24 +81,32 @@ class DescentRoute:
 
 
 def merge_records(records: list[torch.Tensor]) -> torch.Tensor:
-    """One record of several of shape (6,). The last number is a maximum, the others are sums."""
+    """One record of several of shape (RECORD,). The last number is a maximum, the others are sums."""
     stacked = torch.stack(records)
     return torch.cat([stacked[:, :-1].sum(dim=0), stacked[:, -1:].amax(dim=0)])
 
 
 def descent_metrics(record: torch.Tensor) -> dict[str, float]:
-    """Read a record of shape (6,).
+    """Read a record of shape (RECORD,).
+
+    With g the gradient on the log-probability of one token, weight included, the L1 norm of what it sends into the
+    logits is exactly known from p alone: |g (e_y - p)|_1 = 2 |g| (1 - p_y), half of it on the token's own logit.
 
     Returns:
         `ceu/descending_fraction` of the labelled tokens; over the descending ones `ceu/weight_mean`, `ceu/weight_max`,
         and the shares `ceu/descending_below_0.01` and `ceu/descending_above_0.99` whose probability is below or above
-        that.
+        that; and of the sum of those norms over all labelled tokens what descending ones carry,
+        `ceu/gradient_descending`, and what those two groups of them do, `ceu/gradient_below_0.01` and
+        `ceu/gradient_above_0.99`.
     """
-    tokens, descending, rare, sure, total, largest = record.tolist()
+    tokens, descending, rare, sure, norm, norm_descending, norm_rare, norm_sure, total, largest = record.tolist()
     return {
         "ceu/descending_fraction": descending / max(tokens, 1.0),
         "ceu/descending_below_0.01": rare / max(descending, 1.0),
         "ceu/descending_above_0.99": sure / max(descending, 1.0),
+        "ceu/gradient_descending": norm_descending / (norm or 1.0),
+        "ceu/gradient_below_0.01": norm_rare / (norm or 1.0),
+        "ceu/gradient_above_0.99": norm_sure / (norm or 1.0),
         "ceu/weight_mean": total / max(descending, 1.0),
         "ceu/weight_max": largest,
     }
@@ -118,7 +128,12 @@ class _Route(torch.autograd.Function):
 
 
 def route_descent(
-    model: PreTrainedModel, coef: float = 1.0, scale: float = 1.0, max_weight: float = 1.0, drop: bool = False
+    model: PreTrainedModel,
+    coef: float = 1.0,
+    scale: float = 1.0,
+    max_weight: float = 1.0,
+    drop: bool = False,
+    observe: bool = False,
 ) -> DescentRoute:
     """Attach the route to a model that has TRL's fused LM head.
 
@@ -131,6 +146,7 @@ def route_descent(
             TRL puts the head.
         coef, scale, max_weight: a, s and M of `losses.descent_weight`. With coef 0 nothing is attached, unless:
         drop: Descending tokens get no gradient at all, whatever the coefficients: the weight with a = 1 and M -> 0.
+        observe: Attach with coef 0 as well: the route then returns each gradient untouched, and tells what it met.
 
     Returns:
         The route, whose `pop_metrics` tells what it met.
@@ -140,7 +156,7 @@ def route_descent(
         ImportError: if TRL is of another version than the one whose fused head this was written for.
     """
     check_trl_version()
-    route = DescentRoute(coef, scale, max_weight, drop)
+    route = DescentRoute(coef, scale, max_weight, drop, observe)
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     if getattr(model.forward, "ceu_wrapper", None) is _routed_forward:
@@ -349,7 +365,7 @@ class DescentTrainer:
     descent_route: DescentRoute
     _descent_record: torch.Tensor | None = None  # of all processes, since the last log
 
-    def attach_route(self) -> None:
+    def attach_route(self, observe: bool = False) -> None:
         """Attach the route to the policy with the coefficients of `self.args`."""
         args: Any = self.args  # type: ignore[attr-defined]
         self.descent_route = route_descent(
@@ -358,6 +374,7 @@ class DescentTrainer:
             args.ceu_scale,
             args.ceu_max_weight,
             args.drop_descending,
+            observe,
         )
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -366,7 +383,8 @@ class DescentTrainer:
         # Here, where every process comes by: a callback may log on one of them alone
         if accelerator.sync_gradients and self.descent_route.is_attached:
             record = self.descent_route.pop_record()
-            records = accelerator.gather(torch.zeros(6, device=loss.device) if record is None else record).view(-1, 6)
+            record = torch.zeros(RECORD, device=loss.device) if record is None else record
+            records = accelerator.gather(record).view(-1, RECORD)
             earlier = [] if self._descent_record is None else [self._descent_record]
             self._descent_record = merge_records([*earlier, *records])
         return loss

@@ -61,8 +61,8 @@ def summed_advantages(inputs):
 class VariantTrainer(ceu_rl.grpo.CEUGRPOTrainer):
     variant: str
 
-    def attach_route(self):
-        super().attach_route()
+    def attach_route(self, **kwargs):
+        super().attach_route(**kwargs)
         if self.variant != "plain":  # the route stays for its record; its weight is 1
             self.coefficients = (self.args.ceu_coef, self.args.ceu_scale, self.args.ceu_max_weight)
             self.descent_route.coefficients = (0.0, 1.0, 1.0)
