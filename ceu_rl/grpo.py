@@ -2,10 +2,12 @@
 
 import functools
 import inspect
+import math
 import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch.nn import Module
@@ -24,7 +26,7 @@ from .logged import (
     logged,
     take_logged,
 )
-from .rollouts import ReloadingVLLMGeneration, check_rewards, check_vllm, name_vllm_settings
+from .rollouts import ReloadingVLLMGeneration, check_rewards, check_vllm, drift_by_sign, name_vllm_settings
 from .routing import CITATION, DescentConfig, DescentTrainer
 
 CHOICES = {
@@ -79,9 +81,11 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, GRPOTrai
 
     A token descends where the loss lowers its log-probability: in completions with a negative advantage, unless
     clipping or the KL term says otherwise. With `ceu_coef` 0 it trains the same weights as `trl.GRPOTrainer`, bit for
-    bit. It takes the same arguments, and logs `ceu/descending_fraction`, `ceu/weight_mean` and `ceu/weight_max`, and
+    bit: the route then only looks on. It takes the same arguments, and logs what `routing.descent_metrics` returns, and
     with vLLM `rollout/age_mean`, `rollout/age_max` (steps between the weights that generated and those that learn) and
-    `rollout/sync_seconds`.
+    `rollout/sync_seconds`. Where the log-probabilities of what generated are known, it logs how far the policy has
+    moved from it, apart for tokens of positive and of negative advantage: `rollout/ratio_positive`,
+    `rollout/ratio_negative`, `rollout/mismatch_positive` and `rollout/mismatch_negative` (`rollouts.drift_by_sign`).
 
     A train dataset with `completions` and `rewards` (and `log_probs`) is learned from offline, without generating, as
     `logged.py` says. `reward_funcs` then score evaluations on prompts alone, and may be left out.
@@ -141,7 +145,7 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, GRPOTrai
             self.vllm_generation.clock = lambda: self.state.global_step
         self._ages: list[int] = []
         check_language_model(self.model)
-        self.attach_route()
+        self.attach_route(observe=True)
         if self._offline and has_log_probs(self.train_dataset):
             check_lengths(self.train_dataset, self)
 
@@ -155,6 +159,24 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, GRPOTrai
         if self._is_training and self.use_vllm and self.vllm_generation.rollout_step is not None:
             self._ages.append(self.state.global_step - self.vllm_generation.rollout_step)
         return inputs
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self._log_probs = outputs[0].detach()
+        return outputs
+
+    def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super()._compute_loss(model, inputs)
+        generated = inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps"))
+        if self._is_training and generated is not None:
+            mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+            sums = drift_by_sign(self._log_probs, generated, inputs["advantages"], mask)
+            sums = self.accelerator.reduce(sums, reduction="sum")
+            for sign, (count, ratio, mismatch) in zip(("positive", "negative"), sums.tolist(), strict=True):
+                self._metrics["train"][f"rollout/ratio_{sign}"].append(ratio / count if count else math.nan)
+                self._metrics["train"][f"rollout/mismatch_{sign}"].append(mismatch / count if count else math.nan)
+        del self._log_probs
+        return loss
 
     def _generate(self, prompts: list[Any]) -> Any:
         given = self.rollout_func

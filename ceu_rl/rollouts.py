@@ -90,6 +90,31 @@ def _vllm_named(doing: str) -> NameCause:
     return NameCause(f"vLLM, while {doing},", remedy, RolloutError)
 
 
+@torch.no_grad()
+def drift_by_sign(
+    log_probs: torch.Tensor, generated: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """How far a policy has moved from what generated its rollouts, on tokens of positive and of negative advantage.
+
+    With d = log p - log p_generated of a token: its importance ratio exp(d), unclipped and whether or not the loss uses
+    it, and its mismatch |d|.
+
+    Args:
+        log_probs: (B, T), of the policy, in nats.
+        generated: (B, T), of what generated the tokens; NaN where it is not known, and the token is left out.
+        advantages: (B,) or (B, T).
+        mask: (B, T), of the tokens that count.
+
+    Returns:
+        Shape (2, 3), a row for each sign: the number of tokens, and the sums of their ratios and of their mismatches.
+    """
+    advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+    kept = mask.bool() & ~generated.isnan()
+    drift = (log_probs - generated).where(kept, 0.0)
+    each = torch.stack([kept.to(drift.dtype), drift.exp(), drift.abs()])
+    return torch.stack([each.where(kept & group, 0.0).sum(dim=(1, 2)) for group in (advantages > 0, advantages < 0)])
+
+
 def check_rewards(function: Callable[..., Any], name: str | None = None) -> Callable[..., Any]:
     """Wrap a reward function, plain or async, so that what it raises or wrongly returns is named.
 

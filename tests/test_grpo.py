@@ -111,8 +111,15 @@ def test_coef_zero_equals_stock_bit_for_bit_and_the_default_does_not(make_traine
     assert not same(stock, routed)
     # The first rollouts are the same, and so is the first loss
     assert routed.state.log_history[0]["loss"] == stock.state.log_history[0]["loss"]
-    log = routed.state.log_history[0]
+    log, observed = routed.state.log_history[0], ours.state.log_history[0]
     assert 0 < log["ceu/descending_fraction"] < 1 and 0 < log["ceu/weight_mean"] <= log["ceu/weight_max"]
+    # Stock's arm tells the same, of gradients that it leaves alone
+    assert log.keys() == observed.keys() > stock.state.log_history[0].keys()
+    assert observed["ceu/weight_mean"] == observed["ceu/weight_max"] == 1
+    assert observed["ceu/descending_fraction"] == log["ceu/descending_fraction"]
+    assert log["ceu/gradient_descending"] < observed["ceu/gradient_descending"] < 1
+    off_policy = {"iterations", "steps per generation", "off-policy mask", "delta"}
+    assert (observed.get("rollout/mismatch_negative") is not None) == (name in off_policy)
 
 
 @pytest.mark.parametrize("off_policy", [False, True])
@@ -368,6 +375,18 @@ def test_weights_stay_for_as_many_steps_as_set(make_trainer, engine):
     differences = [entry["sampling/sampling_logp_difference/mean"] for entry in log]
     assert max(differences[0], differences[3], differences[6]) < 1e-5 < 1e-3 < min(differences[1], differences[4])
     assert log[0]["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("coef", [0.0, 0.5])
+def test_how_far_the_policy_moved_from_its_rollouts_is_logged_by_sign(make_trainer, engine, coef):
+    """Of rollouts from weights that lag, where the loss takes every ratio as 1."""
+    unknown = {"vllm_importance_sampling_correction": False, "ceu_coef": coef}
+    _, log = train_with_lag(make_trainer, weight_sync_steps=4, **unknown)
+    for sign in ("positive", "negative"):
+        mismatches = [entry[f"rollout/mismatch_{sign}"] for entry in log]
+        assert max(mismatches[::4]) < 1e-5 < 1e-3 < min(mismatches[1::4])
+        assert [entry[f"rollout/ratio_{sign}"] for entry in log[::4]] == pytest.approx([1.0, 1.0], abs=1e-4)
+        assert all(abs(entry[f"rollout/ratio_{sign}"] - 1) > 1e-3 for entry in log[1:4])
 
 
 def test_logs_of_several_steps_hold_the_mean_and_the_largest_age(make_trainer, engine):

@@ -7,6 +7,7 @@ import http.server
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from ceu_rl.rollouts import RolloutError, check_rewards, check_vllm
+from ceu_rl.rollouts import RolloutError, check_rewards, check_vllm, drift_by_sign
 from ceu_rl.tasks.addition import accuracy
 
 vllm = [
@@ -164,6 +165,29 @@ def test_a_good_reward_passes():
 def test_the_verifier_as_a_reward():
     prompts = ["827+695="] * 2
     assert accuracy(prompts, ["7+5+0=12 2+9+1=12 8+6+1=15 1522", "1522"]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("of_tokens", [False, True])
+def test_the_drift_from_what_generated_is_apart_for_each_sign(of_tokens):
+    torch.manual_seed(0)
+    log_probs, generated = -torch.rand(2, 5, 7, dtype=torch.float64)
+    generated[0, 1], generated[1, 2], generated[4, 0] = math.nan, -1e9, 50.0  # ratios above what float64 holds, and 0
+    advantages = torch.randn(5, 7, dtype=torch.float64) if of_tokens else torch.tensor([0.5, -1.0, 0.0, -2.0, 3.0])
+    mask = (torch.rand(5, 7) < 0.7).long()
+    mask[1, 2] = 1
+    sums = drift_by_sign(log_probs, generated, advantages, mask).tolist()
+    for sign, found in zip((1, -1), sums, strict=True):
+        d = [
+            (log_probs[row, place] - generated[row, place]).item()
+            for row in range(5)
+            for place in range(7)
+            if mask[row, place]
+            and (advantages[row, place] if of_tokens else advantages[row]) * sign > 0
+            and not math.isnan(generated[row, place])
+        ]
+        ratios = [math.exp(each) if each < 700 else math.inf for each in d]
+        assert found == pytest.approx([len(d), sum(ratios), sum(map(abs, d))], rel=1e-12)
+    assert math.isfinite(sums[0][1]) or of_tokens  # what overflows with one sign leaves the other alone
 
 
 def test_vllm_of_another_version_or_none_is_refused(monkeypatch):
