@@ -488,6 +488,13 @@ def rewarded(make, arm, each, seed, *steps):
     ]
     log[1:1] = [
         {"step": step, "reward": 0.5, "ceu/descending_below_0.01": 0.1 * step, "ceu/descending_above_0.99": 0.2}
+        | {
+            "ceu/gradient_descending": 0.5,
+            "ceu/gradient_below_0.01": 0.1 * step,
+            "ceu/gradient_above_0.99": 0.01 * step,
+        }
+        | {"rollout/ratio_positive": 1.0 + step, "rollout/mismatch_positive": None if step == 2 else 0.1 * step}
+        | {"rollout/ratio_negative": 0.25 * step, "rollout/mismatch_negative": 0.3 * step}
         for step in (1, 2, 3)
     ]
     return make(arm, {"learning_rate": each}, seed, log, settings={"learning_rate": float(each)}, command="ceu-rl grpo")
@@ -529,12 +536,27 @@ def test_the_headline_of_grpo_is_reward_against_divergence(make, report):
     measured = found["runs"][0]["measures"]
     assert (measured["pass@1"], measured["pass@16"]) == (0.78, 0.88)
     assert (measured["descending_rare"], measured["descending_sure"]) == (0.2, 0.2)
+    assert (measured["gradient_rare"], measured["gradient_sure"]) == (0.2, 0.02)
+    assert (measured["ratio_positive"], measured["ratio_negative"]) == (3.0, 0.5)
+    assert (measured["mismatch_positive"], measured["mismatch_negative"]) == (0.2, 0.6)  # over the steps that have it
     text = " ".join(page.split())
     assert text.index("Reward against divergence</h2>") < text.index("Final scores</h2>")
     for heading in (
         "pass@1</th>",
         "pass@16</th>",
         "descending below 0.01</th>",
+        "gradient of descending</th>",
+        "gradient below 0.01</th>",
+        "gradient above 0.99</th>",
+        "ratio, positive</th>",
+        "ratio, negative</th>",
+        "mismatch, positive</th>",
+        "mismatch, negative</th>",
+        "their share of the gradient, below 0.01",
+        "importance ratio, negative advantage",
+        "mismatch with rollouts, nats, positive advantage",
+        "entropy, nats per token",
+        "KL from the start, nats per token",
         "pass@16, held out",
         "entropy change</th>",
     ):
@@ -769,7 +791,7 @@ def pages(tmp_path_factory):
     for name, members, count in (
         ("grid", runs, 2 + 3 * 8),
         ("tofu", plane, 1 + 2 * 2),
-        ("grpo", frontier, 1 + 2 + 2 * 9),
+        ("grpo", frontier, 1 + 2 + 2 * 15),
     ):
         folder = tmp_path_factory.mktemp(f"report-{name}")
         write_report(folder, members, Console(file=io.StringIO()), COMMAND)

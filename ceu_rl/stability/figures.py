@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from .measures import KEEP
 from .runs import Run
-from .summary import ENTROPIES, FORGET_QUALITY, KEEP_UTILITY, SHARES, Score, arms, finals, passes, response_tokens
+from .summary import ENTROPIES, FORGET_QUALITY, KEEP_UTILITY, STEP_MEANS, Score, arms, finals, passes, response_tokens
 from .verdict import number, rate
 
 BASELINE = "#404040"
@@ -97,8 +97,15 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
         Panel("loss on the retain set", "retain_loss"),
         Panel("KL from the start, nats per token", "eval_kl"),
         Panel("entropy, nats per token", entropy),
-        Panel("share of descending tokens below 0.01", SHARES["descending_rare"], bounded=True),
-        Panel("share of descending tokens above 0.99", SHARES["descending_sure"], bounded=True),
+        Panel("share of descending tokens below 0.01", STEP_MEANS["descending_rare"], bounded=True),
+        Panel("share of descending tokens above 0.99", STEP_MEANS["descending_sure"], bounded=True),
+        Panel("their share of the gradient, below 0.01", STEP_MEANS["gradient_rare"], bounded=True),
+        Panel("their share of the gradient, above 0.99", STEP_MEANS["gradient_sure"], bounded=True),
+        *(
+            Panel(f"{name}, {sign} advantage", STEP_MEANS[f"{key}_{sign}"], logarithmic=key == "ratio")
+            for key, name in (("ratio", "importance ratio"), ("mismatch", "mismatch with rollouts, nats"))
+            for sign in ("positive", "negative")
+        ),
     )
     return [panel for panel in found if any(math.isfinite(value) for run in runs for _, value in scaled(run, panel))]
 

@@ -22,7 +22,7 @@ from .runs import STATUSES, Run
 from .summary import (
     ORIGIN,
     PLANE,
-    SHARES,
+    STEP_MEANS,
     arms,
     by_setting,
     condition,
@@ -37,6 +37,10 @@ from .summary import (
 from .verdict import number, rate, setting_name, verdict
 
 __all__ = ["Run", "table_rows", "write_report"]
+
+RATIO = "Mean over the steps of the importance ratio of the policy to what generated, before clipping, on tokens of"
+MISMATCH = "Mean over the steps of |log-probability of the policy less that of what generated|, in nats, on tokens of"
+CARRIED = "Mean over the steps of the share of the gradient's L1 norm on the logits that is carried by"
 
 # Heading, key of a group, definition
 COLUMNS: tuple[tuple[str, str, Callable[..., Any] | str], ...] = (
@@ -60,6 +64,13 @@ COLUMNS: tuple[tuple[str, str, Callable[..., Any] | str], ...] = (
         "descending_sure",
         "Share of the descending tokens whose probability is above 0.99, mean over the steps.",
     ),
+    ("gradient of descending", "gradient_descending", f"{CARRIED} descending tokens."),
+    ("gradient below 0.01", "gradient_rare", f"{CARRIED} descending tokens whose probability is below 0.01."),
+    ("gradient above 0.99", "gradient_sure", f"{CARRIED} descending tokens whose probability is above 0.99."),
+    ("ratio, positive", "ratio_positive", f"{RATIO} positive advantage."),
+    ("ratio, negative", "ratio_negative", f"{RATIO} negative advantage."),
+    ("mismatch, positive", "mismatch_positive", f"{MISMATCH} positive advantage."),
+    ("mismatch, negative", "mismatch_negative", f"{MISMATCH} negative advantage."),
     ("drawdown", "drawdown", measures.drawdown),
     ("collapse", "collapse_step", measures.collapse_step),
     ("steps not finite", "non_finite_steps", "Steps whose loss or gradient norm is not finite."),
@@ -231,7 +242,7 @@ def _html(title: str, runs: Sequence[Run], report: Mapping[str, Any]) -> str:
         curves=_curve_figures(compared, looks),
         columns=columns,
         table=_table(report, columns, [score.name for score in find_scores(runs) if score.kept]),
-        absent=[column[0] for column in COLUMNS if column not in columns and column[1] not in (*PLANE, *SHARES)],
+        absent=[column[0] for column in COLUMNS if column not in columns and column[1] not in (*PLANE, *STEP_MEANS)],
         definitions=[(heading, _definition(text)) for heading, _, text in columns],
         broken=[run for run in runs if run.status != "finished"],
         log_problems=[run.log_problem for run in runs if run.log_problem],

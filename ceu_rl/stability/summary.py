@@ -22,10 +22,17 @@ COLLAPSED = 0.1  # share of the base's model utility below which a model is dest
 PLANE = ("model_utility", "forget_quality")
 ENTROPIES = ("eval_sampled_entropy", "eval_entropy", "entropy")
 DEFAULT_MAX_LENGTH = 1024  # of TRL's DPO
-SHARES = {
+STEP_MEANS = {
     "descending": "ceu/descending_fraction",
     "descending_rare": "ceu/descending_below_0.01",
     "descending_sure": "ceu/descending_above_0.99",
+    "gradient_descending": "ceu/gradient_descending",
+    "gradient_rare": "ceu/gradient_below_0.01",
+    "gradient_sure": "ceu/gradient_above_0.99",
+    "ratio_positive": "rollout/ratio_positive",
+    "ratio_negative": "rollout/ratio_negative",
+    "mismatch_positive": "rollout/mismatch_positive",
+    "mismatch_negative": "rollout/mismatch_negative",
 }
 ROWS = ("model_name_or_path", "dataset_name", "dataset_config", "dataset_test_split", "max_length", "truncation_mode")
 CURVES = (
@@ -261,7 +268,7 @@ def measure(run: Run, scores: Sequence[Score], tokens: Mapping[Path, Mapping[str
         "kl": of(run.values("eval_kl"), lambda values: values[-1]),
         "entropy_change": of(entropy, measures.change),
         **{name: of(run.values(key), lambda values: values[-1]) for name, key in passes([run]).items()},
-        **{name: of(_finite(run.values(key)), statistics.fmean) for name, key in SHARES.items()},
+        **{name: of(_finite(run.values(key)), statistics.fmean) for name, key in STEP_MEANS.items()},
         "drawdown": of([value for _, value in score], measures.drawdown),
         "collapse_step": of(
             [v for _, v in score], lambda values: measures.collapse_step([t for t, _ in score], values)
