@@ -10,6 +10,7 @@ holds goes on up to N tries.
 
 import argparse
 import filecmp
+import inspect
 import json
 import os
 import random
@@ -65,6 +66,15 @@ OWN = {
 
 def digits(completions, **kwargs):
     return [sum(character.isdigit() for character in completion) / 6 for completion in completions]
+
+
+def engine_dies(completions, trainer_state, **kwargs):
+    """The same until step 5, where the engine of the trainer that calls it ends."""
+    if trainer_state.global_step == 5:
+        frames = (each.frame.f_locals.get("self") for each in inspect.stack())
+        trainer = next(each for each in frames if hasattr(each, "vllm_generation"))
+        trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()
+    return digits(completions)
 
 
 def make(folder):
@@ -131,7 +141,7 @@ class Run:
             self.pid, self.status = 0, os.waitstatus_to_exitcode(status)
         return self.status
 
-    def wait(self, until=lambda: False, limit=300):
+    def wait(self, until=lambda: False, limit=1800):
         end = time.monotonic() + limit
         while self.poll() is None and not until():
             assert time.monotonic() < end, f"{self.log} did not end within {limit} s"

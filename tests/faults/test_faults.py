@@ -4,6 +4,7 @@ The counts of the slow tests are in docs/results/faults/sigkill.json, written by
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -19,6 +20,8 @@ from ceu_rl.cli import main
 
 from .harness import ROOT, STEPS, folders_of, make, recipe_of, same_weights, steps_of
 
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
 
 def harness(folder, *words):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -31,7 +34,7 @@ def harness(folder, *words):
     [
         (["dpo", "unlearn"], 1),
         pytest.param(["dpo", "unlearn"], 20, marks=pytest.mark.slow),
-        pytest.param(["grpo"], 20, marks=[pytest.mark.slow, pytest.mark.vllm]),
+        pytest.param(["grpo"], 20, marks=[pytest.mark.slow, pytest.mark.vllm, needs_vllm]),
         pytest.param(["compare"], 20, marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
     ],
 )
@@ -104,3 +107,25 @@ def test_two_processes_of_which_one_gets_a_signal(runs, number):
     assert saved_checkpoints(runs / "out")
     assert start(runs / "out", "--resume_from_checkpoint", "true").wait() == 0
     assert same_weights(runs / "out", runs / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@needs_vllm
+def test_an_engine_that_dies_costs_the_run_nothing(runs):
+    """The run ends with a sentence, and goes on from its checkpoint to the weights of one whose engine lived."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def train(out, *more):
+        words = ["-m", "ceu_rl.cli", "grpo", "--config", recipe_of(runs, "grpo"), "--output_dir", runs / out, *more]
+        command = [sys.executable, *map(str, words)]
+        return subprocess.run(command, env=environment, cwd=runs, capture_output=True, text=True)
+
+    assert train("whole").returncode == 0
+    died = train("out", "--reward_funcs", "tests.faults.harness.engine_dies")
+    assert died.returncode == 1 and "vLLM, while taking the new weights, raised" in died.stderr
+    assert steps_of(runs / "out") < STEPS and saved_checkpoints(runs / "out")
+    resumed = train("out", "--resume_from_checkpoint", "true")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert same_weights(runs / "out", runs / "whole")
+    assert [p.pid for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(runs)] == []
