@@ -43,20 +43,27 @@ def list_recipes() -> list[tuple[str, str, str]]:
 
 
 def copy_recipes(name: str, destination: Path) -> list[Path]:
-    """Copy a recipe, or a folder of them, to the same place under a destination; what is the same there stays.
+    """Copy a recipe and the files beside it that it names, or a whole folder, to the same place under a destination.
+
+    What is the same there stays.
 
     Raises:
         ValueError: for a name that no recipe has.
         FileExistsError: for a file there that differs; nothing is written then.
     """
-    source = recipes_folder() / name
-    found = [source] if source.is_file() else sorted(source.rglob("*.yaml"))
-    if not found or not source.resolve().is_relative_to(recipes_folder().resolve()):
+    root = recipes_folder().resolve()
+    source, found = root / name, list[Path]()
+    if source.is_file():
+        text = source.read_text()
+        found = [source, *(path for path in source.parent.iterdir() if path != source and f"/{path.name}\n" in text)]
+    elif source.resolve().is_relative_to(root):
+        found = sorted(path for path in source.rglob("*") if path.is_file())
+    if not found or not source.resolve().is_relative_to(root):
         folders = sorted({str(Path(each).parent) for each, _, _ in list_recipes()})
         raise ValueError(
             f"There is no recipe {name}; use one that ceu-rl recipes lists, or one of {', '.join(folders)}."
         )
-    pairs = [(path, destination / path.relative_to(recipes_folder())) for path in found]
+    pairs = [(path, destination / path.relative_to(root)) for path in found]
     for path, target in pairs:
         if target.exists() and target.read_bytes() != path.read_bytes():
             raise FileExistsError(f"{target} is there and differs; move it away, or give another destination.")

@@ -272,6 +272,8 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
         raise ValueError("eval_facts and eval_solutions are scored at evaluations; set eval_strategy, as to steps.")
     asks = method in ASKING and any(has_questions(dataset) for dataset in datasets.values())
 
+    if method == "sft" and args.chat_template_path:
+        _check_template(args.chat_template_path, asks)
     given, tokenizer = _name_model(method, script, args, model_config, asks)
     prompt = None
     if asks:
@@ -306,6 +308,17 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
     if kept:
         trainer.add_callback(KeptScore(trainer, kept, start))
     return trainer, prompt
+
+
+def _check_template(name: str, asks: bool) -> None:
+    """TRL looks for a file that is not there on the Hub, and sets the template after questions were put into one."""
+    if name.endswith((".jinja", ".j2")) and not Path(name).is_file():
+        raise ValueError(f"chat_template_path is {name!r}, and there is no such file; give the path of a template.")
+    if asks:
+        raise ValueError(
+            f"chat_template_path is {name!r}, and rows of question and answer are asked in the template of the model; "
+            "leave it out, or start from a model that has the template."
+        )
 
 
 def _name_model(method: str, script: Any, args: Any, model_config: Any, asks: bool) -> tuple[dict[str, Any], Any]:

@@ -13,6 +13,7 @@ from ceu_rl.recipes import copy_recipes, list_recipes, recipes_folder
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+FILES = {path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes").rglob("*") if path.is_file()}
 
 
 def test_every_recipe_is_listed_with_what_it_is_and_its_hardware():
@@ -32,23 +33,24 @@ def test_list(capsys):
     ("name", "files"),
     [
         ("dpo/addition/ceu.yaml", ["ceu.yaml"]),
-        ("accelerate", sorted(p.name for p in RECIPES if "accelerate" in p.parts)),
+        ("dpo/smollm2-chain-sum/base.yaml", ["base.yaml", "chat_template.jinja"]),
+        ("accelerate", sorted(p.name for p in (ROOT / "recipes/accelerate").iterdir())),
     ],
 )
 def test_copy(name, files, tmp_path, monkeypatch, capsys):
     """By default to the same place under recipes/, where the command of the header finds it."""
     monkeypatch.chdir(tmp_path)
     assert main(["recipes", name]) == 0
-    found = sorted(Path("recipes").rglob("*.yaml"))
+    found = sorted(path for path in Path("recipes").rglob("*") if path.is_file())
     assert [path.name for path in found] == files
     assert all(path.read_bytes() == (ROOT / path).read_bytes() for path in found)
     assert capsys.readouterr().out.splitlines() == [str(path) for path in found]
     assert main(["recipes", name]) == 0  # the same again is no harm
-    assert main(["recipes", name, "elsewhere"]) == 0 and len(list(Path("elsewhere").rglob("*.yaml"))) == len(files)
+    assert main(["recipes", name, "elsewhere"]) == 0 and len(list(Path("elsewhere").rglob("*.*"))) == len(files)
 
 
 def test_all_of_them(tmp_path):
-    assert len(copy_recipes(".", tmp_path)) == len(RECIPES)
+    assert {path.relative_to(tmp_path) for path in copy_recipes(".", tmp_path)} == FILES
 
 
 def test_what_is_there_and_differs_is_not_written_over(tmp_path, capsys):
@@ -95,7 +97,7 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_brings_the_recipes(wheel):
     names = set(wheel.namelist())
-    expected = {f"ceu_rl/_recipes/{path.relative_to(ROOT / 'recipes')}" for path in RECIPES}
+    expected = {f"ceu_rl/_recipes/{path}" for path in FILES}
     assert expected <= names
     assert {"ceu_rl/py.typed", "ceu_rl/stability/report.html.jinja"} <= names
     assert not any(name.startswith(("tests", "docs")) for name in names)

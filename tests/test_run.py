@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -311,6 +312,24 @@ def test_input_of_every_kind_ends_in_one_sentence(recipe, base, tmp_path, capsys
     err = capsys.readouterr().err
     lines = [line for line in err.splitlines() if line.startswith("ceu-rl dpo: error: ")]
     assert len(lines) == 1 and message in lines[0] and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "message"),
+    [
+        ("none.jinja", "completion", "chat_template_path is 'none.jinja', and there is no such file; give"),
+        ("given.jinja", "answer", "rows of question and answer are asked in the template of the model; leave"),
+    ],
+)
+def test_a_template_that_would_not_be_used_is_named(tmp_path, monkeypatch, capsys, name, column, message):
+    monkeypatch.chdir(tmp_path)
+    Path("given.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    prompt = {"completion": "prompt", "answer": "question"}[column]
+    Path("rows.jsonl").write_text(json.dumps({prompt: "1+1=", column: "2"}) + "\n")
+    given = {"model_name_or_path": "builtin:llama", "dataset_name": "rows.jsonl", "chat_template_path": name}
+    given |= {"use_cpu": "true", "bf16": "false", "output_dir": "out"}
+    assert main(["sft", *(word for key, value in given.items() for word in (f"--{key}", value))]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_damaged_model_is_named(recipe, base, capsys):
