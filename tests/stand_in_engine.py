@@ -1,4 +1,4 @@
-"""A stand-in for `vllm.LLM` that generates with a copy of the policy: a lagging engine, without an engine."""
+"""Stand-ins for `vllm.LLM` and for TRL's client of a vLLM server: lagging copies of the policy, without an engine."""
 
 import copy
 import types
@@ -42,3 +42,30 @@ class StandInEngine:
             completion = types.SimpleNamespace(token_ids=tokens[:length].tolist(), logprobs=scored[:length])
             found.append(types.SimpleNamespace(prompt_token_ids=row["prompt_token_ids"], outputs=[completion]))
         return found
+
+
+class StandInClient(StandInEngine):
+    """As much of `trl.generation.vllm_client.VLLMClient` as TRL's server mode calls."""
+
+    def init_communicator(self, device):
+        pass
+
+    def get_server_info(self):
+        return {"model_config": {"logprobs_mode": "processed_logprobs"}}
+
+    def update_named_params(self, metadata, parameters):
+        weights = dict(parameters)
+        assert [(name, str(w.dtype).removeprefix("torch."), list(w.shape)) for name, w in weights.items()] == metadata
+        self.collective_rpc("reload_weights", {"weights_iterator": weights.items()})
+
+    def generate(self, prompts, n, max_tokens, **settings):
+        rows = [{"prompt_token_ids": ids} for ids in prompts for _ in range(n)]
+        found = super().generate(rows, types.SimpleNamespace(max_tokens=max_tokens), use_tqdm=False)
+        completions = [output.outputs[0] for output in found]
+        scored = [[next(iter(place.items())) for place in completion.logprobs] for completion in completions]
+        return {
+            "prompt_ids": prompts,
+            "completion_ids": [completion.token_ids for completion in completions],
+            "logprobs": [[[each.logprob] for _, each in row] for row in scored],
+            "logprob_token_ids": [[[token] for token, _ in row] for row in scored],
+        }

@@ -19,7 +19,7 @@ from ceu_rl.grpo import CHOICES
 from ceu_rl.rollouts import ReloadingVLLMGeneration
 
 from .reference import assert_gradients_follow, distance, keep_log_probs, routed_gradients
-from .stand_in_engine import StandInEngine
+from .stand_in_engine import StandInClient, StandInEngine
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 SETTINGS = {
@@ -339,6 +339,7 @@ def engine(monkeypatch, tiny_model):
         monkeypatch.delenv(name)
     monkeypatch.setattr(StandInEngine, "policy", tiny_model(1))
     monkeypatch.setattr(vllm_generation, "LLM", StandInEngine)
+    monkeypatch.setattr(vllm_generation, "VLLMClient", StandInClient)
 
 
 STALE = {"use_vllm": True, "vllm_mode": "colocate", "max_steps": 8}
@@ -346,7 +347,7 @@ STALE = {"use_vllm": True, "vllm_mode": "colocate", "max_steps": 8}
 
 def train_with_lag(make_trainer, trainer_class=CEUGRPOTrainer, checkpoint=None, **settings):
     trainer = make_trainer(trainer_class, **{**STALE, **settings})
-    if trainer_class is GRPOTrainer:  # whose own sync does not work on a CPU
+    if trainer_class is GRPOTrainer and trainer.vllm_mode == "colocate":  # whose own sync does not work on a CPU
         trainer.vllm_generation.__class__ = ReloadingVLLMGeneration
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer, [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -356,20 +357,26 @@ def ages(log):
     return [entry["rollout/age_max"] for entry in log]
 
 
-def test_a_sync_at_every_step_is_stock_bit_for_bit(make_trainer, engine):
-    stock, _ = train_with_lag(make_trainer, GRPOTrainer)
-    ours, log = train_with_lag(make_trainer, ceu_coef=0.0)
+def engine_of(trainer):
+    return trainer.vllm_generation.llm if trainer.vllm_mode == "colocate" else trainer.vllm_generation.vllm_client
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_a_sync_at_every_step_is_stock_bit_for_bit(make_trainer, engine, mode):
+    stock, _ = train_with_lag(make_trainer, GRPOTrainer, vllm_mode=mode)
+    ours, log = train_with_lag(make_trainer, ceu_coef=0.0, vllm_mode=mode)
     assert same(stock, ours)
-    assert len(ours.vllm_generation.llm.syncs) == len(stock.vllm_generation.llm.syncs) == 8
+    assert len(engine_of(ours).syncs) == len(engine_of(stock).syncs) == 8
     assert ages(log) == [0] * 8 and all(entry["rollout/sync_seconds"] > 0 for entry in log)
     ours.close()
-    assert ours.vllm_generation.llm.is_shut
+    assert engine_of(ours).is_shut == (mode == "colocate")  # a server is not ours to end
 
 
-def test_weights_stay_for_as_many_steps_as_set(make_trainer, engine):
-    trainer, log = train_with_lag(make_trainer, weight_sync_steps=3)
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_weights_stay_for_as_many_steps_as_set(make_trainer, engine, mode):
+    trainer, log = train_with_lag(make_trainer, weight_sync_steps=3, vllm_mode=mode)
     assert ages(log) == [0, 1, 2, 0, 1, 2, 0, 1]
-    assert len(trainer.vllm_generation.llm.syncs) == 3
+    assert len(engine_of(trainer).syncs) == 3
     assert [entry["rollout/sync_seconds"] > 0 for entry in log] == [age == 0 for age in ages(log)]
     # What the engine drew from differs from what learns by as much as the steps between them
     differences = [entry["sampling/sampling_logp_difference/mean"] for entry in log]
@@ -400,17 +407,44 @@ def test_rollouts_that_are_used_again_grow_older(make_trainer, engine):
     assert ages(log) == [0, 1, 2, 3, 0, 1, 2, 3]  # generated at steps 0, 2, 4 and 6; synced at 0 and 4
 
 
-@pytest.mark.parametrize("corrected", [True, False])
-def test_the_correction_for_age_stays_as_it_was_set(make_trainer, engine, corrected):
-    settings = {"weight_sync_steps": 4, "vllm_importance_sampling_correction": corrected}
-    trainer, log = train_with_lag(make_trainer, vllm_importance_sampling_mode="token_truncate", **settings)
-    assert trainer.args.vllm_importance_sampling_correction is corrected
-    ratios = [entry.get("sampling/importance_sampling_ratio/max") for entry in log]
-    if corrected:
-        assert all(ratio == pytest.approx(1.0, abs=1e-4) for ratio in ratios[::4])
-        assert all(ratio > 1.001 for ratio in ratios[1:4])
-    else:
-        assert ratios == [None] * 8
+@pytest.mark.parametrize("vllm_mode", ["colocate", "server"])
+@pytest.mark.parametrize("mode", CHOICES["vllm_importance_sampling_mode"])
+def test_the_correction_of_trl_corrects_for_the_age(make_trainer, engine, mode, vllm_mode):
+    """What it multiplies the loss with is the ratio of the weights that learn to the older ones that generated."""
+    settings = {**STALE, "weight_sync_steps": 4, "vllm_importance_sampling_mode": mode, "vllm_mode": vllm_mode}
+    trainer = make_trainer(CEUGRPOTrainer, **settings, vllm_importance_sampling_clip_max=1.02)
+    compute_loss, limited = trainer._compute_loss, []
+
+    def check(model, inputs):
+        generator = engine_of(trainer).model.double()
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        kept = inputs["completion_ids"].shape[1]
+        both = [copy.deepcopy(trainer.model).double(), generator]
+        del both[0].forward  # the model's own
+        with torch.no_grad():
+            ours, theirs = (
+                m(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[:, -kept:, 0] for m in both
+            )
+        generator.float()
+        drift = (ours - theirs) * inputs["completion_mask"]
+        ratio = (drift.sum(-1, keepdim=True) if mode.startswith("sequence") else drift).exp()
+        outside = ratio > 1.02
+        expected = ratio.clamp(max=1.02) if mode.endswith("truncate") else ratio.masked_fill(outside, 0.0)
+        torch.testing.assert_close(inputs["importance_sampling_ratio"].double(), expected, rtol=1e-4, atol=1e-5)
+        limited.append(outside.any().item())
+        return compute_loss(model, inputs)
+
+    trainer._compute_loss = check
+    trainer.train()
+    assert limited[::4] == [False, False] and all(limited[1:4])
+
+
+def test_without_the_correction_the_loss_does_not_know_the_age(make_trainer, engine):
+    settings = {"weight_sync_steps": 4, "vllm_importance_sampling_correction": False, "ceu_coef": 0.0}
+    trainer, log = train_with_lag(make_trainer, **settings)
+    assert trainer.args.vllm_importance_sampling_correction is False
+    assert not any("sampling/importance_sampling_ratio/max" in entry for entry in log)
+    assert all(entry["clip_ratio/region_mean"] == 0 for entry in log)
 
 
 def test_an_evaluation_scores_the_weights_of_its_own_step(make_trainer, engine):
