@@ -1,6 +1,7 @@
 """Where a command ends: what its input or its machine caused becomes one sentence, our own faults keep a traceback."""
 
 import os
+import pickle
 import sys
 import traceback
 from pathlib import Path
@@ -57,6 +58,8 @@ def is_own_fault(error: Exception) -> bool:
 
 def sentence(error: BaseException) -> str:
     """The text of an exception in one line, with its type where the text alone says too little."""
+    if isinstance(error, pickle.UnpicklingError):  # torch's own text says how to run what is in the file
+        return "The weights are a pickle that is damaged or holds more than tensors, and is not run; take safetensors."
     text = " ".join(str(error).split())
     return text if isinstance(error, PLAIN) and text else f"{type(error).__name__}: {text}".rstrip(": ")
 

@@ -9,6 +9,7 @@ import string
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
@@ -179,6 +180,79 @@ def test_results_of_an_evaluation(folder, content):
     with pytest.raises(ValueError) as refusal:
         read_result(path)
     assert_sentence(refusal.value, str(path))
+
+
+# code in the place of data
+
+
+class Payload:
+    """What unpickling it does is to make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def code(folder, ran):
+    (folder / "code.py").write_text(f"from pathlib import Path\nPath({str(ran)!r}).touch()\n")
+
+
+def mapped(folder, ran, **fields):
+    code(folder / "model", ran)
+    config = folder / "model" / "config.json"
+    classes = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": classes, **fields}))
+
+
+def mapped_and_unknown(folder, ran):
+    mapped(folder, ran, model_type="mine")
+
+
+def pickled_beside(folder, ran):
+    torch.save(Payload(ran), folder / "model" / "pytorch_model.bin")
+
+
+def pickled_alone(folder, ran):
+    pickled_beside(folder, ran)
+    (folder / "model" / "model.safetensors").unlink()
+
+
+def script_of_data(folder, ran):
+    code(folder / "data", ran)
+    (folder / "data" / "code.py").rename(folder / "data" / "data.py")
+
+
+@pytest.mark.parametrize(
+    ("make", "status"),
+    [(mapped, 0), (mapped_and_unknown, 2), (pickled_beside, 0), (pickled_alone, 2), (script_of_data, 2)],
+)
+def test_nothing_that_is_loaded_runs(tmp_path, tiny_model, tokenizer, capsys, make, status):
+    """Code and pickles that come with a model or a dataset; `trust_remote_code` is not set."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    rows = [{"prompt": f"{n}=", "chosen": "1", "rejected": "2"} for n in range(4)]
+    Dataset.from_list(rows).to_json(tmp_path / "data" / "train.jsonl")
+    make(tmp_path, tmp_path / "ran")
+    names = {
+        "model_name_or_path": tmp_path / "model",
+        "dataset_name": tmp_path / "data",
+        "output_dir": tmp_path / "out",
+    }
+    given = {**names, "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "max_steps": 1}
+    assert main(["dpo", *(str(word) for name, value in given.items() for word in (f"--{name}", value))]) == status
+    assert not (tmp_path / "ran").exists()
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and err.count("ceu-rl dpo: error: ") == (status != 0)
+    assert make is not pickled_alone or "take safetensors" in err
+
+
+def test_what_a_payload_does(tmp_path):
+    torch.save(Payload(tmp_path / "ran"), tmp_path / "file")
+    torch.load(tmp_path / "file", weights_only=False)
+    assert (tmp_path / "ran").exists()
 
 
 # runs
