@@ -133,14 +133,19 @@ def _write_whole(files: Mapping[Path, str]) -> None:
 
 
 def table_rows(runs: Sequence[Run]) -> list[list[str]]:
-    """The cells of a table with a column for each run, the header first; metrics are shown as first → last."""
-    labels = ["", "learning rate", *(label for label, _ in ROWS), "max gradient norm", "time (s)"]
-    return [list(row) for row in zip(labels, *map(_column, runs), strict=True)]
+    """The cells of a table with a column for each run, the header first; metrics are shown as first → last.
+
+    A metric that no run has is left out, such as the accuracies where the dataset is no task.
+    """
+    rows = [(label, key) for label, key in ROWS if any(run.values(key) for run in runs)]
+    labels = ["", "learning rate", *(label for label, _ in rows), "max gradient norm", "time (s)"]
+    columns = (_column(run, [key for _, key in rows]) for run in runs)
+    return [list(row) for row in zip(labels, *columns, strict=True)]
 
 
-def _column(run: Run) -> list[str]:
+def _column(run: Run, keys: Sequence[str]) -> list[str]:
     cells = [run.arm, "none" if run.learning_rate is None else f"{run.learning_rate:.3g}"]
-    for _, key in ROWS:
+    for key in keys:
         values = run.values(key)
         cells.append(f"{values[0]:.3f} → {values[-1]:.3f}" if values else "none")
     norms = run.values("grad_norm")
