@@ -324,6 +324,14 @@ class TestEngine:
         assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.3
         differences = [entry["sampling/sampling_logp_difference/mean"] for entry in log[:-1]]
         assert max(differences[::lag]) < 0.02
+        ratios = [entry["sampling/importance_sampling_ratio/mean"] for entry in log[:-1]]
+        assert all(abs(ratio - 1) < 0.02 for ratio in ratios[::lag])
+        for age in range(1, lag):  # what TRL's correction corrects for grows with the lag
+            assert sum(differences[age::lag]) > 5 * sum(differences[::lag])
+        for sign in ("positive", "negative"):
+            mismatches = [entry[f"rollout/mismatch_{sign}"] or 0.0 for entry in log[:-1]]
+            assert max(mismatches[::lag]) < 0.03
+            assert lag == 1 or sum(mismatches[1::lag]) > 5 * sum(mismatches[::lag])
         assert [entry["rollout/age_max"] for entry in log[:-1]] == [step % lag for step in range(30)]
         assert all("ceu/weight_mean" in entry for entry in log[:-1])
         assert json.loads((tmp_path / "out" / "result.json").read_text())["processes"] == processes
