@@ -1,9 +1,13 @@
-"""Variants of the descent rule that were tried in GRPO: `ceu-rl grpo` with another weight on each token's gradient.
+"""Variants of the descent rule that are tried in GRPO: `ceu-rl grpo` with another weight on each token's gradient.
 
-    python docs/results/grpo-variants/variants.py VARIANT --config recipes/grpo/maze/ceu.yaml [--any_field value ...]
+    python docs/results/grpo/variants.py VARIANT --config recipes/grpo/maze/ceu.yaml [--any_field value ...]
+    python docs/results/grpo/variants.py study STUDY recipes/grpo/addition/ceu.yaml --seed 0 1 2 3 4 [--any_field v ...]
 
-With A the advantage, w the descent weight of the token, and a node all completions of one prompt that share the tokens
-up to and including this one (so that their gradients there add up, on-policy, to the node's summed advantage):
+The second is `ceu-rl compare` over the arms of a study, each the recipe with other settings; calling it again goes on.
+
+With A the advantage, r the importance ratio, p the probability of the token, w its descent weight, and a node all
+completions of one prompt that share the tokens up to and including this one (so that their gradients there add up,
+on-policy, to the node's summed advantage):
 
 | variant | weight on the token's gradient |
 |---|---|
@@ -12,32 +16,91 @@ up to and including this one (so that their gradients there add up, on-policy, t
 | cancel_net | w, for either sign, where the node's summed advantage is negative |
 | drift | min(1, w(p) / w(p when sampled)) where the gradient lowers it: 1 on-policy |
 | both | w for either sign: with ceu_scale = ceu_max_weight = 1 the advantage reweighting of arXiv 2505.12929 |
+| anchor | 1 / (1 + A^2 (1 - r)) where the gradient lowers it and r < 1: over the abs(A) r of CISPO, NFT (2505.18116) |
+| collision | w with p / sum p^2 in the place of the odds, where the gradient lowers it |
+| mass | w / mean(w) where the gradient lowers it; the mean is over those tokens of one backward pass |
+
+| study | question |
+|---|---|
+| anchor | is NFT's anchor better than CISPO, each rollout used 4, 8 and 16 times? |
+| weight | on-policy and on rollouts up to 16 steps old of unknown age: is the collision weight faster than the whole |
+|        | weight, is the whole weight at the size of stock's, and is either better than training on positives only? |
 """
 
 import json
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import yaml
+from trl.trainer import grpo_trainer
+from trl.trainer.utils import add_fused_lm_head
 
 import ceu_rl.grpo
 from ceu_rl import cli
 from ceu_rl.losses import descent_weight
+from ceu_rl.provenance import write_json
+from ceu_rl.routing import wrap_forward
+from ceu_rl.stability import compare
 
-VARIANTS = ("plain", "cancel", "cancel_net", "drift", "both")
+VARIANTS = ("plain", "cancel", "cancel_net", "drift", "both", "anchor", "collision", "mass")
+CISPO = {"ceu_coef": 0, "loss_type": "cispo", "epsilon_high": 5.0}
+UNKNOWN = {"vllm_importance_sampling_correction": False}
+# Of each study the grid, and the arms: a variant and what differs from the recipe, the baseline first
+STUDIES = {
+    "anchor": (
+        {"num_iterations": ("4", "8", "16")},
+        {"cispo": ("plain", CISPO), "anchor": ("anchor", CISPO), "stock": ("plain", {"ceu_coef": 0})},
+    ),
+    "weight": (
+        {"weight_sync_steps": ("1", "16")},
+        {
+            "stock": ("plain", {"ceu_coef": 0, **UNKNOWN}),
+            "ceu-1": ("plain", {"ceu_coef": 1, **UNKNOWN}),
+            "collision": ("collision", {"ceu_coef": 1, **UNKNOWN}),
+            "mass": ("mass", {"ceu_coef": 1, **UNKNOWN}),
+            "drop-descending": ("plain", {"drop_descending": True, **UNKNOWN}),
+        },
+    ),
+}
+
+
+def anchor_weight(log_ratio, advantages):
+    """1 / (1 + A^2 (1 - r)) for r < 1, else 1, which it is at r = 1."""
+    return 1 / (1 + advantages.square() * (-torch.expm1(log_ratio)).clamp(min=0))
+
+
+def collision_weight(log_probs, log_sum_sq_probs, coef, scale, max_weight):
+    """`descent_weight` with x = p / sum p^2 in the place of the odds."""
+    return (1 - coef) + coef / ((log_sum_sq_probs - log_probs).exp() / scale + 1 / max_weight)
 
 
 class Weigh(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, log_probs, descending, either):
+    def forward(ctx, log_probs, descending, either, preserves_mass=False):
         ctx.save_for_backward(descending, either)
+        ctx.preserves_mass = preserves_mass
         return log_probs.view_as(log_probs)
 
     @staticmethod
     def backward(ctx, grad):
         descending, either = ctx.saved_tensors
-        return grad * torch.where(grad > 0, descending, either), None, None
+        lowers = grad > 0
+        if ctx.preserves_mass and lowers.any():
+            descending = descending / descending[lowers].mean()
+        return grad * torch.where(lowers, descending, either), None, None, None
+
+
+def keep_collisions(forward, self, *args, **kwargs):
+    outputs = forward(self, *args, **kwargs)
+    self.log_sum_sq_probs = getattr(outputs, "log_sum_sq_probs", None)
+    return outputs
+
+
+def head_with_collisions(model, **settings):
+    add_fused_lm_head(model, **{**settings, "outputs": ("log_probs", "entropy", "log_sum_sq_probs")})
 
 
 def summed_advantages(inputs):
@@ -63,6 +126,8 @@ class VariantTrainer(ceu_rl.grpo.CEUGRPOTrainer):
 
     def attach_route(self, **kwargs):
         super().attach_route(**kwargs)
+        if self.variant == "collision":
+            wrap_forward(self.model, keep_collisions)
         if self.variant != "plain":  # the route stays for its record; its weight is 1
             self.coefficients = (self.args.ceu_coef, self.args.ceu_scale, self.args.ceu_max_weight)
             self.descent_route.coefficients = (0.0, 1.0, 1.0)
@@ -81,27 +146,64 @@ class VariantTrainer(ceu_rl.grpo.CEUGRPOTrainer):
             return (log_probs, *rest)
         weight = descent_weight(log_probs, *self.coefficients)
         one = torch.ones_like(weight)
+        either = one
         if self.variant == "both":
             descending = either = weight
+        elif self.variant == "mass":
+            descending = weight
+        elif self.variant == "collision":
+            collisions = self.model.log_sum_sq_probs.detach()[:, -log_probs.shape[1] :]
+            descending = collision_weight(log_probs.detach(), collisions, *self.coefficients)
+        elif self.variant == "anchor":
+            ratio = log_probs.detach() - inputs.get("old_per_token_logps", log_probs.detach())
+            descending = anchor_weight(ratio, inputs["advantages"].unsqueeze(1))
         elif self.variant == "drift":
             old = inputs.get("old_per_token_logps", log_probs)
-            descending, either = (weight / descent_weight(old, *self.coefficients)).clamp(max=1), one
+            descending = (weight / descent_weight(old, *self.coefficients)).clamp(max=1)
         else:
             negative = summed_advantages(inputs) < -1e-6
             descending = torch.where(negative, weight, one)
             either = descending if self.variant == "cancel_net" else one
-        return (Weigh.apply(log_probs, descending, either), *rest)
+        return (Weigh.apply(log_probs, descending, either, self.variant == "mass"), *rest)
+
+
+def train(variant, words):
+    """One run: `ceu-rl grpo` with the variant, which is recorded in its result."""
+    VariantTrainer.variant = variant
+    ceu_rl.grpo.CEUGRPOTrainer = VariantTrainer
+    if variant == "collision":
+        grpo_trainer.add_fused_lm_head = head_with_collisions
+    status = cli.main(["grpo", *words])
+    if status == 0:
+        path = Path(words[words.index("--output_dir") + 1], "result.json")
+        write_json(path, {**json.loads(path.read_text()), "variant": variant})
+    return status
+
+
+def study(name, recipe, words):
+    """`ceu-rl compare` over the arms of a study, whose runs are those of [`train`]."""
+    grid, arms = STUDIES[name]
+    folder = Path("runs", f"grpo-variants-{name}-{recipe.resolve().parent.name}")
+    (folder / "recipes").mkdir(parents=True, exist_ok=True)
+    for arm, (_, settings) in arms.items():
+        content = {**yaml.safe_load(recipe.read_text()), **settings}
+        (folder / "recipes" / f"{arm}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    make_jobs = compare.make_jobs
+
+    def with_variants(*args, **kwargs):
+        jobs = make_jobs(*args, **kwargs)
+        return [replace(job, launcher=[sys.executable, __file__, arms[job.run.arm][0]]) for job in jobs]
+
+    compare.make_jobs = with_variants
+    recipes = [str(folder / "recipes" / f"{arm}.yaml") for arm in arms]
+    values = [word for field, given in grid.items() if f"--{field}" not in words for word in (f"--{field}", *given)]
+    return cli.main(["compare", *recipes, *values, *words, "--method", "grpo", "--output_dir", str(folder)])
 
 
 if __name__ == "__main__":
-    VariantTrainer.variant, *rest = sys.argv[1:]
-    if VariantTrainer.variant not in VARIANTS:
-        sys.exit(f"unknown variant {VariantTrainer.variant!r}; use one of {', '.join(VARIANTS)}.")
-    ceu_rl.grpo.CEUGRPOTrainer = VariantTrainer
-    status = cli.main(["grpo", *rest])
-    path = Path(rest[rest.index("--output_dir") + 1], "result.json")
-    if status == 0:
-        path.write_text(
-            json.dumps({**json.loads(path.read_text()), "variant": VariantTrainer.variant}, indent=2) + "\n"
-        )
-    sys.exit(status)
+    what, *rest = sys.argv[1:] or [""]
+    if what == "study" and rest and rest[0] in STUDIES:
+        sys.exit(study(rest[0], Path(rest[1]), rest[2:]))
+    if what not in VARIANTS:
+        sys.exit(f"unknown variant {what!r}; use one of {', '.join(VARIANTS)}, or study with {' or '.join(STUDIES)}.")
+    sys.exit(train(what, rest[2:] if rest[:1] == ["ceu_rl.cli"] else rest))  # the former as a comparison calls it
