@@ -113,6 +113,26 @@ def test_the_range_of_a_hand_made_grid(make, report):
     assert [entry["mean"] for entry in found["best"]] == [0.975, 0.99]
 
 
+@pytest.mark.parametrize(
+    ("stock", "ceu", "words"),
+    [
+        ({"1e-6": 0, "1e-5": 0}, {"1e-5": 0}, "(below 1e-5), stock at none tried (below 1e-6): how many times as far"),
+        ({"1e-6": 1, "1e-5": 0}, {"1e-5": 0}, "(below 1e-5), stock up to 1e-6: at most 10 times as far"),
+        ({"1e-6": 1, "1e-5": 0}, {"1e-5": 1}, "tried), stock up to 1e-6: at least 10 times as far"),
+        (
+            {"1e-7": 1, "1e-6": 1},
+            {"1e-5": 1},
+            "tried), stock up to at least 1e-6 (the largest tried): how many times as far",
+        ),
+    ],
+)
+def test_the_bound_of_a_ratio_where_the_arms_have_other_rates(make, report, stock, ceu, words):
+    """As in a grid that has not run to its end."""
+    ends = {arm: {rate: [float(each)] for rate, each in at.items()} for arm, at in (("stock", stock), ("ceu", ceu))}
+    first = report(grid(make, ends))[0]["verdict"][0]
+    assert first.startswith("ceu keeps 95 %") and words in first
+
+
 def test_the_verdict_says_that_stock_is_better_in_the_same_form(make, report):
     ends = {
         "stock": {"1e-6": [1.0], "1e-5": [1.0], "1e-4": [0.5]},

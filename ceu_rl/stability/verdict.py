@@ -8,6 +8,8 @@ from typing import Any
 
 from .summary import FORGET_QUALITY
 
+UNTOLD = "how many times as far, these rates do not show"
+
 
 def verdict(summary: Mapping[str, Any]) -> list[str]:
     """One sentence for each arm and score against the baseline, the first arm's first score in front."""
@@ -121,8 +123,11 @@ def _range(entry: Mapping[str, Any], baseline: str) -> str:
     spread = _interval(interval, len(entry["seeds"]))
     if ratio == 1:
         return f"{keeps}: {_same(entry, spread)}."
+    bound = _bound(entry)
+    if bound is None:
+        return f"{keeps}: {UNTOLD}."
     unsure = "; 1 lies within it" if interval and interval[0] <= 1 <= interval[1] else ""
-    return f"{keeps}: {_bound(entry)}{number(ratio, 2)} times as far ({spread}{unsure})."
+    return f"{keeps}: {bound}{number(ratio, 2)} times as far ({spread}{unsure})."
 
 
 def _reach(reach: float | None, rates: Sequence[float], unit: str = "a learning rate of ") -> str:
@@ -133,16 +138,20 @@ def _reach(reach: float | None, rates: Sequence[float], unit: str = "a learning 
     return f"up to {unit}{rate(reach)}"
 
 
-def _bound(entry: Mapping[str, Any]) -> str:
-    """An open end of the winner's range makes the ratio at least, one of the loser's makes it at most what it is."""
+def _bound(entry: Mapping[str, Any]) -> str | None:
+    """How the ratio is bounded by ranges that end outside the rates tried; None where it can be any.
+
+    A winner that is stable at the largest rate, or a loser that is stable at none, makes it at least what it is; a
+    loser that is stable at the largest rate, or a winner that is stable at none, makes it at most that.
+    """
     ours, theirs = entry["range"], entry["baseline_range"]
     tops = ours == max(entry["rates"]), theirs == max(entry["baseline_rates"])
-    wins = entry["ratio"] > 1
-    winner_open, loser_open = tops if wins else tops[::-1]
-    loser_below = (theirs if wins else ours) is None
-    if loser_open and not winner_open:
-        return "at most "
-    return "at least " if winner_open or loser_below else ""
+    belows = ours is None, theirs is None
+    winner, loser = (0, 1) if entry["ratio"] > 1 else (1, 0)
+    at_least, at_most = tops[winner] or belows[loser], tops[loser] or belows[winner]
+    if at_least and at_most:
+        return None
+    return "at least " if at_least else "at most " if at_most else ""
 
 
 def _same(entry: Mapping[str, Any], spread: str) -> str:
@@ -152,7 +161,7 @@ def _same(entry: Mapping[str, Any], spread: str) -> str:
         return f"the same range ({spread})"
     if ours == theirs:
         return "these rates cannot tell them apart"
-    return "how many times as far, these rates do not show"
+    return UNTOLD
 
 
 def _difference(entry: Mapping[str, Any], baseline: str) -> str:
