@@ -36,7 +36,7 @@ def digits(completions, **kwargs):
     return [float(sum(character.isdigit() for character in text)) for text in completions]
 
 
-def weights_by_hand(variant, coef, p, collisions, drift, advantages, descending):
+def weights_by_hand(variant, coef, p, collisions, drift, advantages, descending, g):
     """Token by token, from the formulas of the script's table."""
     found = torch.ones_like(p)
     for place in descending.nonzero():
@@ -50,10 +50,15 @@ def weights_by_hand(variant, coef, p, collisions, drift, advantages, descending)
             found[at] = (1 - coef) + coef * p[at].item()  # with s = M = 1
     if variant == "mass":
         found[descending] /= found[descending].mean()
+    if variant == "size":
+        norms = g * (1 - p)
+        found[descending] *= norms[descending].sum() / (norms * found)[descending].sum()
     return found
 
 
-@pytest.mark.parametrize(("variant", "coef"), [("anchor", 0.0), ("collision", 1.0), ("collision", 0.5), ("mass", 1.0)])
+@pytest.mark.parametrize(
+    ("variant", "coef"), [("anchor", 0.0), ("collision", 1.0), ("collision", 0.5), ("mass", 1.0), ("size", 1.0)]
+)
 def test_a_variant_weighs_by_its_formula(script, variant, coef, tiny_model, tokenizer, tmp_path):
     rows = datasets.Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(4) for b in range(4)])
 
@@ -104,7 +109,8 @@ def test_a_variant_weighs_by_its_formula(script, variant, coef, tiny_model, toke
     assert 0 < descending.sum() < kept["label_mask"].sum()
     before = torch.zeros(len(ids), chosen.shape[1] - drift.shape[1])
     moved = torch.cat([before, drift], 1).double()
-    weight = weights_by_hand(variant, coef, chosen, collisions, moved, batch["advantages"], descending)
+    g = kept["log_probs"].grad.double()
+    weight = weights_by_hand(variant, coef, chosen, collisions, moved, batch["advantages"], descending, g)
     assert weight[descending].std() > 0.05  # they differ from each other, and so from a change of the rate
 
     expected, _ = routed_gradients(stock, kept, ids, mask, lambda p: weight)

@@ -19,6 +19,7 @@ on-policy, to the node's summed advantage):
 | anchor | 1 / (1 + A^2 (1 - r)) where the gradient lowers it and r < 1: over the abs(A) r of CISPO, NFT (2505.18116) |
 | collision | w with p / sum p^2 in the place of the odds, where the gradient lowers it |
 | mass | w / mean(w) where the gradient lowers it; the mean is over those tokens of one backward pass |
+| size | the same with each token counting by its gradient's norm without w, so that their sum is that of stock |
 
 | study | question |
 |---|---|
@@ -45,7 +46,7 @@ from ceu_rl.provenance import write_json
 from ceu_rl.routing import wrap_forward
 from ceu_rl.stability import compare
 
-VARIANTS = ("plain", "cancel", "cancel_net", "drift", "both", "anchor", "collision", "mass")
+VARIANTS = ("plain", "cancel", "cancel_net", "drift", "both", "anchor", "collision", "mass", "size")
 CISPO = {"ceu_coef": 0, "loss_type": "cispo", "epsilon_high": 5.0}
 UNKNOWN = {"vllm_importance_sampling_correction": False}
 # Of each study the grid, and the arms: a variant and what differs from the recipe, the baseline first
@@ -61,6 +62,7 @@ STUDIES = {
             "ceu-1": ("plain", {"ceu_coef": 1, **UNKNOWN}),
             "collision": ("collision", {"ceu_coef": 1, **UNKNOWN}),
             "mass": ("mass", {"ceu_coef": 1, **UNKNOWN}),
+            "size": ("size", {"ceu_coef": 1, **UNKNOWN}),
             "drop-descending": ("plain", {"drop_descending": True, **UNKNOWN}),
         },
     ),
@@ -79,17 +81,19 @@ def collision_weight(log_probs, log_sum_sq_probs, coef, scale, max_weight):
 
 class Weigh(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, log_probs, descending, either, preserves_mass=False):
-        ctx.save_for_backward(descending, either)
-        ctx.preserves_mass = preserves_mass
+    def forward(ctx, log_probs, descending, either, preserved=None):
+        ctx.save_for_backward(log_probs, descending, either)
+        ctx.preserved = preserved
         return log_probs.view_as(log_probs)
 
     @staticmethod
     def backward(ctx, grad):
-        descending, either = ctx.saved_tensors
+        log_probs, descending, either = ctx.saved_tensors
         lowers = grad > 0
-        if ctx.preserves_mass and lowers.any():
-            descending = descending / descending[lowers].mean()
+        if ctx.preserved and lowers.any():
+            each = torch.ones_like(grad) if ctx.preserved == "mass" else grad * -torch.expm1(log_probs)
+            whole, weighed = each[lowers].sum(), (each * descending)[lowers].sum()
+            descending = descending * whole / weighed.clamp(min=torch.finfo(grad.dtype).tiny)
         return grad * torch.where(lowers, descending, either), None, None, None
 
 
@@ -146,11 +150,11 @@ class VariantTrainer(ceu_rl.grpo.CEUGRPOTrainer):
             return (log_probs, *rest)
         weight = descent_weight(log_probs, *self.coefficients)
         one = torch.ones_like(weight)
-        either = one
+        either, preserved = one, None
         if self.variant == "both":
             descending = either = weight
-        elif self.variant == "mass":
-            descending = weight
+        elif self.variant in ("mass", "size"):
+            descending, preserved = weight, self.variant
         elif self.variant == "collision":
             collisions = self.model.log_sum_sq_probs.detach()[:, -log_probs.shape[1] :]
             descending = collision_weight(log_probs.detach(), collisions, *self.coefficients)
@@ -164,7 +168,7 @@ class VariantTrainer(ceu_rl.grpo.CEUGRPOTrainer):
             negative = summed_advantages(inputs) < -1e-6
             descending = torch.where(negative, weight, one)
             either = descending if self.variant == "cancel_net" else one
-        return (Weigh.apply(log_probs, descending, either, self.variant == "mass"), *rest)
+        return (Weigh.apply(log_probs, descending, either, preserved), *rest)
 
 
 def train(variant, words):
