@@ -25,7 +25,7 @@ from ceu_rl.stability.verdict import number, rate, setting_name
 
 RESULTS = Path(__file__).parent
 QUESTIONS = ("dpo", "grpo", "unlearning", "speed")
-ON_THE_README = "dpo/addition"  # the study whose figure the README shows
+ON_THE_README = "dpo/smollm2-chain-sum"  # the study whose figure the README shows
 UNTOLD = "not told apart"
 GAP, TITLE, LINE = 14, 18, 16  # of a sheet of figures, in its units
 
@@ -172,6 +172,8 @@ class Page:
         else:
             preferences = any(group["depth"] is not None for group in found["groups"])
             columns = [column for column in COLUMNS if preferences or column[1] not in ("displacement", "depth")]
+            if not preferences and any(group.get("gradient_rare") is not None for group in found["groups"]):
+                columns.append(("gradient of tokens below 0.01", "gradient_rare", ".3f"))
             header += [
                 *found["base"],
                 *(["preference accuracy"] if preferences else []),
@@ -327,6 +329,11 @@ class Page:
     def final_scores(self, *names: str) -> str:
         """One figure: final score against learning rate, a row for each study and setting beside the rate."""
         return self.figure("final.svg", final_scores(*names), "final accuracy against learning rate")
+
+    def over_steps(self, name: str, *keys: str) -> str:
+        """The held-out metrics of a study over its steps."""
+        svg = curves(recorded(name), keys)
+        return self.figure(f"{Path(name).name}.svg", svg, f"{Path(name).name} over steps")
 
     def demo_curves(self) -> str:
         keys = ("eval_greedy_accuracy", "eval_sampled_accuracy", "eval_logps/chosen", "grad_norm")
