@@ -173,7 +173,7 @@ class Page:
             preferences = any(group["depth"] is not None for group in found["groups"])
             columns = [column for column in COLUMNS if preferences or column[1] not in ("displacement", "depth")]
             if not preferences and any(group.get("gradient_rare") is not None for group in found["groups"]):
-                columns.append(("gradient of tokens below 0.01", "gradient_rare", ".3f"))
+                columns.append(("gradient of rare tokens", "gradient_rare", ".3f"))
             header += [
                 *found["base"],
                 *(["preference accuracy"] if preferences else []),
