@@ -61,11 +61,11 @@ class DescentRoute:
         if self.drop or self.coefficients[0] != 0:
             weighed = torch.where(descending, grad * weight.to(grad.dtype), grad)
         rare, sure = log_probs < math.log(0.01), log_probs > math.log(0.99)
-        groups = [label_mask, descending, descending & rare, descending & sure]
+        groups = torch.stack([label_mask, descending, descending & rare, descending & sure]).flatten(1).float()
         norms = weighed.abs().float() * -torch.expm1(log_probs).clamp(max=0).float()
-        sums = [*(group.sum() for group in groups), *((norms * group).sum() for group in groups), weights.sum()]
         largest = weights.max() if weights.numel() else weights.sum()
-        record = torch.stack([value.float() for value in (*sums, largest)])
+        over_weights = torch.stack([weights.sum(), largest]).float()
+        record = torch.cat([groups.sum(dim=1), (groups * norms.flatten()).sum(dim=1), over_weights])
         self._record = merge_records([record] if self._record is None else [self._record, record])
         return weighed
 
@@ -82,6 +82,8 @@ class DescentRoute:
 
 def merge_records(records: list[torch.Tensor]) -> torch.Tensor:
     """One record of several of shape (RECORD,). The last number is a maximum, the others are sums."""
+    if len(records) == 1:
+        return records[0]
     stacked = torch.stack(records)
     return torch.cat([stacked[:, :-1].sum(dim=0), stacked[:, -1:].amax(dim=0)])
 
