@@ -291,17 +291,47 @@ class Page:
             lines.append([*cells, f"{row['median_s']:.3f}", f"{row['times_fused']:g}"])
         return table([*header, f"median time at {seconds[0]['tokens']} tokens (s)", "time over ours"], lines)
 
+    def steps(self) -> str:
+        """A step of training with CE-U beside one of TRL's own trainer."""
+        header = ["method", "model", "tokens of a sequence", "processes"]
+        lines = []
+        for row in benchmark("dpo", "grpo"):
+            stock = row["ratios"]["stock"]
+            cells = [row["subject"].upper(), MODELS[row["model"]], row["tokens"], row["ranks"], *spread(stock)]
+            lines.append([*map(str, cells), f"{stock['memory']:.4f}"])
+        return table([*header, "time, CE-U / stock", "quartiles", "peak memory, CE-U / stock"], lines)
+
+    def growth(self) -> str:
+        """The fused loss beside the others, by tokens and vocabulary."""
+        rows = benchmark("fused")
+        others = list(rows[0]["ratios"])
+        header = ["tokens", "vocabulary", *(f"time over {other}'s" for other in others)]
+        lines = []
+        for row in rows:
+            ratios = row["ratios"]
+            times_ = [f"{ratios[other]['time']:.2f}" for other in others]
+            peaks = [f"{ratios[other]['memory']:.3f}" for other in others if other != "products"]
+            lines.append([str(row["tokens"]), f"{row['vocabulary']:,}", *times_, *peaks])
+        return table([*header, *(f"peak over {other}'s" for other in others if other != "products")], lines)
+
+    def evaluation(self) -> str:
+        header = ["split", "seconds, one pass", "seconds, a loop for each metric", "ratio", "quartiles"]
+        lines = []
+        for row in benchmark("tofu"):
+            seconds = [f"{value:.2f}" for value in row["seconds"].values()]
+            lines.append([row["split"], *seconds, *spread(*row["ratios"].values())])
+        return table(header, lines)
+
     def grpo_time(self) -> str:
         header = ["model", "completions of tokens", "step, vLLM / generate", "tokens/s, vLLM", "tokens/s, generate"]
         lines = []
         for size in ("tiny", "small"):
             found = report(f"grpo-time/{size}")
             speed = found["median_tokens_per_s"]
-            ratios = [found[f"step_time_{pair}"] for pair in ("ceu_over_stock_vllm", "ceu_over_stock_generate")]
             work = f"{found['completions_per_step']} of {found['tokens_per_completion']}"
             cells = [f"{found['parameters'] / 1e6:.1f} M", work, found["step_time_vllm_over_generate"]]
-            lines.append([*map(str, [*cells, speed["vllm-ceu"], speed["generate-ceu"], *ratios])])
-        return table([*header, "step, CE-U / stock (vLLM)", "step, CE-U / stock (generate)"], lines)
+            lines.append([*map(str, [*cells, speed["vllm-ceu"], speed["generate-ceu"]])])
+        return table(header, lines)
 
     def killed(self) -> str:
         found = json.loads((RESULTS / "faults" / "sigkill.json").read_text())["sigkill"]
@@ -362,6 +392,7 @@ TOFU_COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("seconds per step", "seconds_per_step", ".2f"),
     ("peak memory (GiB)", "peak_memory_gib", ".2f"),
 )
+MODELS = {"tiny": "tiny Llama", "smollm2": "SmolLM2-135M"}
 GRPO_NAME = re.compile(r"(?:(addition|maze)-)?(base\d*)-(?:([a-z_]+)-)?(stock|paper|c[\d.]+(?:s\d+)?)-")
 GRPO_ARMS = ("stock", "c0.3", "c0.5", "c1", "c1s10", "paper")
 
@@ -369,6 +400,17 @@ GRPO_ARMS = ("stock", "c0.3", "c0.5", "c1", "c1s10", "paper")
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     rows = [header, ["---"] * len(header), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def benchmark(*subjects: str) -> list[dict[str, Any]]:
+    """What `tests/benchmarks` measured of these subjects."""
+    return [row for row in report("speed/ratios")["rows"] if row["subject"] in subjects]
+
+
+def spread(ratio: Mapping[str, Any]) -> list[str]:
+    """A ratio of times and its quartiles over the rounds."""
+    first, third = ratio["time_quartiles"]
+    return [f"{ratio['time']:.3f}", f"{first:.3f} to {third:.3f}"]
 
 
 def code(command: str) -> str:
