@@ -3,6 +3,7 @@
     ceu-rl sft|dpo|grpo|unlearn --config RECIPE.yaml [--any_field value ...]
     ceu-rl compare RECIPE.yaml ... [--learning_rate a b ...] [--seed 0 1 ...] [--any_field v1 v2 ...] [--jobs N]
     ceu-rl tofu-eval --model DIR --dataset NAME --split forget10 [--retain DIR/tofu_eval.json]
+    ceu-rl muse-eval --model DIR --dataset NAME
     ceu-rl recipes [NAME [DEST]]
     ceu-rl gsm8k example_model_solutions.jsonl PAIRS.jsonl
     ceu-rl env
@@ -62,6 +63,13 @@ def _tofu_eval(argv: list[str], boundary: Boundary) -> int:
     return tofu_eval_main(argv)
 
 
+def _muse_eval(argv: list[str], boundary: Boundary) -> int:
+    """Evaluate what a model remembers of long texts."""
+    from .muse import main as muse_eval_main
+
+    return muse_eval_main(argv)
+
+
 def _recipes(argv: list[str], boundary: Boundary) -> int:
     """List the recipes that the package brings, or copy some."""
     from .recipes import main as recipes_main
@@ -102,6 +110,7 @@ COMMANDS: dict[str, Callable[[list[str], Boundary], int]] = {
     **{method: _train(method) for method in ("sft", "dpo", "grpo", "unlearn")},
     "compare": _compare,
     "tofu-eval": _tofu_eval,
+    "muse-eval": _muse_eval,
     "recipes": _recipes,
     "gsm8k": _gsm8k,
     "env": _print_environment,

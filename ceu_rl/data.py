@@ -43,7 +43,7 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
     | `dataset_name` | meaning |
     |---|---|
     | `builtin:addition`, `reasoning_gym:TASK` | a task, at the setting of `dataset_config` |
-    | `locuslab/TOFU`, `builtin:authors`, a folder in TOFU's layout | the configs of `dataset_config`, joined by + |
+    | `locuslab/TOFU`, a folder in its layout, `builtin:authors`, `builtin:articles` | its `dataset_config`, or a+b |
     | `rows.jsonl` (`.json`, `.csv`, `.tsv`, `.parquet`) | that file, as the split train |
     | a folder | what `save_to_disk` wrote there, or its files |
     | anything else | a dataset on the Hub |
@@ -59,7 +59,7 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
         OSError: for what cannot be read or reached.
     """
     from .tasks import get_task, is_task, load_task_dataset
-    from .tofu.data import is_tofu, load_tofu
+    from .tofu.data import has_questions, is_tofu, load_tofu
 
     name, config, task = script.dataset_name, script.dataset_config, None
     if method == "unlearn":
@@ -77,7 +77,9 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
             raise ValueError(
                 f"dataset_config is missing; give a config of {name}, such as full, or several joined by +."
             )
-        parts = [load_tofu(name, one).select_columns(["question", "answer"]) for one in config.split("+")]
+        parts = [load_tofu(name, one) for one in config.split("+")]
+        columns = ["question", "answer"] if all(map(has_questions, parts)) else ["text"]
+        parts = [part.select_columns(columns) for part in parts]
         dataset = {script.dataset_train_split: concatenate_datasets(parts)}
     elif is_task(name):
         task = get_task(name, config)

@@ -30,6 +30,7 @@ from .models import BUILTIN_MODEL, build_bpe_tokenizer, build_model, build_token
 from .prompts import PromptFormat
 from .provenance import environment, peak_memory_gib, write_json
 from .settings import build_configs, classes_of, read_arguments, settings_of
+from .tasks import articles
 from .tofu.data import ask, has_questions, load_tofu
 from .tofu.refusals import to_preferences
 
@@ -274,7 +275,8 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
 
     if method == "sft" and args.chat_template_path:
         _check_template(args.chat_template_path, asks)
-    given, tokenizer = _name_model(method, script, args, model_config, asks)
+    train = next(iter(datasets.values()))
+    given, tokenizer = _name_model(method, script, args, model_config, asks, train)
     prompt = None
     if asks:
         make = functools.partial(to_preferences, seed=args.seed) if method == "dpo" else None
@@ -321,7 +323,9 @@ def _check_template(name: str, asks: bool) -> None:
         )
 
 
-def _name_model(method: str, script: Any, args: Any, model_config: Any, asks: bool) -> tuple[dict[str, Any], Any]:
+def _name_model(
+    method: str, script: Any, args: Any, model_config: Any, asks: bool, train: Any
+) -> tuple[dict[str, Any], Any]:
     """What a trainer takes for `model_name_or_path`, and the tokenizer where one is needed before it is made."""
     from trl import get_quantization_config
 
@@ -330,6 +334,8 @@ def _name_model(method: str, script: Any, args: Any, model_config: Any, asks: bo
         if asks:  # one tokenizer for all the models of a dataset
             full = load_tofu(script.dataset_name, "full")
             tokenizer = build_bpe_tokenizer([*full["question"], *full["answer"]])
+        elif script.dataset_name == articles.NAME:
+            tokenizer = build_bpe_tokenizer(train["text"])
         model = build_model(tokenizer, seed=args.seed, **(args.model_init_kwargs or {}))
         args.model_init_kwargs = None
         return {"model": model, "processing_class": tokenizer}, tokenizer

@@ -15,6 +15,7 @@ from datasets import Dataset
 from packaging.requirements import Requirement
 from trl import KTOConfig
 
+from ceu_rl import muse
 from ceu_rl.cli import COMMANDS, main
 from ceu_rl.recipes import copy_recipes
 from ceu_rl.recipes import parser as recipes_parser
@@ -136,6 +137,8 @@ def check_ceu_rl(words):
         assert main(["compare", *rest, "--dry_run"]) == 0
     elif command == "tofu-eval":
         strictly(evaluate._parser(), rest)
+    elif command == "muse-eval":
+        strictly(muse._parser(), rest)
     elif command == "recipes":
         args = strictly(recipes_parser(), rest)
         assert args.name is None or copy_recipes(args.name, ROOT / "recipes")
@@ -217,7 +220,8 @@ def test_a_command_within_a_sentence_is_one_that_there_is(path, command, monkeyp
     options = [word.removeprefix("--") for word in words[2:] if word.startswith("--")]
     if words[1] in TRAINING:
         check_ceu_rl(words[1:])
-    known = {"compare": compare._parser, "tofu-eval": evaluate._parser}.get(words[1])
+    parsers = {"compare": compare._parser, "tofu-eval": evaluate._parser, "muse-eval": muse._parser}
+    known = parsers.get(words[1])
     if known:
         assert set(options) <= {action.dest for action in known()._actions}
 

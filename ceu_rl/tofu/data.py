@@ -11,7 +11,7 @@ from trl.data_utils import common_prefix_length
 
 from ..checks import check_columns, note
 from ..prompts import PromptFormat
-from ..tasks import authors
+from ..tasks import articles, authors
 
 
 class TofuSplit(NamedTuple):
@@ -34,6 +34,7 @@ RETAIN_PERTURBED = "retain_perturbed"
 REAL_AUTHORS = "real_authors_perturbed"
 WORLD_FACTS = "world_facts_perturbed"
 NAMES = {"full", *SPLITS, *(split.retain for split in SPLITS.values())}
+BUILTIN = {each.NAME: each for each in (authors, articles)}
 OTHER_LAYOUTS = ({"prompt", "completion"}, {"messages"}, {"text"})
 
 
@@ -51,9 +52,9 @@ def get_split(name: str) -> TofuSplit:
 def tofu_configs(name: str) -> list[str]:
     """The configs that a dataset has; see [`load_tofu`] for its name."""
     if name.startswith("builtin:"):
-        if name != authors.NAME:
-            raise ValueError(f"Unknown built-in dataset {name!r}: use {authors.NAME}.")
-        return list(authors.CONFIGS)
+        if name not in BUILTIN:
+            raise ValueError(f"Unknown built-in dataset {name!r}: use {' or '.join(BUILTIN)}.")
+        return list(BUILTIN[name].CONFIGS)
     if Path(name).is_dir():
         return sorted(_files(name))
     return get_dataset_config_names(name)
@@ -64,7 +65,7 @@ def load_tofu(name: str, config: str) -> Dataset:
 
     Args:
         name: A dataset on the Hub (`locuslab/TOFU`), a folder in its layout (`<config>.json` or `.jsonl`, in JSON lines
-            or one array), or `builtin:authors`.
+            or one array), `builtin:authors`, or `builtin:articles`, whose configs are not TOFU's.
         config: Its columns are question and answer; those whose names end in `_perturbed` have perturbed_answer (a
             list), and of forget and retain sets also paraphrased_answer. A file with a name of its own may have another
             layout of TRL's SFTTrainer.
@@ -75,14 +76,16 @@ def load_tofu(name: str, config: str) -> Dataset:
     """
     if name.startswith("builtin:"):
         _check_config(name, config)
-        dataset = Dataset.from_list(authors.make_rows(config))
+        dataset = Dataset.from_list(BUILTIN[name].make_rows(config))
     elif Path(name).is_dir():
         _check_config(name, config)
         dataset = Dataset.from_list(_read_rows(_files(name)[config]))
     else:
         dataset = load_dataset(name, config, split="train")
     required = ["question", "answer"]
-    if config not in NAMES and any(layout <= set(dataset.column_names) for layout in OTHER_LAYOUTS):
+    if (config not in NAMES or name == articles.NAME) and any(
+        layout <= set(dataset.column_names) for layout in OTHER_LAYOUTS
+    ):
         required = []
     if config.endswith("_perturbed"):
         required += ["perturbed_answer"] + ["paraphrased_answer"] * (config not in (REAL_AUTHORS, WORLD_FACTS))
@@ -91,8 +94,8 @@ def load_tofu(name: str, config: str) -> Dataset:
 
 
 def is_tofu(name: str) -> bool:
-    """Whether `load_tofu` is to load the dataset of that name: TOFU itself, the built-in authors, a folder like it."""
-    return name in ("locuslab/TOFU", authors.NAME) or (Path(name).is_dir() and "forget10" in _files(name))
+    """Whether `load_tofu` is to load the dataset of that name: TOFU itself, a built-in one, a folder like it."""
+    return name in ("locuslab/TOFU", *BUILTIN) or (Path(name).is_dir() and "forget10" in _files(name))
 
 
 def has_questions(dataset: Any) -> bool:

@@ -361,7 +361,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ceu-rl tofu-eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    prompt = {field.name: field.metadata["help"] for field in dataclasses.fields(PromptArguments) if field.metadata}
     parser.add_argument("--model", help="folder or Hub name of the model, with its tokenizer")
     parser.add_argument("--dataset", default="locuslab/TOFU", help="Hub name, folder, or builtin:authors (%(default)s)")
     parser.add_argument("--split", default="forget10", help="forget01, forget05 or forget10 (%(default)s)")
@@ -377,8 +376,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"where {RESULT} is written, and {PART} until it is whole, from which the same command goes on after a "
         "kill; default: the folder of the model",
     )
-    for name in ("template", "system_prompt", "chat_template_kwargs"):
-        parser.add_argument(f"--{name}", help=prompt[name].replace("%", "%%"))
+    add_prompt_options(parser)
     parser.add_argument("--batch_size", type=int, default=32, help="answers in one forward pass (%(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="most tokens of a generation (%(default)s)")
     parser.add_argument(
@@ -407,10 +405,18 @@ def _output(args: argparse.Namespace) -> Path:
         )
     if args.quantize:
         check_quantizer(args.quantize)
-    path = Path(args.output_dir or args.model, RESULT)
+    return check_output(Path(args.output_dir or args.model, RESULT))
+
+
+def check_output(path: Path) -> Path:
+    """The path of a result, which must be new and can be written: an hour is lost if that fails in the end.
+
+    Raises:
+        ValueError: if not.
+    """
     if path.exists():
         raise ValueError(f"{path} exists; choose another folder with --output_dir, or move it away.")
-    try:  # an hour is lost if this fails in the end
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent) as file:
             file.write(b"0")
@@ -419,16 +425,33 @@ def _output(args: argparse.Namespace) -> Path:
     return path
 
 
-def _evaluate_path(args: argparse.Namespace, keep: Path) -> dict[str, Any]:
+def open_model(name: str) -> tuple[Any, Any]:
+    """The model of `--model`, on the GPU where there is one, and its tokenizer.
+
+    Raises:
+        ValueError: if there is none.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    name = resolve_model(args.model)
+    path = resolve_model(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModelForCausalLM.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model: Any = AutoModelForCausalLM.from_pretrained(path)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ValueError(f"--model {args.model} holds no model with its tokenizer ({first}).") from error
+        raise ValueError(f"--model {name} holds no model with its tokenizer ({first}).") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """The options of [`ceu_rl.prompts.PromptArguments`]."""
+    prompt = {field.name: field.metadata["help"] for field in dataclasses.fields(PromptArguments) if field.metadata}
+    for name in ("template", "system_prompt", "chat_template_kwargs"):
+        parser.add_argument(f"--{name}", help=prompt[name].replace("%", "%%"))
+
+
+def _evaluate_path(args: argparse.Namespace, keep: Path) -> dict[str, Any]:
+    model, tokenizer = open_model(args.model)
     prompt = PromptFormat.of(args, args.model)
     settings: dict[str, Any] = {
         "template": prompt.template,
@@ -439,18 +462,17 @@ def _evaluate_path(args: argparse.Namespace, keep: Path) -> dict[str, Any]:
         "model_path": args.model,
         "retain": args.retain,
     }
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     use_vllm = {"true": True, "false": False, None: None}[args.use_vllm]
     given = (tokenizer, args.dataset, args.split)
-    result = evaluate(model.to(device), *given, use_vllm=use_vllm, base=args.base, keep=keep, **settings)
+    result = evaluate(model, *given, use_vllm=use_vllm, base=args.base, keep=keep, **settings)
     settings["use_vllm"] = False  # which would load the folder again, and not what became of it
     if args.quantize:
-        found = evaluate(load_quantized(args.model, args.quantize).to(device), *given, **settings)
+        found = evaluate(load_quantized(args.model, args.quantize).to(model.device), *given, **settings)
         result["quantized"] = {"to": args.quantize, "summary": found["summary"]}
     if args.relearn:
         rows = load_tofu(args.dataset, get_split(args.split).perturbed)
         relearn(model, tokenizer, rows, prompt, args.relearn, args.relearn_learning_rate)
-        found = evaluate(model.to(device), *given, **settings)
+        found = evaluate(model, *given, **settings)
         how = {"steps": args.relearn, "learning_rate": args.relearn_learning_rate}
         result["relearned"] = {**how, "summary": found["summary"]}
     return result

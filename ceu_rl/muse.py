@@ -1,0 +1,269 @@
+"""`ceu-rl muse-eval`: what a model remembers of long texts, word for word and in answers to questions.
+
+    ceu-rl muse-eval --model DIR --dataset FOLDER
+
+The first two criteria of MUSE (Shi et al. 2024, arXiv 2407.06460, section 3), in its symbols:
+
+    VerbMem(f, D) = mean over x in D of ROUGE(f(x_1 ... x_l), x_(l+1) ...)
+    KnowMem(f, D) = mean over (q, a) in D of ROUGE(f(q), a)
+
+f(.) is the greedy continuation and ROUGE the F1 of ROUGE-L in unstemmed words, as in its code. After unlearning both
+should be low on what is forgotten and as before on what is kept. Texts of no more than l tokens are left out and
+counted. The result is `muse_eval.json`.
+
+A dataset is a folder with some of `forget.jsonl` and `retain.jsonl` (rows of `text`, or of `prompt` and `gt`),
+`forget_qa.jsonl` and `retain_qa.jsonl` (question and answer), and `forget_qa_icl.jsonl` and `retain_qa_icl.jsonl`,
+questions with their answers that are shown before each; `builtin:articles`; or on the Hub one with the configs
+`verbmem` and `knowmem` and these names as splits, such as `muse-bench/MUSE-News`.
+"""
+
+import argparse
+import re
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, get_dataset_split_names, load_dataset
+from rich.console import Console
+from rich.table import Table
+from rouge_score.rouge_scorer import RougeScorer
+from transformers import PreTrainedTokenizerBase
+
+from .data import BUILDERS, open_dataset
+from .models import end_token_ids
+from .progress import Progress
+from .prompts import PromptFormat
+from .provenance import environment, peak_memory_gib, write_json
+from .tofu.data import load_tofu, tofu_configs, tokenize
+from .tofu.evaluate import add_prompt_options, check_output, open_model
+from .tofu.generate import generate
+from .tofu.scoring import Answer, check_context
+
+RESULT = "muse_eval.json"
+TEXTS, QUESTIONS = ("forget", "retain"), ("forget_qa", "retain_qa")
+METRICS = {**{part: f"{part}_verbmem" for part in TEXTS}, "forget_qa": "forget_knowmem", "retain_qa": "retain_knowmem"}
+NEXT = re.compile(
+    "\n\n|\nQuestion|Question:"
+)  # where an answer of a model that goes on asking is cut, as in MUSE's code
+
+
+@cache
+def _rouge() -> RougeScorer:
+    return RougeScorer(["rougeL"], use_stemmer=False)
+
+
+def rouge_l_f1(truth: str, generated: str) -> float:
+    """F1 of ROUGE-L (Lin 2004) in words, from the longest common subsequence: 2 P R / (P + R)."""
+    return float(_rouge().score(truth, generated)["rougeL"].fmeasure)
+
+
+def load_parts(name: str) -> dict[str, Dataset]:
+    """The parts of a dataset in the layout that the module describes, as far as it has them.
+
+    Raises:
+        ValueError: if it has neither texts nor questions, or columns are missing.
+        OSError: if it cannot be reached.
+    """
+    names = [*TEXTS, *QUESTIONS, *(f"{part}_icl" for part in QUESTIONS)]
+    if name.startswith("builtin:"):
+        parts = {part: load_tofu(name, part) for part in names if part in tofu_configs(name)}
+    elif Path(name).is_dir():
+        files = {path.stem: str(path) for path in Path(name).iterdir() if path.suffix in BUILDERS}
+        parts = {part: open_dataset(files[part], None)["train"] for part in names if part in files}
+    else:
+        configs = {"verbmem": TEXTS, "knowmem": names[len(TEXTS) :]}
+        parts = {
+            part: load_dataset(name, config, split=part)
+            for config, wanted in configs.items()
+            for part in wanted
+            if part in get_dataset_split_names(name, config)
+        }
+    if not parts.keys() & METRICS.keys():
+        raise ValueError(f"{name} has none of {', '.join(METRICS)}; give files of these names, or builtin:articles.")
+    for part, dataset in parts.items():
+        columns = set(dataset.column_names)
+        texts = part in TEXTS
+        if not any(
+            layout <= columns for layout in ([{"text"}, {"prompt", "gt"}] if texts else [{"question", "answer"}])
+        ):
+            need = "text, or prompt and gt" if texts else "question and answer"
+            raise ValueError(f"{part} of {name} has the columns {', '.join(sorted(columns))}; give {need}.")
+    return parts
+
+
+def evaluate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: str | Mapping[str, Dataset],
+    *,
+    template: str | PromptFormat | None = None,
+    prompt_tokens: int = 64,
+    text_tokens: int = 128,
+    answer_tokens: int = 32,
+    batch_size: int = 32,
+) -> dict[str, Any]:
+    """Evaluate a model and return what `muse_eval.json` holds, without the command.
+
+    Args:
+        model: A causal language model, or a PEFT model of one; its training mode is restored.
+        tokenizer: Its tokenizer.
+        dataset: A name, or the parts themselves by theirs; see the module.
+        template: How questions are asked, see [`ceu_rl.prompts.PromptFormat`]; None is `question_answer`.
+        prompt_tokens: l, the tokens of a text that are shown; rows of `prompt` and `gt` have their own.
+        text_tokens: Most tokens to continue a text by, and to compare with (MUSE's 128).
+        answer_tokens: Most tokens of an answer (MUSE's 32).
+        batch_size: Prompts that are continued at once.
+
+    Raises:
+        ValueError: for numbers below 1, a dataset that has not what is needed, texts that are all too short, and, with
+            the row, one that the model's context cuts off.
+        OSError: if the dataset cannot be reached.
+    """
+    start, provenance = time.perf_counter(), environment()
+    numbers = {
+        "prompt_tokens": prompt_tokens,
+        "text_tokens": text_tokens,
+        "answer_tokens": answer_tokens,
+        "batch_size": batch_size,
+    }
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; use at least 1.")
+    parts = load_parts(dataset) if isinstance(dataset, str) else dict(dataset)
+    prompt = template if isinstance(template, PromptFormat) else PromptFormat(template or "question_answer")
+    prompt = prompt.settle(tokenizer)
+    made: dict[str, list[Answer]] = {}
+    for part in TEXTS:
+        if part in parts:
+            texts = (_text(tokenizer, part, *pair, prompt_tokens, text_tokens) for pair in enumerate(parts[part]))
+            made[part] = [text for text in texts if text.question_ids and text.text]
+            if not made[part]:
+                raise ValueError(
+                    f"None of the {len(parts[part])} texts of {part} goes on after its prompt_tokens, {prompt_tokens}; "
+                    "lower prompt_tokens."
+                )
+    for part in QUESTIONS:
+        if part in parts:
+            shown = parts.get(f"{part}_icl", ())
+            made[part] = [_question(tokenizer, prompt, shown, part, *pair) for pair in enumerate(parts[part])]
+    for part, prompts in made.items():
+        check_context(model, prompts, prompts, text_tokens if part in TEXTS else answer_tokens)
+    items = _continue(model, tokenizer, made, batch_size, text_tokens, answer_tokens)
+    return {
+        "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        "dataset": dataset if isinstance(dataset, str) else None,
+        "prompt": prompt.record(tokenizer),
+        **numbers,
+        "rows": {part: len(rows) for part, rows in items.items()},
+        "too_short": {part: len(parts[part]) - len(made[part]) for part in TEXTS if part in made},
+        "summary": {METRICS[part]: float(np.mean([row["rouge_l_f1"] for row in rows])) for part, rows in items.items()},
+        "items": items,
+        "wall_time_s": round(time.perf_counter() - start, 1),
+        "peak_memory_gib": round(peak_memory_gib(), 3),
+        **provenance,
+    }
+
+
+def _text(tokenizer: Any, part: str, index: int, row: Mapping[str, Any], shown: int, longest: int) -> Answer:
+    """The beginning of a text as what is asked, and what follows as its answer."""
+    if "text" in row:
+        ids = tokenizer(row["text"])["input_ids"]
+        asked, following = ids[:shown], ids[shown : shown + longest]
+    else:
+        asked = tokenizer(row["prompt"])["input_ids"]
+        following = tokenizer(row["gt"], add_special_tokens=False)["input_ids"][:longest]
+    truth = tokenizer.decode(following, skip_special_tokens=True).strip()
+    return Answer(part, index, "answer", 0, truth, asked, [], [], 0)
+
+
+def _question(
+    tokenizer: Any, prompt: PromptFormat, shown: Sequence[Any], part: str, index: int, row: Mapping[str, Any]
+) -> Answer:
+    """A question behind those that are shown with their answers, as MUSE asks a model that was taught nothing else."""
+    pair = prompt.row(row["question"], row["answer"])
+    if len(shown) and prompt.template == "chat":
+        raise ValueError(f"{part}_icl has examples, which go into a text, and template is 'chat'; use question_answer.")
+    if len(shown):
+        examples = [prompt.row(each["question"], each["answer"]) for each in shown]
+        pair["prompt"] = "".join(f"{each['prompt']}{each['completion']}\n\n" for each in examples) + pair["prompt"]
+    return Answer(part, index, "answer", 0, row["answer"], tokenize(tokenizer, pair)[0], [], [], 0)
+
+
+def _continue(
+    model: Any,
+    tokenizer: Any,
+    made: Mapping[str, Sequence[Answer]],
+    batch_size: int,
+    text_tokens: int,
+    answer_tokens: int,
+) -> dict[str, list[dict[str, Any]]]:
+    """What the model continues each prompt with, and how near that is to the truth."""
+    found: dict[str, dict[int, str]] = {part: {} for part in made}
+    ends, was_training = end_token_ids(model, tokenizer), model.training
+    model.eval()
+    try:
+        with Progress("generation", sum(map(len, made.values()))) as progress:
+
+            def when_generated(batch: Sequence[Answer], texts: list[str]) -> None:
+                for each, text in zip(batch, texts, strict=True):
+                    found[each.config][each.row] = text if each.config in TEXTS else NEXT.split(text)[0].strip()
+                progress.advance(len(batch))
+
+            for part, prompts in made.items():
+                longest = text_tokens if part in TEXTS else answer_tokens
+                generate(model, tokenizer, prompts, ends, batch_size, longest, when_generated)
+    finally:
+        model.train(was_training)
+    return {
+        part: [
+            {
+                "truth": each.text,
+                "generation": found[part][each.row],
+                "rouge_l_f1": rouge_l_f1(each.text, found[part][each.row]),
+            }
+            for each in prompts
+        ]
+        for part, prompts in made.items()
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """`ceu-rl muse-eval`: returns 0, or raises for bad input as [`evaluate`] does."""
+    args = _parser().parse_args(argv)
+    if not args.output_dir and not Path(args.model).is_dir():
+        raise ValueError(f"--model {args.model} is no folder to write to; check its name, or give --output_dir.")
+    path = check_output(Path(args.output_dir or args.model, RESULT))
+    model, tokenizer = open_model(args.model)
+    prompt = PromptFormat.of(args, args.model)
+    if prompt == PromptFormat():
+        prompt = PromptFormat("question_answer")
+    numbers = {name: getattr(args, name) for name in ("prompt_tokens", "text_tokens", "answer_tokens", "batch_size")}
+    result = evaluate(model, tokenizer, args.dataset, template=prompt, **numbers)
+    write_json(path, {"command": shlex.join(["ceu-rl", "muse-eval", *argv]), **result, "model": args.model})
+    table = Table("metric", "value", title=f"{args.model} on {args.dataset}")
+    for name, value in result["summary"].items():
+        table.add_row(name, f"{value:.4g}")
+    Console().print(table)
+    print(f"What the model wrote is in {path}.")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ceu-rl muse-eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder or Hub name of the model, with its tokenizer")
+    parser.add_argument(
+        "--dataset", required=True, help="folder, builtin:articles, or Hub name of one in MUSE's layout"
+    )
+    parser.add_argument("--output_dir", help=f"where {RESULT} is written; default: the folder of the model")
+    add_prompt_options(parser)
+    parser.add_argument("--prompt_tokens", type=int, default=64, help="tokens of a text that are shown (%(default)s)")
+    parser.add_argument("--text_tokens", type=int, default=128, help="most tokens to continue a text by (%(default)s)")
+    parser.add_argument("--answer_tokens", type=int, default=32, help="most tokens of an answer (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=32, help="prompts that are continued at once (%(default)s)")
+    return parser

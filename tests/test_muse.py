@@ -1,0 +1,239 @@
+"""`ceu-rl muse-eval` against plain greedy decoding, and unlearning that lowers what it measures."""
+
+import json
+import re
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from ceu_rl import UnlearnConfig, UnlearnTrainer
+from ceu_rl.cli import main
+from ceu_rl.models import build_bpe_tokenizer, build_model
+from ceu_rl.muse import evaluate, load_parts, rouge_l_f1
+from ceu_rl.tasks import articles
+
+KEPT, FORGOTTEN = 4, 2  # articles of the small set
+SHOWN = 24
+
+
+def longest_common(one, other):
+    """The length of the longest common subsequence, by its recursion."""
+    table = [[0] * (len(other) + 1) for _ in range(len(one) + 1)]
+    for i, a in enumerate(one):
+        for j, b in enumerate(other):
+            table[i + 1][j + 1] = table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
+    return table[-1][-1]
+
+
+def plain_f1(truth, generated):
+    truth, generated = (re.findall("[a-z0-9]+", text.lower()) for text in (truth, generated))
+    common = longest_common(truth, generated)
+    return 2 * common / (len(truth) + len(generated)) if common else 0.0
+
+
+@pytest.mark.parametrize(
+    ("truth", "generated", "f1"),
+    [
+        ("The doors are never locked.", "the doors were locked", 6 / 9),
+        ("a bell of glass", "of glass a bell", 1 / 2),
+        ("salted fish", "window frames", 0),
+        ("running", "runs", 0),
+    ],
+)
+def test_rouge_is_the_f1_of_the_longest_common_subsequence(truth, generated, f1):
+    assert rouge_l_f1(truth, generated) == pytest.approx(f1)
+    assert plain_f1(truth, generated) == pytest.approx(f1)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """Some of the articles and of the questions on them."""
+    made = {}
+    for part, count in (("forget", FORGOTTEN), ("retain", KEPT)):
+        questions = articles.make_rows(f"{part}_qa")[: 3 * count]
+        texts = articles.make_rows(part)
+        whole = articles.FORGET if part == "forget" else articles.ARTICLES - articles.FORGET
+        made[part] = Dataset.from_list([*texts[:count], *texts[whole : whole + 3 * count]])
+        made[f"{part}_qa"] = Dataset.from_list(questions)
+    return made
+
+
+@pytest.fixture(scope="module")
+def learned(parts):
+    """A model that knows all of them by heart, and its tokenizer."""
+    texts = [*parts["forget"]["text"], *parts["retain"]["text"]]
+    tokenizer = build_bpe_tokenizer(texts, 600)
+    model = build_model(tokenizer, hidden_size=96, intermediate_size=192, num_hidden_layers=2)
+    batch = tokenizer(
+        [text + tokenizer.eos_token for text in texts], padding=True, padding_side="right", return_tensors="pt"
+    )
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=120)
+    for _ in range(120):
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model, tokenizer
+
+
+def test_every_value_is_that_of_plain_greedy_decoding(learned, parts):
+    model, tokenizer = learned
+    damaged = build_model(tokenizer, hidden_size=96, intermediate_size=192, num_hidden_layers=2, seed=1)
+    for one, other in zip(damaged.parameters(), model.parameters(), strict=True):
+        one.data.mul_(0.15).add_(other.data)  # so that it is right in part
+    result = evaluate(damaged, tokenizer, parts, prompt_tokens=SHOWN, text_tokens=20, answer_tokens=8, batch_size=3)
+
+    def follow(ids, count):
+        ids = list(ids)
+        start = len(ids)
+        for _ in range(count):
+            best = damaged(torch.tensor([ids])).logits[0, -1].argmax().item()
+            if best == tokenizer.eos_token_id:
+                break
+            ids.append(best)
+        return tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+    for part in ("forget", "retain"):
+        long = [ids for ids in tokenizer(parts[part]["text"])["input_ids"] if len(ids) > SHOWN]
+        assert result["too_short"][part] == len(parts[part]) - len(long)
+        for ids, item in zip(long, result["items"][part], strict=True):
+            assert item["truth"] == tokenizer.decode(ids[SHOWN : SHOWN + 20]).strip()
+            assert item["generation"] == follow(ids[:SHOWN], 20).strip()
+        for row, item in zip(parts[f"{part}_qa"], result["items"][f"{part}_qa"], strict=True):
+            ids = tokenizer(f"Question: {row['question']}\nAnswer:")["input_ids"]
+            assert item["truth"] == row["answer"]
+            assert item["generation"] == re.split("\n\n|\nQuestion|Question:", follow(ids, 8))[0].strip()
+    for part, metric in (
+        ("forget", "forget_verbmem"),
+        ("forget_qa", "forget_knowmem"),
+        ("retain_qa", "retain_knowmem"),
+    ):
+        scores = [plain_f1(item["truth"], item["generation"]) for item in result["items"][part]]
+        assert result["summary"][metric] == pytest.approx(sum(scores) / len(scores))
+    assert 0.05 < result["summary"]["retain_verbmem"] < 0.95
+
+
+def test_unlearning_lowers_both_on_what_is_forgotten_and_keeps_the_rest(learned, parts, tmp_path):
+    model, tokenizer = learned
+    settings = {"prompt_tokens": SHOWN, "text_tokens": 64, "answer_tokens": 10}
+    before = evaluate(model, tokenizer, parts, **settings)["summary"]
+    assert min(before.values()) > 0.9
+    args = UnlearnConfig(
+        str(tmp_path),
+        max_length=64,
+        chunk=True,
+        max_steps=24,
+        learning_rate=1e-3,
+        per_device_train_batch_size=12,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    model.save_pretrained(tmp_path / "copy")  # the other tests keep theirs
+    copy = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+    UnlearnTrainer(copy, args, parts["forget"], parts["retain"], processing_class=tokenizer).train()
+    after = evaluate(copy, tokenizer, parts, **settings)["summary"]
+    assert after["forget_verbmem"] < 0.5 * before["forget_verbmem"]
+    assert after["forget_knowmem"] < 0.5 * before["forget_knowmem"]
+    assert min(after["retain_verbmem"], after["retain_knowmem"]) > 0.8
+
+
+def test_examples_and_given_prompts_come_before_what_is_asked(learned, parts):
+    model, tokenizer = learned
+    shown = Dataset.from_list([{"question": "Who is it?", "answer": "Nobody"}])
+    given = Dataset.from_list([{"prompt": "Its greatest treasure is", "gt": " a map on goatskin, found by"}])
+    some = {"forget": given, "forget_qa": parts["forget_qa"].select([0])}
+    asked = []
+    original = model.generate
+
+    def record(**kwargs):
+        asked.append(tokenizer.decode(kwargs["input_ids"][0], skip_special_tokens=True))
+        return original(**kwargs)
+
+    model.generate = record
+    try:
+        result = evaluate(model, tokenizer, {**some, "forget_qa_icl": shown}, text_tokens=4)
+    finally:
+        del model.generate
+    question = parts["forget_qa"][0]["question"]
+    assert asked == [given[0]["prompt"], f"Question: Who is it?\nAnswer: Nobody\n\nQuestion: {question}\nAnswer:"]
+    four = tokenizer(given[0]["gt"])["input_ids"][:4]
+    assert result["items"]["forget"][0]["truth"] == tokenizer.decode(four).strip()
+    with pytest.raises(ValueError, match=r"forget_qa_icl has examples.* template is 'chat'"):
+        evaluate(model, tokenizer, {**some, "forget_qa_icl": shown}, template="chat")
+
+
+@pytest.fixture
+def folder(tmp_path, parts):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for part, rows in parts.items():
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_the_command_writes_a_result(learned, folder, tmp_path, capsys):
+    model, tokenizer = learned
+    for each in (model, tokenizer):
+        each.save_pretrained(tmp_path / "model")
+    argv = ["muse-eval", "--model", str(tmp_path / "model"), "--dataset", str(folder), "--prompt_tokens", str(SHOWN)]
+    assert main([*argv, "--text_tokens", "8"]) == 0
+    assert "forget_knowmem" in capsys.readouterr().out
+    result = json.loads((tmp_path / "model" / "muse_eval.json").read_text())
+    assert {"command", "commit", "versions", "device", "prompt"} <= set(result)
+    assert result["rows"]["forget_qa"] == 3 * FORGOTTEN
+    assert main(argv) == 2
+    assert "exists; choose another folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt_tokens": 0}, "prompt_tokens is 0; use at least 1"),
+        ({"prompt_tokens": 900}, "None of the .* texts of forget goes on after its prompt_tokens, 900"),
+        ({"text_tokens": 1020}, "goes beyond the model's context of 1024"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(learned, parts, settings, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(*learned, parts, **settings)
+
+
+def test_a_dataset_that_has_not_what_is_needed_is_refused(tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(ValueError, match="has none of forget, retain, forget_qa, retain_qa"):
+        load_parts(str(tmp_path))
+    (tmp_path / "forget.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(
+        ValueError, match=r"forget of .* has the columns completion, prompt; give text, or prompt and gt"
+    ):
+        load_parts(str(tmp_path))
+
+
+# built-in articles
+
+
+def test_the_articles_answer_their_questions_and_share_no_name():
+    for part, count in (("forget", articles.FORGET), ("retain", articles.ARTICLES - articles.FORGET)):
+        rows, questions = articles.make_rows(part), articles.make_rows(f"{part}_qa")
+        assert len(rows) == 4 * count and len(questions) == 3 * count
+        for place, row in enumerate(questions):
+            assert row["answer"] in rows[place // 3]["text"]
+            assert rows[count + place]["text"].endswith(f"\nAnswer: {row['answer']}")
+    names = [
+        re.findall(r"of (\w+)[ .]|in (\w+)\.", row["text"])[0]
+        for row in articles.make_rows("full")[: articles.ARTICLES]
+    ]
+    assert len({a or b for a, b in names}) == articles.ARTICLES
+    forget, retain, full = (articles.make_rows(part) for part in ("forget", "retain", "full"))
+    assert sorted(row["text"] for row in full) == sorted(row["text"] for row in (*forget, *retain))
+    assert articles.make_rows("forget") == forget and articles.make_rows("forget", seed=1) != forget
+    with pytest.raises(ValueError, match="has no config 'fotget'"):
+        articles.make_rows("fotget")
