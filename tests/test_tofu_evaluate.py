@@ -359,6 +359,38 @@ def test_the_retain_result_can_come_later_or_at_once(command, tmp_path, capsys):
     assert json.loads(at_once.read_text())["summary"] == added["summary"]
 
 
+def test_a_result_of_open_unlearning_is_written_and_taken_for_the_retain_model(command, refused, tmp_path, capsys):
+    """The layout that its metrics read: the mean of each, and by row what its `ks_test` and `privleak` take."""
+    _, retain = command("retain", format="open-unlearning")
+    theirs = retain.with_name("TOFU_EVAL.json")
+    logs, ours = json.loads(theirs.read_text()), json.loads(retain.read_text())
+    forget = ours["items"][CONFIGS[0]]
+    assert logs["forget_truth_ratio"]["value_by_index"]["2"] == {"score": forget[2]["truth_ratio"]}
+    assert logs["forget_Q_A_Prob"]["value_by_index"]["0"]["avg_loss"] == pytest.approx(-forget[0]["log_prob"])
+    assert logs["ra_Q_A_Prob_normalised"]["agg_value"] == ours["summary"]["real_authors_probability"]
+    assert logs["model_utility"] == {"agg_value": ours["summary"]["model_utility"]}
+    assert logs["mia_min_k"]["agg_value"] == ours["summary"]["membership_auc_min_k"]
+    _, path = command("model", "theirs", retain=theirs)
+    assert main(["tofu-eval", "--results", str(path), "--retain", str(theirs)]) == 0
+    found = json.loads(path.read_text())["summary"]
+    ratios = [
+        [row["truth_ratio"] for row in rows] for rows in (json.loads(path.read_text())["items"][CONFIGS[0]], forget)
+    ]
+    assert found["forget_quality"] == stats.ks_2samp(*ratios).pvalue
+    assert "privacy_leakage" not in found  # these rows have no holdout set, which theirs are
+    short = tmp_path / "short.json"
+    values = dict(list(logs["forget_truth_ratio"]["value_by_index"].items())[:-1])
+    short.write_text(json.dumps({"forget_truth_ratio": {"value_by_index": values}}))
+    capsys.readouterr()
+    refused(
+        main(["tofu-eval", "--results", str(path), "--retain", str(short)]),
+        f"short.json is open-unlearning's, with {ROWS - 1} rows to forget where this has {ROWS}; give one of forget01",
+    )
+    refused(
+        main(["tofu-eval", "--results", str(theirs), "--retain", str(retain)]), "is open-unlearning's; give it as --ret"
+    )
+
+
 def test_a_model_against_itself_is_indistinguishable(command):
     _, path = command("retain")
     status, again = command("retain", "again", retain=path)

@@ -31,7 +31,7 @@ from ..models import end_token_ids, resolve_model
 from ..progress import Progress
 from ..prompts import PromptArguments, PromptFormat, fingerprint
 from ..provenance import environment, peak_memory_gib, write_json
-from . import metrics
+from . import metrics, peer
 from .data import REAL_AUTHORS, RETAIN_PERTURBED, WORLD_FACTS, get_split, load_tofu, tofu_configs
 from .generate import decide_vllm, generate, generate_with_vllm
 from .hold import check_quantizer, load_quantized, relearn
@@ -76,7 +76,8 @@ def evaluate(
         use_vllm: Generate through vLLM. None: where vLLM is installed, there is a CUDA device, and `model_path` is
             a folder with a full model.
         model_path: What vLLM loads.
-        retain: Result file of the retain model, for forget quality and privacy leakage; see [`add_retain`].
+        retain: Result file of the retain model, ours or open-unlearning's, for forget quality and privacy leakage; see
+            [`add_retain`].
         base: Result file of the model before unlearning, to say whether it collapsed; see [`add_base`].
         seed: vLLM's; decoding is greedy, and nothing else is random.
         keep: A file for finished parts, from which the same evaluation goes on; the caller removes it.
@@ -249,10 +250,15 @@ def add_retain(result: dict[str, Any], retain: Mapping[str, Any], name: str) -> 
     """
     _check_retain(result, retain, name)
     forget = _asked(result["split"])[0]
-    ratios = [[row["truth_ratio"] for row in each["items"][forget]] for each in (result, retain)]
-    aucs = [each["summary"]["membership_auc_min_k"] for each in (result, retain)]
-    result["summary"]["forget_quality"] = metrics.forget_quality(*ratios)
-    result["summary"]["privacy_leakage"] = metrics.privacy_leakage(*aucs)
+    (ratios, auc), (retain_ratios, retain_auc) = (peer.ratios_and_auc(each, forget) for each in (result, retain))
+    result["summary"]["forget_quality"] = metrics.forget_quality(ratios, retain_ratios)
+    # open-unlearning's non-members are the holdout set
+    if (
+        retain_auc is not None
+        and auc is not None
+        and (not peer.is_peer(retain) or result["non_members"] in result["items"])
+    ):
+        result["summary"]["privacy_leakage"] = metrics.privacy_leakage(auc, retain_auc)
     result["retain"] = name
 
 
@@ -283,6 +289,15 @@ def find_base(model: str) -> str | None:
 
 
 def _check_retain(run: Mapping[str, Any], retain: Mapping[str, Any], name: str, which: str = "retain model") -> None:
+    if peer.is_peer(retain):
+        forget = _asked(run["split"])[0]
+        ours, theirs = run["rows"][forget], len(peer.ratios_and_auc(retain, forget)[0])
+        if which == "base model" or ours != theirs:
+            raise ValueError(
+                f"The {which}'s result {name} is open-unlearning's, with {theirs} rows to forget where this has "
+                f"{ours}; give one of {run['split']} as --retain, or evaluate the {which} here."
+            )
+        return
     for field in ("split", "data", "tokenizer", "template", "prompt", "non_members"):
         one, other = retain[field], run[field]
         if field == "prompt":  # other settings may render the same
@@ -295,16 +310,18 @@ def _check_retain(run: Mapping[str, Any], retain: Mapping[str, Any], name: str, 
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
-    """Read a result file.
+    """Read a result file, of `ceu-rl tofu-eval` or, for a retain model, of open-unlearning.
 
     Raises:
-        ValueError: for a file that is no result of `ceu-rl tofu-eval`, or one that was cut short.
+        ValueError: for a file that is neither, or one that was cut short.
         OSError: if it cannot be read.
     """
     try:
         result = json.loads(Path(path).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is cut short or no JSON ({error}); run ceu-rl tofu-eval for it again.") from error
+    if peer.is_peer(result):
+        return result
     needed = ("split", "data", "tokenizer", "template", "non_members", "rows", "summary", "items")
     missing = [field for field in (*needed, "prompt") if not isinstance(result, dict) or field not in result]
     if missing == ["prompt"]:
@@ -337,6 +354,8 @@ def main(argv: Sequence[str]) -> int:
                 "--results needs --retain or --base, the result of the retain or the base model to compare with."
             )
         path, result = Path(args.results), read_result(args.results)
+        if peer.is_peer(result):
+            raise ValueError(f"--results {path} is open-unlearning's; give it as --retain, or a {RESULT} of ours.")
         if args.retain:
             add_retain(result, read_result(args.retain), args.retain)
     else:
@@ -351,6 +370,8 @@ def main(argv: Sequence[str]) -> int:
     if args.results and args.base:
         add_base(result, read_result(args.base), args.base)
     write_json(path, result, allow_nan=False)
+    if args.format == "open-unlearning":
+        write_json(path.with_name(peer.FILE), peer.to_peer(result, _asked(result["split"])), allow_nan=False)
     path.with_name(PART).unlink(missing_ok=True)
     _print_summary(result)
     print(f"The values of each row are in {path}.")
@@ -364,7 +385,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="folder or Hub name of the model, with its tokenizer")
     parser.add_argument("--dataset", default="locuslab/TOFU", help="Hub name, folder, or builtin:authors (%(default)s)")
     parser.add_argument("--split", default="forget10", help="forget01, forget05 or forget10 (%(default)s)")
-    parser.add_argument("--retain", help=f"{RESULT} of the retain model, for forget quality and privacy leakage")
+    parser.add_argument(
+        "--retain",
+        help=f"{RESULT} of the retain model, or open-unlearning's {peer.FILE}, for forget quality and privacy leakage",
+    )
     parser.add_argument(
         "--base",
         help=f"{RESULT} of the model before unlearning, to say whether this one collapsed; default: that of the folder "
@@ -381,6 +405,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_new_tokens", type=int, default=200, help="most tokens of a generation (%(default)s)")
     parser.add_argument(
         "--use_vllm", choices=("true", "false"), help="generate through vLLM; default: if installed and there is a GPU"
+    )
+    parser.add_argument(
+        "--format",
+        choices=("open-unlearning",),
+        help=f"write {peer.FILE} too, as open-unlearning has it, beside {RESULT}",
     )
     parser.add_argument("--quantize", help="int8 or int4: evaluate once more with weights rounded by torchao")
     parser.add_argument(

@@ -273,6 +273,18 @@ class Page:
             lines.append([arm, *values])
         return table(["arm", "learning rate", "forget quality", "model utility"], lines)
 
+    def parity(self, name: str) -> str:
+        """Every metric by this package and by open-unlearning's code, for each model."""
+        models = report(name)["models"]
+        ways = {"ours": "ours", "peer": "theirs", "peer_cut": "theirs, cut"}
+        header = ["metric", *(f"{model['model']}: {title}" for model in models for title in ways.values())]
+        lines = []
+        for metric in models[0]["metrics"]:
+            found = [model["metrics"].get(metric) for model in models]
+            cells = [f"{each[way]:.6g}" if each else "" for each in found for way in ways]
+            lines.append([metric.replace("_", " "), *cells])
+        return table(header, lines)
+
     def tofu_front(self, name: str) -> str:
         """The points of the Pareto front of forget quality and model utility."""
         points = [point for point in report(name)["tofu"]["points"] if point["front"]]
