@@ -151,7 +151,8 @@ def evaluate(
             shown = parts.get(f"{part}_icl", ())
             made[part] = [_question(tokenizer, prompt, shown, part, *pair) for pair in enumerate(parts[part])]
     for part, prompts in made.items():
-        check_context(model, prompts, prompts, text_tokens if part in TEXTS else answer_tokens)
+        setting = "text_tokens" if part in TEXTS else "answer_tokens"
+        check_context(model, prompts, prompts, numbers[setting], setting)
     items = _continue(model, tokenizer, made, batch_size, text_tokens, answer_tokens)
     return {
         "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,

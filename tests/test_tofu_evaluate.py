@@ -657,7 +657,7 @@ def copy_folder(folder, to, config, rows):
         ),
         (
             {"question": "so " * 280},
-            r"question of row 2 .* has \d+ tokens, so that max_new_tokens 200 goes beyond .* 1024",
+            r"prompt of row 2 .* has \d+ tokens, so that max_new_tokens 200 goes beyond .* 1024",
         ),
     ],
 )

@@ -80,8 +80,18 @@ def make_answers(
     return made
 
 
-def check_context(model: Any, answers: Iterable[Answer], prompts: Iterable[Answer], max_new_tokens: int) -> None:
-    """Raise a ValueError, with the row, for one that the model's context would cut off."""
+def check_context(
+    model: Any, answers: Iterable[Answer], prompts: Iterable[Answer], most: int, setting: str = "max_new_tokens"
+) -> None:
+    """Raise a ValueError, with the row, for one that the model's context would cut off.
+
+    Args:
+        model: A causal language model.
+        answers: What is scored.
+        prompts: What is continued.
+        most: By how many tokens at most.
+        setting: What sets that.
+    """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is None:
         return
@@ -92,10 +102,10 @@ def check_context(model: Any, answers: Iterable[Answer], prompts: Iterable[Answe
             "which would cut its answer off; use a model with a longer context."
         )
     prompt = max(prompts, key=lambda answer: len(answer.question_ids))
-    if len(prompt.question_ids) + max_new_tokens > context:
+    if len(prompt.question_ids) + most > context:
         raise ValueError(
-            f"The question of row {prompt.row} of {prompt.config} has {len(prompt.question_ids)} tokens, so that "
-            f"max_new_tokens {max_new_tokens} goes beyond the model's context of {context}; lower max_new_tokens."
+            f"The prompt of row {prompt.row} of {prompt.config} has {len(prompt.question_ids)} tokens, so that "
+            f"{setting} {most} goes beyond the model's context of {context}; lower {setting}."
         )
 
 
