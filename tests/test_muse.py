@@ -98,7 +98,7 @@ def test_every_value_is_that_of_plain_greedy_decoding(learned, parts):
         return tokenizer.decode(ids[start:], skip_special_tokens=True)
 
     for part in ("forget", "retain"):
-        long = [ids for ids in tokenizer(parts[part]["text"])["input_ids"] if len(ids) > SHOWN]
+        long = [ids for ids in tokenizer(list(parts[part]["text"]))["input_ids"] if len(ids) > SHOWN]
         assert result["too_short"][part] == len(parts[part]) - len(long)
         for ids, item in zip(long, result["items"][part], strict=True):
             assert item["truth"] == tokenizer.decode(ids[SHOWN : SHOWN + 20]).strip()
