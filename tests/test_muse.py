@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM
 
 from ceu_rl import UnlearnConfig, UnlearnTrainer
@@ -82,16 +82,16 @@ def learned(parts):
 
 def test_every_value_is_that_of_plain_greedy_decoding(learned, parts):
     model, tokenizer = learned
-    damaged = build_model(tokenizer, hidden_size=96, intermediate_size=192, num_hidden_layers=2, seed=1)
-    for one, other in zip(damaged.parameters(), model.parameters(), strict=True):
-        one.data.mul_(0.15).add_(other.data)  # so that it is right in part
-    result = evaluate(damaged, tokenizer, parts, prompt_tokens=SHOWN, text_tokens=20, answer_tokens=8, batch_size=3)
+    unseen = {"retain": KEPT, "retain_qa": 3 * KEPT}  # so that it is right in part
+    more = {part: Dataset.from_list(articles.make_rows(part)[count : count + 3]) for part, count in unseen.items()}
+    parts = {**parts, **{part: concatenate_datasets([parts[part], rows]) for part, rows in more.items()}}
+    result = evaluate(model, tokenizer, parts, prompt_tokens=SHOWN, text_tokens=20, answer_tokens=8, batch_size=3)
 
     def follow(ids, count):
         ids = list(ids)
         start = len(ids)
         for _ in range(count):
-            best = damaged(torch.tensor([ids])).logits[0, -1].argmax().item()
+            best = model(torch.tensor([ids])).logits[0, -1].argmax().item()
             if best == tokenizer.eos_token_id:
                 break
             ids.append(best)
@@ -114,7 +114,7 @@ def test_every_value_is_that_of_plain_greedy_decoding(learned, parts):
     ):
         scores = [plain_f1(item["truth"], item["generation"]) for item in result["items"][part]]
         assert result["summary"][metric] == pytest.approx(sum(scores) / len(scores))
-    assert 0.05 < result["summary"]["retain_verbmem"] < 0.95
+    assert all(0.5 < result["summary"][f"retain_{metric}"] < 0.97 for metric in ("verbmem", "knowmem"))
 
 
 def test_unlearning_lowers_both_on_what_is_forgotten_and_keeps_the_rest(learned, parts, tmp_path):
