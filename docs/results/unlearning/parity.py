@@ -8,7 +8,7 @@
             --max_steps 300 --output_dir runs/parity/${part%:*}
     done
     python docs/results/unlearning/parity.py ../open-unlearning TOFU docs/results/unlearning/parity.json \
-        runs/parity/full:runs/parity/retain:40 builtin:smollm2::8
+        runs/parity/full:runs/parity/retain:8 builtin:smollm2::2
 
 A model is FOLDER:RETAIN:ROWS, the retain model may be left out, and ROWS are taken from each set, evenly. `peer_cut` is
 the peer's code on the same tokens without what follows the first end token of an answer. The files of the peer that
@@ -41,7 +41,7 @@ SETS = {
     "real_authors": "real_authors_perturbed",
     "world_facts": "world_facts_perturbed",
 }
-BATCH, NEW_TOKENS = 8, 32
+BATCH, NEW_TOKENS = 8, 16
 PEER_METRICS = ("memorization", "privacy", "utility")
 ATTACKS = {
     "loss": "LOSSAttack",
@@ -108,12 +108,10 @@ def blob_hash(path):
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def peer_summary(peer, model, tokenizer, folder, cut=False):
-    """The peer's metrics under our names, and its truth ratios of the forget set."""
-    from omegaconf import OmegaConf
-
-    right, left = peer.collator(tokenizer), peer.collator(tokenizer, "left")
-    summary, truth = {}, {}
+def peer_summary(peer, model, tokenizer, folder, whole=None):
+    """The peer's metrics under our names, and its truth ratios of the forget set; `whole` are those without a cut."""
+    right = peer.collator(tokenizer)
+    cut, summary, truth = whole is not None, {}, {}
     for name, config in SETS.items():
 
         def probability(key, config=config):
@@ -130,11 +128,9 @@ def peer_summary(peer, model, tokenizer, folder, cut=False):
         if options:
             answer = peer.run("probability_w_options", model, pre_compute=found)
         summary[f"{name}_probability"] = answer["agg_value"]
-        asked = peer.dataset(folder, config, tokenizer, cut, predict_with_generate=True)
-        generation = OmegaConf.create({"max_new_tokens": NEW_TOKENS, "do_sample": False, "use_cache": True})
-        settings = {"tokenizer": tokenizer, "generation_args": generation, "rouge_type": "rougeL_recall"}
-        rouge = peer.run("rouge", model, data=asked, collators=left, **settings)
-        summary[f"{name}_rouge_l_recall"] = rouge["agg_value"]
+        summary[f"{name}_rouge_l_recall"] = (
+            whole[f"{name}_rouge_l_recall"] if cut else peer_rouge(peer, model, tokenizer, folder, config)
+        )
     utility = {key: {"agg_value": value} for key, value in summary.items() if not key.startswith("forget")}
     summary["model_utility"] = peer.run("hm_aggregate", model, pre_compute=utility)["agg_value"]
     rows = peer.dataset(folder, SETS["forget"], tokenizer, cut)
@@ -148,6 +144,15 @@ def peer_summary(peer, model, tokenizer, folder, cut=False):
     with torch.no_grad():
         summary["ceu_loss"] = float(peer.ceu.compute_batch_ceu(model, batch)[0])
     return summary, truth["forget"]
+
+
+def peer_rouge(peer, model, tokenizer, folder, config):
+    from omegaconf import OmegaConf
+
+    asked = peer.dataset(folder, config, tokenizer, False, predict_with_generate=True)
+    generation = OmegaConf.create({"max_new_tokens": NEW_TOKENS, "do_sample": False, "use_cache": True})
+    settings = {"tokenizer": tokenizer, "generation_args": generation, "rouge_type": "rougeL_recall"}
+    return peer.run("rouge", model, data=asked, collators=peer.collator(tokenizer, "left"), **settings)["agg_value"]
 
 
 def our_summary(model, tokenizer, folder):
@@ -200,7 +205,7 @@ def compare(peer, tofu, name, retain, count):
         for which in filter(None, (retain, name)):
             model = AutoModelForCausalLM.from_pretrained(resolve_model(which)).eval()
             runs = {"peer": peer_summary(peer, model, tokenizer, folder)}
-            runs["peer_cut"] = peer_summary(peer, model, tokenizer, folder, cut=True)
+            runs["peer_cut"] = peer_summary(peer, model, tokenizer, folder, whole=runs["peer"][0])
             runs["ours"] = our_summary(model, tokenizer, folder)
             if which == name and retain:
                 from ceu_rl.tofu.evaluate import add_retain
