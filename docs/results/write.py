@@ -277,7 +277,14 @@ class Page:
         """Every metric by this package and by open-unlearning's code, for each model."""
         models = report(name)["models"]
         ways = {"ours": "ours", "peer": "theirs", "peer_cut": "theirs, cut"}
-        header = ["metric", *(f"{model['model']}: {title}" for model in models for title in ways.values())]
+        header = [
+            "metric",
+            *(
+                f"{model['model']}, {model['rows_of_each_set']} rows: {title}"
+                for model in models
+                for title in ways.values()
+            ),
+        ]
         lines = []
         for metric in models[0]["metrics"]:
             found = [model["metrics"].get(metric) for model in models]
