@@ -125,7 +125,7 @@ IN_THE_PLACE_OF = {
         "dataset_config": "min_terms=2, max_terms=2, max_digits=3, size=16",
     },
     "smollm2-gsm8k": {"dataset_test_split": "test"},
-    "articles": {"dataset_name": "builtin:articles"},
+    "articles": {"dataset_name": "builtin:articles", "max_length": 512},  # one character of it is one token
 }
 
 
