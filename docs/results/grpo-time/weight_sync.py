@@ -86,13 +86,11 @@ def measure(size):
 
 
 def main(output):
-    result = {
-        "command": shlex.join(["python", "docs/results/grpo-time/weight_sync.py", *sys.argv[1:]]),
-        "seed": 42,
-        "sizes": {size: measure(size) for size in TURNS},
-        **environment(),
-    }
-    write_json(Path(output), result)
+    sizes = {}
+    for size in TURNS:
+        sizes[size] = measure(size)
+        command = shlex.join(["python", "docs/results/grpo-time/weight_sync.py", *sys.argv[1:]])
+        write_json(Path(output), {"command": command, "seed": 42, "sizes": sizes, **environment()})
 
 
 if __name__ == "__main__":
