@@ -341,6 +341,18 @@ class Page:
             lines.append([row["split"], *seconds, *spread(*row["ratios"].values())])
         return table(header, lines)
 
+    def weight_sync(self) -> str:
+        found = report("grpo-time/weight_sync")["sizes"].values()
+        keys = [f"{key} (s a step)" for key in next(iter(found))["step_s"]]
+        header = ["model", "completions of tokens", "a sync (s)", *keys, "ratio"]
+        lines = []
+        for size in found:
+            work = f"{size['completions_per_step']} of {size['tokens_per_completion']}"
+            seconds = [size["sync_s"], *size["step_s"].values()]
+            cells = [f"{size['parameters'] / 1e6:.1f} M", work, *(f"{each:.2f}" for each in seconds)]
+            lines.append([*cells, str(size["step_time_16_over_1"])])
+        return table(header, lines)
+
     def grpo_time(self) -> str:
         header = ["model", "completions of tokens", "step, vLLM / generate", "tokens/s, vLLM", "tokens/s, generate"]
         lines = []
