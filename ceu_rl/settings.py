@@ -8,6 +8,7 @@ Fields, their types and their help are those of TRL's and of our configs. `--any
 import argparse
 import difflib
 import os
+import threading
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ WORDS = {
     list: "a list",
     dict: "a mapping",
 }
+_PARSER = threading.Lock()
 
 
 def classes_of(method: str) -> tuple[Any, Any, Any]:
@@ -67,12 +69,13 @@ def parser_for(method: str) -> Any:
     from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
     script, config, _ = classes_of(method)
-    return TrlParser(
-        (script, config, ModelConfig, DatasetMixtureConfig),  # type: ignore[arg-type]
-        prog=f"ceu-rl {method}",
-        usage=f"ceu-rl {method} --config RECIPE.yaml [--any_field value ...]",
-        allow_abbrev=False,
-    )
+    with _PARSER:  # it rewrites the types of the classes' fields, and the runs of a comparison are read in threads
+        return TrlParser(
+            (script, config, ModelConfig, DatasetMixtureConfig),  # type: ignore[arg-type]
+            prog=f"ceu-rl {method}",
+            usage=f"ceu-rl {method} --config RECIPE.yaml [--any_field value ...]",
+            allow_abbrev=False,
+        )
 
 
 def read_recipe(method: str, path: str | Path) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Reading a recipe and a command line: what is understood, and the one sentence for what is not."""
 
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -15,6 +17,23 @@ def recipe(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def switching():
+    """Threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_many_threads_read_at_once(recipe, switching):
+    """As a comparison with `--jobs` does; TRL's parser writes to the fields of the classes while it is made."""
+    read_recipe("dpo", path := recipe("learning_rate: 1e-4"))
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(lambda _: read_recipe("dpo", path), range(64)))
+    assert read == [{"learning_rate": 1e-4}] * 64
 
 
 @pytest.mark.parametrize(

@@ -392,6 +392,33 @@ def test_what_happens_to_a_recipe_meanwhile_changes_nothing(quick, two_recipes, 
     assert all(settings["max_steps"] == 20 and "output_dir" not in settings for settings in recorded)
 
 
+def test_the_report_is_drawn_as_the_runs_end(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "_html", lambda *args: f"a page of {len(results(tmp_path))} runs")
+    seen = []
+    submit = launchers.LocalLauncher.submit
+
+    def look(self, job):
+        page = tmp_path / "runs" / "report.html"
+        seen.append(page.read_text() if page.exists() else None)
+        return submit(self, job)
+
+    monkeypatch.setattr(launchers.LocalLauncher, "submit", look)
+    status, out, _ = quick("--seed", "0", "1", "2")
+    # A run ends while the next one trains, and is drawn before the one after that begins
+    assert status == 0 and seen[:2] == [None, None] and [page is not None for page in seen[2:]] == [True] * 4
+    assert (tmp_path / "runs" / "report.html").read_text() == "a page of 6 runs"
+    assert out.count("Report: ") == 1
+
+
+def test_a_report_that_cannot_be_drawn_meanwhile_ends_no_run(quick, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(report, "_write_whole", full)
+    status, out, began = quick("--seed", "0", "1")
+    assert status == 1 and len(began) == 4 and "cannot be written (No space left on device)" in out
+
+
 @pytest.mark.parametrize("written", ["1e-4", "1.0e-4", "0.0001", "1E-04"])
 def test_a_value_is_the_same_however_it_is_written(quick, written):
     assert len(quick("--learning_rate", "1e-4", "3e-4", "--bf16", "true")[2]) == 4

@@ -81,8 +81,15 @@ def _compare(argv: Sequence[str], console: Console, command: str) -> int:
     interrupted: KeyboardInterrupt | None = None
     if pending:
         launcher = make_launcher(args.launcher, folder, args.jobs, options)
-        try:
-            run_jobs(pending, launcher, args.jobs or (1 if args.launcher == "local" else None), console)
+        at_once = args.jobs or (1 if args.launcher == "local" else None)
+        try:  # the report is there to look at before the last run is
+            run_jobs(
+                pending,
+                launcher,
+                at_once,
+                console,
+                lambda: _report(folder, [job.found for job in jobs], Console(quiet=True), command),
+            )
         except KeyboardInterrupt as error:
             interrupted = error
         finally:

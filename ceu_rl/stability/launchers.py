@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -69,22 +69,30 @@ def make_launcher(name: str, folder: Path, at_once: int | None, options: Mapping
     return LocalLauncher(at_once or 1)
 
 
-def run_jobs(jobs: Sequence[Job], launcher: Launcher, at_once: int | None, console: Console) -> None:
+def run_jobs(
+    jobs: Sequence[Job], launcher: Launcher, at_once: int | None, console: Console, draw: Callable[[], object]
+) -> None:
     """Run every job, `at_once` of them at the same time, and show how far they are and how long it will take.
+
+    Each time that jobs have ended and others have not, `draw` is called, with the next ones started.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once every run has ended; a second one ends them at once.
     """
     waiting = list(jobs)
     running: dict[Any, Job] = {}
+    ended: list[Any] = []
     with _progress(console, len(jobs), min(at_once or LINES, LINES)) as show:
         try:
             while waiting or running:
                 while waiting and len(running) < (at_once or len(jobs)):
                     job = waiting.pop(0)
                     running[launcher.submit(job)] = job
+                if ended:
+                    draw()
                 time.sleep(POLL if len(jobs) > 1 else POLL / 5)
-                for handle in [handle for handle in running if launcher.done(handle)]:
+                ended = [handle for handle in running if launcher.done(handle)]
+                for handle in ended:
                     job = running.pop(handle)
                     outcome = f"{job.name}: {launcher.outcome(handle)}"
                     console.print(outcome, soft_wrap=True, markup=False, highlight=False)
