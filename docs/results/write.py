@@ -228,6 +228,16 @@ class Page:
         header, *lines = table_rows(demo())
         return table(header, lines)
 
+    def earlier_demo(self) -> str:
+        """The scores that an earlier run of `make demo` ended with."""
+        folder = RESULTS / "dpo" / "demo" / "earlier"
+        ends = {arm: json.loads((folder / f"{arm}.json").read_text())["metrics"] for arm in ("stock", "ceu", "paper")}
+        lines = [
+            [f"{name} accuracy", *(f"{end[f'eval_{name}_accuracy']:.3f}" for end in ends.values())]
+            for name in ("greedy", "sampled")
+        ]
+        return table(["at the end", *ends], lines)
+
     def command(self, name: str) -> str:
         """The command that made a comparison, with line breaks for people."""
         words = report(name)["command"].replace("../shared/tofu", "FOLDER")  # where it lay
