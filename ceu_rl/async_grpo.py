@@ -7,7 +7,7 @@ route therefore weighs the net gradient of a shared token, by its sign.
 
 import functools
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from .checks import StopAtNonFinite, check_language_model, check_numbers
@@ -27,8 +27,6 @@ class CEUAsyncGRPOConfig(DescentConfig, AsyncGRPOConfig):
         ValueError: for a coefficient outside its range, or `use_liger_kernel`.
         ImportError: for a version of TRL that this package was not tested with.
     """
-
-    ceu_coef: float = field(default=0.5, metadata=DescentConfig.__dataclass_fields__["ceu_coef"].metadata)
 
 
 class CEUAsyncGRPOTrainer(DescentTrainer, StopAtNonFinite, AsyncGRPOTrainer):

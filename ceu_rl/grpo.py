@@ -50,7 +50,6 @@ class CEUGRPOConfig(DescentConfig, GRPOConfig):
         ImportError: for a version of TRL that this package was not tested with.
     """
 
-    ceu_coef: float = field(default=0.5, metadata=DescentConfig.__dataclass_fields__["ceu_coef"].metadata)
     weight_sync_steps: int = field(
         default=1,
         metadata={

@@ -269,7 +269,7 @@ class DescentConfig:
     """The fields that our configs add to their TRL parent; see `losses.descent_weight`."""
 
     ceu_coef: float = field(
-        default=1.0,
+        default=0.5,
         metadata={
             "help": "Share of the CE-U weight in the gradient of tokens whose log-probability is lowered, from 0 "
             "(stock gradient ascent, bit for bit TRL's trainer) to 1 (CE-U alone)."

@@ -132,8 +132,10 @@ def test_no_sentence_repeats_a_number_of_a_table(path):
 def test_the_ranges_of_the_first_screen_are_those_of_the_study(results):
     page, text = results[0].Page("dpo"), " ".join((ROOT / "README.md").read_text().split())
     for task, where in (("addition", "addition"), ("maze", "mazes")):
-        ours, stock = (page.reach(f"dpo/{task}", arm, "greedy accuracy") for arm in ("ceu", "stock"))
+        ours, stock = (page.reach(f"dpo/{task}", arm, "greedy accuracy") for arm in ("ceu-0.5", "stock"))
         assert f"{ours} against {stock} on {where}" in text
+    whole = [page.reach(f"dpo/{task}", "ceu", "greedy accuracy") for task in ("addition", "maze")]
+    assert f"the whole weight (1) up to {' and '.join(whole)}" in text
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,8 @@ def make_trainer(tiny_model, tokenizer, preferences, tmp_path):
             "logging_steps": 1,
             "save_strategy": "no",
         }
+        if trainer_class is CEUDPOTrainer:
+            defaults["ceu_coef"] = 1.0  # the weight that the references are written for
         return trainer_class(
             model or tiny_model(1),
             None if peft_config else ref_model or tiny_model(0),
@@ -232,7 +234,7 @@ def test_args_stay_the_object_that_was_given(config_class, tiny_model, tokenizer
     saved = torch.load(tmp_path / "checkpoint-2" / "training_args.bin", weights_only=False)
     for other in (saved, copy.copy(args), copy.deepcopy(args)):
         assert isinstance(other, config_class) and isinstance(other, CEUDPOConfig)
-        assert (other.seed, other.max_steps, other.ceu_coef) == (7, 4, 1.0)
+        assert (other.seed, other.max_steps, other.ceu_coef) == (7, 4, 0.5)
     assert args.to_dict()["ceu_max_weight"] == 1.0
     if config_class is not PlainSubclass:
         assert dataclasses.replace(args, ceu_coef=0.25, seed=3).ceu_coef == 0.25
