@@ -202,7 +202,7 @@ def test_failed_and_missing_runs_are_left_out_and_named(make, report):
     }
     runs = grid(make, ends)
     shutil.rmtree(runs[-1].folder)
-    runs[-1] = make("ceu", {"learning_rate": "1e-5"}, 1, [{"step": 7, "loss": 0.5}], end="missing")
+    runs[-1] = make("ceu", {"learning_rate": "1e-5"}, 1, [{"step": 7, "loss": 0.5, "grad_norm": 99.0}], end="missing")
     runs += [
         make("ceu", {"learning_rate": "1e-6"}, 2, end="failed"),
         make("stock", {"learning_rate": "1e-6"}, 2, end="no"),
@@ -213,6 +213,7 @@ def test_failed_and_missing_runs_are_left_out_and_named(make, report):
     assert "1 of 10 runs failed and is left out: 1 of ceu." in found["verdict"]
     assert "2 of 10 runs are missing and are left out: 1 of stock and 1 of ceu." in found["verdict"]
     assert [run["status"] for run in found["runs"][-3:]] == ["missing", "failed", "missing"]
+    assert all(group["grad_norm_largest"] != 99.0 for group in found["groups"])
     assert "no result; the log ends at step 7" in page and "it has not started" in page
     assert "it failed" in page and "last &lt;line&gt;" in page
     assert "1 failed" in terminal and "missing" in terminal

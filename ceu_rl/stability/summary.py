@@ -324,7 +324,7 @@ def _groups(runs: Sequence[Run], records: Sequence[Mapping[str, Any]], scores: S
                 "seeds": {status: sum(r["status"] == status for r in found) for status in STATUSES},
                 "final": {score.name: _spread(r["final"][score.name] for r in found) for score in scores},
                 "dead": sum(bool(r.get("collapsed")) for r in found),
-                **_over_seeds([r["measures"] for r in found]),
+                **_over_seeds([r["measures"] if _ended(r) else dict.fromkeys(r["measures"]) for r in found]),
             }
         )
     baseline = arms(methods(runs))[:1]
@@ -334,6 +334,11 @@ def _groups(runs: Sequence[Run], records: Sequence[Mapping[str, Any]], scores: S
             ours, theirs = group[name], stock.get(str(group["setting"]), {}).get(name)
             group[f"{name}_ratio"] = ours / theirs if ours and theirs else None
     return groups
+
+
+def _ended(record: Mapping[str, Any]) -> bool:
+    """Whether a run counts in its group: the log of one that failed or still trains is cut short."""
+    return record["status"] in ("finished", "diverged")
 
 
 def _over_seeds(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
