@@ -351,6 +351,9 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, SFTTrainer):
             self._record("retain_loss", total, sequences if self.args.retain_loss_type == "activations" else retained)
             weight: Any = self.args.retain_weight
             loss = loss + weight * total / self._step_units["retain"]
+        seen = sum(value.sum() for key, value in inputs.items() if key.endswith("attention_mask"))
+        self._total_train_tokens += self.accelerator.reduce(seen, "sum").item()
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         # Gradients are averaged over the processes, and the units are those of all of them
         return loss * self.accelerator.num_processes
 

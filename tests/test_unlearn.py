@@ -295,6 +295,9 @@ def test_gradient_accumulation_equals_one_large_batch(make_trainer, method):
     small = make_trainer(method, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     assert_close_gradients(gradients_of(large), gradients_of(small))
     assert small.state.log_history[0]["loss"] == pytest.approx(large.state.log_history[0]["loss"], rel=1e-4)
+    batch = next(iter(large.get_train_dataloader()))
+    tokens = sum(batch[key].sum().item() for key in ("attention_mask", "retain_attention_mask"))
+    assert small.state.log_history[0]["num_tokens"] == large.state.log_history[0]["num_tokens"] == tokens
 
 
 @pytest.mark.parametrize("method", ["ceu", "npo"])
