@@ -254,6 +254,15 @@ class Page:
             lines.append([model["name"], quality, *values, f"{pace:.2f}", f"{training['peak_memory_gib']:.2f}"])
         return table([*header, "seconds per step", "peak memory (GiB)"], lines)
 
+    def lora(self) -> str:
+        """Memory and pace of unlearning through LoRA and of all weights."""
+        header = ["trained", "peak memory (GiB)", "seconds per step"]
+        lines = []
+        for run in single_runs("unlearning/lora"):
+            pace = run["metrics"]["train_runtime"] / run["steps"]
+            lines.append([run["name"], f"{run['peak_memory_gib']:.2f}", f"{pace:.1f}"])
+        return table(header, lines)
+
     def tofu_earlier(self) -> str:
         lines = []
         for run in single_runs("unlearning/earlier"):
