@@ -113,26 +113,22 @@ class PromptFormat:
             return settled
         if not tokenizer.chat_template:
             raise ValueError("template is 'chat' and the tokenizer has no chat template; use 'question_answer'.")
-        dates: list[str] = []
-
-        def strftime_now(style: str) -> str:
-            dates.append(style)
-            return "today"
-
         try:
-            settled.texts(tokenizer, *SAMPLE, strftime_now=strftime_now)
+            settled.texts(tokenizer, *SAMPLE)
         except TemplateError as error:
             raise ValueError(
                 f"The tokenizer's chat template refuses the prompt ({error}); change system_prompt "
                 f"({self.system_prompt!r}) or chat_template_kwargs ({self.chat_template_kwargs!r})."
             ) from error
-        if dates:
+        try:  # the function that gives a template the date, in whose place newer transformers take only plain values
+            settled.texts(tokenizer, *SAMPLE, strftime_now="")
+        except TypeError as error:
             raise ValueError(
                 "The tokenizer's chat template writes today's date, so that the same model would get another result "
                 "tomorrow; pin the date that it was trained with, as in chat_template_kwargs "
                 '\'{"date_string": "10 Apr 2025"}\' (open-unlearning\'s Llama 3), or, where the template takes none, '
                 "in a chat template of its own."
-            )
+            ) from error
         return settled
 
     def row(self, question: str, answer: str) -> dict[str, Any]:
