@@ -224,7 +224,7 @@ def kill_compare(folder, out, chance):
     """Kill a comparison, and in every other try its runs too; start it again."""
     run = compare(folder, out)
     step = chance.randrange(1, 2 * STEPS)
-    run.wait(lambda: sum(path.read_text().count('"loss"') for path in out.rglob("metrics.jsonl")) >= step)
+    run.wait(lambda: sum(path.read_text().count('"loss"') for path in out.glob("*/*/*/metrics.jsonl")) >= step)
     killed = run.kill() == -signal.SIGKILL
     runs_too = chance.random() < 0.5
     if runs_too:
