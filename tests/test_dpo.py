@@ -173,7 +173,7 @@ def test_default_differs_from_stock_and_logs_what_it_met(make_trainer):
 
 
 def test_a_stock_config_means_the_defaults(make_trainer, tokenizer, tiny_model, preferences):
-    ours = make_trainer(CEUDPOTrainer)
+    ours = make_trainer(CEUDPOTrainer, ceu_coef=0.5)
     adopted = CEUDPOTrainer(
         tiny_model(1),
         tiny_model(0),

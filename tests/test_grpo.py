@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib.util
 import inspect
 import random
 import re
@@ -10,7 +11,9 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import transformers
 import trl
+from packaging.version import Version
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
@@ -295,6 +298,10 @@ class Echo:
         return random.Random(id(self)).random()
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.13") and importlib.util.find_spec("jmespath") is None,
+    reason="TRL's tools need jmespath with transformers below 5.13",
+)
 @pytest.mark.parametrize("rows", ["none", "no prompt", "prompt", "a stream"])
 def test_an_environment_may_own_the_prompts(make_trainer, tokenizer, rows):
     able = copy.deepcopy(tokenizer)  # to call tools
