@@ -24,8 +24,8 @@ from ceu_rl.stability.summary import COLLAPSED, arms, condition, conditions, fin
 from ceu_rl.stability.verdict import number, rate, setting_name
 
 RESULTS = Path(__file__).parent
-QUESTIONS = ("dpo", "grpo", "unlearning", "speed")
-ON_THE_README = "dpo/smollm2-chain-sum"  # the study whose figure the README shows
+QUESTIONS = ("dpo", "dpo-real-model", "grpo", "unlearning", "speed")
+ON_THE_README = "dpo-real-model/smollm2-chain-sum"  # the study whose figure the README shows
 UNTOLD = "not told apart"
 GAP, TITLE, LINE = 14, 18, 16  # of a sheet of figures, in its units
 
