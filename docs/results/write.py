@@ -20,13 +20,17 @@ import jinja2
 
 from ceu_rl.stability import figures
 from ceu_rl.stability.runs import Run
-from ceu_rl.stability.summary import COLLAPSED, arms, condition, conditions, find_scores
+from ceu_rl.stability.summary import COLLAPSED, Score, arms, condition, conditions, find_scores
 from ceu_rl.stability.verdict import number, rate, setting_name
 
 RESULTS = Path(__file__).parent
 QUESTIONS = ("dpo", "dpo-real-model", "grpo", "unlearning", "speed")
 ON_THE_README = "dpo-real-model/smollm2-chain-sum"  # the study whose figure the README shows
 UNTOLD = "not told apart"
+KEPT_AND_LEARNED = (
+    Score("greedy accuracy", "eval_greedy_accuracy"),
+    Score("held-out preference accuracy", "eval_rewards/accuracies", kept=False),
+)
 GAP, TITLE, LINE = 14, 18, 16  # of a sheet of figures, in its units
 
 
@@ -55,7 +59,7 @@ def written() -> dict[Path, str]:
         title, answer = re.findall(r"\A# (.+)\n\n((?:.+\n)+)", text)[0]
         answers[question] = {"title": title, "answer": answer}
     found[RESULTS / "README.md"] = environment.get_template("README.md.jinja").render(answers=answers)
-    found[RESULTS / "readme.svg"] = final_scores(ON_THE_README)
+    found[RESULTS / "readme.svg"] = final_scores(ON_THE_README, scores=KEPT_AND_LEARNED)
     return found | pictures()
 
 
@@ -406,9 +410,13 @@ class Page:
         self.drawn[RESULTS / self.question / file] = svg
         return f"![{alt}]({self.question}/{file})"
 
-    def final_scores(self, *names: str) -> str:
-        """One figure: final score against learning rate, a row for each study and setting beside the rate."""
-        return self.figure("final.svg", final_scores(*names), "final accuracy against learning rate")
+    def final_scores(self, *names: str, preference: bool = False) -> str:
+        """One figure: final score against learning rate, a row for each study and setting beside the rate.
+
+        With `preference` the held-out preference accuracy beside the greedy one.
+        """
+        svg = final_scores(*names, scores=KEPT_AND_LEARNED if preference else ())
+        return self.figure("final.svg", svg, "final accuracy against learning rate")
 
     def over_steps(self, name: str, *keys: str) -> str:
         """The held-out metrics of a study over its steps."""
@@ -539,8 +547,11 @@ def _unique(items: Any) -> list[Any]:
 # Figures
 
 
-def final_scores(*names: str) -> str:
-    """Final score against learning rate: a row for each study and setting beside the rate, a column for each score."""
+def final_scores(*names: str, scores: Sequence[Score] = ()) -> str:
+    """Final score against learning rate: a row for each study and setting beside the rate, a column for each score.
+
+    Those are `scores`, or what the report ranks the arms by.
+    """
     rows, looks = [], {}
     for name in names:
         runs = recorded(name)
@@ -548,10 +559,11 @@ def final_scores(*names: str) -> str:
         for place, rest in enumerate(conditions(runs)):
             members = [run for run in runs if condition(run) == rest]
             row = []
-            for score in find_scores(runs):
+            for score in scores or find_scores(runs):
                 title = f"{Path(name).name}: {score.name}" + (f", {setting_name(rest)}" if rest else "")
                 prefix = f"{name.replace('/', '-')}-{score.key}-{place}"
-                bases = dict.fromkeys(arms(members), report(name)["base"][score.name])
+                base = report(name)["base"].get(score.name)
+                bases = {} if base is None else dict.fromkeys(arms(members), base)
                 row.append((title, figures.range_plot(members, score, bases, looks, prefix)))
             rows.append(row)
     return sheet(rows, looks)
