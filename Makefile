@@ -20,7 +20,7 @@ install: .venv/installed
 BASE := runs/addition/base
 
 $(BASE)/result.json: | install
-	@echo "A tiny model on additions, on two cores: a base, then stock, CE-U and published CE-U, a good minute each."
+	@echo "A tiny model on additions, on two cores: a base, then stock, CE-U and published CE-U, 7 minutes in all; runs/demo/report.html is drawn as they end."
 	$(BIN)/ceu-rl sft --config recipes/dpo/addition/base.yaml --output_dir $(BASE)
 
 demo: install $(BASE)/result.json
