@@ -40,7 +40,7 @@ class CEUDPOConfig(DescentConfig, DPOConfig):
 
     Half of the weight (`ceu_coef` 0.5) ended with the best samples on two toy tasks and learned the preference on a
     real model, which the whole weight (1) did not; the whole weight keeps greedy answers up to larger rates
-    (docs/results/dpo.md).
+    (docs/results/dpo.md, docs/results/dpo-real-model.md).
 
     Raises:
         ValueError: for a coefficient outside its range, or `use_liger_kernel`.

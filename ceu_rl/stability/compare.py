@@ -63,8 +63,12 @@ def _compare(argv: Sequence[str], console: Console, command: str) -> int:
         return _report(args.output_dir, runs, console, command)
     folder = args.output_dir or _default_folder(recipes[0], args.method)
     jobs = make_jobs(recipes, fields, folder, args.method, args.accelerate_config, args.retain)
+
+    def report(to: Console) -> int:
+        return _report(folder, [job.found for job in jobs], to, command)
+
     if args.report_only:
-        return _report(folder, [job.found for job in jobs], console, command)
+        return report(console)
     # Seed by seed, so that a grid that is cut short has every arm
     ordered = sorted(jobs, key=lambda job: job.seed_place)
     pending = [job for job in ordered if not is_done(job)]
@@ -83,18 +87,12 @@ def _compare(argv: Sequence[str], console: Console, command: str) -> int:
         launcher = make_launcher(args.launcher, folder, args.jobs, options)
         at_once = args.jobs or (1 if args.launcher == "local" else None)
         try:  # the report is there to look at before the last run is
-            run_jobs(
-                pending,
-                launcher,
-                at_once,
-                console,
-                lambda: _report(folder, [job.found for job in jobs], Console(quiet=True), command),
-            )
+            run_jobs(pending, launcher, at_once, console, lambda: report(Console(quiet=True)))
         except KeyboardInterrupt as error:
             interrupted = error
         finally:
             launcher.close()
-    status = _report(folder, [job.found for job in jobs], console, command)
+    status = report(console)
     if interrupted:
         raise interrupted
     return status

@@ -101,14 +101,17 @@ class Score:
         return None if last is None else self.of(run, last)
 
 
+GREEDY, SAMPLED = (Score(f"{name} accuracy", f"eval_{name}_accuracy") for name in ("greedy", "sampled"))
+PREFERENCE = Score("held-out preference accuracy", "eval_rewards/accuracies", kept=False)
+
+
 def find_scores(runs: Sequence[Run]) -> list[Score]:
     """The scores that there are: accuracy of a task, else reward, else how probable the chosen responses are."""
 
     def logged(key: str) -> bool:
         return any(run.values(key) or key in ((run.result or {}).get("metrics") or {}) for run in runs)
 
-    accuracies = [Score(f"{name} accuracy", f"eval_{name}_accuracy") for name in ("greedy", "sampled")]
-    if found := [score for score in accuracies if logged(score.key)]:
+    if found := [score for score in (GREEDY, SAMPLED) if logged(score.key)]:
         return found
     if logged("eval_reward"):
         return [Score("held-out reward", "eval_reward")]
@@ -118,8 +121,7 @@ def find_scores(runs: Sequence[Run]) -> list[Score]:
         "eval_logps/chosen",
         {folder: counts["chosen"] for folder, counts in tokens.items()} or {run.folder: 1.0 for run in runs},
     )
-    preference = Score("held-out preference accuracy", "eval_rewards/accuracies", kept=False)
-    return [score for score in (probability, preference) if logged(score.key)]
+    return [score for score in (probability, PREFERENCE) if logged(score.key)]
 
 
 def response_tokens(runs: Sequence[Run]) -> dict[Path, dict[str, float]]:

@@ -20,17 +20,13 @@ import jinja2
 
 from ceu_rl.stability import figures
 from ceu_rl.stability.runs import Run
-from ceu_rl.stability.summary import COLLAPSED, Score, arms, condition, conditions, find_scores
+from ceu_rl.stability.summary import COLLAPSED, GREEDY, PREFERENCE, Score, arms, condition, conditions, find_scores
 from ceu_rl.stability.verdict import number, rate, setting_name
 
 RESULTS = Path(__file__).parent
 QUESTIONS = ("dpo", "dpo-real-model", "grpo", "unlearning", "speed")
-ON_THE_README = "dpo-real-model/smollm2-chain-sum"  # the study whose figure the README shows
 UNTOLD = "not told apart"
-KEPT_AND_LEARNED = (
-    Score("greedy accuracy", "eval_greedy_accuracy"),
-    Score("held-out preference accuracy", "eval_rewards/accuracies", kept=False),
-)
+KEPT_AND_LEARNED = (GREEDY, PREFERENCE)
 GAP, TITLE, LINE = 14, 18, 16  # of a sheet of figures, in its units
 
 
@@ -59,7 +55,6 @@ def written() -> dict[Path, str]:
         title, answer = re.findall(r"\A# (.+)\n\n((?:.+\n)+)", text)[0]
         answers[question] = {"title": title, "answer": answer}
     found[RESULTS / "README.md"] = environment.get_template("README.md.jinja").render(answers=answers)
-    found[RESULTS / "readme.svg"] = final_scores(ON_THE_README, scores=KEPT_AND_LEARNED)
     return found | pictures()
 
 
