@@ -3,7 +3,8 @@
     python docs/results/speed/cpu.py OUTPUT.json
 
 A step is 4 pairs of `recipes/dpo/smollm2-chain-sum/stock.yaml`, trained from the model itself. Seconds are those of the
-process on its cores, which other processes do not stretch; the first step is left out.
+process on its cores, which other processes do not stretch; the first step is left out. bfloat16 pays only where the
+processor multiplies it.
 """
 
 import json
@@ -29,6 +30,11 @@ ARMS = {  # recipe, what the command line adds, and the environment
     "stock, the reference at every step": ("stock", ["--precompute_ref_log_probs", "false"], {}),
     "CE-U, the reference at every step": ("ceu", ["--precompute_ref_log_probs", "false"], {}),
     "stock, the reference's log-probabilities once": ("stock", [], {}),
+    "stock, in bfloat16, the reference at every step": (
+        "stock",
+        ["--precompute_ref_log_probs", "false", "--bf16", "true"],
+        {},
+    ),
     "stock, memory kept by glibc": (
         "stock",
         ["--precompute_ref_log_probs", "false"],
