@@ -80,11 +80,12 @@ def read(folder):
 
 
 def assert_same_weights(one, other, start):
+    """Each weight moved alike. Adam shows the rounding of an element of hardly any gradient: its tensor is measured."""
     assert one.keys() == other.keys()
-    moved = max((one[name] - start.get(name, 0)).abs().max() for name in one)
-    assert moved > 4e-3
-    for name in one:
-        torch.testing.assert_close(other[name], one[name], rtol=0, atol=2e-3 * moved.item())
+    moves = {name: one[name] - start.get(name, 0) for name in one}
+    assert max(move.abs().max() for move in moves.values()) > 4e-3
+    for name, move in moves.items():
+        assert (other[name] - one[name]).norm() <= 5e-4 * move.norm(), name
 
 
 def compare(folder, engine, cases):
