@@ -5,6 +5,7 @@ processes that each train alone. `engines_on_cpu` changes the answer that it get
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +63,20 @@ def check_processes(processes: int) -> None:
         note(
             f"warning: Slurm has given this job {tasks} tasks, and this run is one process; start it as "
             "recipes/accelerate/slurm.sbatch does."
+        )
+
+
+def note_unfinished_builds() -> None:
+    """Say where DeepSpeed would wait, without a word and without an end, for a build that a killed run has left."""
+    if not _asked_for("DEEPSPEED"):
+        return
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    if locks := [str(path) for path in (*root.glob("*/lock"), *root.glob("*/*/lock"))]:
+        note(
+            f"warning: this run waits while {', '.join(locks)} is there: another run is building this part of "
+            "DeepSpeed, or was killed while it did; if none is, delete it."
         )
 
 

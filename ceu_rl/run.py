@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
 from .callbacks import MetricsFile, Pace, Progress, ProgressLines, TaskScore
 from .checkpoints import check_resumes, saved_checkpoints
 from .data import check_layout, load
-from .engines import check_engine, check_processes, engines_on_cpu, save_whole
+from .engines import check_engine, check_processes, engines_on_cpu, note_unfinished_builds, save_whole
 from .errors import Boundary, NameCause, sentence
 from .keeps import KeptScore, load_kept
 from .models import BUILTIN_MODEL, build_bpe_tokenizer, build_model, build_tokenizer, check_model_name, resolve_model
@@ -49,6 +49,7 @@ def run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
     engines_on_cpu()
     script, args, model_config, mixture = build_configs(method, arguments)
     check_processes(args.world_size)
+    note_unfinished_builds()
     with _FolderLock(args):
         args.resume_from_checkpoint = _resume_from(args.output_dir, args.resume_from_checkpoint)
         trainer, prompt = _build_trainer(method, script, args, model_config, mixture)

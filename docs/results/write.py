@@ -338,6 +338,12 @@ class Page:
             lines.append([*map(str, cells), f"{stock['memory']:.4f}"])
         return table([*header, "time, CE-U / stock", "quartiles", "peak memory, CE-U / stock"], lines)
 
+    def cpu_steps(self) -> str:
+        """A step of SmolLM2 under what could make it shorter."""
+        found = report("speed/cpu")
+        lines = [[arm, f"{s:.2f}", f"{found['over_first'][arm]:.2f}"] for arm, s in found["median_step_s"].items()]
+        return table(["a step of 4 pairs", "seconds", "over the first"], lines)
+
     def growth(self) -> str:
         """The fused loss beside the others, by tokens and vocabulary."""
         rows = benchmark("fused")
