@@ -47,7 +47,7 @@ Arms = dict[str, Callable[[], float]]
 """What to measure by name, ours first; each does its work once and returns its seconds."""
 
 TINY = {"model": "tiny", "ranks": 1, "steps": 6, "rounds": 16}
-SMOLLM2 = {"model": "smollm2", "ranks": 1, "steps": 1, "rounds": 4}
+SMOLLM2 = {"model": "smollm2", "ranks": 1, "steps": 1, "rounds": 16}
 LOSS = {"subject": "fused", "hidden_size": 256, "dtype": "float32", "rounds": 4}
 ROWS: dict[str, list[dict[str, Any]]] = {
     "cpu": [
