@@ -20,11 +20,11 @@ from pathlib import Path
 from ceu_rl import run
 from ceu_rl.callbacks import Pace
 from ceu_rl.cli import main as ceu_rl
-from ceu_rl.provenance import environment, write_json
+from ceu_rl.provenance import environment, peak_memory_gib, write_json
 
 ROOT = Path(__file__).parents[3]
 RECIPES = ROOT / "recipes/dpo/smollm2-chain-sum"
-STEPS, ROUNDS = 5, 2
+STEPS, ROUNDS = 5, 3
 LARGE = str(2**32)
 ARMS = {  # recipe, what the command line adds, and the environment
     "stock, the reference at every step": ("stock", ["--precompute_ref_log_probs", "false"], {}),
@@ -72,13 +72,16 @@ def steps(arm: str) -> list[float]:
 
 def main(output: str) -> None:
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    peaks: dict[str, float] = {}
     for turn in range(ROUNDS):
         for arm in list(ARMS)[:: -1 if turn % 2 else 1]:
             command = [sys.executable, __file__, "--arm", arm]
             ran = subprocess.run(command, env={**os.environ, **ARMS[arm][2]}, stdout=subprocess.PIPE, text=True)
             if ran.returncode:
                 raise SystemExit(ran.returncode)
-            seconds[arm] += json.loads(ran.stdout.splitlines()[-1])
+            found = json.loads(ran.stdout.splitlines()[-1])
+            seconds[arm] += found["seconds"]
+            peaks[arm] = max(found["peak"], peaks.get(arm, 0))
         print(f"round {turn + 1} of {ROUNDS}", file=sys.stderr)
     medians = {arm: round(statistics.median(times), 2) for arm, times in seconds.items()}
     first = next(iter(medians.values()))
@@ -88,6 +91,7 @@ def main(output: str) -> None:
         "steps_each": ROUNDS * (STEPS - 1),
         "median_step_s": medians,
         "over_first": {arm: round(value / first, 3) for arm, value in medians.items()},
+        "peak_memory_gib": {arm: round(peak, 3) for arm, peak in peaks.items()},
         **environment(),
     }
     write_json(Path(output), result)
@@ -95,6 +99,6 @@ def main(output: str) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--arm":
-        print(json.dumps(steps(sys.argv[2])))
+        print(json.dumps({"seconds": steps(sys.argv[2]), "peak": peak_memory_gib()}))
     else:
         main(sys.argv[1])
