@@ -3,9 +3,11 @@
 A run leaves the model in `output_dir`, its log in `metrics.jsonl`, and its result in `result.json`.
 """
 
+import ctypes
 import fcntl
 import functools
 import importlib
+import os
 import shlex
 import signal
 import sys
@@ -35,6 +37,7 @@ from .tofu.data import ask, has_questions, load_tofu
 from .tofu.refusals import to_preferences
 
 ASKING = ("sft", "dpo", "unlearn")  # methods that take rows of question and answer
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 LOCK = "_run.lock"  # the push to the Hub leaves out what begins with an underscore
 
 
@@ -44,6 +47,7 @@ def run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
     What is recorded are the settings that were read before the run: the recipe may change or go while it trains.
     """
     start, provenance = time.perf_counter(), environment()
+    _keep_freed_memory()
     arguments = read_arguments(method, argv)
     _check_names(arguments, argv)
     engines_on_cpu()
@@ -131,6 +135,18 @@ def _eval_tokens(method: str, trainer: Any) -> dict[str, dict[str, float]]:
 
     tokens = mean_response_tokens(trainer.eval_dataset, trainer.args)
     return {"eval_tokens": tokens} if tokens else {}
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what a step on a CPU frees for the next step, which asks for the same.
+
+    Nothing changes where an environment variable MALLOC_* says how to allocate, or the C library is another.
+    """
+    if torch.accelerator.is_available() or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
+        mallopt(M_MMAP_MAX, 0)
 
 
 def _check_names(arguments: Mapping[str, Any], argv: Sequence[str]) -> None:
