@@ -384,3 +384,17 @@ def test_optimised_python_and_the_seed_of_hashes_change_nothing(recipe, tmp_path
         subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}, check=True)
         found.append(AutoModelForCausalLM.from_pretrained(folder).state_dict())
     assert all((value == other[name]).all() for other in found[1:] for name, value in found[0].items())
+
+
+@pytest.mark.parametrize(("given", "kept"), [({}, True), ({"MALLOC_PERTURB_": "0"}, False)])
+def test_what_a_step_frees_is_kept_for_the_next_one(given, kept):
+    code = (
+        "import torch; from ceu_rl import run; run._keep_freed_memory();"
+        "pages = lambda: int(open('/proc/self/statm').read().split()[1]);"
+        "before = pages(); x = torch.ones(2**26); full = pages(); del x; print((pages() - before) / (full - before))"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    printed = subprocess.run(
+        [sys.executable, "-c", code], env=environment | given, capture_output=True, text=True, check=True
+    ).stdout
+    assert (float(printed) > 0.9) == kept
