@@ -170,12 +170,15 @@ class Page:
             header += [heading for heading, _, _ in TOFU_COLUMNS]
         else:
             preferences = any(group["depth"] is not None for group in found["groups"])
+            # with the gradient of rare tokens in the log, which is there since rollouts may be stale
+            stale = not preferences and any(group.get("gradient_rare") is not None for group in found["groups"])
             columns = [column for column in COLUMNS if preferences or column[1] not in ("displacement", "depth")]
-            if not preferences and any(group.get("gradient_rare") is not None for group in found["groups"]):
+            if stale:
                 columns.append(("gradient of rare tokens", "gradient_rare", ".3f"))
             header += [
                 *found["base"],
                 *(["preference accuracy"] if preferences else []),
+                *(["largest fall of greedy"] if stale else []),
                 *(heading for heading, _, _ in columns),
             ]
         lines = []
@@ -186,6 +189,7 @@ class Page:
             else:
                 cells += [_spread(group["final"][score]) for score in found["base"]]
                 cells += [_preference(name, group)] if preferences else []
+                cells += [_fall(name, group)] if stale else []
                 cells += [_format(group[key], form) for _, key, form in columns]
             lines.append(cells)
         return table(header, lines)
@@ -525,8 +529,17 @@ def _best(name: str, arm: str, score: str, rest: Mapping[str, str]) -> str:
 
 def _preference(name: str, group: Mapping[str, Any]) -> str:
     """The held-out preference accuracy at the end, over seeds."""
-    runs = [run for run in report(name)["runs"] if (run["arm"], run["setting"]) == (group["arm"], group["setting"])]
-    return f"{statistics.fmean(run['curves']['eval_rewards/accuracies'][-1] for run in runs):.3f}"
+    return f"{statistics.fmean(run['curves']['eval_rewards/accuracies'][-1] for run in _runs(name, group)):.3f}"
+
+
+def _fall(name: str, group: Mapping[str, Any]) -> str:
+    """How far the greedy accuracy fell at most from its best so far: mean, least and most over seeds."""
+    falls = [run["measures"]["drawdown"] for run in _runs(name, group)]
+    return _spread({"mean": statistics.fmean(falls), "min": min(falls), "max": max(falls), "seeds": len(falls)})
+
+
+def _runs(name: str, group: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [run for run in report(name)["runs"] if (run["arm"], run["setting"]) == (group["arm"], group["setting"])]
 
 
 def _spread(score: Mapping[str, Any] | None) -> str:
