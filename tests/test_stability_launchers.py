@@ -1,6 +1,7 @@
 """The launchers for several machines, on one: a Ray cluster of two nodes, and submitit's local mode."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -103,6 +104,8 @@ def cluster(monkeypatch):
     ray = pytest.importorskip("ray", reason="ray is not installed: pip install -e .[ray]")
     from ray.cluster_utils import Cluster
 
+    # Ray's logger keeps the stderr of the test that first came here, which pytest has closed since
+    monkeypatch.setattr(logging, "raiseExceptions", False)
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     monkeypatch.setenv("RAY_ADDRESS", made.address)
     yield made
