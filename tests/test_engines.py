@@ -82,8 +82,10 @@ def assert_same_weights(one, other, start):
     """Each weight moved alike. Adam shows the rounding of an element of hardly any gradient: its tensor is measured."""
     assert one.keys() == other.keys()
     moves = {name: one[name] - start.get(name, 0) for name in one}
-    assert max(move.abs().max() for move in moves.values()) > 4e-3
+    most = max(move.abs().max() for move in moves.values())
+    assert most > 4e-3
     for name, move in moves.items():
+        assert (other[name] - one[name]).abs().max() <= 5e-3 * most, name
         assert (other[name] - one[name]).norm() <= 5e-4 * move.norm(), name
 
 

@@ -105,7 +105,7 @@ def cluster(monkeypatch):
     from ray.cluster_utils import Cluster
 
     # Ray's logger keeps the stderr of the test that first came here, which pytest has closed since
-    monkeypatch.setattr(logging, "raiseExceptions", False)
+    monkeypatch.setattr(logging.getLogger("ray"), "handlers", [])
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     monkeypatch.setenv("RAY_ADDRESS", made.address)
     yield made
