@@ -125,6 +125,10 @@ IN_THE_PLACE_OF = {
         "dataset_config": "min_terms=2, max_terms=2, max_digits=3, size=16",
     },
     "smollm2-gsm8k": {"dataset_test_split": "test"},
+    "spell-backward": {
+        "dataset_name": "reasoning_gym:spell_backward",
+        "dataset_config": "min_word_len=3, max_word_len=7, size=16",
+    },
     "articles": {"dataset_name": "builtin:articles", "max_length": 512},  # one character of it is one token
 }
 

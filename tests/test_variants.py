@@ -118,6 +118,9 @@ def test_a_variant_weighs_by_its_formula(script, variant, coef, tiny_model, toke
     our_loss.backward()
     assert torch.equal(our_loss, stock_loss)
     assert_gradients_follow(ours.model, expected)
+    lowered = batch["completion_mask"].bool() & (batch["advantages"] < 0)[:, None]
+    least = chosen[:, -drift.shape[1] :][lowered].min().item()
+    assert ours._metrics["train"]["descending_least"] == [pytest.approx(least, rel=1e-4)]
     assert distance(stock.model, expected) > 0.01
 
 
@@ -152,7 +155,9 @@ def test_a_study_runs_its_arms_and_goes_on(tiny_model, tokenizer, tmp_path):
         "bf16": False,
         "gradient_checkpointing": False,
         "logging_steps": 1,
-        "eval_strategy": "no",
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "num_generations_eval": 1,
     }
     (tmp_path / "task" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     command = [sys.executable, SCRIPT, "study", "anchor", "task/recipe.yaml", "--seed", "0", "--num_iterations", "2"]
@@ -164,4 +169,6 @@ def test_a_study_runs_its_arms_and_goes_on(tiny_model, tokenizer, tmp_path):
     for arm, variant in (("cispo", "plain"), ("anchor", "anchor"), ("stock", "plain")):
         found = json.loads((folder / arm / "num_iterations=2" / "0" / "result.json").read_text())
         assert found["variant"] == variant and found["settings"]["num_iterations"] == 2
+        log = [json.loads(line) for line in (folder / arm / "num_iterations=2" / "0" / "metrics.jsonl").open()]
+        assert [entry["step"] for entry in log if "eval_pass@16" in entry] == [2]
     assert json.loads((folder / "report.json").read_text())["arms"] == ["cispo", "anchor", "stock"]

@@ -24,6 +24,9 @@ on-policy, to the node's summed advantage):
 | study | question |
 |---|---|
 | anchor | is NFT's anchor better than CISPO, each rollout used 4, 8 and 16 times? |
+| on-policy | does CE-U reach the reward of stock at a smaller divergence, with more answers in 16 tries? |
+| sequence | a ratio for each sequence (GSPO) and rollouts used 8 times: is the weight of each token of use? |
+| stale | rollouts up to 4, 16 and 64 steps old of unknown age: is CE-U anywhere above positives only? |
 | weight | on-policy and on rollouts up to 16 steps old of unknown age: is the collision weight faster than the whole |
 |        | weight, is the whole weight at the size of stock's, and is either better than training on positives only? |
 """
@@ -40,20 +43,49 @@ from trl.trainer import grpo_trainer
 from trl.trainer.utils import add_fused_lm_head
 
 import ceu_rl.grpo
-from ceu_rl import cli
+from ceu_rl import callbacks, cli
 from ceu_rl.losses import descent_weight
 from ceu_rl.provenance import write_json
 from ceu_rl.routing import wrap_forward
 from ceu_rl.stability import compare
+from ceu_rl.tasks import evaluate_samples
 
 VARIANTS = ("plain", "cancel", "cancel_net", "drift", "both", "anchor", "collision", "mass", "size")
 CISPO = {"ceu_coef": 0, "loss_type": "cispo", "epsilon_high": 5.0}
 UNKNOWN = {"vllm_importance_sampling_correction": False}
+SEQUENCE = {"importance_sampling_level": "sequence"}
+SAMPLES = 16  # answers to each question, for pass@16
 # Of each study the grid, and the arms: a variant and what differs from the recipe, the baseline first
 STUDIES = {
     "anchor": (
         {"num_iterations": ("4", "8", "16")},
         {"cispo": ("plain", CISPO), "anchor": ("anchor", CISPO), "stock": ("plain", {"ceu_coef": 0})},
+    ),
+    "on-policy": (
+        {"learning_rate": ("3e-5", "1e-4", "3e-4", "1e-3")},
+        {
+            "stock": ("plain", {"ceu_coef": 0}),
+            "ceu-0.3": ("plain", {"ceu_coef": 0.3}),
+            "ceu-0.5": ("plain", {"ceu_coef": 0.5}),
+            "ceu-0.7": ("plain", {"ceu_coef": 0.7}),
+        },
+    ),
+    "sequence": (
+        {"num_iterations": ("8",)},
+        {
+            "stock": ("plain", {"ceu_coef": 0, **SEQUENCE}),
+            "ceu-0.5": ("plain", {"ceu_coef": 0.5, **SEQUENCE}),
+            "ceu-1": ("plain", {"ceu_coef": 1, **SEQUENCE}),
+        },
+    ),
+    "stale": (
+        {"weight_sync_steps": ("4", "16", "64")},
+        {
+            "stock": ("plain", {"ceu_coef": 0, **UNKNOWN}),
+            "ceu-0.5": ("plain", {"ceu_coef": 0.5, **UNKNOWN}),
+            "ceu-1": ("plain", {"ceu_coef": 1, **UNKNOWN}),
+            "drop-descending": ("plain", {"drop_descending": True, **UNKNOWN}),
+        },
     ),
     "weight": (
         {"weight_sync_steps": ("1", "16")},
@@ -143,10 +175,19 @@ class VariantTrainer(ceu_rl.grpo.CEUGRPOTrainer):
         finally:
             self.current = None
 
+    def keep_least(self, log_probs, inputs):
+        """Log the probability of the least likely token of the completions with a negative advantage."""
+        lowered = inputs["completion_mask"].bool() & (inputs["advantages"] < 0).unsqueeze(1)
+        if lowered.any():
+            self._metrics["train"]["descending_least"].append(log_probs[lowered].min().exp().item())
+
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         log_probs, *rest = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         inputs = getattr(self, "current", None)
-        if self.variant == "plain" or inputs is None or not torch.is_grad_enabled():
+        if inputs is None or not torch.is_grad_enabled():
+            return (log_probs, *rest)
+        self.keep_least(log_probs.detach(), inputs)
+        if self.variant == "plain":
             return (log_probs, *rest)
         weight = descent_weight(log_probs, *self.coefficients)
         one = torch.ones_like(weight)
@@ -171,9 +212,14 @@ class VariantTrainer(ceu_rl.grpo.CEUGRPOTrainer):
         return (Weigh.apply(log_probs, descending, either, preserved), *rest)
 
 
+def more_samples(model, tokenizer, task, rows, **settings):
+    return evaluate_samples(model, tokenizer, replace(task, samples=SAMPLES), rows, **settings)
+
+
 def train(variant, words):
-    """One run: `ceu-rl grpo` with the variant, which is recorded in its result."""
+    """One run: `ceu-rl grpo` with the variant, which is recorded in its result, and pass@16 at each evaluation."""
     VariantTrainer.variant = variant
+    callbacks.evaluate_samples = more_samples
     ceu_rl.grpo.CEUGRPOTrainer = VariantTrainer
     if variant == "collision":
         grpo_trainer.add_fused_lm_head = head_with_collisions
