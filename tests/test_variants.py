@@ -171,4 +171,13 @@ def test_a_study_runs_its_arms_and_goes_on(tiny_model, tokenizer, tmp_path):
         assert found["variant"] == variant and found["settings"]["num_iterations"] == 2
         log = [json.loads(line) for line in (folder / arm / "num_iterations=2" / "0" / "metrics.jsonl").open()]
         assert [entry["step"] for entry in log if "eval_pass@16" in entry] == [2]
-    assert json.loads((folder / "report.json").read_text())["arms"] == ["cispo", "anchor", "stock"]
+    report = json.loads((folder / "report.json").read_text())
+    assert report["arms"] == ["cispo", "anchor", "stock"]
+    assert all("descending_least" in run for run in report["runs"])
+
+
+def test_the_least_probability_is_that_of_the_whole_run(script, tmp_path):
+    entries = [{"loss": 1.0}, {"descending_least": 0.2}, {"descending_least": 0.01}, {"descending_least": 0.3}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert script.least(tmp_path / "metrics.jsonl") == 0.01
+    assert script.least(tmp_path / "none.jsonl") is None

@@ -179,6 +179,7 @@ class Page:
                 *found["base"],
                 *(["preference accuracy"] if preferences else []),
                 *(["largest fall of greedy"] if stale else []),
+                *([_most_tries(name)] if _most_tries(name) else []),
                 *(heading for heading, _, _ in columns),
             ]
         lines = []
@@ -190,6 +191,7 @@ class Page:
                 cells += [_spread(group["final"][score]) for score in found["base"]]
                 cells += [_preference(name, group)] if preferences else []
                 cells += [_fall(name, group)] if stale else []
+                cells += [_in_tries(name, group)] if _most_tries(name) else []
                 cells += [_format(group[key], form) for _, key, form in columns]
             lines.append(cells)
         return table(header, lines)
@@ -534,8 +536,22 @@ def _preference(name: str, group: Mapping[str, Any]) -> str:
 
 def _fall(name: str, group: Mapping[str, Any]) -> str:
     """How far the greedy accuracy fell at most from its best so far: mean, least and most over seeds."""
-    falls = [run["measures"]["drawdown"] for run in _runs(name, group)]
-    return _spread({"mean": statistics.fmean(falls), "min": min(falls), "max": max(falls), "seeds": len(falls)})
+    return _spread(_over([run["measures"]["drawdown"] for run in _runs(name, group)]))
+
+
+def _most_tries(name: str) -> str | None:
+    """The pass@k of the most tries that was logged."""
+    keys = [key.removeprefix("eval_") for key in report(name)["runs"][0]["curves"] if key.startswith("eval_pass@")]
+    return max(keys, key=lambda key: int(key.removeprefix("pass@")), default=None)
+
+
+def _in_tries(name: str, group: Mapping[str, Any]) -> str:
+    """That pass@k at the end, over seeds."""
+    return _spread(_over([run["curves"][f"eval_{_most_tries(name)}"][-1] for run in _runs(name, group)]))
+
+
+def _over(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": statistics.fmean(values), "min": min(values), "max": max(values), "seeds": len(values)}
 
 
 def _runs(name: str, group: Mapping[str, Any]) -> list[Mapping[str, Any]]:

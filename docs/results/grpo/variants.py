@@ -247,7 +247,20 @@ def study(name, recipe, words):
     compare.make_jobs = with_variants
     recipes = [str(folder / "recipes" / f"{arm}.yaml") for arm in arms]
     values = [word for field, given in grid.items() if f"--{field}" not in words for word in (f"--{field}", *given)]
-    return cli.main(["compare", *recipes, *values, *words, "--method", "grpo", "--output_dir", str(folder)])
+    status = cli.main(["compare", *recipes, *values, *words, "--method", "grpo", "--output_dir", str(folder)])
+    path = folder / "report.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+        for run in found["runs"]:
+            run["descending_least"] = least(Path(run["command"].split()[-1], "metrics.jsonl"))
+        write_json(path, found)
+    return status
+
+
+def least(path):
+    """The least probability of a token of a completion with a negative advantage, over a run."""
+    entries = map(json.loads, path.open()) if path.exists() else ()
+    return min((entry["descending_least"] for entry in entries if "descending_least" in entry), default=None)
 
 
 if __name__ == "__main__":
