@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -174,6 +175,7 @@ def test_a_study_runs_its_arms_and_goes_on(tiny_model, tokenizer, tmp_path):
     report = json.loads((folder / "report.json").read_text())
     assert report["arms"] == ["cispo", "anchor", "stock"]
     assert all("descending_least" in run for run in report["runs"])
+    assert report["command"] == "python docs/results/grpo/variants.py " + shlex.join(command[2:])
 
 
 def test_the_least_probability_is_that_of_the_whole_run(script, tmp_path):

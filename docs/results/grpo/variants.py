@@ -32,6 +32,7 @@ on-policy, to the node's summed advantage):
 """
 
 import json
+import shlex
 import sys
 from collections import defaultdict
 from dataclasses import replace
@@ -251,6 +252,7 @@ def study(name, recipe, words):
     path = folder / "report.json"
     if path.exists():
         found = json.loads(path.read_text())
+        found["command"] = shlex.join(["python", "docs/results/grpo/variants.py", "study", name, str(recipe), *words])
         for run in found["runs"]:
             run["descending_least"] = least(Path(run["command"].split()[-1], "metrics.jsonl"))
         write_json(path, found)
