@@ -400,7 +400,14 @@ class Page:
     def killed(self) -> str:
         found = json.loads((RESULTS / "faults" / "sigkill.json").read_text())["sigkill"]
         keys = ("tries", "killed", "half_written_skipped", "lost", "processes_left_behind")
-        header = ["method", "tries", "killed before the end", "half-written checkpoints skipped", "lost", "processes left behind"]
+        header = [
+            "method",
+            "tries",
+            "killed before the end",
+            "half-written checkpoints skipped",
+            "lost",
+            "processes left behind",
+        ]
         return table(header, [[method, *(str(counts[key]) for key in keys)] for method, counts in found.items()])
 
     def fused_figure(self) -> str:

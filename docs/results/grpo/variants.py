@@ -25,7 +25,8 @@ on-policy, to the node's summed advantage):
 |---|---|
 | anchor | is NFT's anchor better than CISPO, each rollout used 4, 8 and 16 times? |
 | on-policy | does CE-U reach the reward of stock at a smaller divergence, with more answers in 16 tries? |
-| sequence | a ratio for each sequence (GSPO) and rollouts used 8 times: is the weight of each token of use? |
+| sequence | a ratio for each sequence and rollouts used 8 times: is the weight of each token of use, beside the clip of |
+|        | GSPO (2507.18071, `narrow`) and a ratio for each token? |
 | stale | rollouts up to 4, 16 and 64 steps old of unknown age: is CE-U anywhere above positives only? |
 | weight | on-policy and on rollouts up to 16 steps old of unknown age: is the collision weight faster than the whole |
 |        | weight, is the whole weight at the size of stock's, and is either better than training on positives only? |
@@ -77,6 +78,8 @@ STUDIES = {
             "stock": ("plain", {"ceu_coef": 0, **SEQUENCE}),
             "ceu-0.5": ("plain", {"ceu_coef": 0.5, **SEQUENCE}),
             "ceu-1": ("plain", {"ceu_coef": 1, **SEQUENCE}),
+            "narrow": ("plain", {"ceu_coef": 0, **SEQUENCE, "epsilon": 3e-4, "epsilon_high": 4e-4}),
+            "token": ("plain", {"ceu_coef": 0}),
         },
     ),
     "stale": (
