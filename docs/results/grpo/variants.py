@@ -27,7 +27,7 @@ on-policy, to the node's summed advantage):
 | on-policy | does CE-U reach the reward of stock at a smaller divergence, with more answers in 16 tries? |
 | sequence | a ratio for each sequence, rollouts used 8 times: is the weight of each token of use beside the clip of |
 |        | GSPO (2507.18071, `narrow`) and a ratio for each token? |
-| stale | rollouts up to 4, 16 and 64 steps old of unknown age: is CE-U anywhere above positives only? |
+| stale | weights synced every 4, 16 and 64 steps, the age of rollouts unknown: is CE-U anywhere above positives only? |
 | weight | on-policy and on rollouts up to 16 steps old of unknown age: is the collision weight faster than the whole |
 |        | weight, is the whole weight at the size of stock's, and is either better than training on positives only? |
 """
