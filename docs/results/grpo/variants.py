@@ -257,7 +257,8 @@ def study(name, recipe, words):
         found = json.loads(path.read_text())
         found["command"] = shlex.join(["python", "docs/results/grpo/variants.py", "study", name, str(recipe), *words])
         for run in found["runs"]:
-            run["descending_least"] = least(Path(run["command"].split()[-1], "metrics.jsonl"))
+            arguments = (run["command"] or "").split()  # none where a run was interrupted
+            run["descending_least"] = least(Path(arguments[-1], "metrics.jsonl")) if arguments else None
         write_json(path, found)
     return status
 
