@@ -77,6 +77,12 @@ def test_the_remedy_against_displacement_is_stock_with_its_loss_alone(path):
     assert remedy == stock
 
 
+def test_both_chain_sum_folders_make_the_same_base():
+    """And write it to the same folder, so that it is made once."""
+    bases = [yaml.safe_load((ROOT / f"recipes/{m}/smollm2-chain-sum/base.yaml").read_text()) for m in ("dpo", "grpo")]
+    assert bases[0] == bases[1]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes/grpo/addition-stale").glob("*.yaml")), ids=name)
 def test_the_baselines_of_stale_rollouts_differ_in_a_few_lines(path):
     """Each from the arm with unknown behaviour or from the one whose behaviour is known."""

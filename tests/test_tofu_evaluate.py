@@ -717,16 +717,21 @@ def test_vllm_where_it_cannot_be_is_refused(learned, bpe, folder, tmp_path, monk
         evaluate(learned, bpe, str(folder), "forget01", use_vllm=True, model_path=str(tmp_path))
 
 
-def test_an_engine_that_dies_is_named(learned, bpe, folder, saved, monkeypatch):
+@pytest.mark.parametrize("name", [None, "builtin:smollm2"])
+def test_an_engine_that_dies_is_named(learned, bpe, folder, saved, monkeypatch, name):
+    model = str(saved / "model")
+
     def die(**settings):
+        assert settings["model"] == model  # vLLM knows no built-in name
         raise RuntimeError("no heads of 8")
 
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=die, SamplingParams=dict))
     monkeypatch.setattr("ceu_rl.rollouts.check_vllm", lambda: None)
+    monkeypatch.setattr("ceu_rl.tofu.generate.resolve_model", lambda given: model)
     with pytest.raises(
         ValueError, match=r"vLLM, while .* raised RuntimeError: no heads of 8; .* set use_vllm to false"
     ):
-        evaluate(learned, bpe, str(folder), "forget01", use_vllm=True, model_path=str(saved / "model"))
+        evaluate(learned, bpe, str(folder), "forget01", use_vllm=True, model_path=name or model)
 
 
 @pytest.mark.vllm

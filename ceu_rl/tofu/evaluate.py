@@ -132,7 +132,9 @@ def evaluate(
                 progress.advance(len(batch))
 
             if use_vllm and asked:
-                generate_with_vllm(str(model_path), tokenizer, asked, ends, max_new_tokens, seed, when_generated)
+                generate_with_vllm(
+                    str(model_path), model.dtype, tokenizer, asked, ends, max_new_tokens, seed, when_generated
+                )
             elif asked:
                 generate(model, tokenizer, asked, ends, batch_size, max_new_tokens, when_generated)
     finally:

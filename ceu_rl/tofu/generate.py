@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..models import resolve_model
 from .scoring import Answer
 
 WhenGenerated = Callable[[Sequence[Answer], list[str]], None]
@@ -50,6 +51,7 @@ def generate(
 
 def generate_with_vllm(
     path: str,
+    dtype: torch.dtype,
     tokenizer: Any,
     prompts: Sequence[Answer],
     ends: Sequence[int],
@@ -57,19 +59,22 @@ def generate_with_vllm(
     seed: int,
     when_generated: WhenGenerated,
 ) -> None:
-    """The same through vLLM, in what memory the scored model leaves."""
+    """The same through vLLM, in the precision of the scored model and in what memory it leaves."""
     from vllm import LLM, SamplingParams
 
     from ..errors import NameCause
 
-    settings: dict[str, Any] = {"max_model_len": max(len(p.question_ids) for p in prompts) + max_new_tokens}
+    settings: dict[str, Any] = {
+        "dtype": str(dtype).removeprefix("torch."),  # its default makes float32 bfloat16
+        "max_model_len": max(len(p.question_ids) for p in prompts) + max_new_tokens,
+    }
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
         settings["gpu_memory_utilization"] = 0.9 * free / total
     sampling = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=list(ends))
     with NameCause("vLLM, while generating answers,", "mend that, or set use_vllm to false."):
-        engine: Any = LLM(model=path, seed=seed, disable_log_stats=True, **settings)
+        engine: Any = LLM(model=resolve_model(path), seed=seed, disable_log_stats=True, **settings)
         for start in range(0, len(prompts), VLLM_PROMPTS):
             batch = prompts[start : start + VLLM_PROMPTS]
             outputs = engine.generate([{"prompt_token_ids": p.question_ids} for p in batch], sampling, use_tqdm=False)
@@ -92,7 +97,7 @@ def decide_vllm(use_vllm: bool | None, model_path: str | None) -> bool:
         ValueError: for a path that vLLM cannot load.
         ImportError: if vLLM is not installed.
     """
-    full_model = model_path is not None and Path(model_path, "config.json").is_file()
+    full_model = model_path is not None and Path(resolve_model(model_path), "config.json").is_file()
     if use_vllm is None:
         return full_model and torch.cuda.is_available() and find_spec("vllm") is not None
     if use_vllm:

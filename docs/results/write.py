@@ -186,7 +186,7 @@ class Page:
         for group in found["groups"]:
             cells = [group["arm"], rate(group["learning_rate"]), *(group["setting"][key] for key in varied)]
             if found["tofu"]:
-                cells += [_format(group[key], form) for _, key, form in TOFU_COLUMNS]
+                cells += [_over_seeds(name, group, key, form) for _, key, form in TOFU_COLUMNS]
             else:
                 cells += [_spread(group["final"][score]) for score in found["base"]]
                 cells += [_preference(name, group)] if preferences else []
@@ -248,10 +248,10 @@ class Page:
         words = report(name)["command"].replace("../shared/tofu", "FOLDER")  # where it lay
         return code(words)
 
-    def tofu_models(self) -> str:
+    def tofu_models(self, name: str) -> str:
         header = ["model", "forget quality", "model utility", "forget ROUGE-L", "forget probability"]
         lines = []
-        for model in single_runs("unlearning/models"):
+        for model in single_runs(name):
             summary, training = model["evaluation"]["summary"], model["training"]
             quality = f"{summary['forget_quality']:.1e}" if "forget_quality" in summary else ""
             values = [f"{summary[key]:.3f}" for key in ("model_utility", "forget_rouge_l_recall", "forget_probability")]
@@ -444,13 +444,17 @@ class Page:
         keys = ("eval_greedy_accuracy", "eval_sampled_accuracy", "eval_logps/chosen", "grad_norm")
         return self.figure("demo.svg", curves(demo(), keys), "curves of the three arms of make demo")
 
-    def plane(self, name: str) -> str:
-        looks = figures.styles(report(name)["arms"], report(name)["arms"])
-        tofu = report(name)["tofu"]
-        dead = COLLAPSED * tofu["base"]["model_utility"]
-        points = [{**p, "collapsed": sum(utility < dead for utility, _ in p["seeds"])} for p in tofu["points"]]
-        svg = figures.tofu_plane({**tofu, "points": points}, looks, "plane")
-        return self.figure("plane.svg", sheet([[("", svg)]], looks), "forget quality against model utility")
+    def plane(self, *names: str) -> str:
+        """The plane of each study, beside each other."""
+        drawn = []
+        for name in names:
+            looks = figures.styles(report(name)["arms"], report(name)["arms"])
+            tofu = report(name)["tofu"]
+            dead = COLLAPSED * tofu["base"]["model_utility"]
+            points = [{**p, "collapsed": sum(utility < dead for utility, _ in p["seeds"])} for p in tofu["points"]]
+            svg = figures.tofu_plane({**tofu, "points": points}, looks, name.replace("/", "-"))
+            drawn.append((Path(name).name if len(names) > 1 else "", svg))
+        return self.figure("plane.svg", sheet([drawn], looks), "forget quality against model utility")
 
 
 COLUMNS: tuple[tuple[str, str, str], ...] = (
@@ -544,6 +548,15 @@ def _preference(name: str, group: Mapping[str, Any]) -> str:
 def _fall(name: str, group: Mapping[str, Any]) -> str:
     """How far the greedy accuracy fell at most from its best so far: mean, least and most over seeds."""
     return _spread(_over([run["measures"]["drawdown"] for run in _runs(name, group)]))
+
+
+def _over_seeds(name: str, group: Mapping[str, Any], key: str, form: str) -> str:
+    """The median of a measure over seeds, with its ends for the two that are the result."""
+    values = [run["measures"][key] for run in _runs(name, group) if run["measures"][key] is not None]
+    text = _format(group[key], form)
+    if len(values) < 2 or key not in ("forget_quality", "model_utility"):
+        return text
+    return f"{text} ({min(values):{form}} to {max(values):{form}})"
 
 
 def _most_tries(name: str) -> str | None:
