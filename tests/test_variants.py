@@ -176,6 +176,13 @@ def test_a_study_runs_its_arms_and_goes_on(tiny_model, tokenizer, tmp_path):
     assert report["arms"] == ["cispo", "anchor", "stock"]
     assert all("descending_least" in run for run in report["runs"])
     assert report["command"] == "python docs/results/grpo/variants.py " + shlex.join(command[2:])
+    command[3] = "anchor:stock,anchor"
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "2 runs in" in result.stdout and "2 done earlier and kept, 0 to do" in result.stdout
+    assert json.loads((folder / "report.json").read_text())["arms"] == ["stock", "anchor"]
+    command[3] = "anchor:ceu"
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode and "the study anchor has no arm 'ceu'; use some of cispo, anchor" in result.stderr
 
 
 def test_the_least_probability_is_that_of_the_whole_run(script, tmp_path):

@@ -4,6 +4,7 @@
     python docs/results/grpo/variants.py study STUDY recipes/grpo/addition/ceu.yaml --seed 0 1 2 3 4 [--any_field v ...]
 
 The second is `ceu-rl compare` over the arms of a study, each the recipe with other settings; calling it again goes on.
+STUDY:ARM,ARM is a study with these of its arms alone, the first of which is the baseline.
 
 With A the advantage, r the importance ratio, p the probability of the token, w its descent weight, and a node all
 completions of one prompt that share the tokens up to and including this one (so that their gradients there add up,
@@ -236,7 +237,13 @@ def train(variant, words):
 
 def study(name, recipe, words):
     """`ceu-rl compare` over the arms of a study, whose runs are those of [`train`]."""
+    command = shlex.join(["python", "docs/results/grpo/variants.py", "study", name, str(recipe), *words])
+    name, _, chosen = name.partition(":")
     grid, arms = STUDIES[name]
+    chosen = chosen.split(",") if chosen else list(arms)
+    if unknown := [arm for arm in chosen if arm not in arms]:
+        sys.exit(f"the study {name} has no arm {unknown[0]!r}; use some of {', '.join(arms)}.")
+    arms = {arm: arms[arm] for arm in chosen}
     folder = Path("runs", f"grpo-variants-{name}-{recipe.resolve().parent.name}")
     (folder / "recipes").mkdir(parents=True, exist_ok=True)
     for arm, (_, settings) in arms.items():
@@ -255,7 +262,7 @@ def study(name, recipe, words):
     path = folder / "report.json"
     if path.exists():
         found = json.loads(path.read_text())
-        found["command"] = shlex.join(["python", "docs/results/grpo/variants.py", "study", name, str(recipe), *words])
+        found["command"] = command
         for run in found["runs"]:
             arguments = (run["command"] or "").split()  # none where a run was interrupted
             run["descending_least"] = least(Path(arguments[-1], "metrics.jsonl")) if arguments else None
@@ -271,7 +278,7 @@ def least(path):
 
 if __name__ == "__main__":
     what, *rest = sys.argv[1:] or [""]
-    if what == "study" and rest and rest[0] in STUDIES:
+    if what == "study" and rest and rest[0].partition(":")[0] in STUDIES:
         sys.exit(study(rest[0], Path(rest[1]), rest[2:]))
     if what not in VARIANTS:
         sys.exit(f"unknown variant {what!r}; use one of {', '.join(VARIANTS)}, or study with {' or '.join(STUDIES)}.")
