@@ -24,6 +24,7 @@ from ceu_rl.cli import main
 from ceu_rl.models import build_bpe_tokenizer, build_model
 from ceu_rl.tofu import load_tofu
 from ceu_rl.tofu.evaluate import _parser, evaluate
+from ceu_rl.tofu.generate import longest_generation
 from ceu_rl.tofu.hold import load_quantized
 from ceu_rl.tofu.keep import Kept
 
@@ -288,6 +289,28 @@ def test_one_pass_scores_every_answer_and_keeps_few_logits(learned, bpe, folder,
     answers = ROWS * (2 * (1 + 1 + 5) + 2 * (1 + 3))
     assert [ids[0] for ids, _ in shapes] == [16] * (answers // 16) + [answers % 16]
     assert sum(logits[1] for _, logits in shapes) < 0.8 * sum(ids[1] for ids, _ in shapes)
+
+
+def test_the_time_of_a_long_generation_is_said_before_the_scores(learned, bpe, folder, monkeypatch, capsys):
+    clock = [0.0]
+
+    def slow(model, tokenizer, prompts, ends, batch_size, max_new_tokens, when_generated):
+        clock[0] += 2 + 0.5 * max_new_tokens
+        when_generated(prompts, ["Xyz"] * len(prompts))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ceu_rl.tofu.generate.generate", slow)
+        patch.setattr("ceu_rl.tofu.generate.time.perf_counter", lambda: clock[0])
+        for tokens in (1, 3, 200):
+            found = longest_generation(learned, bpe, [None] * 10, [], 4, tokens)
+            assert found == pytest.approx(3 * (2 + 0.5 * tokens))
+    monkeypatch.setattr("ceu_rl.tofu.evaluate.generate", slow)
+    for seconds in (59, 3725):
+        monkeypatch.setattr("ceu_rl.tofu.evaluate.longest_generation", lambda *given, seconds=seconds: seconds)
+        found = evaluate(learned, bpe, str(folder), "forget01")
+        asked = sum(len(found["items"][config]) for config in CONFIGS)
+        said = f"generation of {asked} answers, after the scores: at most about 1 h 02 min" in capsys.readouterr().err
+        assert said == (seconds > 60)
 
 
 def test_an_adapter_is_scored_as_its_model(learned, bpe, folder, result):

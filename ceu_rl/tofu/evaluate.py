@@ -28,12 +28,12 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from ..models import end_token_ids, resolve_model
-from ..progress import Progress
+from ..progress import Progress, duration
 from ..prompts import PromptArguments, PromptFormat, fingerprint
 from ..provenance import environment, peak_memory_gib, write_json
 from . import metrics, peer
 from .data import REAL_AUTHORS, RETAIN_PERTURBED, WORLD_FACTS, get_split, load_tofu, tofu_configs
-from .generate import decide_vllm, generate, generate_with_vllm
+from .generate import decide_vllm, generate, generate_with_vllm, longest_generation
 from .hold import check_quantizer, load_quantized, relearn
 from .keep import Kept, weights_fingerprint
 from .scoring import Answer, check_context, make_answers, score_answers
@@ -123,8 +123,15 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        _score(model, answers, batch_size, kept)
         asked = [prompt for prompt in prompts if prompt.key not in kept.parts["generations"]]
+        if asked and not use_vllm:
+            seconds = longest_generation(model, tokenizer, asked, ends, batch_size, max_new_tokens)
+            if seconds > 60:
+                print(
+                    f"generation of {len(asked)} answers, after the scores: at most about {duration(seconds)}",
+                    file=sys.stderr,
+                )
+        _score(model, answers, batch_size, kept)
         with Progress("generation", len(prompts), done=len(prompts) - len(asked)) as progress:
 
             def when_generated(batch: Sequence[Answer], texts: list[str]) -> None:

@@ -1,5 +1,7 @@
 """The greedy answer to each question, through transformers or vLLM; both end at every end token of the model."""
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,6 +49,20 @@ def generate(
         )
         answers = tokens[:, width:].tolist()
         when_generated(batch, [_text(tokenizer, prompt, ids, ends) for prompt, ids in zip(batch, answers, strict=True)])
+
+
+def longest_generation(
+    model: Any, tokenizer: Any, prompts: Sequence[Answer], ends: Sequence[int], batch_size: int, max_new_tokens: int
+) -> float:
+    """About how many seconds [`generate`] takes if no answer ends early, from its first batch at two lengths."""
+    few = min(5, max_new_tokens)
+    seconds = []
+    for tokens in (1, few):
+        start = time.perf_counter()
+        generate(model, tokenizer, prompts[:batch_size], ends, batch_size, tokens, lambda batch, texts: None)
+        seconds.append(time.perf_counter() - start)
+    each = max(0.0, seconds[1] - seconds[0]) / max(1, few - 1)
+    return math.ceil(len(prompts) / batch_size) * (seconds[0] + each * (max_new_tokens - 1))
 
 
 def generate_with_vllm(
