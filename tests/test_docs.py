@@ -192,8 +192,8 @@ def test_each_file_of_results_is_used_by_its_page():
 
 def test_the_forget_qualities_follow_from_the_truth_ratios(results):
     writer, _ = results
-    for file in ("unlearning/models", "unlearning/earlier"):
-        runs = {run["name"]: run for run in writer.single_runs(file)}
+    for file in ("models", "models-0", "models-1", "earlier"):
+        runs = {run["name"]: run for run in writer.single_runs(f"unlearning/{file}")}
         retain = runs["retain90"]["forget_truth_ratios"]
         assert len(retain) == 400 and len(runs) > 1
         for run in runs.values():
@@ -205,7 +205,9 @@ def test_the_forget_qualities_follow_from_the_truth_ratios(results):
 @pytest.mark.parametrize("path", sorted((RESULTS / "unlearning").glob("tofu*.json")), ids=name)
 def test_the_tofu_study_stands_on_these_models(results, path):
     writer, _ = results
-    models = {run["name"]: run["evaluation"]["summary"] for run in writer.single_runs("unlearning/models")}
+    base = re.search(r"-base(-\d)", path.stem)
+    file = f"unlearning/models{base[1] if base else ''}"
+    models = {run["name"]: run["evaluation"]["summary"] for run in writer.single_runs(file)}
     tofu = json.loads(path.read_text())["tofu"]
     for place, model in (("base", "full"), ("retain", "retain90")):
         assert tofu[place]["model_utility"] == pytest.approx(models[model]["model_utility"], rel=1e-5)

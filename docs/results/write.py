@@ -268,6 +268,13 @@ class Page:
             lines.append([run["name"], f"{run['peak_memory_gib']:.2f}", f"{pace:.1f}"])
         return table(header, lines)
 
+    def generation(self) -> str:
+        """The seconds that the answers of an evaluation take by each way."""
+        found = report("unlearning/generation")
+        lines = [[way, f"{found['seconds'][way]:.0f}"] for way in ("transformers", "vllm")]
+        lines[1][0] = "vLLM, with its start"
+        return table(["answers by", f"seconds for {found['questions']}"], lines)
+
     def tofu_earlier(self) -> str:
         lines = []
         for run in single_runs("unlearning/earlier"):

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=2 python docs/results/unlearning/generation.py TOFU QUESTIONS OUTPUT.json
 
-Seconds are those of the clock, vLLM's with the start of its engine and without it.
+Seconds are those of the clock, to the first answers and to the last, vLLM's with the start of its engine.
 """
 
 import os
