@@ -268,6 +268,20 @@ class Page:
             lines.append([run["name"], f"{run['peak_memory_gib']:.2f}", f"{pace:.1f}"])
         return table(header, lines)
 
+    def tofu_parts(self, name: str) -> str:
+        """The nine metrics of the model utility, a column for each model."""
+        runs = {run["name"]: run["evaluation"]["summary"] for run in single_runs(name)}
+        parts = [
+            f"{config}_{metric}"
+            for config in ("retain", "real_authors", "world_facts")
+            for metric in ("probability", "rouge_l_recall", "truth_ratio")
+        ]
+        lines = [
+            [part.replace("_", " "), *(f"{summary[part]:.3f}" for summary in runs.values())]
+            for part in (*parts, "model_utility")
+        ]
+        return table(["metric", *runs], lines)
+
     def generation(self) -> str:
         """The seconds that the answers of an evaluation take by each way."""
         found = report("unlearning/generation")
@@ -286,7 +300,7 @@ class Page:
 
     def tofu_aim(self, name: str) -> str:
         """The utility within a tenth of the base's."""
-        return f"{0.9 * report(name)['tofu']['base']['model_utility']:.3f}"
+        return f"{0.9 * report(name)['tofu']['base']['model_utility']:.4f}"
 
     def tofu_best(self, name: str) -> str:
         """Of each arm's rates, the one of the highest forget quality at a utility within a tenth of the base's."""
