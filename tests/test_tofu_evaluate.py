@@ -766,6 +766,7 @@ def test_vllm_is_taken_where_it_is_faster(saved, tmp_path, monkeypatch, installe
 @pytest.mark.parametrize("name", [None, "builtin:smollm2"])
 def test_an_engine_that_dies_is_named(learned, bpe, folder, saved, monkeypatch, name):
     model = str(saved / "model")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
     def die(**settings):
         assert settings["model"] == model  # vLLM knows no built-in name

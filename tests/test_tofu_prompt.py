@@ -21,6 +21,7 @@ from ceu_rl.prompts import PromptArguments, PromptFormat
 from ceu_rl.tofu import load_tofu, to_prompt_completion
 from ceu_rl.tofu.data import tokenize
 from ceu_rl.tofu.evaluate import evaluate
+from ceu_rl.tofu.generate import generate_with_vllm
 from ceu_rl.tofu.scoring import make_answers
 
 from .conftest import TINY
@@ -178,6 +179,18 @@ def test_a_generation_ends_at_every_end_of_the_model(
         for item, row in zip(found["items"][config], load_tofu(str(folder), config), strict=True):
             assert item["generation"] == "Xyz"
             assert item["rouge_l_recall"] == rouge.score(row["answer"], "Xyz")["rougeL"].recall
+
+
+def test_vllm_on_a_cpu_hands_over_what_it_has_every_few_minutes(monkeypatch):
+    """So that the progress is shown, and a kill loses little."""
+    tokenizer = with_template(TEXTS, CHATML, "<|im_end|>")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=Engine([1]), SamplingParams=dict))
+    prompt, sizes = types.SimpleNamespace(question_ids=[1, 2], added_ids=[]), []
+    generate_with_vllm(
+        "model", torch.float32, tokenizer, [prompt] * 130, [2], 4, 0, lambda batch, texts: sizes.append(len(texts))
+    )
+    assert sizes == [64, 64, 2]
 
 
 # What is recorded, compared and refused

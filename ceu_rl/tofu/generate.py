@@ -14,9 +14,9 @@ from ..models import resolve_model
 from .scoring import Answer
 
 WhenGenerated = Callable[[Sequence[Answer], list[str]], None]
-VLLM_PROMPTS = 512  # that are kept together
-# Parameters times tokens on a CPU, two minutes of a core, below which the engine's start takes longer than it saves:
-# docs/results/unlearning.md
+# Prompts that vLLM answers together, and that are kept together: seconds of a GPU, minutes of a CPU
+VLLM_PROMPTS = {"cuda": 512, "cpu": 64}
+# Parameters times tokens from which a CPU takes vLLM: about two minutes of a core, by docs/results/unlearning.md
 VLLM_WORK = 10**12
 VLLM_CACHE = 2 * 2**30  # of memory on a CPU, unless VLLM_CPU_KVCACHE_SPACE says another; its own default is nearly all
 
@@ -95,11 +95,12 @@ def generate_with_vllm(
         settings["gpu_memory_utilization"] = 0.9 * free / total
     else:
         settings["kv_cache_memory_bytes"] = VLLM_CACHE
+    together = VLLM_PROMPTS["cuda" if torch.cuda.is_available() else "cpu"]
     sampling = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=list(ends))
     with NameCause("vLLM, while generating answers,", "mend that, or set use_vllm to false."):
         engine: Any = LLM(model=resolve_model(path), seed=seed, disable_log_stats=True, **settings)
-        for start in range(0, len(prompts), VLLM_PROMPTS):
-            batch = prompts[start : start + VLLM_PROMPTS]
+        for start in range(0, len(prompts), together):
+            batch = prompts[start : start + together]
             outputs = engine.generate([{"prompt_token_ids": p.question_ids} for p in batch], sampling, use_tqdm=False)
             answers = [list(output.outputs[0].token_ids) for output in outputs]
             texts = [_text(tokenizer, prompt, ids, ends) for prompt, ids in zip(batch, answers, strict=True)]
@@ -116,7 +117,8 @@ def _text(tokenizer: Any, prompt: Answer, ids: list[int], ends: Sequence[int]) -
 def decide_vllm(use_vllm: bool | None, model_path: str | None, model: Any, tokens: int) -> bool:
     """Whether vLLM generates: None is yes where it is installed, the path is a full model's, and it is faster.
 
-    That is on a GPU, and on a CPU from two minutes of generation on, by the model's parameters and at most `tokens`.
+    That is on a GPU, and on a CPU from about two minutes of generation on, by the model's parameters and the most
+    `tokens` that it may write.
 
     Raises:
         ValueError: for a path that vLLM cannot load.
