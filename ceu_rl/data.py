@@ -49,7 +49,8 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
     | anything else | a dataset on the Hub |
 
     `datasets` of the recipe, a mixture, goes before it. Where there is no split `dataset_test_split`, a share such as
-    `0.1` takes that part of the train split, the same rows for every seed, and no prompt in both parts.
+    `0.1` takes that part of the train split, the same rows for every seed, and no prompt in both parts; a run that does
+    not evaluate leaves them out all the same.
 
     Returns:
         train and eval, or forget and retain for unlearning; and the task or None.
@@ -86,7 +87,7 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
         dataset = load_task_dataset(name, KIND_OF[method], config)
     else:
         dataset = open_dataset(name, config, streaming=script.dataset_streaming)
-    share = _share(script.dataset_test_split) if evaluates and script.dataset_test_split not in dataset else None
+    share = _share(script.dataset_test_split) if script.dataset_test_split not in dataset else None
     train = _split(dataset, script.dataset_train_split, "dataset_train_split")
     if share is not None:
         if not isinstance(train, Dataset):
@@ -107,7 +108,7 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
                 f"dataset_test_split is {script.dataset_test_split}, which takes all of the {len(train)} rows, because "
                 "rows with the same prompt stay together; choose a smaller share."
             )
-        return {"train": train.select(rest), "eval": train.select(test)}, task
+        return {"train": train.select(rest), **({"eval": train.select(test)} if evaluates else {})}, task
     datasets = {"train": train}
     if evaluates:
         datasets["eval"] = _split(dataset, script.dataset_test_split, "dataset_test_split")

@@ -220,6 +220,9 @@ def test_a_file_is_a_dataset_and_a_share_of_it_the_test_split(tmp_path, suffix):
     assert len(parted["eval"]) == 2 and len(parted["train"]) == 18
     assert sorted(map(str, [*parted["train"], *parted["eval"]])) == sorted(map(str, ROWS))
     assert parted["eval"].to_list() == again["eval"].to_list()
+    blind, _ = load("dpo", script(dataset_name=name, dataset_test_split="0.1"), NO_MIXTURE, evaluates=False)
+    assert set(blind) == {"train"}  # what a later evaluation asks was not trained on
+    assert blind["train"].to_list() == parted["train"].to_list()
 
 
 def test_folders(tmp_path):
@@ -263,6 +266,8 @@ def test_what_cannot_be_loaded_is_named(tmp_path, content, fields, message):
     path = tmp_path / "rows.jsonl"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ValueError, match=message) as refusal:
-        load("dpo", script(**{"dataset_name": str(path), **fields}), NO_MIXTURE, evaluates=True)
-    assert "\n" not in str(refusal.value)
+    asked_only = fields.get("dataset_test_split") == "dev"  # a name is not looked for without evaluation
+    for evaluates in (True,) if asked_only else (True, False):
+        with pytest.raises(ValueError, match=message) as refusal:
+            load("dpo", script(**{"dataset_name": str(path), **fields}), NO_MIXTURE, evaluates=evaluates)
+        assert "\n" not in str(refusal.value)
