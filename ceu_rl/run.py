@@ -346,7 +346,10 @@ def _name_model(
     """What a trainer takes for `model_name_or_path`, and the tokenizer where one is needed before it is made."""
     from trl import get_quantization_config
 
-    if method == "sft" and model_config.model_name_or_path == BUILTIN_MODEL:
+    name, revision = model_config.model_name_or_path, model_config.model_revision
+    if revision not in (None, "main") and (name.startswith("builtin:") or Path(name).is_dir()):
+        raise ValueError(f"model_revision is {revision}, and {name} has no revisions; leave it out.")
+    if method == "sft" and name == BUILTIN_MODEL:
         tokenizer = build_tokenizer()
         if asks:  # one tokenizer for all the models of a dataset
             full = load_tofu(script.dataset_name, "full")
@@ -356,9 +359,9 @@ def _name_model(
         model = build_model(tokenizer, seed=args.seed, **(args.model_init_kwargs or {}))
         args.model_init_kwargs = None
         return {"model": model, "processing_class": tokenizer}, tokenizer
-    name = model_config.model_name_or_path = resolve_model(model_config.model_name_or_path)
+    name = model_config.model_name_or_path = resolve_model(name)
     args.model_init_kwargs = {
-        "revision": model_config.model_revision,
+        "revision": revision,
         "trust_remote_code": args.trust_remote_code,
         "attn_implementation": model_config.attn_implementation,
         "dtype": model_config.dtype,
@@ -367,7 +370,9 @@ def _name_model(
     given = {"model": name, "quantization_config": get_quantization_config(model_config)}
     if not asks:
         return given, None
-    return given, AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    return given, AutoTokenizer.from_pretrained(
+        name, revision=revision or "main", trust_remote_code=args.trust_remote_code
+    )
 
 
 class _RowsOfTemplate:

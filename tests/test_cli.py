@@ -129,6 +129,7 @@ def test_help_and_env(capsys):
         ({"model_name_or_path": None}, [], "model_name_or_path is missing"),
         ({"model_name_or_path": "builtin:llama"}, [], "builtin:llama has random weights; train it with `ceu-rl sft`"),
         ({"model_name_or_path": "/no/such/model"}, [], "/no/such/model"),
+        ({"model_revision": "v2"}, [], "has no revisions; leave it out."),
         ({"dataset_name": None}, [], "dataset_name is missing"),
         ({"dataset_name": "/no/such/data"}, [], "/no/such/data"),
         ({"dataset_name": "builtin:subtraction"}, [], "Unknown built-in task 'builtin:subtraction'"),

@@ -225,6 +225,7 @@ def test_a_value_takes_the_type_of_its_field(task, config, seen):
     "name, config, message",
     [
         ("chain_sums", None, "reasoning_gym has no task 'chain_sums'; the closest name is chain_sum."),
+        ("Chain_Sum", None, "reasoning_gym has no task 'Chain_Sum'; the closest name is chain_sum."),
         ("", None, "reasoning_gym has no task ''"),
         ("chain_sum", "max_term=2", "task chain_sum has no field 'max_term'; the closest name is max_terms."),
         ("chain_sum", "max_terms=two", "sets max_terms='two' of chain_sum; give it the type int, as in 6"),
@@ -235,6 +236,7 @@ def test_a_value_takes_the_type_of_its_field(task, config, seen):
         ("chain_sum", "max_terms", "dataset_config is 'max_terms'; write it as"),
         ("chain_sum", "max_terms=2)+f(", "write it as in"),
         ("chain_sum", "**{}", "write it as in"),
+        ("chain_sum", "max_terms=2, max_terms=3", "write it as in 'min_terms=2, max_terms=2', each field once."),
         ("chain_sum", "max_terms=len('ab')", "write it as in"),
         ("chain_sum", "size=0", "sets size=0; it is the number of train rows, at least 1"),
         ("time_intervals", "min_date=yesterday", "sets min_date='yesterday' of time_intervals; give it the type date"),

@@ -168,8 +168,12 @@ def _settings(task: str, config: str | None) -> dict[str, Any]:
         if not isinstance(call, ast.Call) or call.args or not all(each.arg for each in call.keywords):
             raise ValueError("no list of fields")
         given = {str(each.arg): _value(each.value) for each in call.keywords}
+        if len(given) < len(call.keywords):
+            raise ValueError("a field twice")
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"dataset_config is {config!r}; write it as in 'min_terms=2, max_terms=2'.") from error
+        raise ValueError(
+            f"dataset_config is {config!r}; write it as in 'min_terms=2, max_terms=2', each field once."
+        ) from error
     for name, value in given.items():
         if name not in fields:
             raise ValueError(f"reasoning_gym's task {task} has no field {name!r}{_closest(name, fields)}.")
@@ -212,5 +216,5 @@ def _typed(task: str, field: dataclasses.Field, value: Any) -> Any:
 
 
 def _closest(name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)
     return f"; the closest name is {close[0]}" if close else ""
