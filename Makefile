@@ -31,7 +31,7 @@ demo: install $(BASE)/result.json
 SMOLLM2 := runs/smollm2-chain-sum/base
 
 $(SMOLLM2)/result.json: | install
-	@echo "SmolLM2-135M on sums, on two cores: a base of 60 steps, then stock and CE-U, 8 minutes each on one core."
+	@echo "SmolLM2-135M on sums, on two cores: a base, then stock and CE-U, 15 minutes in all; runs/demo-smollm2/report.html is drawn as they end."
 	$(BIN)/ceu-rl sft --config recipes/dpo/smollm2-chain-sum/base.yaml --output_dir $(SMOLLM2)
 
 demo-smollm2: install $(SMOLLM2)/result.json

@@ -465,6 +465,13 @@ class Page:
         keys = ("eval_greedy_accuracy", "eval_sampled_accuracy", "eval_logps/chosen", "grad_norm")
         return self.figure("demo.svg", curves(demo(), keys), "curves of the three arms of make demo")
 
+    def frontier(self, name: str) -> str:
+        """Reward against divergence from the start, as in the report."""
+        found = report(name)
+        looks, drawn = figures.styles(found["arms"], found["arms"]), found["frontier"][0]
+        svg = sheet([[("", figures.frontier_plot(drawn, looks, name.replace("/", "-")))]], looks)
+        return self.figure(f"{Path(name).name}.svg", svg, f"{drawn['score']} against divergence from the start")
+
     def plane(self, *names: str) -> str:
         """The plane of each study, beside each other."""
         drawn = []
