@@ -10,6 +10,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+from .checkpoints import WholeCheckpoints
 from .checks import StopAtNonFinite, check_language_model, check_numbers
 from .routing import CITATION, DescentConfig, DescentTrainer, check_trl_version
 
@@ -29,7 +30,7 @@ class CEUAsyncGRPOConfig(DescentConfig, AsyncGRPOConfig):
     """
 
 
-class CEUAsyncGRPOTrainer(DescentTrainer, StopAtNonFinite, AsyncGRPOTrainer):
+class CEUAsyncGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, AsyncGRPOTrainer):
     """TRL's experimental `AsyncGRPOTrainer` whose descending tokens get the CE-U weight (arXiv 2503.01224).
 
     It takes the same arguments; its kernel and its own worker need a GPU and a vLLM server. It logs

@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch.nn.functional import scaled_dot_product_attention
 
 from ceu_rl import CEUAsyncGRPOConfig, CEUAsyncGRPOTrainer
+from ceu_rl.checkpoints import saved_checkpoints
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("trl.experimental.async_grpo") is None, reason="this TRL has no AsyncGRPOTrainer"
@@ -202,3 +203,17 @@ def test_a_step_that_is_not_finite_ends_the_run(train):
     run, _ = train
     with pytest.raises(FloatingPointError, match="tokens of rollouts that begin with"):
         run(learning_rate=1e30)
+
+
+def test_a_checkpoint_that_is_written_again_counts_once_it_is_whole_again(train, monkeypatch):
+    run, _ = train
+    trainer, *_ = run(save_strategy="steps", save_steps=4)
+    assert [step for step, _ in saved_checkpoints(trainer.args.output_dir)] == [4]
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "_save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer._save_checkpoint(trainer.model, None)
+    assert saved_checkpoints(trainer.args.output_dir) == []
