@@ -90,6 +90,7 @@ class TaskScore(TrainerCallback):
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         given = (model, self.trainer.processing_class, self.task, self.rows)
         reference = self.reference and self.reference.to(model.device)
-        scores = {"greedy_accuracy": evaluate_accuracy(*given)}
-        scores |= evaluate_samples(*given, seed=args.seed, reference=reference)
+        with self.trainer.accelerator.autocast():  # the reference in the precision of the model
+            scores = {"greedy_accuracy": evaluate_accuracy(*given)}
+            scores |= evaluate_samples(*given, seed=args.seed, reference=reference)
         self.trainer.log({f"eval_{name}": value for name, value in scores.items()})

@@ -91,7 +91,9 @@ class KeptScore(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Every process scores the same answers: sharded models need all of them to take part
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        self.trainer.log({f"eval_{name}": value for name, value in self.score(model).items()})
+        with self.trainer.accelerator.autocast():  # the reference in the precision of the model
+            scores = self.score(model)
+        self.trainer.log({f"eval_{name}": value for name, value in scores.items()})
 
     def score(self, model: Any) -> dict[str, float]:
         """What is logged, for a model whose training mode is restored."""

@@ -10,8 +10,10 @@ import torch
 from scipy.special import softmax
 
 from ceu_rl import CEUDPOConfig, CEUDPOTrainer, keeps
+from ceu_rl.callbacks import TaskScore
 from ceu_rl.cli import main
 from ceu_rl.keeps import KeptArguments, KeptScore, load_kept
+from ceu_rl.tasks.protocol import Task
 from ceu_rl.tofu.data import REAL_AUTHORS, WORLD_FACTS, load_tofu
 
 
@@ -70,6 +72,24 @@ def test_the_scores_are_those_of_each_answer_alone(
             p, q = (each(torch.tensor([full])).logits[0].double().softmax(-1) for each in (trainer.model, start))
         divergences += (p * (p / q).log()).sum(-1)[len(prompt) - 1 : -1].tolist()
     assert found["solutions_kl"] == pytest.approx(sum(divergences) / len(divergences), rel=1e-4)
+
+
+def test_in_bfloat16_a_model_is_at_no_divergence_from_itself(tiny_model, tokenizer, preferences, solutions, tmp_path):
+    """Under autocast a model and its reference are scored in the same precision."""
+    model, logged, start = tiny_model(), {}, str(tmp_path / "start")
+    model.save_pretrained(start)
+    args = CEUDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=True, report_to="none", max_steps=1)
+    given = {"args": args, "train_dataset": preferences, "processing_class": tokenizer}
+    trainer = CEUDPOTrainer(model, ref_model=tiny_model(), **given)
+    kept = KeptScore(trainer, load_kept(KeptArguments(eval_solutions=str(solutions))), start)
+    prompts = [{"prompt": [{"role": "user", "content": "1+1="}]}]
+    task = Task("none", rows=lambda *given: [], score=lambda row, answer: 0.0, max_new_tokens=8)
+    of_task = TaskScore(trainer, task, prompts, start)
+    trainer.model = trainer.accelerator.prepare_model(trainer.model)  # which wraps it for autocast, as training does
+    trainer.log = logged.update
+    for score in (kept, of_task):
+        score.on_evaluate(args, trainer.state, trainer.control)
+    assert logged["eval_solutions_kl"] == logged["eval_kl"] == 0.0
 
 
 def test_a_run_logs_what_its_recipe_names(tiny_model, tokenizer, solutions, tmp_path, capsys):

@@ -304,6 +304,52 @@ def test_without_a_verifier_the_score_is_the_probability_of_chosen_tokens(make, 
     assert max(len(line) for line in terminal.splitlines() if not line.startswith("Report: ")) <= 100
 
 
+def test_of_preferences_all_that_the_model_knew_is_to_be_kept(make, report):
+    """stock keeps its chosen answers at both rates, and at 1e-5 of its solutions exp(-0.11) = 0.896; ceu keeps at least
+    exp(-0.02) of everything."""
+
+    def log(chosen, nll):
+        known = {"eval_world_facts_probability": 0.5, "eval_solutions_kl": 0.0}
+        start = {"eval_logps/chosen": -2.0, "eval_rewards/accuracies": 0.0, "eval_solutions_nll": 1.0, **known}
+        end = {"eval_logps/chosen": chosen, "eval_rewards/accuracies": 0.7, "eval_solutions_nll": nll, **known}
+        return [{"step": 0, **start}, {"step": 60, **end, "eval_solutions_kl": 0.25}]
+
+    ends = {"stock": ((-2.0, 1.0), (-2.0, 1.11)), "ceu": ((-2.0, 1.0), (-2.04, 1.02))}
+    runs = [
+        make(arm, {"learning_rate": each}, log=log(*end), eval_tokens={"chosen": 2.0, "rejected": 2.0})
+        for arm, each_end in ends.items()
+        for each, end in zip(("1e-6", "1e-5"), each_end, strict=True)
+    ]
+    found, page, terminal = report(runs)
+    assert found["base"] == {
+        "worst-kept score": 1.0,
+        "probability per token of held-out chosen responses": pytest.approx(math.exp(-1), rel=1e-5),
+        "held-out preference accuracy": 0.0,
+        "world-facts probability": 0.5,
+        "probability per token of solutions": pytest.approx(math.exp(-1), rel=1e-5),
+    }
+    assert found["verdict"][0] == (
+        "ceu keeps 95 % of the base's worst-kept score up to at least a learning rate of 1e-5 (the largest tried), "
+        "stock up to 1e-6: at least 10 times as far (one seed: no interval)."
+    )
+    worst = {(run["arm"], run["learning_rate"]): run["final"]["worst-kept score"] for run in found["runs"]}
+    assert worst["stock", 1e-5] == pytest.approx(math.exp(-0.11), rel=1e-5)
+    assert worst["ceu", 1e-5] == pytest.approx(math.exp(-0.02), rel=1e-5)
+    assert [group["solutions_kl"] for group in found["groups"]] == [0.25] * 4
+    assert found["runs"][0]["curves"]["eval_solutions_nll"] == [1.0, 1.0]
+    assert "least share of its own base" in page and "NLL of solutions, nats per token" in page
+    assert "worst-kept score" in terminal
+
+
+def test_what_a_model_knew_is_a_score_beside_that_of_a_task(make, report):
+    """Of GRPO the first score stays the reward, and it alone is held against the divergence."""
+    end = {"eval_kl": 0.1, "eval_real_authors_probability": 0.4}
+    runs = [make(arm, log=scored(-1.0, -0.5, key="eval_reward", reward=0.1, **end)) for arm in ("stock", "ceu")]
+    found, _, _ = report(runs)
+    assert list(found["base"]) == ["held-out reward", "real-authors probability"]
+    assert [each["score"] for each in found["frontier"]] == ["held-out reward"]
+
+
 def test_a_reward_that_is_negative_has_no_share_to_keep(make, report):
     runs = [
         make("stock", {"learning_rate": each}, log=scored(-2.0, -1.0, key="eval_reward")) for each in ("1e-6", "1e-5")

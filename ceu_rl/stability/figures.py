@@ -91,6 +91,10 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
             )
             for name in ("chosen", "rejected")
         ),
+        Panel("probability of the right world facts", "eval_world_facts_probability", bounded=True),
+        Panel("probability of the right real authors", "eval_real_authors_probability", bounded=True),
+        Panel("NLL of solutions, nats per token", "eval_solutions_nll"),
+        Panel("KL from the start on solutions, nats per token", "eval_solutions_kl"),
         Panel("gradient norm before clipping", "grad_norm", logarithmic=True),
         Panel("loss", "loss"),
         Panel("loss on the forget set", "forget_loss"),

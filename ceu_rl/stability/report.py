@@ -23,6 +23,7 @@ from .summary import (
     ORIGIN,
     PLANE,
     STEP_MEANS,
+    WorstKept,
     arms,
     by_setting,
     condition,
@@ -53,6 +54,11 @@ COLUMNS: tuple[tuple[str, str, Callable[..., Any] | str], ...] = (
     ("displacement of chosen", "displacement", measures.displacement),
     ("depth of rejected", "depth", measures.depth),
     ("KL", "kl", "Divergence from the model before training on sampled answers at the end, in nats per token."),
+    (
+        "KL on solutions",
+        "solutions_kl",
+        "Divergence from the model before training on the tokens of the solutions at the end, in nats per token.",
+    ),
     ("entropy change", "entropy_change", measures.change),
     (
         "descending below 0.01",
@@ -82,6 +88,7 @@ COLUMNS: tuple[tuple[str, str, Callable[..., Any] | str], ...] = (
     ("memory", "peak_memory_gib_ratio", "Peak memory over the baseline's at the same setting."),
 )
 ABSENT = "—"
+NOT_MISSED = (*PLANE, *STEP_MEANS, "solutions_kl")  # columns of some comparisons, not named where they are absent
 COUNTS = ("grad_norm_spikes", "loss_spikes", "non_finite_steps")
 
 # Row, key: shown as first -> last
@@ -90,6 +97,9 @@ ROWS = (
     ("sampled accuracy", "eval_sampled_accuracy"),
     ("chosen log-prob", "eval_logps/chosen"),
     ("rejected log-prob", "eval_logps/rejected"),
+    ("world-facts probability", "eval_world_facts_probability"),
+    ("real-authors probability", "eval_real_authors_probability"),
+    ("NLL of solutions", "eval_solutions_nll"),
 )
 
 
@@ -223,7 +233,7 @@ def _html(title: str, runs: Sequence[Run], report: Mapping[str, Any]) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["unbroken"] = _unbroken
-    looks, compared = figures.styles(report["arms"], arms(runs)), methods(runs)
+    looks, compared, scores = figures.styles(report["arms"], arms(runs)), methods(runs), find_scores(runs)
     tried = [(name, name, f"Share of prompts of which one in {name[5:]} samples is right.") for name in passes(runs)]
     columns = [
         column for column in [*tried, *COLUMNS] if any(group.get(column[1]) is not None for group in report["groups"])
@@ -246,9 +256,12 @@ def _html(title: str, runs: Sequence[Run], report: Mapping[str, Any]) -> str:
         ],
         curves=_curve_figures(compared, looks),
         columns=columns,
-        table=_table(report, columns, [score.name for score in find_scores(runs) if score.kept]),
-        absent=[column[0] for column in COLUMNS if column not in columns and column[1] not in (*PLANE, *STEP_MEANS)],
-        definitions=[(heading, _definition(text)) for heading, _, text in columns],
+        table=_table(report, columns, [score.name for score in scores if score.kept]),
+        absent=[column[0] for column in COLUMNS if column not in columns and column[1] not in NOT_MISSED],
+        definitions=[
+            *((score.name, _definition(WorstKept)) for score in scores if isinstance(score, WorstKept)),
+            *((heading, _definition(text)) for heading, _, text in columns),
+        ],
         broken=[run for run in runs if run.status != "finished"],
         log_problems=[run.log_problem for run in runs if run.log_problem],
         table_header=[f"final {name}" for name in report["base"]] + [column[0] for column in columns],

@@ -45,6 +45,10 @@ CURVES = (
     "eval_kl",
     "eval_entropy",
     "eval_sampled_entropy",
+    "eval_world_facts_probability",
+    "eval_real_authors_probability",
+    "eval_solutions_nll",
+    "eval_solutions_kl",
 )
 
 
@@ -101,19 +105,61 @@ class Score:
         return None if last is None else self.of(run, last)
 
 
+@dataclass(frozen=True)
+class WorstKept(Score):
+    """The least share of its own base that a run has left of any of the scores that should be kept, 1 before training.
+
+    Args:
+        parts: Those scores, each with the base of each arm.
+    """
+
+    name: str = "worst-kept score"
+    key: str = "worst_kept"
+    parts: Sequence[tuple[Score, Mapping[str, float]]] = ()
+
+    def series(self, run: Run) -> list[tuple[int, float]]:
+        held = [(score, base) for score, bases in self.parts if (base := bases.get(run.arm, 0.0)) > 0]
+        shares = [{step: value / base for step, value in score.series(run)} for score, base in held]
+        steps = sorted(set.intersection(*map(set, shares))) if shares else []
+        return [(step, float(np.min([share[step] for share in shares]))) for step in steps]
+
+
 GREEDY, SAMPLED = (Score(f"{name} accuracy", f"eval_{name}_accuracy") for name in ("greedy", "sampled"))
 PREFERENCE = Score("held-out preference accuracy", "eval_rewards/accuracies", kept=False)
+KNOWN = tuple(
+    Score(f"{name} probability", f"eval_{name.replace('-', '_')}_probability")
+    for name in ("world-facts", "real-authors")
+)
 
 
 def find_scores(runs: Sequence[Run]) -> list[Score]:
-    """The scores that there are: accuracy of a task, else reward, else how probable the chosen responses are."""
+    """The scores that there are: what was trained for, then what the model knew before.
 
-    def logged(key: str) -> bool:
-        return any(run.values(key) or key in ((run.result or {}).get("metrics") or {}) for run in runs)
+    Where both are there and the runs learned preferences, the one of them that is kept least stands in front.
+    """
+    found, known = task_scores(runs), _known_scores(runs)
+    if known and _logged(runs, PREFERENCE.key):
+        parts = [(score, score.bases(runs)) for score in (*found, *known) if score.kept]
+        return [WorstKept(parts=parts), *found, *known]
+    return [*found, *known]
 
-    if found := [score for score in (GREEDY, SAMPLED) if logged(score.key)]:
+
+def _logged(runs: Sequence[Run], key: str) -> bool:
+    return any(run.values(key) or key in ((run.result or {}).get("metrics") or {}) for run in runs)
+
+
+def _known_scores(runs: Sequence[Run]) -> list[Score]:
+    """Of what `eval_facts` and `eval_solutions` name, of solutions the geometric mean of a token's probability."""
+    likelihood = dict.fromkeys((run.folder for run in runs), -1.0)  # that of one token is minus the logged NLL
+    solutions = Score("probability per token of solutions", "eval_solutions_nll", likelihood)
+    return [score for score in (*KNOWN, solutions) if _logged(runs, score.key)]
+
+
+def task_scores(runs: Sequence[Run]) -> list[Score]:
+    """What was trained for: accuracy of a task, else reward, else how probable the chosen responses are."""
+    if found := [score for score in (GREEDY, SAMPLED) if _logged(runs, score.key)]:
         return found
-    if logged("eval_reward"):
+    if _logged(runs, "eval_reward"):
         return [Score("held-out reward", "eval_reward")]
     tokens = response_tokens(runs)
     probability = Score(
@@ -121,7 +167,7 @@ def find_scores(runs: Sequence[Run]) -> list[Score]:
         "eval_logps/chosen",
         {folder: counts["chosen"] for folder, counts in tokens.items()} or {run.folder: 1.0 for run in runs},
     )
-    return [score for score in (probability, PREFERENCE) if logged(score.key)]
+    return [score for score in (probability, PREFERENCE) if _logged(runs, score.key)]
 
 
 def response_tokens(runs: Sequence[Run]) -> dict[Path, dict[str, float]]:
@@ -172,7 +218,7 @@ def summarize(runs: Sequence[Run], command: str) -> dict[str, Any]:
         "base": {score.name: score.base(runs) for score in scores},
         "bases": {score.name: score.bases(runs) for score in scores},
         "tokens": {run.arm: tokens[run.folder] for run in reversed(runs) if run.folder in tokens},
-        "frontier": _frontiers(compared, scores) if is_grpo(compared) else [],
+        "frontier": _frontiers(compared, task_scores(runs)) if is_grpo(compared) else [],
         "ranges": [entry for score in scores for entry in _ranges(compared, score)],
         "differences": [entry for score in scores for entry in _differences(compared, score)],
         "best": [entry for score in scores for entry in _best(groups, score)],
@@ -268,6 +314,7 @@ def measure(run: Run, scores: Sequence[Score], tokens: Mapping[Path, Mapping[str
         "displacement": of(chosen, measures.displacement, counts.get("chosen")),
         "depth": of(rejected, measures.depth, counts.get("rejected")),
         "kl": of(run.values("eval_kl"), lambda values: values[-1]),
+        "solutions_kl": of(run.values("eval_solutions_kl"), lambda values: values[-1]),
         "entropy_change": of(entropy, measures.change),
         **{name: of(run.values(key), lambda values: values[-1]) for name, key in passes([run]).items()},
         **{name: of(_finite(run.values(key)), statistics.fmean) for name, key in STEP_MEANS.items()},

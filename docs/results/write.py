@@ -175,8 +175,10 @@ class Page:
             columns = [column for column in COLUMNS if preferences or column[1] not in ("displacement", "depth")]
             if stale:
                 columns.append(("gradient of rare tokens", "gradient_rare", ".3f"))
+            columns = [column for column in columns if any(group.get(column[1]) is not None for group in found["groups"])]
+            scores = [score for score in found["base"] if score != PREFERENCE.name]
             header += [
-                *found["base"],
+                *scores,
                 *(["preference accuracy"] if preferences else []),
                 *(["largest fall of greedy"] if stale else []),
                 *([_most_tries(name)] if _most_tries(name) else []),
@@ -188,11 +190,11 @@ class Page:
             if found["tofu"]:
                 cells += [_over_seeds(name, group, key, form) for _, key, form in TOFU_COLUMNS]
             else:
-                cells += [_spread(group["final"][score]) for score in found["base"]]
+                cells += [_spread(group["final"][score]) for score in scores]
                 cells += [_preference(name, group)] if preferences else []
                 cells += [_fall(name, group)] if stale else []
                 cells += [_in_tries(name, group)] if _most_tries(name) else []
-                cells += [_format(group[key], form) for _, key, form in columns]
+                cells += [_format(group.get(key), form) for _, key, form in columns]
             lines.append(cells)
         return table(header, lines)
 
@@ -489,6 +491,7 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("chosen", "displacement", ".3f"),
     ("depth of rejected", "depth", ".3f"),
     ("KL", "kl", ".3f"),
+    ("KL on solutions", "solutions_kl", ".3f"),
     ("entropy", "entropy_change", "+.3f"),
     ("gradient spikes", "grad_norm_spikes", "d"),
     ("largest gradient norm", "grad_norm_largest", ".2f"),
