@@ -35,14 +35,15 @@ class ProgressLines(TrainerCallback):
 class MetricsFile(TrainerCallback):
     """Appends every log entry to `metrics.jsonl` at once, so that a run that dies keeps its curves."""
 
+    begun = False
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # A resumed run starts from the log of its checkpoint
-        self._write(args, state, state.log_history, "w")
+        self.begun = False
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._write(args, state, state.log_history[-1:], "a")
-
-    def _write(self, args: Any, state: Any, entries: list[dict[str, Any]], mode: str) -> None:
+        # A resumed run starts from the log of its checkpoint; one that fails before leaves the file as it was
+        entries, mode = (state.log_history[-1:], "a") if self.begun else (state.log_history, "w")
+        self.begun = True
         if state.is_world_process_zero:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             with open(Path(args.output_dir, "metrics.jsonl"), mode) as file:

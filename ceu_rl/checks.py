@@ -56,8 +56,14 @@ def check_numbers(settings: Mapping[str, Any]) -> None:
                 raise ValueError(f"{name} is {number}; use a number above 0.")
             if name in SHARES and isinstance(number, int | float) and not 0 <= number <= 1:
                 raise ValueError(f"{name} is {number}; use a number from 0 to 1.")
-    if settings.get("learning_rate", 0.0) < 0:
-        raise ValueError(f"learning_rate is {settings['learning_rate']}; use a number from 0.")
+    for name in ("learning_rate", "beta"):
+        if isinstance(number := settings.get(name), int | float) and number < 0:
+            raise ValueError(f"{name} is {number}; use a number from 0.")
+    steps, epochs = settings.get("max_steps", -1), settings.get("num_train_epochs", 1)
+    if steps == 0 or steps < -1:
+        raise ValueError(f"max_steps is {steps}; use a number above 0, or -1 for num_train_epochs.")
+    if steps == -1 and epochs <= 0:
+        raise ValueError(f"num_train_epochs is {epochs}; use a number above 0, or give max_steps.")
 
 
 def check_choices(args: Any, choices: Mapping[str, tuple[str, ...]]) -> None:

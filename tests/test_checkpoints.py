@@ -25,6 +25,13 @@ def test_a_half_written_checkpoint_is_skipped(tmp_path, written):
     assert [step for step, _ in saved_checkpoints(tmp_path)] == ([2, 4] if whole else [2])
 
 
+def test_what_has_no_step_in_its_name_is_nobodys_checkpoint(tmp_path):
+    for name in ("checkpoint-2", "checkpoint-best", "checkpoint-²", "checkpoint-"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert saved_checkpoints(tmp_path) == [(2, tmp_path / "checkpoint-2")]
+
+
 @pytest.fixture
 def make_trainer(tiny_model, tokenizer, tmp_path, tmp_path_factory):
     model = tmp_path_factory.mktemp("model")

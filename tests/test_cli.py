@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -140,7 +141,12 @@ def test_help_and_env(capsys):
         ),
         ({}, ["--config", "/no/such/recipe.yaml"], "/no/such/recipe.yaml"),
         ({}, ["--resume_from_checkpoint", "true"], "There is no checkpoint in"),
-        ({}, ["--resume_from_checkpoint", "/no/such/checkpoint-3"], "/no/such/checkpoint-3 is no checkpoint"),
+        ({}, ["--resume_from_checkpoint", "/no/such/checkpoint-3"], "/no/such/checkpoint-3 is no whole checkpoint"),
+        ({"output_dir": " "}, [], "output_dir is ' '; give a folder."),
+        ({"max_steps": 0}, [], "max_steps is 0; use a number above 0, or -1 for num_train_epochs."),
+        ({"max_steps": -5}, [], "max_steps is -5; use a number above 0"),
+        ({"max_steps": -1, "num_train_epochs": 0}, [], "num_train_epochs is 0.0; use a number above 0"),
+        ({"beta": -0.1}, [], "beta is -0.1; use a number from 0."),
     ],
 )
 def test_bad_input_is_one_sentence(recipe, tmp_path, capsys, fields, extra, message):
@@ -171,6 +177,73 @@ def test_nothing_that_was_saved_is_written_over(recipe, tmp_path, capsys):
     assert main(["dpo", "--config", config]) == 2
     assert "holds an earlier run" in capsys.readouterr().err
     assert saved == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
+def test_a_run_that_goes_on_from_elsewhere_writes_over_none(recipe, tmp_path, capsys):
+    config = recipe(save_steps=1)
+    assert main(["dpo", "--config", config]) == main(["dpo", "--config", config, "--output_dir", f"{tmp_path}/b"]) == 0
+    saved = {path: path.read_bytes() for path in (tmp_path / "b").rglob("*") if path.is_file()}
+    argv = ["dpo", "--config", config, "--resume_from_checkpoint", f"{tmp_path}/out/checkpoint-1", "--output_dir"]
+    assert main([*argv, f"{tmp_path}/b"]) == 2
+    assert "b holds an earlier run (checkpoint-1)" in capsys.readouterr().err
+    assert saved == {path: path.read_bytes() for path in (tmp_path / "b").rglob("*") if path.is_file()}
+    assert main([*argv, f"{tmp_path}/c"]) == 0
+
+
+def test_a_lower_learning_rate_counts_from_where_a_run_is_resumed(recipe, tmp_path):
+    """The remedy after a loss that is not finite; a checkpoint brings the rate that it was saved with."""
+    config = recipe(learning_rate=1e-3, weight_decay=0.1, max_steps=4, save_steps=2, lr_scheduler_type="linear")
+    assert main(["dpo", "--config", config]) == 0
+    argv = ["dpo", "--config", config, "--resume_from_checkpoint", f"{tmp_path}/out/checkpoint-2", "--output_dir"]
+    again, lower = tmp_path / "again", tmp_path / "lower"
+    assert main([*argv, str(again)]) == main([*argv, str(lower), "--learning_rate", "1e-6", "--weight_decay", "0"]) == 0
+    whole, same, less = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (tmp_path / "out", again, lower)
+    )
+    rates = [[entry["learning_rate"] for entry in log if "loss" in entry] for log in (whole, same, less)]
+    assert rates[0] == rates[1] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    assert rates[2] == pytest.approx([1e-3, 7.5e-4, 5e-7, 2.5e-7])
+    assert [entry["loss"] for entry in whole if "loss" in entry] == [entry["loss"] for entry in same if "loss" in entry]
+    optimizer = torch.load(lower / "checkpoint-4" / "optimizer.pt")
+    assert [group["initial_lr"] for group in optimizer["param_groups"]] == [1e-6, 1e-6]
+    assert [group["weight_decay"] for group in optimizer["param_groups"]] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("optimizer.pt", "Reading the checkpoint .* raised .*; name an earlier one with resume_from_checkpoint"),
+        ("model.safetensors", "Reading the checkpoint .* raised .*; name an earlier one"),
+        ("rng_state.pth", "Reading the checkpoint .* raised .*; name an earlier one"),
+        ("trainer_state.json", "checkpoint-1 is no whole checkpoint"),
+    ],
+)
+def test_a_checkpoint_that_is_cut_is_named_and_the_log_stays(recipe, tmp_path, capsys, name, message):
+    config = recipe(save_steps=1)
+    assert main(["dpo", "--config", config]) == 0
+    os.truncate(tmp_path / "out" / "checkpoint-1" / name, 10)
+    log = (tmp_path / "out" / "metrics.jsonl").read_bytes()
+    assert main(["dpo", "--config", config, "--resume_from_checkpoint", f"{tmp_path}/out/checkpoint-1"]) == 2
+    assert re.search(message, err := capsys.readouterr().err) and "Traceback" not in err
+    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == log
+
+
+@pytest.mark.parametrize("missing", ["optimizer.pt", "scheduler.pt"])
+def test_a_checkpoint_of_the_model_alone_is_not_gone_on_from(recipe, tmp_path, capsys, missing):
+    config = recipe(save_steps=1)
+    assert main(["dpo", "--config", config]) == 0
+    (tmp_path / "out" / "checkpoint-2" / missing).unlink()
+    assert main(["dpo", "--config", config, "--resume_from_checkpoint", "true"]) == 2
+    assert f"checkpoint-2 has no {missing}, so that it cannot be gone on from" in capsys.readouterr().err
+
+
+def test_a_language_model_is_no_reward_model(tmp_path, base, capsys):
+    fields = {"model_name_or_path": base, "dataset_name": "builtin:addition", "output_dir": str(tmp_path / "out")}
+    for name in (base, "builtin:smollm2"):
+        (tmp_path / "grpo.yaml").write_text(yaml.safe_dump({**fields, "reward_model_name_or_path": name}))
+        assert main(["grpo", "--config", str(tmp_path / "grpo.yaml")]) == 2
+        assert "which gives no score; give a sequence classifier" in capsys.readouterr().err
 
 
 def test_a_killed_run_resumes_to_the_same_weights(recipe, tmp_path):

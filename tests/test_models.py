@@ -6,9 +6,11 @@ import hashlib
 import importlib.metadata
 import multiprocessing
 import os
+import shutil
 import time
 
 import pytest
+import safetensors.torch
 import torch
 from jinja2 import TemplateError
 from peft import LoraConfig, get_peft_model
@@ -306,6 +308,43 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(missing, t
         models.smollm2_folder(tmp_path / "cache")
 
 
+def _replace_by_file(folder):
+    shutil.rmtree(folder)
+    folder.touch()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: os.truncate(folder / "model.safetensors", 600),
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        _replace_by_file,
+    ],
+)
+def test_a_damaged_folder_is_named_and_made_again_once_it_is_gone(damage, tmp_path, monkeypatch):
+    def convert(file, folder):
+        for name in ("config.json", "tokenizer.json"):
+            (folder / name).touch()
+        safetensors.torch.save_file({"weight": torch.zeros(999)}, folder / "model.safetensors")
+
+    monkeypatch.syspath_prepend(fake_package(tmp_path / "site"))
+    monkeypatch.setattr("transformers.utils.is_gguf_available", lambda: True)
+    monkeypatch.setattr(models, "_convert", convert)
+    folder = models.smollm2_folder(tmp_path)
+    assert models.smollm2_folder(tmp_path) == folder
+    damage(folder)
+    with pytest.raises(ValueError, match=f"{folder}, where builtin:smollm2 is kept, is damaged .* delete it"):
+        models.smollm2_folder(tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(fake_package(tmp_path / "site"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot be kept in .*file/cache .Not a directory.; .* set HF_HOME"):
+        models.smollm2_folder(tmp_path / "file" / "cache")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -328,6 +367,8 @@ def _cached(cache, dies, made):
 
     def convert(file, folder):
         (folder / "config.json").write_text("half")
+        (folder / "tokenizer.json").touch()
+        safetensors.torch.save_file({}, folder / "model.safetensors")
         with open(made, "a") as count:
             count.write("x")
         if dies:

@@ -39,7 +39,10 @@ def test_many_threads_read_at_once(recipe, switching):
 @pytest.mark.parametrize(
     ("text", "settings"),
     [
-        ("learning_rate: 1e-4", {"learning_rate": 1e-4}),  # which YAML reads as text
+        ("learning_rate: 1e-4", {"learning_rate": 1e-4}),  # which YAML 1.1 reads as text
+        ("max_steps: 0100", {"max_steps": 100}),  # which it reads as 64
+        ("max_steps: 1_000\nlearning_rate: +.5E-3", {"max_steps": 1000, "learning_rate": 5e-4}),
+        ("run_name: 2026-02-30", {"run_name": "2026-02-30"}),
         ("learning_rate: 1", {"learning_rate": 1.0}),
         ("learning-rate: 1.0e-4\nmax-steps: 3", {"learning_rate": 1e-4, "max_steps": 3}),
         ("bf16: 0\nuse_cpu: yes", {"bf16": False, "use_cpu": True}),
@@ -68,7 +71,14 @@ def test_fields_are_typed(recipe, text, settings):
     ("text", "message"),
     [
         ("max_steps: 2.5", "max_steps is 2.5; use a whole number"),
-        ("max_steps: 1e3", "max_steps is '1e3'; use a whole number"),
+        ("max_steps: 1e3", "max_steps is 1000.0; use a whole number"),
+        ("learning_rate: 1:30", "learning_rate is '1:30'; use a number"),
+        ("seed: 0b_", "seed is '0b_'; use a whole number"),
+        ("? [a, b]\n: c", "is no valid recipe .line 1"),
+        ("model_init_kwargs: {? [1, 2] : 3}", "is no valid recipe .line 1"),
+        ("seed: " + "[" * 3000, "is nested too deeply"),
+        ("env: {1: 2}", r"env is \{1: 2\}; give NAME: value lines"),
+        ("env: {'A=B': x}", "env is .*; give NAME: value lines"),
         ("max_steps: null", "max_steps is None; use a whole number"),
         ("seed: true", "seed is True; use a whole number"),
         ("learning_rate: [1e-5]", "learning_rate is .*; use a number"),
@@ -95,7 +105,6 @@ def test_fields_are_typed(recipe, text, settings):
         ("run_name: é".encode("latin-1"), "is not UTF-8"),
         ("env: [1]", r"env is \[1\]; give NAME: value lines"),
         ("seed: !!python/object:os.system x", "is no valid recipe"),
-        ("eval_strategy: 2020-01-01", "eval_strategy is .*; use text"),
     ],
 )
 def test_what_is_wrong_is_named_with_file_and_field(recipe, text, message):

@@ -141,6 +141,8 @@ def test_the_method_is_that_of_the_folder(tmp_path):
         (["{stock}", "--seed", "0", "1.5"], "--seed 1.5: "),
         (["{stock}", "--learning_rate", "1e-5", "fast"], "--learning_rate fast: "),
         (["{stock}", "--learning_rate", "1e-4", "0.0001"], "--learning_rate has a value twice (1e-4 0.0001)"),
+        (["{stock}", "--learning_rate", "1e-5", "nan"], "learning_rate is nan; use a finite number."),
+        (["{stock}", "--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0; use a number above 0"),
         (["{stock}", "--bf16", "maybe"], "--bf16 maybe: "),
         (["{stock}", "--resume-from-checkpoint", "true"], "--resume_from_checkpoint is given"),
         (["{stock}", "--launcher", "pbs"], "--launcher: invalid choice: 'pbs'"),

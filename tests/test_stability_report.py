@@ -381,6 +381,21 @@ def test_no_runs_at_all(report):
     assert report([])[0]["verdict"] == ["There are no runs to compare."]
 
 
+def test_a_backslash_is_a_backslash(make, report):
+    settings = [{"learning_rate": "1e-5", "template": text} for text in (r"\d {question}", r"\g<1> x")]
+    runs = [make(arm, setting, log=scored(1.0, 0.9)) for arm in ("stock", r"st\d") for setting in settings]
+    found, page, _ = report(runs)
+    assert found["arms"] == ["stock", r"st\d"] and r"\d {question}" in page and r"\g&lt;1&gt; x" in page
+
+
+def test_a_recorded_length_that_is_a_word_is_no_limit(make, report):
+    log = scored(-2.0, -2.1, key="eval_logps/chosen")
+    found, _, _ = report(
+        [make("stock", log=log, eval_tokens={"chosen": 2, "rejected": 2}, settings={"max_length": "None"})]
+    )
+    assert found["tokens"] == {"stock": {"chosen": 2, "rejected": 2}}
+
+
 def test_names_are_escaped_and_nothing_is_loaded(make, report):
     runs = [make(arm, log=scored(1.0, 0.5, loss=0.1)) for arm in ("stock", 'a<b>&"c$x_1$[red]')]
     _, page, terminal = report(runs)

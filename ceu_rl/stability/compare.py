@@ -15,6 +15,7 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import shlex
 import signal
 import sys
@@ -30,13 +31,14 @@ from urllib.parse import quote, unquote
 import yaml
 from rich.console import Console
 
+from ..checks import check_numbers
 from ..models import check_model_name
 from ..settings import NO_SETTINGS, read_recipe, read_settings
 from ..tofu.data import SPLITS, is_tofu
 from .jobs import MODULE, Job, is_done
 from .launchers import LAUNCHERS, make_launcher, run_jobs
 from .report import write_report
-from .runs import FAILURE, LOG, RESULT, TOFU_RESULT, Run, read_outcome
+from .runs import FAILURE, LOG, RESULT, TOFU_RESULT, Run, read_outcome, to_float
 
 METHODS = {"dpo": "dpo", "grpo": "grpo", "tofu": "unlearn"}  # by the folder that a recipe is in
 RESERVED = ("config", *NO_SETTINGS)
@@ -67,6 +69,10 @@ def _compare(argv: Sequence[str], console: Console, command: str) -> int:
     def report(to: Console) -> int:
         return _report(folder, [job.found for job in jobs], to, command)
 
+    def draw() -> None:  # a report that cannot be drawn ends no run; the last one says why
+        with contextlib.suppress(Exception):
+            report(Console(quiet=True))
+
     if args.report_only:
         return report(console)
     # Seed by seed, so that a grid that is cut short has every arm
@@ -87,7 +93,7 @@ def _compare(argv: Sequence[str], console: Console, command: str) -> int:
         launcher = make_launcher(args.launcher, folder, args.jobs, options)
         at_once = args.jobs or (1 if args.launcher == "local" else None)
         try:  # the report is there to look at before the last run is
-            run_jobs(pending, launcher, at_once, console, lambda: report(Console(quiet=True)))
+            run_jobs(pending, launcher, at_once, console, draw)
         except KeyboardInterrupt as error:
             interrupted = error
         finally:
@@ -146,6 +152,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Path], dict[str
         SystemExit: after `--help`.
     """
     args, rest = _parser().parse_known_args([_underscored(word) for word in argv])
+    args.output_dir = args.output_dir and args.output_dir.expanduser()  # as a run does
     count = next((place for place, word in enumerate(rest) if word.startswith("--")), len(rest))
     recipes, fields = [Path(word) for word in rest[:count]], parse_fields(rest[count:])
     if args.jobs is not None and args.jobs < 1:
@@ -298,6 +305,7 @@ def _jobs_of(
         overrides = dict(zip(grid, values, strict=True))
         changed = {name: typed[name][value] for name, value in overrides.items()}
         settings = {**content, **changed, "disable_tqdm": True}
+        check_numbers(settings)
         setting = {n: value for n, value in overrides.items() if len(grid[n]) > 1 or n == "learning_rate"}
         words = [word for name, value in overrides.items() for word in (f"--{name}", value)]
         seeds = typed["seed"].values() if "seed" in typed else [settings.get("seed", DEFAULT_SEED)]
@@ -415,10 +423,9 @@ def find_runs(folder: Path) -> list[Run]:
     }
     runs = []
     for path, setting in settings.items():
-        try:
-            float(setting.get("learning_rate", 0))
-        except ValueError:
-            raise ValueError(f"{path.parent} names no number as its learning rate; move it away.") from None
+        number = to_float(setting.get("learning_rate", 0))
+        if number is None or not math.isfinite(number):
+            raise ValueError(f"{path.parent} names no number as its learning rate; move it away.")
         shown = {name: value for name, value in setting.items() if name in several}
         runs.append(Run(path.parent.parent.name, shown, int(path.name), path))
     order = _arms_of_report(folder)

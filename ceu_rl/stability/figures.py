@@ -451,8 +451,9 @@ def _svg(draw: Callable[[Axes], None], size: tuple[float, float], name: str, alt
     body = svg[svg.index("<svg") :]
     width, height = (72 * side for side in size)
     tag = f'<svg role="img" aria-label="{_escape(alt)}" viewBox="0 0 {width:g} {height:g}" '
-    body = re.sub(r"<svg[^>]*>", tag + 'xmlns:xlink="http://www.w3.org/1999/xlink">', body, count=1)
-    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", body)
+    opened = tag + 'xmlns:xlink="http://www.w3.org/1999/xlink">'  # in which a backslash is a backslash
+    body = re.sub(r"<svg[^>]*>", lambda _: opened, body, count=1)
+    return re.sub(r'(\bid="|href="#|url\(#)', lambda start: f"{start[1]}{name}-", body)
 
 
 def _escape(text: str) -> str:

@@ -21,11 +21,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..checkpoints import saved_checkpoints
+from ..checkpoints import missing_states, saved_checkpoints
 from ..provenance import environment, write_json
-from ..settings import read_settings
+from ..settings import dump_recipe, read_settings
 from .runs import FAILURE, LOG, RECIPE, RESULT, TOFU_RESULT, Run
 
 OUTPUT = "log.txt"  # what the processes of a run print
@@ -110,7 +108,7 @@ def same_settings(job: Job, recorded: Mapping[str, Any]) -> bool:
     words = [str(word) for word in given] if isinstance(given, list) else []
     fields = {name: value for name, value in recorded.items() if name != "overrides"}
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(fields, file)
+        file.write(dump_recipe(fields))
         file.flush()
         try:
             typed = read_settings(job.method, ["--config", file.name, *words])
@@ -188,13 +186,14 @@ def _prepare_folder(job: Job) -> list[str]:
     """How to go on with what an interrupted run left; what cannot be gone on with is moved aside, never deleted."""
     folder, stored = job.folder, _stored_settings(job)
     same = stored is None or same_settings(job, stored)
-    resume = ["--resume_from_checkpoint", "true"] if same and saved_checkpoints(folder) else []
+    last = [path for _, path in saved_checkpoints(folder)][-1:]
+    resume = ["--resume_from_checkpoint", "true"] if same and last and not missing_states(last[0]) else []
     if _traces(folder) and not resume:
         number = next(i for i in itertools.count(1) if not folder.with_name(f"{folder.name}-interrupted-{i}").exists())
         folder.rename(folder.with_name(f"{folder.name}-interrupted-{number}"))
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{RECIPE}.part"
-    part.write_text(yaml.safe_dump(dict(job.settings), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    part.write_text(dump_recipe(job.settings), encoding="utf-8")
     part.replace(folder / RECIPE)
     return resume
 

@@ -160,7 +160,7 @@ class Run:
         """Its override, else that of its settings, else its trainer's default; the largest logged if none is known."""
         for given in (self.setting.get("learning_rate"), setting_of(self.settings, "learning_rate")):
             if given is not None:
-                return _float(given)
+                return to_float(given)
         if self.settings and (default := _default_rate(self.method)) is not None:
             return default
         return max((value for value in self.values("learning_rate") if math.isfinite(value)), default=None)
@@ -219,10 +219,11 @@ def _default_rate(method: str | None) -> float | None:
         return None
     from ..settings import classes_of
 
-    return _float(classes_of(method)[1].__dataclass_fields__["learning_rate"].default)
+    return to_float(classes_of(method)[1].__dataclass_fields__["learning_rate"].default)
 
 
-def _float(value: Any) -> float | None:
+def to_float(value: Any) -> float | None:
+    """A number, also one that is written as text, or None."""
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):
@@ -238,7 +239,7 @@ def _entry(line: str) -> dict[str, Any] | str:
     if not isinstance(entry, dict):
         return f"it is {_short(entry)}, no entry"
     step = as_number(entry.get("step"))
-    if step is None or not math.isfinite(step) or step != int(step):
+    if step is None or not abs(step) < 2**53 or step != int(step):
         return f"its step is {_short(entry.get('step'))}"
     wrong = [key for key in entry if _is_read(key) and entry[key] is not None and as_number(entry[key]) is None]
     if wrong:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import measures
-from .runs import STATUSES, Run, as_number, has_setting, setting_of
+from .runs import STATUSES, Run, as_number, has_setting, setting_of, to_float
 
 FORGET_QUALITY = 0.05  # p-value above which an unlearned model cannot be told from the retain model
 KEEP_UTILITY = 0.9  # share of the base's model utility
@@ -188,7 +188,7 @@ def _counts(run: Run) -> dict[str, float] | None:
     recorded = (run.result or {}).get("eval_tokens") or {}
     counts = {name: as_number(recorded.get(name)) for name in ("chosen", "rejected")}
     limit = setting_of(run.settings, "max_length") if has_setting(run.settings, "max_length") else DEFAULT_MAX_LENGTH
-    most = math.inf if limit is None else float(limit)
+    most = math.inf if (known := to_float(limit)) is None else known
     whole = {name: count for name, count in counts.items() if count and 0 < count <= most}
     return whole if len(whole) == len(counts) else None
 
