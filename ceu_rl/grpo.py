@@ -20,7 +20,7 @@ from .logged import (
     COLUMNS,
     PREFIX,
     LoggedRollouts,
-    check_lengths,
+    check_tokens,
     has_log_probs,
     is_logged,
     logged,
@@ -33,6 +33,7 @@ CHOICES = {
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
     "importance_sampling_level": ("token", "sequence"),
     "scale_rewards": ("group", "batch", "none"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
 }
 
@@ -127,6 +128,12 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, GRPOTrai
             _check_offline(given)
             rewards = given.get("reward_funcs") or []
             given["reward_funcs"] = [logged, *(rewards if isinstance(rewards, list) else [rewards])]
+            weights = config.reward_weights
+            if weights is not None and len(weights) != len(given["reward_funcs"]):
+                raise ValueError(
+                    f"reward_weights is {weights}; give {len(given['reward_funcs'])} numbers, the first for the logged "
+                    "rewards and one for each of reward_funcs."
+                )
             if isinstance(given.get("reward_processing_classes"), list):
                 given["reward_processing_classes"] = [None, *given["reward_processing_classes"]]
             given["rollout_func"] = LoggedRollouts()
@@ -145,8 +152,10 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, GRPOTrai
         self._ages: list[int] = []
         check_language_model(self.model)
         self.attach_route(observe=True)
-        if self._offline and has_log_probs(self.train_dataset):
-            check_lengths(self.train_dataset, self)
+        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for name, dataset in {"train": self.train_dataset, **held_out}.items():
+            if is_logged(dataset):
+                check_tokens(dataset, name, self)
 
     @property
     def _is_training(self) -> bool:

@@ -9,14 +9,17 @@ TRL's trainer asks a `rollout_func` for completions, and this one answers from t
 importance ratios are those to what wrote the completions; where they are not, every ratio is 1.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
 
+from .checks import note
+
 COLUMNS = ("completions", "rewards", "log_probs")
 PREFIX = "logged_"  # TRL hands reward functions an argument `completions` of its own
+LARGEST = 1e18  # of rewards, whose squares are summed in float32
+LEAST = -100.0  # of log-probabilities: what is less likely than exp(-100) is never written
 
 
 def take_logged(dataset: Any, name: str, generations: int) -> Any:
@@ -37,12 +40,20 @@ def take_logged(dataset: Any, name: str, generations: int) -> Any:
         raise ValueError(f"The {name} dataset is a stream with logged completions; load it without streaming.")
     if "rewards" not in columns:
         raise ValueError(f"The {name} dataset has 'completions' and no column 'rewards'; add one reward for each.")
+    if taken := [column for column in columns if column.startswith(PREFIX) and column.removeprefix(PREFIX) in COLUMNS]:
+        raise ValueError(f"The {name} dataset has a column {taken[0]!r}, a name that the trainer uses; rename it.")
     kept = [column for column in COLUMNS if column in columns]
-    known = None
+    known, told_apart = None, False
     for index, row in enumerate(dataset.select_columns(kept)):
         known = row.get("log_probs") is not None if known is None else known
         if problem := _problem(row, generations, known):
             raise ValueError(f"Row {index} of the {name} dataset has {problem}.")
+        told_apart = told_apart or len({reward for reward in row["rewards"] if reward is not None}) > 1
+    if name == "train" and len(dataset) and not told_apart:
+        raise ValueError(
+            "The train dataset has no row whose completions have different 'rewards', so that every advantage is 0 and "
+            "nothing is learned; judge the completions of a prompt apart."
+        )
     return dataset.rename_columns({column: PREFIX + column for column in kept})
 
 
@@ -81,14 +92,15 @@ def _problem(row: Mapping[str, Any], generations: int, known: bool) -> str | Non
             count = len(values) if isinstance(values, list) else repr(values)
             return f"{count} {column!r} for {generations} completions; give one for each"
     for place, reward in enumerate(row["rewards"]):
-        if reward is not None and not (isinstance(reward, int | float) and math.isfinite(reward)):
-            return f"the reward {reward!r} for completion {place} ('rewards'); give a finite number, or None"
+        if reward is not None and not (isinstance(reward, int | float) and abs(reward) < LARGEST):
+            return f"the reward {reward!r} for completion {place} ('rewards'); give a number of usual size, or None"
     for place, values in enumerate(log_probs or []):
         if not isinstance(values, list):
             return f"{values!r:.80} for completion {place} in 'log_probs'; give one log-probability for each token"
-        wrong = [value for value in values if not (isinstance(value, int | float) and -math.inf < value <= 1e-3)]
-        if wrong:
-            return f"the log-probability {wrong[0]!r} in completion {place} ('log_probs'); give finite ones up to 0"
+        if wrong := [value for value in values if not (type(value) in (int, float) and LEAST <= value <= 1e-3)]:
+            return (
+                f"the log-probability {wrong[0]!r} in completion {place} ('log_probs'); give some from {LEAST:g} to 0"
+            )
     return None
 
 
@@ -98,8 +110,9 @@ def _is_completion(value: Any) -> bool:
     if not isinstance(value, list) or not value:
         return False
     if isinstance(value[0], Mapping):
-        return len(value) == 1 and value[0].get("role") == "assistant"
-    return all(isinstance(token, int) for token in value)
+        message = value[0]
+        return len(value) == 1 and message.get("role") == "assistant" and isinstance(message.get("content"), str | list)
+    return all(type(token) is int and token >= 0 for token in value)
 
 
 class LoggedRollouts:
@@ -123,20 +136,41 @@ class LoggedRollouts:
         return {"prompt_ids": prompt_ids, **found, "logprobs": found["logprobs"] or None}
 
 
-def check_lengths(dataset: Dataset, trainer: Any) -> None:
-    """Raise a ValueError for the first row whose log-probabilities are not as many as the tokens of a completion."""
+def check_tokens(dataset: Dataset, name: str, trainer: Any) -> None:
+    """Look at the tokens of logged completions, and say how many are longer than what is learned.
+
+    Raises:
+        ValueError: for the first row with a token outside the vocabulary, or log-probabilities that are not as many as
+            the tokens of a completion; that of an end which no token id stands for may be missing.
+    """
+    vocabulary, longest, cut = trainer.model.get_input_embeddings().num_embeddings, trainer.max_completion_length, 0
+    known = has_log_probs(dataset)
     for index, row in enumerate(dataset):
         (ids,), _, _ = trainer._tokenize_prompts([row["prompt"]])
         for which, completion in enumerate(row[PREFIX + "completions"]):
-            tokens, count = (
-                completion_ids(trainer, row["prompt"], ids, completion),
-                len(row[PREFIX + "log_probs"][which]),
-            )
-            if count == 0 or count not in (len(tokens), len(tokens) - 1):
+            tokens = completion_ids(trainer, row["prompt"], ids, completion)
+            cut += len(tokens) > longest
+            if max(tokens, default=0) >= vocabulary:
                 raise ValueError(
-                    f"Row {index} of the train dataset has {count} 'log_probs' for completion {which}, which has "
-                    f"{len(tokens)} tokens with its end; give one for each token, or the completion as token ids."
+                    f"Row {index} of the {name} dataset has the token id {max(tokens)} in completion {which}, and the "
+                    f"model has {vocabulary} tokens; use the tokenizer of the model."
                 )
+            if not known:
+                continue
+            count, given = len(row[PREFIX + "log_probs"][which]), isinstance(completion, list) and tokens == completion
+            without_end = not given and bool(tokens) and tokens[-1] in trainer.eos_token_ids
+            if count == 0 or count not in (len(tokens), len(tokens) - without_end):
+                end = " with its end" if without_end else ""
+                raise ValueError(
+                    f"Row {index} of the {name} dataset has {count} 'log_probs' for completion {which}, which has "
+                    f"{len(tokens)} tokens{end}; give one for each token, or the completion as token ids."
+                )
+    if cut:
+        count = len(dataset) * len(dataset[0][PREFIX + "completions"])
+        note(
+            f"{cut} of the {count} completions of the {name} dataset are cut at {longest} tokens "
+            "(max_completion_length); their rewards were given to the whole."
+        )
 
 
 def logged(prompts: list[Any], logged_reward: list[float | None] | None = None, **kwargs: Any) -> list[float | None]:

@@ -115,8 +115,10 @@ def check_descent_coefficients(ceu_coef: float, ceu_scale: float, ceu_max_weight
     """Raise a ValueError that names the first coefficient of `descent_weight` outside its range (NaN included)."""
     if not (isinstance(ceu_coef, int | float) and 0 <= ceu_coef <= 1):
         raise ValueError(f"ceu_coef is {ceu_coef}; use a number from 0 (stock gradient ascent) to 1 (CE-U alone).")
-    if not (isinstance(ceu_scale, int | float) and 0 < ceu_scale < float("inf")):
-        raise ValueError(f"ceu_scale is {ceu_scale}; use a finite number above 0 (1 is CE-U's own scale).")
+    if not (isinstance(ceu_scale, int | float) and 0 < ceu_scale <= 1e30):  # what float32 holds
+        raise ValueError(
+            f"ceu_scale is {ceu_scale}; use a finite number above 0 and up to 1e30 (1 is CE-U's own scale)."
+        )
     if not (isinstance(ceu_max_weight, int | float) and ceu_max_weight > 0):
         raise ValueError(f"ceu_max_weight is {ceu_max_weight}; use a number above 0 (1 is bounded, inf is no cap).")
 

@@ -171,6 +171,7 @@ def changed(**fields):
 
 
 ONE = [[-0.5]] * 4
+IDS = [[8], [8, 9], [9], [10]]
 PROBLEMS = [
     (changed(completions=["1", "2", "3"]), "Row 2 of the train dataset has 3 'completions', and num_generations is 4"),
     (changed(completions=None), "Row 2 of the train dataset has None as 'completions'; give a list of 4"),
@@ -185,6 +186,23 @@ PROBLEMS = [
     ([{**row, "log_probs": [[float("nan")]] * 4} for row in TEXTS], r"Row 0 .* log-probability nan in completion 0"),
     ([{**row, "log_probs": [[0.5]] * 4} for row in TEXTS], r"Row 0 .* log-probability 0\.5 in completion 0"),
     ([{**row, "log_probs": ONE[:2]} for row in TEXTS], "Row 0 .* 2 'log_probs' for 4 completions"),
+    (changed(rewards=[1e39, 0.0, 0.0, 0.0]), r"Row 2 .* the reward 1e\+39 for completion 0 \('rewards'\)"),
+    ([{**row, "rewards": [1.0] * 4} for row in TEXTS], "no row whose completions have different 'rewards'"),
+    ([{**row, "rewards": [None, 1.0, None, 1.0]} for row in TEXTS], "no row whose completions have different"),
+    ([{**row, "logged_rewards": [9.0] * 4} for row in TEXTS], "has a column 'logged_rewards', a name that the trainer"),
+    ([{**row, "log_probs": [[-1e30]] * 4} for row in TEXTS], r"Row 0 .* log-probability -1e\+30 in completion 0"),
+    ([{**row, "log_probs": [[False]] * 4} for row in TEXTS], r"Row 0 .* log-probability False in completion 0"),
+    (
+        [{**row, "completions": IDS, "log_probs": ONE} for row in TEXTS],
+        "Row 0 .* 1 'log_probs' for completion 1, which",
+    ),
+    ([{**row, "completions": [[1], [2], [3], [103]]} for row in TEXTS], "Row 0 .* the token id 103 in completion 3"),
+    ([{**row, "completions": [[1], [2], [3], [-1]]} for row in TEXTS], r"Row 0 .* \[-1\] as completion 3"),
+    ([{**row, "completions": [[True]] * 4} for row in TEXTS], r"Row 0 .* \[True\] as completion 0"),
+    (
+        [{**row, "completions": [[{"role": "assistant", "content": None}]] * 4} for row in CHATS],
+        "Row 0 .* as completion 0 .'completions'.; give a text, one assistant message",
+    ),
     ([{**row, "log_probs": [[-1.0] * 7] * 4} for row in TEXTS], "Row 0 .* 7 'log_probs' for completion 0, which has 2"),
 ]
 
@@ -195,6 +213,17 @@ def test_rows_that_cannot_be_learned_from_are_named(make_trainer, rows, message)
         make_trainer(rows)
 
 
+def test_what_is_evaluated_is_looked_at_too_and_what_is_cut_is_counted(make_trainer, caplog):
+    held_out = Dataset.from_list([{**row, "log_probs": [[-0.1] * 7] * 4} for row in TEXTS])
+    with pytest.raises(ValueError, match="Row 0 of the eval dataset has 7 'log_probs' for completion 0, which has 2"):
+        make_trainer(TEXTS, eval_dataset=held_out)
+    with pytest.raises(ValueError, match="Row 0 of the one dataset has 7 'log_probs'"):
+        make_trainer(TEXTS, eval_dataset={"one": held_out})
+    with caplog.at_level("INFO", "ceu_rl"):
+        make_trainer(TEXTS, max_completion_length=2)
+    assert "16 of the 64 completions of the train dataset are cut at 2 tokens" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -203,6 +232,8 @@ def test_rows_that_cannot_be_learned_from_are_named(make_trainer, rows, message)
             {"off_policy_mask_threshold": 0.5},
             r"off_policy_mask_threshold is 0\.5, and the train dataset has no 'log_probs'",
         ),
+        ({"reward_weights": [1.0, 1.0]}, r"reward_weights is \[1\.0, 1\.0\]; give 1 numbers, the first for the logged"),
+        ({"multi_objective_aggregation": "sum"}, "multi_objective_aggregation is 'sum'; use one of sum_then_normalize"),
         ({"rollout_func": print}, "rollout_func is given, and the train dataset brings its completions"),
     ],
 )

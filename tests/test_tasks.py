@@ -239,6 +239,8 @@ def test_a_value_takes_the_type_of_its_field(task, config, seen):
         ("chain_sum", "max_terms=2, max_terms=3", "write it as in 'min_terms=2, max_terms=2', each field once."),
         ("chain_sum", "max_terms=len('ab')", "write it as in"),
         ("chain_sum", "size=0", "sets size=0; it is the number of train rows, at least 1"),
+        ("chain_sum", "seed=abc", "sets seed='abc'; give a whole number"),
+        ("chain_sum", "seed=true", "sets seed=True; give a whole number"),
         ("time_intervals", "min_date=yesterday", "sets min_date='yesterday' of time_intervals; give it the type date"),
         ("word_sorting", "transformation=shouted", "sets transformation='shouted'"),
         ("binary_matrix", "p_zero=1.0, min_n=3, max_n=3", "binary_matrix has no question for te"),
@@ -507,6 +509,21 @@ def test_every_end_of_the_generation_config_ends_an_answer_and_is_none_of_it(spe
     assert batch.answers.tolist() == [[said[1:4]]] and batch.answer_mask.tolist() == [[[1, 1, 1]]]
 
 
+def test_no_verifier_takes_nan_for_a_number():
+    """The library's own of complex_arithmetic scores 1 - min(1, exp(-distance)), and so NaN as right."""
+    row = load_task_dataset("reasoning_gym:complex_arithmetic", "prompt", "size=4")["train"][0]
+    for answer in ("nan", "NaN", "nan+nanj", "-nanj", " nan "):
+        assert score_answer([row["prompt"]], [answer], entry=[row["entry"]]) == [0.0]
+    assert score_answer([row["prompt"]], [row["answer"]], entry=[row["entry"]]) == [1.0]
+
+
+def test_rows_that_the_verifier_or_a_reader_could_not_use_are_left_out():
+    rows = load_task_dataset("reasoning_gym:codeio", "prompt", "size=60")["train"]
+    assert len(rows) == 60 and all(ast.literal_eval(entry) for entry in rows["entry"])
+    pairs = load_task_dataset("reasoning_gym:ab", "preference", "size=60")["train"]
+    assert all(row[side][0]["content"].strip() for row in pairs for side in ("chosen", "rejected"))
+
+
 def test_pass_at_k_by_hand_and_by_drawing():
     """Of 4 samples 1 is right: two drawn hold it with chance 1/2. Against all ways to draw k, for other numbers."""
     assert pass_at_k(4, 1, 2) == 0.5
@@ -514,8 +531,11 @@ def test_pass_at_k_by_hand_and_by_drawing():
         for k in range(1, 6):
             draws = [any(place < right for place in drawn) for drawn in itertools.combinations(range(5), k)]
             assert pass_at_k(5, right, k) == pytest.approx(sum(draws) / len(draws))
-    with pytest.raises(ValueError, match="pass@8 cannot be told from 4 samples; draw at least 8"):
+    with pytest.raises(ValueError, match="pass@8 cannot be told from 4 samples; use a k from 1, and draw at least"):
         pass_at_k(4, 1, 8)
+    for right in (-1, 5):
+        with pytest.raises(ValueError, match=f"{right} of 4 samples cannot be right"):
+            pass_at_k(4, right, 2)
 
 
 def test_several_samples_give_their_mean_and_pass_at_k(tokenizer, model):

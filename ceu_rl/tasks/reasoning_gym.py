@@ -20,11 +20,13 @@ import functools
 import hashlib
 import io
 import itertools
+import math
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ceu_rl.errors import NameCause
 from ceu_rl.tasks.protocol import Messages, Task, conversation, last_content
 
 PREFIX = "reasoning_gym:"
@@ -33,6 +35,7 @@ TEST_ROWS = 100  # no more than train rows
 TEST_SHARE = 8  # one question in 8 belongs to the test split
 SAMPLES = 8
 # What a verifier raises for an answer that it cannot read
+NOT_A_NUMBER = re.compile(r"(?<![a-z])nanj?(?![a-z])", re.IGNORECASE)  # which some verifiers find near to any number
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, SyntaxError, TypeError, ValueError)
 
 
@@ -45,6 +48,8 @@ def make_task(name: str, config: str | None = None) -> Task:
     """
     task = name.removeprefix(PREFIX)
     dataset = _dataset(task, config)
+    with NameCause(f"Drawing a question of {name} with {config or 'its default config'}", "mend dataset_config."):
+        dataset[0]
 
     def rows(kind: str, split: str, seed: int) -> Iterator[dict[str, Any]]:
         if kind != "prompt" and dataset[0]["answer"] is None:
@@ -73,9 +78,12 @@ def _score(entry: str, answer: str) -> float:
 
 
 def _verify(dataset: Any, entry: Mapping[str, Any], answer: str) -> float:
+    if NOT_A_NUMBER.search(answer) and answer != entry["answer"]:
+        return 0.0
     with contextlib.redirect_stdout(io.StringIO()):  # some verifiers print
         try:
-            return float(dataset.score_answer(answer, entry))
+            found = float(dataset.score_answer(answer, entry))
+            return 0.0 if math.isnan(found) else found
         except UNREADABLE:
             return 0.0
 
@@ -94,15 +102,17 @@ def _rows(task: str, config: str | None, kind: str, split: str, seed: int) -> It
         is_test = hashlib.sha256(question.encode()).digest()[0] % TEST_SHARE == 0
         if is_test != (split == "test") or question in seen:
             continue
+        held = repr({"task": task, "config": config, **entry})
+        if not _is_literal(held) or (kind != "prompt" and not (entry["answer"] or "").strip()):
+            continue  # what the verifier needs cannot be kept in a column, or there is nothing to show
         wrong = ""
         if kind == "preference":
             candidates = wrong_answers(entry["answer"], others, rng)
-            found = next((each for each in candidates if _verify(verifier, entry, each) < 1), None)
+            found = next((each for each in candidates if each.strip() and _verify(verifier, entry, each) < 1), None)
             if found is None:
                 continue
             wrong = found
         seen.add(question)
-        held = repr({"task": task, "config": config, **entry})
         yield {**conversation(kind, question, entry["answer"], wrong), "entry": held}
         if len(seen) == count:
             return
@@ -111,6 +121,14 @@ def _rows(task: str, config: str | None, kind: str, split: str, seed: int) -> It
         raise ValueError(
             f"{PREFIX}{task} has no question for {split} among {drawn.size}{reason}; let its fields vary more."
         )
+
+
+def _is_literal(text: str) -> bool:
+    try:
+        ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return False
+    return True
 
 
 def wrong_answers(right: str, others: Sequence[str], rng: random.Random) -> Iterator[str]:
@@ -178,6 +196,8 @@ def _settings(task: str, config: str | None) -> dict[str, Any]:
         if name not in fields:
             raise ValueError(f"reasoning_gym's task {task} has no field {name!r}{_closest(name, fields)}.")
         given[name] = _typed(task, fields[name], value)
+    if type(given.get("seed", 0)) is not int:
+        raise ValueError(f"dataset_config sets seed={given['seed']!r}; give a whole number.")
     if given.get("size", 1) < 1:
         raise ValueError(f"dataset_config sets size={given['size']}; it is the number of train rows, at least 1.")
     return given

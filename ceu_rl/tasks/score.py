@@ -174,10 +174,12 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     arXiv 2107.03374, equation 1): 1 - C(samples - right, k) / C(samples, k).
 
     Raises:
-        ValueError: if k is greater than the number of samples.
+        ValueError: if k is not one of 1 to the number of samples, or `right` not one of 0 to it.
     """
     if not 1 <= k <= samples:
-        raise ValueError(f"pass@{k} cannot be told from {samples} samples; draw at least {k}.")
+        raise ValueError(f"pass@{k} cannot be told from {samples} samples; use a k from 1, and draw at least as many.")
+    if not 0 <= right <= samples:
+        raise ValueError(f"{right} of {samples} samples cannot be right; count from 0 to {samples}.")
     return 1 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
