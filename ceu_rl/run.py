@@ -28,7 +28,15 @@ from .data import check_layout, load
 from .engines import check_engine, check_processes, engines_on_cpu, note_unfinished_builds, save_whole
 from .errors import Boundary, NameCause, sentence
 from .keeps import KeptScore, load_kept
-from .models import BUILTIN_MODEL, build_bpe_tokenizer, build_model, build_tokenizer, check_model_name, resolve_model
+from .models import (
+    BUILTIN_MODEL,
+    build_bpe_tokenizer,
+    build_model,
+    build_tokenizer,
+    check_model_name,
+    resolve_model,
+    whole_weights,
+)
 from .prompts import PromptFormat
 from .provenance import environment, peak_memory_gib, write_json
 from .settings import build_configs, classes_of, read_arguments, settings_of
@@ -56,7 +64,8 @@ def run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
     note_unfinished_builds()
     with _FolderLock(args):
         args.resume_from_checkpoint = _resume_from(args.output_dir, args.resume_from_checkpoint)
-        trainer, prompt = _build_trainer(method, script, args, model_config, mixture)
+        with whole_weights():
+            trainer, prompt = _build_trainer(method, script, args, model_config, mixture)
         check_engine(trainer.accelerator)
         if args.resume_from_checkpoint:
             check_resumes(args.resume_from_checkpoint, trainer.accelerator.distributed_type)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from datasets import Dataset
@@ -236,6 +237,22 @@ def test_a_checkpoint_of_the_model_alone_is_not_gone_on_from(recipe, tmp_path, c
     (tmp_path / "out" / "checkpoint-2" / missing).unlink()
     assert main(["dpo", "--config", config, "--resume_from_checkpoint", "true"]) == 2
     assert f"checkpoint-2 has no {missing}, so that it cannot be gone on from" in capsys.readouterr().err
+
+
+def test_a_model_whose_weights_are_not_all_there_is_refused(recipe, base, rows, capsys):
+    """transformers draws the rest at random, and only logs it."""
+    path = Path(base, "model.safetensors")
+    weights = safetensors.torch.load_file(path)
+    for name in ("lm_head.weight", "model.layers.0.mlp.up_proj.weight"):
+        del weights[name]
+    safetensors.torch.save_file(weights, path, {"format": "pt"})
+    assert main(["dpo", "--config", recipe()]) == 2
+    assert re.search(
+        r"The weights in \S*base lack 2 of the model's tensors, the first of them lm_head.weight",
+        capsys.readouterr().err,
+    )
+    assert main(["tofu-eval", "--model", base, "--dataset", "builtin:authors"]) == 2
+    assert "lack 2 of the model's tensors" in capsys.readouterr().err
 
 
 def test_a_language_model_is_no_reward_model(tmp_path, base, capsys):

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from ..models import end_token_ids, resolve_model
+from ..models import end_token_ids, resolve_model, whole_weights
 from ..progress import Progress, duration
 from ..prompts import PromptArguments, PromptFormat, fingerprint
 from ..provenance import environment, peak_memory_gib, write_json
@@ -475,7 +475,8 @@ def open_model(name: str) -> tuple[Any, Any]:
     path = resolve_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model: Any = AutoModelForCausalLM.from_pretrained(path)
+        with whole_weights():
+            model: Any = AutoModelForCausalLM.from_pretrained(path)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"--model {name} holds no model with its tokenizer ({first}).") from error
