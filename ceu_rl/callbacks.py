@@ -79,12 +79,13 @@ class Pace(TrainerCallback):
 class TaskScore(TrainerCallback):
     """Logs greedy and sampled accuracy on a task, and pass@k, at every evaluation.
 
-    With a `reference`, the folder of the model at the start, also divergence from it and entropy of the samples.
+    With a `reference`, the name of the model at the start and how it is loaded, also divergence from it and entropy of
+    the samples.
     """
 
-    def __init__(self, trainer: Any, task: Task, rows: Any, reference: str | None = None) -> None:
+    def __init__(self, trainer: Any, task: Task, rows: Any, reference: str | None = None, **loaded_as: Any) -> None:
         self.trainer, self.task, self.rows = trainer, task, list(rows)
-        self.reference = reference and AutoModelForCausalLM.from_pretrained(reference).eval()
+        self.reference = reference and AutoModelForCausalLM.from_pretrained(reference, **loaded_as).eval()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Every process generates the same answers: sharded models need all of them to take part

@@ -5,8 +5,13 @@
 right.
 """
 
+import ast
+import contextlib
+import csv
 import difflib
 import functools
+import glob
+import json
 import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +20,9 @@ from typing import Any, Literal
 from datasets import (
     Dataset,
     DatasetDict,
+    Features,
     IterableDataset,
+    Value,
     concatenate_datasets,
     load_dataset,
     load_from_disk,
@@ -64,6 +71,9 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
 
     name, config, task = script.dataset_name, script.dataset_config, None
     if method == "unlearn":
+        if mixture.datasets or _share(script.dataset_test_split) is not None:
+            given = "datasets" if mixture.datasets else "dataset_test_split"
+            raise ValueError(f"{given} is given, which unlearning does not read; name dataset_name, forget and retain.")
         sets = {"forget": script.forget, **({"retain": script.retain} if script.retain else {})}
         if config is None and Path(name).suffix not in BUILDERS:
             return {role: load_tofu(name, one) for role, one in sets.items()}, None
@@ -115,33 +125,71 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
     return datasets, task
 
 
-def open_dataset(name: str, config: str | None, streaming: bool = False) -> Any:
-    """A dataset of a file, a folder or the Hub, by split."""
+def open_dataset(name: str, config: str | None, streaming: bool = False, field: str = "dataset_name") -> Any:
+    """A dataset of a file, a folder or the Hub, by split; `field` is what names it."""
     path = Path(name)
     if config is not None and (path.is_file() or any((path / marker).is_file() for marker in SAVED)):
         raise ValueError(f"dataset_config is {config!r}, and {name} has no configs; leave it out.")
     if path.suffix in BUILDERS and (path.is_file() or not path.exists()):
         if not path.is_file():
-            raise ValueError(f"dataset_name {name} is no file; check its name.")
+            raise ValueError(f"{field} {name} is no file; check its name.")
         if path.stat().st_size == 0:
-            raise ValueError(f"dataset_name {name} is an empty file; give it rows.")
-        options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-        with _reading(name):
-            return load_dataset(BUILDERS[path.suffix], data_files=str(path), streaming=streaming, **options)
+            raise ValueError(f"{field} {name} is an empty file; give it rows.")
+        _check_utf8(path, field)
+        files = glob.escape(str(path))  # a name with [ is no pattern
+        with _reading(name, field):
+            return load_dataset(BUILDERS[path.suffix], data_files=files, streaming=streaming, **_options(path))
+    if path.is_file():
+        raise ValueError(f"{field} {name} is a file of another kind; give one that ends in {', '.join(BUILDERS)}.")
     if any((path / marker).is_file() for marker in SAVED):
-        found = load_from_disk(name)
+        with _reading(name, field):
+            found = load_from_disk(name)
         return found if not isinstance(found, Dataset) else DatasetDict(train=found)
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise ValueError(f"dataset_name {name} is no folder and no file; check its name.")
-    with _reading(name):
+        raise ValueError(f"{field} {name} is no folder and no file; check its name.")
+    with _reading(name, field):
         return load_dataset(name, name=config, streaming=streaming)
+
+
+def _check_utf8(path: Path, field: str) -> None:
+    """pyarrow reads JSON with other bytes, and a run dies at the row that has them."""
+    if BUILDERS[path.suffix] != "json":
+        return
+    with path.open("rb") as file:
+        if file.peek(2)[:2] == b"\x1f\x8b":  # gzip, which is unpacked
+            return
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{field} {path} is not UTF-8 ({error.reason} in line {number}); save it as UTF-8."
+                ) from error
+
+
+def _options(path: Path) -> dict[str, Any]:
+    """Of CSV and TSV every cell is text, as it stands there: pandas would make 7 of 007, and nothing of None."""
+    if BUILDERS[path.suffix] != "csv":
+        return {}
+    separator = "\t" if path.suffix == ".tsv" else ","
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines = csv.reader(file, delimiter=separator)
+        header, first = next(lines, []), next(filter(None, lines), [])
+    if len(first) > len(header):  # pandas takes the first ones for an index, and shifts the others
+        raise ValueError(
+            f"row 0 has {len(first)} fields and the header {len(header)}, so quote texts that have a separator"
+        )
+    if not header or len(set(header)) < len(header) or "" in header:  # pandas names those
+        return {"sep": separator}
+    features = Features({name: Value("string") for name in header})
+    return {"sep": separator, "features": features, "keep_default_na": False, "na_values": [""]}
 
 
 class _reading:
     """Names the dataset in whatever a reader of `datasets` raises; the cause under it says what was wrong."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, field: str = "dataset_name") -> None:
+        self.name, self.field = name, field
 
     def __enter__(self) -> None:
         return None
@@ -149,8 +197,10 @@ class _reading:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, Exception):
             cause = error.__cause__ or error
+            if "corresponds to no data" in str(cause):
+                raise ValueError(f"{self.field} {self.name} has no rows; give it at least one.") from error
             raise ValueError(
-                f"dataset_name {self.name} cannot be read ({type(cause).__name__}: {' '.join(str(cause).split())}); "
+                f"{self.field} {self.name} cannot be read ({type(cause).__name__}: {' '.join(str(cause).split())}); "
                 "check its name and its rows."
             ) from error
 
@@ -166,21 +216,46 @@ def _share(split: str) -> float | None:
 
 
 def _test_rows(dataset: Dataset, share: float) -> list[int]:
-    """At least that share of the rows, drawn by their prompts, so that no prompt is in both parts; if all rows have the
-    same one, drawn by row."""
-    column = next((name for name in ("prompt", "question") if name in dataset.column_names), None)
-    prompts = [str(prompt) for prompt in dataset[column]] if column else []
-    if len(set(prompts)) < 2:
-        prompts = [str(index) for index in range(len(dataset))]
+    """About that share of the rows, drawn by their prompts, so that no prompt is in both parts; if all rows have
+    the same one, drawn by row. A prompt of so many rows that the part would have twice the share stays in the other."""
+    names = [name for name in ("prompt", "question", "chosen", "rejected", *TEXTS) if name in dataset.column_names]
     rows: dict[str, list[int]] = {}
-    for index, prompt in enumerate(prompts):
+    written: dict[str, str] = {}  # how a prompt is written first, by which they are ordered
+    for index, row in enumerate(dataset.select_columns(names) if names else ()):
+        prompt = _prompt_of(row)
         rows.setdefault(prompt, []).append(index)
-    drawn = sorted(rows)
+        written.setdefault(prompt, str(row.get("prompt", row.get("question", prompt))))
+    if len(rows) < 2:
+        rows = {str(index): [index] for index in range(len(dataset))}
+        written = {name: name for name in rows}
+    drawn = sorted(rows, key=lambda prompt: written[prompt])
     random.Random(0).shuffle(drawn)
-    test: list[int] = []
-    while len(test) < round(share * len(dataset)):
-        test += rows[drawn.pop()]
-    return sorted(test)
+    wanted, test, larger = round(share * len(dataset)), list[int](), list[list[int]]()
+    for prompt in reversed(drawn):
+        if len(test) >= wanted:
+            break
+        if len(test) + len(rows[prompt]) > 2 * wanted:
+            larger.append(rows[prompt])
+        else:
+            test += rows[prompt]
+    return sorted(test or sorted(larger, key=len)[0])
+
+
+def _prompt_of(row: Mapping[str, Any]) -> str:
+    """What a row asks, whatever its layout: two rows with the same are not in two parts."""
+    asked = next((row[name] for name in ("prompt", "question") if row.get(name) is not None), None)
+    if asked is None:
+        try:
+            if row.get("chosen") is not None:
+                asked = extract_prompt({name: row[name] for name in ("chosen", "rejected")})["prompt"]
+            else:
+                asked = next(row[name] for name in TEXTS if row.get(name) is not None)
+                asked = asked if isinstance(asked, str) else asked[:-1]
+        except (LookupError, TypeError, AttributeError, StopIteration):  # which is judged later
+            return str(dict(row))
+    if isinstance(asked, list) and len(asked) == 1 and isinstance(asked[0], Mapping) and asked[0].get("role") == "user":
+        asked = _text(asked[0])
+    return asked.strip() if isinstance(asked, str) else str(asked)
 
 
 def _split(dataset: Any, split: str, field: str) -> Any:
@@ -223,12 +298,20 @@ def check_layout(
         return dataset.map(lambda row, index: normal(row, index) or {}, with_indices=True)
     judged = [column for column in _judged(dataset.column_names, kind, text_field) if column in dataset.column_names]
     changed = dataset.select_columns(judged).map(
-        lambda row, index: {"_changed": normal(row, index) is not None},
+        lambda row, index: {"_changed": normal(row, index) is not None, "_chat": _is_chat(row, kind, text_field)},
         with_indices=True,
         remove_columns=judged,
         num_proc=num_proc,
         desc=f"Checking {name} dataset",
     )
+    if len(set(changed["_chat"])) > 1:
+        chats = list(changed["_chat"])
+        index = chats.index(not chats[0])
+        now, first = ("messages", "text") if chats[index] else ("text", "messages")
+        raise ValueError(
+            f"Row {index} of the {name} dataset is {now}, and row 0 is {first}, by which TRL reads all; make "
+            "them one or the other."
+        )
     if not any(changed["_changed"]):
         return dataset
     parts = dataset.select_columns(judged).map(
@@ -333,7 +416,14 @@ def _normal_row(row: Mapping[str, Any], index: int, name: str, kind: Kind, text_
                 raise refuse(column, "an empty", rest)
         elif not isinstance(value, str) or column in ("messages", "conversations"):
             raise refuse(column, f"a {type(value).__name__} as", "make it text, or a list of messages")
+        elif _is_written_chat(value):
+            raise refuse(column, "messages that are written as text in", "save them as jsonl or parquet, not as CSV")
     return _joined(row, tuple(c for c in COMPLETIONS[kind] if c in row), refuse)
+
+
+def _is_chat(row: Mapping[str, Any], kind: Kind, text_field: str) -> bool:
+    """Whether a row is messages, by what is learned of it."""
+    return any(isinstance(row.get(column), list) for column in _judged(row, kind, text_field))
 
 
 def _joined(row: Mapping[str, Any], completions: tuple[str, ...], refuse: Any) -> dict[str, Any] | None:
@@ -353,7 +443,13 @@ def _joined(row: Mapping[str, Any], completions: tuple[str, ...], refuse: Any) -
         return None
     if isinstance(prompt, list):
         heads = {column: _plain(row[column][: len(prompt)]) == _plain(prompt) for column in completions}
-        if not any(heads.values()) or not all(len(row[column]) > len(prompt) for column in completions):
+        for column, head in heads.items():
+            roles = [messages[0].get("role") for messages in (prompt[-1:], row[column]) if messages]
+            if not head and roles in (["user", "user"], ["user", "system"]):
+                raise refuse(
+                    "prompt", f"messages that {column!r} does not begin with as", "give one prompt, in the conversation"
+                )
+        if not any(heads.values()) or not all(len(row[column]) > len(prompt) for column, head in heads.items() if head):
             return None
         return {column: row[column][len(prompt) :] if heads[column] else row[column] for column in completions}
     if all(row[column][0]["role"] == "assistant" for column in completions):
@@ -376,9 +472,12 @@ def _message_problem(message: Any) -> str | None:
     if not isinstance(message.get("role"), str):
         return f"a message without a role ({_short(dict(message))})"
     content = message.get("content")
-    if content is None or isinstance(content, str | list):
-        return None
-    return f"a content of type {type(content).__name__}"
+    if not (content is None or isinstance(content, str | list)):
+        return f"a content of type {type(content).__name__}"
+    # Many datasets have a system message of no words
+    if (message["role"] == "user" and _is_empty(message)) or (message["role"] == "system" and content is None):
+        return f"a message without content ({_short(dict(message))})"
+    return None
 
 
 def _is_empty(message: Mapping[str, Any]) -> bool:
@@ -397,6 +496,17 @@ def _text(message: Mapping[str, Any]) -> str:
     if isinstance(content, list):
         return "".join(str(part.get("text") or "") for part in content if isinstance(part, Mapping))
     return content or ""
+
+
+def _is_written_chat(text: str) -> bool:
+    """Whether a text is a list of messages as Python or JSON writes it."""
+    if not text.lstrip().startswith("[{") or "role" not in text:
+        return False
+    for read in (ast.literal_eval, json.loads):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            found = read(text.strip())
+            return isinstance(found, list) and all(isinstance(each, dict) and "role" in each for each in found)
+    return False
 
 
 def _plain(messages: Iterable[Mapping[str, Any]]) -> list[tuple[Any, str]]:

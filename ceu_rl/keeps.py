@@ -54,7 +54,7 @@ def load_kept(script: Any) -> dict[str, Dataset]:
     if script.eval_facts:
         found |= {name: load_tofu(script.eval_facts, name) for name in (WORLD_FACTS, REAL_AUTHORS)}
     if script.eval_solutions:
-        splits = open_dataset(script.eval_solutions, None)
+        splits = open_dataset(script.eval_solutions, None, field="eval_solutions")
         rows = splits["test"] if "test" in splits else next(iter(splits.values()))
         if not {"question", "answer"} <= set(rows.column_names):
             raise ValueError(
@@ -70,23 +70,26 @@ class KeptScore(TrainerCallback):
 
     `eval_world_facts_probability` and `eval_real_authors_probability` are TOFU's: the mean over questions of the right
     answer's length-normalised probability among the options, 0 to 1. `eval_solutions_nll` is in nats per token, the
-    mean over all tokens of all answers with their end, and with a `reference`, the folder of the model at the start,
-    `eval_solutions_kl` is the mean divergence from it at these tokens, KL(p | p_ref) over the whole vocabulary. What
-    the chat template writes before each answer is not scored.
+    mean over all tokens of all answers with their end, and with a `reference`, the name of the model at the start (and
+    how it is loaded), `eval_solutions_kl` is the mean divergence from it at these tokens, KL(p | p_ref) over the whole
+    vocabulary. What the chat template writes before each answer is not scored.
     """
 
-    def __init__(self, trainer: Any, rows: Mapping[str, Dataset], reference: str | None = None) -> None:
+    def __init__(
+        self, trainer: Any, rows: Mapping[str, Dataset], reference: str | None = None, **loaded_as: Any
+    ) -> None:
         from .models import end_token_ids
         from .prompts import PromptFormat
-        from .tofu.scoring import make_answers
+        from .tofu.scoring import check_context, make_answers
 
         tokenizer = trainer.processing_class
         prompt = PromptFormat().settle(tokenizer)
         self.trainer = trainer
         self.reference = None
         if reference is not None and "solutions" in rows:
-            self.reference = AutoModelForCausalLM.from_pretrained(reference).eval()
+            self.reference = AutoModelForCausalLM.from_pretrained(reference, **loaded_as).eval()
         self.answers = make_answers(rows, tokenizer, prompt, end_token_ids(trainer.model, tokenizer))
+        check_context(trainer.model, self.answers)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Every process scores the same answers: sharded models need all of them to take part

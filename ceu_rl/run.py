@@ -311,6 +311,8 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
     evaluates = args.eval_strategy != "no" or args.eval_on_start
     datasets, task = load(method, script, mixture, evaluates)
     kept = load_kept(script)
+    if kept and method == "unlearn":
+        raise ValueError("eval_facts and eval_solutions are given, and unlearning has no evaluations; use tofu-eval.")
     if kept and not evaluates:
         raise ValueError("eval_facts and eval_solutions are scored at evaluations; set eval_strategy, as to steps.")
     asks = method in ASKING and any(has_questions(dataset) for dataset in datasets.values())
@@ -347,10 +349,11 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
     trainer.add_callback(MetricsFile)
     trainer.add_callback(Pace())
     start = None if method == "sft" else model_config.model_name_or_path
+    loaded_as = {"revision": model_config.model_revision or "main", "trust_remote_code": args.trust_remote_code}
     if task is not None and "eval" in datasets:
-        trainer.add_callback(TaskScore(trainer, task, datasets["eval"], start))
+        trainer.add_callback(TaskScore(trainer, task, datasets["eval"], start, **loaded_as))
     if kept:
-        trainer.add_callback(KeptScore(trainer, kept, start))
+        trainer.add_callback(KeptScore(trainer, kept, start, **loaded_as))
     return trainer, prompt
 
 

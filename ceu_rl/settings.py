@@ -6,6 +6,7 @@ Fields, their types and their help are those of TRL's and of our configs. `--any
 """
 
 import argparse
+import copy
 import difflib
 import os
 import re
@@ -117,7 +118,9 @@ def build_configs(method: str, arguments: Mapping[str, Any]) -> tuple[Any, Any, 
     check_numbers(arguments)
     for name, value in arguments.get("env", {}).items():
         os.environ[name] = str(value)
-    return parser_for(method).parse_dict({name: value for name, value in arguments.items() if name != "env"})
+    # A copy: the config of a mixture writes its own objects into what it is given, which is recorded as it was
+    fields = {name: copy.deepcopy(value) for name, value in arguments.items() if name != "env"}
+    return parser_for(method).parse_dict(fields)
 
 
 def _split_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:

@@ -97,6 +97,35 @@ def test_a_dataset_in_trls_own_layout_is_not_copied():
             {**CHAT, "chosen": [{"role": "assistant", "content": 3}]},
             "has a content of type int in 'chosen'",
         ),
+        (
+            "preference",
+            {**CHAT, "prompt": [{"role": "user", "content": ""}]},
+            "has a message without content .* 'prompt'",
+        ),
+        (
+            "preference",
+            {**CHAT, "prompt": [{"role": "user", "value": "q"}]},
+            "has a message without content .* 'prompt'",
+        ),
+        (
+            "preference",
+            {**CHAT, "prompt": [{"role": "system", "content": None}, USER]},
+            "has a message without content",
+        ),
+        ("sft", {"messages": [{"role": "user", "value": "q"}, SAID]}, "has a message without content .* in 'messages'"),
+        ("preference", {**TEXT, "chosen": str([SAID])}, "has messages that are written as text in 'chosen'"),
+        ("prompt", {"prompt": json.dumps([USER])}, "has messages that are written as text in 'prompt'"),
+        (
+            "preference",
+            {"prompt": [{"role": "system", "content": "be"}, USER], **WHOLE},
+            "has messages that 'chosen' does not begin with as 'prompt'",
+        ),
+        ("preference", {"prompt": [{**USER, "content": "5+5="}], **WHOLE}, "has messages that 'chosen' does not begin"),
+        (
+            "sft",
+            {"prompt": [USER], "completion": [{"role": "system", "content": "be"}, USER, SAID]},
+            "has messages that 'completion' does not begin with",
+        ),
         ("preference", {**CHAT, "chosen": "3"}, "has text beside messages in 'chosen'"),
         ("preference", {"prompt": "5+5=", **WHOLE}, "has a text that is in no message of 'chosen' as 'prompt'"),
         ("sft", {"prompt": "a", "completion": ""}, "has an empty 'completion'"),
@@ -223,6 +252,96 @@ def test_a_file_is_a_dataset_and_a_share_of_it_the_test_split(tmp_path, suffix):
     blind, _ = load("dpo", script(dataset_name=name, dataset_test_split="0.1"), NO_MIXTURE, evaluates=False)
     assert set(blind) == {"train"}  # what a later evaluation asks was not trained on
     assert blind["train"].to_list() == parted["train"].to_list()
+
+
+LAYOUTS = [
+    lambda q, a: {
+        "chosen": [{**USER, "content": q}, {**SAID, "content": a}],
+        "rejected": [{**USER, "content": q}, OTHER],
+    },
+    lambda q, a: {"chosen": f"{q} yes {a}", "rejected": f"{q} no"},
+    lambda q, a: {"messages": [{**USER, "content": q}, {**SAID, "content": a}]},
+    lambda q, a: {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]},
+    lambda q, a: {"text": q},
+    lambda q, a: {"prompt": f" {q}\n" if a == "a0" else q, "chosen": a, "rejected": "b"},
+    lambda q, a: {"prompt": [{**USER, "content": q}], "completion": [{**SAID, "content": a}]},
+    lambda q, a: {"question": q, "answer": a},
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_prompt_is_in_both_parts_whatever_the_layout(tmp_path, layout):
+    questions = [f"Is {n} odd?" for n in range(5)]
+    rows = [layout(question, f"a{n}") for question in questions for n in range(4)]
+    name = write(tmp_path / "rows.jsonl", rows)
+    parts, _ = load("sft", script(dataset_name=name, dataset_test_split="0.3"), NO_MIXTURE, evaluates=True)
+    asked = [{question for question in questions for row in part if question in str(row)} for part in parts.values()]
+    assert set.union(*asked) == set(questions) and not set.intersection(*asked)
+    assert len(parts["eval"]) == 8  # the next prompt after 6 rows
+
+
+def test_a_prompt_of_many_rows_does_not_swell_the_test_split(tmp_path):
+    often = [{"prompt": "often", "chosen": f"a{n}", "rejected": "b"} for n in range(91)]
+    name = write(tmp_path / "rows.jsonl", [*often, *ROWS[:9]])
+    parts, _ = load("dpo", script(dataset_name=name, dataset_test_split="0.1"), NO_MIXTURE, evaluates=True)
+    assert len(parts["eval"]) == 9 and "often" not in parts["eval"]["prompt"]
+    halves = write(tmp_path / "halves.jsonl", [{**row, "prompt": str(n % 2)} for n, row in enumerate(ROWS)])
+    parts, _ = load("dpo", script(dataset_name=halves, dataset_test_split="0.1"), NO_MIXTURE, evaluates=True)
+    assert len(parts["eval"]) == 10
+
+
+@pytest.mark.parametrize("name", ["b[1].jsonl", "rows?1.jsonl", "*.jsonl", "r[2]/rows.jsonl"])
+def test_a_file_name_is_no_pattern(tmp_path, name):
+    write(tmp_path / "b1.jsonl", ROWS[:3])
+    write(tmp_path / "rowsX1.jsonl", ROWS[:4])
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    write(path, ROWS)
+    datasets, _ = load("dpo", script(dataset_name=str(path)), NO_MIXTURE, evaluates=False)
+    assert datasets["train"].to_list() == ROWS
+
+
+def test_a_cell_of_a_csv_is_the_text_that_stands_there(tmp_path):
+    (tmp_path / "rows.csv").write_text('\ufeffprompt,answer\nq1,None\nq2,007\n"q,3",NA\n\nq4,\n')
+    datasets, _ = load("grpo", script(dataset_name=str(tmp_path / "rows.csv")), NO_MIXTURE, evaluates=False)
+    assert [(row["prompt"], row["answer"]) for row in datasets["train"]] == [
+        ("q1", "None"),
+        ("q2", "007"),
+        ("q,3", "NA"),
+        ("q4", None),
+    ]
+
+
+def test_text_and_messages_are_not_mixed(tmp_path):
+    """TRL decides by the first row."""
+    text = {"prompt": "one and two", "chosen": "three", "rejected": "four"}
+    for rows, message in (
+        ([CHAT, text], "Row 1 of the train dataset is text, and row 0 is messages"),
+        ([text, text, CHAT], "Row 2 of the train dataset is messages, and row 0 is text"),
+    ):
+        name = write(tmp_path / f"rows{len(rows)}.jsonl", rows)
+        datasets, _ = load("dpo", script(dataset_name=name), NO_MIXTURE, evaluates=False)
+        with pytest.raises(ValueError, match=message):
+            check_layout(datasets["train"], "train", "preference")
+
+
+def test_files_that_cannot_be_read_right_are_named(tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "a"}\n{"prompt": "\xe9"}\n')
+    (tmp_path / "more.csv").write_text("prompt,chosen,rejected\nHi, how?,c1,r1\n")
+    (tmp_path / "none.csv").write_text("prompt,chosen\n")
+    (tmp_path / "rows.txt").write_text("a\n")
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "state.json").write_text("{")
+    for name, message in (
+        ("latin.jsonl", r"latin.jsonl is not UTF-8 .* in line 2"),
+        ("more.csv", "more.csv cannot be read .*row 0 has 4 fields and the header 3, so quote texts"),
+        ("none.csv", "none.csv has no rows; give it at least one"),
+        ("rows.txt", r"rows.txt is a file of another kind; give one that ends in .jsonl, "),
+        ("saved", "saved cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=message) as refusal:
+            load("dpo", script(dataset_name=str(tmp_path / name)), NO_MIXTURE, evaluates=False)
+        assert "\n" not in str(refusal.value)
 
 
 def test_folders(tmp_path):

@@ -26,8 +26,14 @@ def make_pairs(number: int, problem: Mapping[str, Any]) -> Iterator[dict[str, An
 
     Raises:
         KeyError: if a field of the published file is missing.
+        TypeError: if one is of another type, or a text is empty.
     """
     judged = [problem[model] for model in MODELS]
+    for text in (problem["question"], problem["ground_truth"], *(each["solution"] for each in judged)):
+        if not isinstance(text, str) or not text.strip():
+            raise TypeError(f"{text!r} is no text")
+    if wrong := [each["is_correct"] for each in judged if not isinstance(each["is_correct"], bool)]:
+        raise TypeError(f"is_correct is {wrong[0]!r}")
     right = [each["solution"] for each in judged if each["is_correct"]]
     chosen, writer = (right[0], "model") if right else (problem["ground_truth"], "human")
     for each in judged:
@@ -51,7 +57,12 @@ def main(argv: Sequence[str]) -> int:
     if args.pairs.exists():
         raise ValueError(f"{args.pairs} exists; choose another name, or move it away.")
     pairs: list[dict[str, Any]] = []
-    lines = args.solutions.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = args.solutions.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{args.solutions} is not UTF-8 ({error.reason}); take example_model_solutions.jsonl."
+        ) from error
     for number, line in enumerate(filter(str.strip, lines)):
         try:
             pairs += make_pairs(number, json.loads(line))
@@ -60,6 +71,8 @@ def main(argv: Sequence[str]) -> int:
                 f"{args.solutions} is not as published: problem {number + 1} is no JSON object with question, "
                 f"ground_truth and {', '.join(MODELS)} ({error}); take example_model_solutions.jsonl."
             ) from error
+    if not pairs:
+        raise ValueError(f"{args.solutions} has no wrong solution to reject; take example_model_solutions.jsonl.")
     args.pairs.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
     print(f"{len(pairs)} pairs of {len({pair['problem'] for pair in pairs})} problems are in {args.pairs}.")
     return 0

@@ -190,7 +190,9 @@ def ask(
 def check_row(tokenizer: Any, prompt: PromptFormat, question: str, answer: str, where: str) -> None:
     """Raise a ValueError, which says `where`, for an empty text and for a template that swallows the answer."""
     for kind, text in (("question", question), ("answer", answer)):
-        if not isinstance(text, str) or not text.strip():
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"The {kind} of {where} is no text ({text!r:.80}); make it text.")
+        if text is None or not text.strip():
             raise ValueError(f"The {kind} of {where} is empty ({text!r}); remove the row or give it one.")
     if prompt.template != "chat":
         return

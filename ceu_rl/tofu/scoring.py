@@ -59,6 +59,10 @@ def make_answers(
     for config, dataset in datasets.items():
         for index, row in enumerate(dataset):
             texts = {"answer": [row["answer"]], "perturbed": row.get("perturbed_answer") or []}
+            if not isinstance(texts["perturbed"], list):
+                raise ValueError(
+                    f"Row {index} of {config} has {texts['perturbed']!r:.80} as perturbed_answer; give a list of texts."
+                )
             if row.get("paraphrased_answer") is not None:
                 texts["paraphrase"] = [row["paraphrased_answer"]]
             if config.endswith("_perturbed") and not texts["perturbed"]:
@@ -81,7 +85,11 @@ def make_answers(
 
 
 def check_context(
-    model: Any, answers: Iterable[Answer], prompts: Iterable[Answer], most: int, setting: str = "max_new_tokens"
+    model: Any,
+    answers: Iterable[Answer],
+    prompts: Sequence[Answer] = (),
+    most: int = 0,
+    setting: str = "max_new_tokens",
 ) -> None:
     """Raise a ValueError, with the row, for one that the model's context would cut off.
 
@@ -101,6 +109,8 @@ def check_context(
             f"Row {longest.row} of {longest.config} has {longest.length} tokens and the model's context {context}, "
             "which would cut its answer off; use a model with a longer context."
         )
+    if not prompts:
+        return
     prompt = max(prompts, key=lambda answer: len(answer.question_ids))
     if len(prompt.question_ids) + most > context:
         raise ValueError(
