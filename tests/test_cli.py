@@ -239,6 +239,26 @@ def test_a_checkpoint_of_the_model_alone_is_not_gone_on_from(recipe, tmp_path, c
     assert f"checkpoint-2 has no {missing}, so that it cannot be gone on from" in capsys.readouterr().err
 
 
+def test_a_mixture_of_datasets_leaves_a_result(recipe, tmp_path, rows):
+    """TRL's config of a mixture puts objects of its own in the place of what was given."""
+    mixture = [{"path": "json", "data_files": f"{rows}/train.jsonl"}]
+    assert main(["dpo", "--config", recipe(dataset_name=None, datasets=mixture)]) == 0
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["settings"]["datasets"] == mixture
+
+
+def test_unlearning_refuses_what_it_does_not_read(tmp_path, base, capsys):
+    fields = {"model_name_or_path": base, "dataset_name": "builtin:authors", **SMALL}
+    for given, message in (
+        ({"dataset_test_split": "0.1"}, "dataset_test_split is given, which unlearning does not read"),
+        ({"dataset_name": None, "datasets": [{"path": "json"}]}, "datasets is given, which unlearning does not read"),
+        ({"eval_facts": "builtin:authors"}, "and unlearning has no evaluations; use tofu-eval"),
+    ):
+        settings = {key: value for key, value in {**fields, **given}.items() if value is not None}
+        (tmp_path / "unlearn.yaml").write_text(yaml.safe_dump({**settings, "output_dir": str(tmp_path / "out")}))
+        assert main(["unlearn", "--config", str(tmp_path / "unlearn.yaml")]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_model_whose_weights_are_not_all_there_is_refused(recipe, base, rows, capsys):
     """transformers draws the rest at random, and only logs it."""
     path = Path(base, "model.safetensors")

@@ -8,13 +8,16 @@ import datasets
 import pytest
 import torch
 from scipy.special import softmax
+from transformers import AutoModelForCausalLM
 
 from ceu_rl import CEUDPOConfig, CEUDPOTrainer, keeps
 from ceu_rl.callbacks import TaskScore
 from ceu_rl.cli import main
 from ceu_rl.keeps import KeptArguments, KeptScore, load_kept
+from ceu_rl.prompts import PromptFormat
 from ceu_rl.tasks.protocol import Task
 from ceu_rl.tofu.data import REAL_AUTHORS, WORLD_FACTS, load_tofu
+from ceu_rl.tofu.scoring import make_answers
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,41 @@ def test_in_bfloat16_a_model_is_at_no_divergence_from_itself(tiny_model, tokeniz
     assert logged["eval_solutions_kl"] == logged["eval_kl"] == 0.0
 
 
+def test_the_reference_is_loaded_as_the_model_is(tiny_model, tokenizer, preferences, solutions, tmp_path, monkeypatch):
+    asked = []
+
+    def loaded(name, **how):
+        asked.append((name, how))
+        return tiny_model()
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+    args = CEUDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    trainer = CEUDPOTrainer(
+        tiny_model(), ref_model=tiny_model(), args=args, train_dataset=preferences, processing_class=tokenizer
+    )
+    how = {"revision": "v1", "trust_remote_code": False}
+    KeptScore(trainer, load_kept(KeptArguments(eval_solutions=str(solutions))), "me/tiny", **how)
+    TaskScore(trainer, Task("none", lambda *given: [], lambda row, answer: 0.0), [], "me/tiny", **how)
+    assert asked == [("me/tiny", how)] * 2
+
+
+@pytest.mark.parametrize("wrong", ["xy", {"a": "x"}])
+def test_wrong_answers_that_are_no_list_are_named(tiny_model, tokenizer, wrong):
+    rows = datasets.Dataset.from_list([{"question": "?", "answer": "y", "perturbed_answer": wrong}])
+    with pytest.raises(ValueError, match="Row 0 of world_facts_perturbed has .* as perturbed_answer; give a list of"):
+        make_answers({WORLD_FACTS: rows}, tokenizer, PromptFormat().settle(tokenizer), [])
+
+
+def test_a_solution_beyond_the_context_is_named(tiny_model, tokenizer, preferences, tmp_path):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"question": "?", "answer": "1" * 2000}) + "\n")
+    args = CEUDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    trainer = CEUDPOTrainer(
+        tiny_model(), ref_model=tiny_model(), args=args, train_dataset=preferences, processing_class=tokenizer
+    )
+    with pytest.raises(ValueError, match=r"Row 0 of solutions has 20\d\d tokens and the model's context 1024"):
+        KeptScore(trainer, load_kept(KeptArguments(eval_solutions=str(tmp_path / "long.jsonl"))))
+
+
 def test_a_run_logs_what_its_recipe_names(tiny_model, tokenizer, solutions, tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -118,7 +156,11 @@ def test_a_run_logs_what_its_recipe_names(tiny_model, tokenizer, solutions, tmp_
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('{"question": "?"}', "has the columns question; give question and answer"), ("nonsense", "cannot be read")],
+    [
+        ('{"question": "?"}', "has the columns question; give question and answer"),
+        ("nonsense", "eval_solutions .* cannot be read"),
+        ("", "eval_solutions .* has no rows; give it at least one"),
+    ],
 )
 def test_solutions_that_are_none_are_named(text, message, tmp_path):
     (tmp_path / "file.jsonl").write_text(text + "\n")

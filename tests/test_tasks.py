@@ -365,6 +365,35 @@ def test_a_file_that_is_not_the_published_one_is_named_with_the_problem(line, tm
     assert error.count("\n") == 1 and not (tmp_path / "out.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"6b_finetuning": {"is_correct": "false", "solution": "a"}}, "is_correct is 'false'"),
+        ({"6b_finetuning": {"is_correct": False, "solution": None}}, "None is no text"),
+        ({"ground_truth": None}, "None is no text"),
+        ({"question": 3}, "3 is no text"),
+        ({"question": " "}, "' ' is no text"),
+    ],
+)
+def test_a_field_of_another_type_makes_no_pair(change, message, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text(json.dumps({**solved(0), **change}))
+    assert main(["gsm8k", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_file_without_pairs_or_in_another_encoding(tmp_path, capsys):
+    for content, message in (
+        (b"\n\n", "has no wrong solution to reject"),
+        (json.dumps(solved(0, *gsm8k.MODELS)).encode(), "has no wrong solution to reject"),
+        (json.dumps(solved(0)).encode("utf-16"), "in.jsonl is not UTF-8"),
+    ):
+        (tmp_path / "in.jsonl").write_bytes(content)
+        assert main(["gsm8k", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "out.jsonl").exists()
+    (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(solved(0)).encode())
+    assert main(["gsm8k", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]) == 0
+
+
 def test_pairs_are_not_written_over(tmp_path, capsys):
     for name in ("in.jsonl", "out.jsonl"):
         (tmp_path / name).write_text(json.dumps(solved(0)))
