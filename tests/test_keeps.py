@@ -116,7 +116,7 @@ def test_the_reference_is_loaded_as_the_model_is(tiny_model, tokenizer, preferen
 @pytest.mark.parametrize("wrong", ["xy", {"a": "x"}])
 def test_wrong_answers_that_are_no_list_are_named(tiny_model, tokenizer, wrong):
     rows = datasets.Dataset.from_list([{"question": "?", "answer": "y", "perturbed_answer": wrong}])
-    with pytest.raises(ValueError, match="Row 0 of world_facts_perturbed has .* as perturbed_answer; give a list of"):
+    with pytest.raises(ValueError, match=r"Row 0 of world_facts_perturbed has .* as perturbed_answer; give a list of"):
         make_answers({WORLD_FACTS: rows}, tokenizer, PromptFormat().settle(tokenizer), [])
 
 
