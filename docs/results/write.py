@@ -175,7 +175,9 @@ class Page:
             columns = [column for column in COLUMNS if preferences or column[1] not in ("displacement", "depth")]
             if stale:
                 columns.append(("gradient of rare tokens", "gradient_rare", ".3f"))
-            columns = [column for column in columns if any(group.get(column[1]) is not None for group in found["groups"])]
+            columns = [
+                column for column in columns if any(group.get(column[1]) is not None for group in found["groups"])
+            ]
             scores = [score for score in found["base"] if score != PREFERENCE.name]
             header += [
                 *scores,
