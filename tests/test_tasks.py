@@ -546,7 +546,8 @@ def test_no_verifier_takes_nan_for_a_number():
     assert score_answer([row["prompt"]], [row["answer"]], entry=[row["entry"]]) == [1.0]
 
 
-def test_rows_that_the_verifier_or_a_reader_could_not_use_are_left_out():
+def test_rows_that_the_verifier_or_a_reader_could_not_use_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some programs of codeio write files where they run
     rows = load_task_dataset("reasoning_gym:codeio", "prompt", "size=60")["train"]
     assert len(rows) == 60 and all(ast.literal_eval(entry) for entry in rows["entry"])
     pairs = load_task_dataset("reasoning_gym:ab", "preference", "size=60")["train"]
