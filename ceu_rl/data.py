@@ -400,16 +400,24 @@ def _normal_row(row: Mapping[str, Any], index: int, name: str, kind: Kind, text_
         return ValueError(f"Row {index} of the {name} dataset has {problem} {column!r} ({_short(row[column])}); {fix}.")
 
     for column in _judged(row, kind, text_field):
-        if column not in row or column == "input_ids":
+        if column not in row:
             continue
         value = row[column]
+        if column == "input_ids":
+            if not isinstance(value, list) or not value or any(type(token) is not int or token < 0 for token in value):
+                raise refuse(column, "no token ids as", "give a list of them, or the text")
+            continue
         completes = column in COMPLETIONS[kind]
         rest = "remove the row or give it " + ("a completion" if completes else "one")
         if value is None or value == [] or (isinstance(value, str) and not value.strip()):
             raise refuse(column, "an empty", rest)
         if isinstance(value, list):
-            if column == "conversations":
-                continue  # of the layout from/value, which TRL turns into messages
+            if column == "conversations":  # of the layout from/value, which TRL turns into messages
+                if not all(isinstance(turn, Mapping) and {"from", "value"} <= set(turn) for turn in value):
+                    raise refuse(
+                        column, "a turn without from and value in", "give each both, or name the column messages"
+                    )
+                continue
             if problem := next((p for message in value if (p := _message_problem(message))), None):
                 raise refuse(column, f"{problem} in", "give each message a role and content")
             if (completes or column == "messages") and _is_empty(value[-1]):
@@ -462,6 +470,8 @@ def _joined(row: Mapping[str, Any], completions: tuple[str, ...], refuse: Any) -
             )
     if len(completions) == 1:  # all but the last turn
         messages = row[completions[0]]
+        if len(messages) < 2:
+            raise refuse(completions[0], "no answer in", "add the assistant's turn")
         return {"prompt": messages[:-1], completions[0]: messages[-1:]}
     return dict(extract_prompt({column: row[column] for column in completions}))
 
