@@ -190,7 +190,8 @@ def test_a_checkpoint_of_another_kind_of_engine_is_refused(tmp_path, files, engi
 
 
 def test_a_checkpoint_of_the_same_kind_is_taken(tmp_path):
-    (tmp_path / "optimizer.pt").touch()
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (tmp_path / name).touch()
     for engine in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         check_resumes(tmp_path, engine)
     (tmp_path / "global_step3").mkdir()
