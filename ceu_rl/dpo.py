@@ -38,9 +38,9 @@ CHOICES = {
 class CEUDPOConfig(DescentConfig, DPOConfig):
     """`trl.DPOConfig` and the three coefficients of the descent weight, of which half is CE-U by default.
 
-    Half of the weight (`ceu_coef` 0.5) ended with the best samples on two toy tasks and learned the preference on a
-    real model, which the whole weight (1) did not; the whole weight keeps greedy answers up to larger rates
-    (docs/results/dpo.md, docs/results/dpo-real-model.md).
+    Half of the weight (`ceu_coef` 0.5) ended with the best samples on two toy tasks, and on a real model learned the
+    preference between sums, which the whole weight (1) did not, but not that between worded solutions, which stock did;
+    the whole weight keeps greedy answers up to larger rates (docs/results/dpo.md, docs/results/dpo-real-model.md).
 
     Raises:
         ValueError: for a coefficient outside its range, or `use_liger_kernel`.

@@ -249,7 +249,9 @@ class Page:
 
     def command(self, name: str) -> str:
         """The command that made a comparison, with line breaks for people."""
-        words = report(name)["command"].replace("../shared/tofu", "FOLDER")  # where it lay
+        words = report(name)["command"]
+        for lay, called in (("../shared/tofu", "FOLDER"), ("../shared/gsm8k/", "gsm8k-")):
+            words = words.replace(lay, called)
         return code(words)
 
     def tofu_models(self, name: str) -> str:
