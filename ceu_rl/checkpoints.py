@@ -40,6 +40,12 @@ def saved_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
     )
 
 
+def traces(folder: Path) -> list[Path]:
+    """What training leaves in a folder, a checkpoint that was cut short too: it is never written over."""
+    names = (f"{PREFIX_CHECKPOINT_DIR}-*", "result.json", "*.safetensors", "metrics.jsonl")
+    return [path for name in names for path in sorted(folder.glob(name))]
+
+
 def is_json(path: Path) -> bool:
     """Whether the file was written to its end: a disk that is full can cut it off."""
     try:

@@ -23,7 +23,7 @@ from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer, ProgressCallback, TrainerCallback
 
 from .callbacks import MetricsFile, Pace, Progress, ProgressLines, TaskScore
-from .checkpoints import TRAINER_STATE_NAME, check_resumes, is_json, saved_checkpoints
+from .checkpoints import TRAINER_STATE_NAME, check_resumes, is_json, saved_checkpoints, traces
 from .data import check_layout, load
 from .engines import check_engine, check_processes, engines_on_cpu, note_unfinished_builds, save_whole
 from .errors import Boundary, NameCause, sentence
@@ -241,8 +241,7 @@ def _resume_from(output_dir: str, checkpoint: str | None) -> str | None:
             f"resume_from_checkpoint {checkpoint} is no whole checkpoint; name a checkpoint-N folder, or true."
         )
     if checkpoint is None or Path(checkpoint).resolve().parent != folder.resolve():
-        names = ("checkpoint-*", "result.json", "*.safetensors", "metrics.jsonl")
-        if saved := [*checkpoints, *(path for name in names for path in folder.glob(name))]:
+        if saved := traces(folder):
             way = ", or continue it with --resume_from_checkpoint true" if checkpoints else ""
             raise ValueError(
                 f"output_dir {output_dir} holds an earlier run ({saved[0].name}); choose another, or move it away{way}."

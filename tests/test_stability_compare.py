@@ -304,6 +304,13 @@ def test_compare_goes_on_with_an_interrupted_run(recipes, tmp_path):
     assert (folder / "result.json").is_file()
     aside = AutoModelForCausalLM.from_pretrained(folder.with_name("0-interrupted-1")).state_dict()
     assert all(torch.equal(value, aside[name]) for name, value in weights.items())
+    # What a kill in its first checkpoint leaves of a run that has not logged yet
+    for path in (folder / name for name in ("result.json", "metrics.jsonl", "model.safetensors")):
+        path.unlink()
+    (folder / "checkpoint-2" / "trainer_state.json").unlink()
+    shutil.rmtree(folder / "checkpoint-3")
+    assert main(command) == 0
+    assert (folder / "result.json").is_file() and folder.with_name("0-interrupted-2").is_dir()
 
 
 @pytest.mark.slow

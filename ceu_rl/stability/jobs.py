@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import missing_states, saved_checkpoints
+from ..checkpoints import missing_states, saved_checkpoints, traces
 from ..provenance import environment, write_json
 from ..settings import dump_recipe, read_settings
-from .runs import FAILURE, LOG, RECIPE, RESULT, TOFU_RESULT, Run
+from .runs import FAILURE, RECIPE, RESULT, TOFU_RESULT, Run
 
 OUTPUT = "log.txt"  # what the processes of a run print
 OUTPUT_TAIL = 15  # lines
@@ -86,7 +86,7 @@ def is_done(job: Job) -> bool:
         raise ValueError(_others(job.folder / RESULT, "made"))
     if found.failure and not same_settings(job, found.settings):
         return False
-    if not found.failure and not found.result and _traces(job.folder):
+    if not found.failure and not found.result and traces(job.folder):
         stored = _stored_settings(job)
         if stored is not None and not same_settings(job, stored):
             raise ValueError(_others(job.folder / RECIPE, "begun"))
@@ -127,12 +127,6 @@ def _stored_settings(job: Job) -> dict[str, Any] | None:
         return read_settings(job.method, ["--config", str(path)]) if path.is_file() else None
     except (ValueError, OSError):
         return None
-
-
-def _traces(folder: Path) -> list[Path]:
-    """What training leaves in a folder: it is never written over."""
-    files = (path for name in (RESULT, LOG, "*.safetensors") for path in folder.glob(name))
-    return [*(path for _, path in saved_checkpoints(folder)), *files]
 
 
 def run_job(job: Job, variables: Mapping[str, str], stop: Stop) -> str:
@@ -188,7 +182,7 @@ def _prepare_folder(job: Job) -> list[str]:
     same = stored is None or same_settings(job, stored)
     last = [path for _, path in saved_checkpoints(folder)][-1:]
     resume = ["--resume_from_checkpoint", "true"] if same and last and not missing_states(last[0]) else []
-    if _traces(folder) and not resume:
+    if traces(folder) and not resume:
         number = next(i for i in itertools.count(1) if not folder.with_name(f"{folder.name}-interrupted-{i}").exists())
         folder.rename(folder.with_name(f"{folder.name}-interrupted-{number}"))
     folder.mkdir(parents=True, exist_ok=True)
