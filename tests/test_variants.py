@@ -1,4 +1,4 @@
-"""The variants of the descent rule in `docs/results/grpo/variants.py`, held against plain float64 logits."""
+"""The variants of the descent rule in `docs/results`, held against plain float64 references."""
 
 import copy
 import importlib.util
@@ -18,15 +18,21 @@ from ceu_rl import CEUGRPOConfig
 
 from .reference import assert_gradients_follow, distance, keep_log_probs, routed_gradients
 
-SCRIPT = Path(__file__).parents[1] / "docs" / "results" / "grpo" / "variants.py"
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+SCRIPT, DPO_SCRIPT = RESULTS / "grpo" / "variants.py", RESULTS / "dpo-real-model" / "variants.py"
 CISPO = {"loss_type": "cispo", "epsilon_high": 5.0}
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location("variants", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
 def script(monkeypatch):
-    spec = importlib.util.spec_from_file_location("variants", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load(SCRIPT)
     # A run of one variant leaves its class, head and trainer in their places
     for owner, name in ((module.ceu_rl.grpo, "CEUGRPOTrainer"), (module.grpo_trainer, "add_fused_lm_head")):
         monkeypatch.setattr(owner, name, getattr(owner, name))
@@ -136,6 +142,55 @@ def test_the_anchor_is_that_of_nft(script):
     (gradient,) = torch.autograd.grad(negative.sum(), log_r)
     size = (q / (1 - q)).sqrt()
     torch.testing.assert_close(size * r * script.anchor_weight(r.log(), -size), gradient / size, rtol=1e-9, atol=0)
+
+
+def test_balanced_gives_ascending_tokens_the_mean_of_the_weight():
+    random = torch.Generator().manual_seed(0)
+    p = torch.rand(4, 6, dtype=torch.float64, generator=random)
+    grad, mask = torch.randn(4, 6, dtype=torch.float64, generator=random), torch.ones(4, 6, dtype=torch.bool)
+    mask[:, 4:] = False
+    grad = grad * mask
+    module = load(DPO_SCRIPT)
+    found = module.weigh_both(module.DescentRoute(1.0, 1.0, 1.0), grad, p.log(), mask)
+    mean = p[grad > 0].mean()  # with s = M = 1 the weight is p
+    torch.testing.assert_close(found, torch.where(grad > 0, grad * p, grad * mean), rtol=1e-6, atol=1e-9)
+    rising = -grad.abs()
+    assert torch.equal(module.weigh_both(module.DescentRoute(1.0, 1.0, 1.0), rising, p.log(), mask), rising)
+
+
+@pytest.mark.slow
+def test_a_study_of_dpo_trains_each_arm_by_its_rule(tiny_model, tokenizer, tmp_path):
+    tiny_model(1).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "task").mkdir()
+    recipe = {
+        "model_name_or_path": str(tmp_path / "model"),
+        "dataset_name": "builtin:addition",
+        "output_dir": "unused",
+        "ceu_coef": 1,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+    }
+    (tmp_path / "task" / "ceu.yaml").write_text(yaml.safe_dump(recipe))
+    arms = ["ceu-1", "balanced", "scale-10"]
+    command = [sys.executable, DPO_SCRIPT, f"study:{','.join(arms)}", "task/ceu.yaml", "--seed", "0"]
+    for _ in range(2):
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-2000:] + result.stdout[-2000:]
+    assert "3 done earlier and kept, 0 to do" in result.stdout
+    folder = tmp_path / "runs" / "dpo-variants-task"
+    results = [json.loads(next((folder / arm).rglob("result.json")).read_text()) for arm in arms]
+    assert [found["variant"] for found in results] == ["plain", "balanced", "plain"]
+    assert [found["settings"]["ceu_scale"] for found in results] == [1, 1, 10]
+    assert len({found["metrics"]["eval_loss"] for found in results}) == 3
+    report = json.loads((folder / "report.json").read_text())
+    assert report["command"] == "python docs/results/dpo-real-model/variants.py " + shlex.join(command[2:])
 
 
 @pytest.mark.slow

@@ -41,17 +41,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import yaml
 from trl.trainer import grpo_trainer
 from trl.trainer.utils import add_fused_lm_head
 
 import ceu_rl.grpo
-from ceu_rl import callbacks, cli
+from ceu_rl import callbacks
 from ceu_rl.losses import descent_weight
-from ceu_rl.provenance import write_json
 from ceu_rl.routing import wrap_forward
-from ceu_rl.stability import compare
 from ceu_rl.tasks import evaluate_samples
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import study
 
 VARIANTS = ("plain", "cancel", "cancel_net", "drift", "both", "anchor", "collision", "mass", "size")
 CISPO = {"ceu_coef": 0, "loss_type": "cispo", "epsilon_high": 5.0}
@@ -222,20 +222,16 @@ def more_samples(model, tokenizer, task, rows, **settings):
 
 
 def train(variant, words):
-    """One run: `ceu-rl grpo` with the variant, which is recorded in its result, and pass@16 at each evaluation."""
+    """One run: `ceu-rl grpo` with the variant, and pass@16 at each evaluation."""
     VariantTrainer.variant = variant
     callbacks.evaluate_samples = more_samples
     ceu_rl.grpo.CEUGRPOTrainer = VariantTrainer
     if variant == "collision":
         grpo_trainer.add_fused_lm_head = head_with_collisions
-    status = cli.main(["grpo", *words])
-    if status == 0:
-        path = Path(words[words.index("--output_dir") + 1], "result.json")
-        write_json(path, {**json.loads(path.read_text()), "variant": variant})
-    return status
+    return study.train("grpo", variant, words)
 
 
-def study(name, recipe, words):
+def compare_arms(name, recipe, words):
     """`ceu-rl compare` over the arms of a study, whose runs are those of [`train`]."""
     command = shlex.join(["python", "docs/results/grpo/variants.py", "study", name, str(recipe), *words])
     name, _, chosen = name.partition(":")
@@ -243,31 +239,15 @@ def study(name, recipe, words):
     chosen = chosen.split(",") if chosen else list(arms)
     if unknown := [arm for arm in chosen if arm not in arms]:
         sys.exit(f"the study {name} has no arm {unknown[0]!r}; use some of {', '.join(arms)}.")
-    arms = {arm: arms[arm] for arm in chosen}
-    folder = Path("runs", f"grpo-variants-{name}-{recipe.resolve().parent.name}")
-    (folder / "recipes").mkdir(parents=True, exist_ok=True)
-    for arm, (_, settings) in arms.items():
-        content = {**yaml.safe_load(recipe.read_text()), **settings}
-        (folder / "recipes" / f"{arm}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    make_jobs = compare.make_jobs
-
-    def with_variants(*args, **kwargs):
-        jobs = make_jobs(*args, **kwargs)
-        return [replace(job, launcher=[sys.executable, __file__, arms[job.run.arm][0]]) for job in jobs]
-
-    compare.make_jobs = with_variants
-    recipes = [str(folder / "recipes" / f"{arm}.yaml") for arm in arms]
     values = [word for field, given in grid.items() if f"--{field}" not in words for word in (f"--{field}", *given)]
-    status = cli.main(["compare", *recipes, *values, *words, "--method", "grpo", "--output_dir", str(folder)])
-    path = folder / "report.json"
-    if path.exists():
-        found = json.loads(path.read_text())
-        found["command"] = command
-        for run in found["runs"]:
-            arguments = (run["command"] or "").split()  # none where a run was interrupted
-            run["descending_least"] = least(Path(arguments[-1], "metrics.jsonl")) if arguments else None
-        write_json(path, found)
-    return status
+    folder = Path("runs", f"grpo-variants-{name}-{recipe.resolve().parent.name}")
+    arms = {arm: arms[arm] for arm in chosen}
+    return study.study("grpo", folder, recipe, arms, __file__, command, [*values, *words], add_least)
+
+
+def add_least(run):
+    arguments = (run["command"] or "").split()  # none where a run was interrupted
+    run["descending_least"] = least(Path(arguments[-1], "metrics.jsonl")) if arguments else None
 
 
 def least(path):
@@ -279,7 +259,7 @@ def least(path):
 if __name__ == "__main__":
     what, *rest = sys.argv[1:] or [""]
     if what == "study" and rest and rest[0].partition(":")[0] in STUDIES:
-        sys.exit(study(rest[0], Path(rest[1]), rest[2:]))
+        sys.exit(compare_arms(rest[0], Path(rest[1]), rest[2:]))
     if what not in VARIANTS:
         sys.exit(f"unknown variant {what!r}; use one of {', '.join(VARIANTS)}, or study with {' or '.join(STUDIES)}.")
     sys.exit(train(what, rest[2:] if rest[:1] == ["ceu_rl.cli"] else rest))  # the former as a comparison calls it
