@@ -311,6 +311,12 @@ def all_tasks():
     return [name for name in factory.DATASETS if name != "composite"]
 
 
+def test_entries_with_types_of_numpy_are_kept_as_plain_values():
+    rows = load_task_dataset("reasoning_gym:knights_knaves", "preference", "size=4")["train"]
+    assert len(rows) == 4 and "np." not in rows[0]["entry"]
+    assert score_answer(rows["prompt"], [row[0]["content"] for row in rows["chosen"]], rows["entry"]) == [1.0] * 4
+
+
 @pytest.mark.slow
 def test_every_task_of_the_library_gives_rows_that_its_verifier_judges_right():
     for task in all_tasks():

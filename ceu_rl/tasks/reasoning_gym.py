@@ -26,6 +26,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ceu_rl.errors import NameCause
 from ceu_rl.tasks.protocol import Messages, Task, conversation, last_content
 
@@ -102,7 +104,7 @@ def _rows(task: str, config: str | None, kind: str, split: str, seed: int) -> It
         is_test = hashlib.sha256(question.encode()).digest()[0] % TEST_SHARE == 0
         if is_test != (split == "test") or question in seen:
             continue
-        held = repr({"task": task, "config": config, **entry})
+        held = repr({"task": task, "config": config, **_plain(entry)})
         if not _is_literal(held) or (kind != "prompt" and not (entry["answer"] or "").strip()):
             continue  # what the verifier needs cannot be kept in a column, or there is nothing to show
         wrong = ""
@@ -121,6 +123,17 @@ def _rows(task: str, config: str | None, kind: str, split: str, seed: int) -> It
         raise ValueError(
             f"{PREFIX}{task} has no question for {split} among {drawn.size}{reason}; let its fields vary more."
         )
+
+
+def _plain(value: Any) -> Any:
+    """The same without types of numpy, whose repr is no literal."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {_plain(key): _plain(each) for key, each in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(map(_plain, value))
+    return value
 
 
 def _is_literal(text: str) -> bool:
