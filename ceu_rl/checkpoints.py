@@ -133,6 +133,9 @@ class WholeCheckpoints:
         check_resumes(checkpoint, trainer.accelerator.distributed_type)
         groups, scheduler = getattr(trainer.optimizer, "param_groups", []), trainer.lr_scheduler
         asked = [{name: group[name] for name in _ASKED if name in group} for group in groups]
+        for own, group in zip(asked, groups, strict=True):
+            if "max_momentum" in group:  # where the scheduler moves them, they belong to the step
+                own.pop("betas", None)
         with _reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         _ask_again(getattr(trainer.optimizer, "param_groups", []), scheduler, asked)

@@ -269,7 +269,13 @@ def _split(dataset: Any, split: str, field: str) -> Any:
 
 
 def check_layout(
-    dataset: Any, name: str, kind: Kind, num_proc: int | None = None, text_field: str = "text"
+    dataset: Any,
+    name: str,
+    kind: Kind,
+    num_proc: int | None = None,
+    text_field: str = "text",
+    *,
+    blank_user: bool = False,
 ) -> Dataset | IterableDataset:
     """Judge every row of a dataset before it is tokenized, and bring it into the layout that TRL reads right.
 
@@ -284,6 +290,7 @@ def check_layout(
             or prompt.
         num_proc: Processes that judge.
         text_field: The column of texts of kind sft.
+        blank_user: Whether a message of the user may be without words, which an environment adds.
 
     Returns:
         The dataset, the same object if nothing had to be changed.
@@ -293,11 +300,14 @@ def check_layout(
             that cannot be learned from.
     """
     check_dataset(dataset, name, kind, text_field)
-    normal = functools.partial(_normal_row, name=name, kind=kind, text_field=text_field)
+    if _is_transformed(dataset):  # its rows are made when they are read, from columns that only it knows
+        return dataset
+    normal = functools.partial(_normal_row, name=name, kind=kind, text_field=text_field, blank_user=blank_user)
     if isinstance(dataset, IterableDataset):
         return dataset.map(lambda row, index: normal(row, index) or {}, with_indices=True)
     judged = [column for column in _judged(dataset.column_names, kind, text_field) if column in dataset.column_names]
-    changed = dataset.select_columns(judged).map(
+    plain = dataset.with_format(None)  # not the tensors or arrays that it was set to give
+    changed = plain.select_columns(judged).map(
         lambda row, index: {"_changed": normal(row, index) is not None, "_chat": _is_chat(row, kind, text_field)},
         with_indices=True,
         remove_columns=judged,
@@ -314,14 +324,14 @@ def check_layout(
         )
     if not any(changed["_changed"]):
         return dataset
-    parts = dataset.select_columns(judged).map(
+    parts = plain.select_columns(judged).map(
         lambda row, index: {**row, **(normal(row, index) or {})},
         with_indices=True,
         remove_columns=judged,
         num_proc=num_proc,
         desc=f"Taking the prompt of the {name} dataset from its conversations",
     )
-    return concatenate_datasets([dataset.remove_columns(judged), parts], axis=1)
+    return concatenate_datasets([plain.remove_columns(judged), parts], axis=1)
 
 
 def check_dataset(dataset: Any, name: str, kind: Kind, text_field: str = "text") -> None:
@@ -334,8 +344,13 @@ def check_dataset(dataset: Any, name: str, kind: Kind, text_field: str = "text")
         raise ValueError(f"The {name} dataset is {_describe(dataset)}.")
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"The {name} dataset has no rows; give it at least one.")
-    if dataset.column_names is not None:  # a stream that was not looked at tells them with its first row
-        _check_columns(dataset.column_names, name, kind, text_field)
+    columns = list(dataset[0]) if _is_transformed(dataset) else dataset.column_names
+    if columns is not None:  # a stream that was not looked at tells them with its first row
+        _check_columns(columns, name, kind, text_field)
+
+
+def _is_transformed(dataset: Any) -> bool:
+    return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
 
 
 class FirstRow:
@@ -392,7 +407,9 @@ def _check_columns(columns: Iterable[str], name: str, kind: Kind, text_field: st
             raise ValueError(f"The {name} dataset has no column {column!r} among {sorted(columns)}; {fix}.")
 
 
-def _normal_row(row: Mapping[str, Any], index: int, name: str, kind: Kind, text_field: str) -> dict[str, Any] | None:
+def _normal_row(
+    row: Mapping[str, Any], index: int, name: str, kind: Kind, text_field: str, blank_user: bool = False
+) -> dict[str, Any] | None:
     """The columns that have to change for TRL, None if there are none."""
     _check_columns(row, name, kind, text_field)
 
@@ -418,7 +435,7 @@ def _normal_row(row: Mapping[str, Any], index: int, name: str, kind: Kind, text_
                         column, "a turn without from and value in", "give each both, or name the column messages"
                     )
                 continue
-            if problem := next((p for message in value if (p := _message_problem(message))), None):
+            if problem := next((p for message in value if (p := _message_problem(message, blank_user))), None):
                 raise refuse(column, f"{problem} in", "give each message a role and content")
             if (completes or column == "messages") and _is_empty(value[-1]):
                 raise refuse(column, "an empty", rest)
@@ -476,7 +493,7 @@ def _joined(row: Mapping[str, Any], completions: tuple[str, ...], refuse: Any) -
     return dict(extract_prompt({column: row[column] for column in completions}))
 
 
-def _message_problem(message: Any) -> str | None:
+def _message_problem(message: Any, blank_user: bool) -> str | None:
     if not isinstance(message, Mapping):
         return f"the item {_short(message)}"
     if not isinstance(message.get("role"), str):
@@ -485,7 +502,8 @@ def _message_problem(message: Any) -> str | None:
     if not (content is None or isinstance(content, str | list)):
         return f"a content of type {type(content).__name__}"
     # Many datasets have a system message of no words
-    if (message["role"] == "user" and _is_empty(message)) or (message["role"] == "system" and content is None):
+    empty = message["role"] == "user" and not blank_user and _is_empty(message)
+    if empty or (message["role"] == "system" and content is None):
         return f"a message without content ({_short(dict(message))})"
     return None
 

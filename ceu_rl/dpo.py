@@ -93,13 +93,15 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, DPOTraine
         with FirstRow(dataset_name):
             prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if isinstance(prepared, IterableDataset):
-            return prepared.filter(lambda row: not _is_tie(row, args)) if self._leaves_ties_out(args) else prepared
+            leaves_out = self._leaves_ties_out(args, dataset_name)
+            return prepared.filter(lambda row: not _is_tie(row, args)) if leaves_out else prepared
         return self._without_ties(prepared, args, dataset_name, rows=len(dataset))
 
     @staticmethod
-    def _leaves_ties_out(args: Any) -> bool:
-        # On equal answers stock's two gradients cancel; weighed on one side they would train on the answer
-        return args.ceu_coef > 0 or args.drop_descending
+    def _leaves_ties_out(args: Any, name: str) -> bool:
+        # On equal answers stock's two gradients cancel; weighed on one side they would train on the answer. Nothing is
+        # trained in an evaluation, whose scores are to be those of the same rows as stock's
+        return name == "train" and (args.ceu_coef > 0 or args.drop_descending)
 
     def _without_ties(self, prepared: Dataset, args: DPOConfig, name: str, rows: int) -> Dataset:
         """Leave out the pairs whose answers are the same, and say what became of the rows."""
@@ -117,7 +119,7 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, DPOTraine
             num_proc=args.dataset_num_proc,
             desc=f"Comparing answers of the {name} dataset",
         )
-        ties, leaves_out = sum(found["tie"]), self._leaves_ties_out(args)
+        ties, leaves_out = sum(found["tie"]), self._leaves_ties_out(args, name)
         note(
             f"The {name} dataset has {rows} rows: {rows - len(prepared)} dropped, whose prompt fills max_length "
             f"({args.max_length}); {sum(found['cut'])} answers cut there; {ties} pairs "

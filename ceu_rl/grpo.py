@@ -176,7 +176,8 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, GRPOTrai
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
         loss: torch.Tensor = super()._compute_loss(model, inputs)
         generated = inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps"))
-        if self._is_training and generated is not None:
+        # A `rollout_func` need not know the probabilities, and may give something in their place
+        if self._is_training and generated is not None and generated.shape == self._log_probs.shape:
             mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
             sums = drift_by_sign(self._log_probs, generated, inputs["advantages"], mask)
             sums = self.accelerator.reduce(sums, reduction="sum")
@@ -285,7 +286,7 @@ def _check_rows(dataset: Any, name: str, prompted: bool, generations: int | None
     if generations is not None:
         dataset = take_logged(dataset, name, generations)
     if prompted or "prompt" in (getattr(dataset, "column_names", None) or ["prompt"]):
-        return check_layout(dataset, name, "prompt")
+        return check_layout(dataset, name, "prompt", blank_user=not prompted)
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"The {name} dataset has no rows; give it at least one.")
     return dataset

@@ -218,7 +218,7 @@ def undial_loss(
     dtype = torch.promote_types(logits.dtype, torch.float32)
     lowered = torch.full_like(labels, -strength, dtype=dtype).unsqueeze(-1)
     target = teacher_logits.detach().to(dtype).scatter_add(-1, labels.unsqueeze(-1), lowered).softmax(dim=-1)
-    return -(target * logits.to(dtype).log_softmax(dim=-1)).sum(dim=-1)
+    return -(target * _log_softmax(logits.to(dtype))).sum(dim=-1)
 
 
 def kl_loss(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
@@ -232,8 +232,13 @@ def kl_loss(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
         The divergence at each token, in nats, shape (...), in float32 (float64 for float64 logits).
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    log_p, log_ref = logits.to(dtype).log_softmax(dim=-1), ref_logits.detach().to(dtype).log_softmax(dim=-1)
+    log_p, log_ref = _log_softmax(logits.to(dtype)), _log_softmax(ref_logits.detach().to(dtype))
     return F.kl_div(log_p, log_ref, reduction="none", log_target=True).sum(dim=-1)
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Finite also for tokens that a model rules out, whose probability of 0 it is multiplied with."""
+    return logits.log_softmax(dim=-1).clamp(min=-1e4)
 
 
 def activation_loss(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

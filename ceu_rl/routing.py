@@ -385,7 +385,11 @@ class DescentTrainer:
         # Here, where every process comes by: a callback may log on one of them alone
         if accelerator.sync_gradients and self.descent_route.is_attached:
             record = self.descent_route.pop_record()
-            record = torch.zeros(RECORD, device=loss.device) if record is None else record
+            if record is None:
+                raise RuntimeError(
+                    "No gradient of this step went through the descent route: another trainer was built on this model "
+                    "after this one, and its head or route took the place; build this trainer again."
+                )
             records = accelerator.gather(record).view(-1, RECORD)
             earlier = [] if self._descent_record is None else [self._descent_record]
             self._descent_record = merge_records([*earlier, *records])

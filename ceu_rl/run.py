@@ -7,6 +7,7 @@ import ctypes
 import fcntl
 import functools
 import importlib
+import math
 import os
 import shlex
 import signal
@@ -112,11 +113,18 @@ def _finish(
         )
     save_whole(trainer.accelerator)
     trainer.save_model(args.output_dir)
-    if trainer.eval_dataset is not None and not any("eval_loss" in entry and entry["step"] == step for entry in log):
+    evaluated = any("eval_loss" in entry and entry["step"] == step for entry in log)
+    # The best model is another one than that of the last step
+    if trainer.eval_dataset is not None and (args.load_best_model_at_end or not evaluated):
         trainer.evaluate()
     trainer.save_state()
+    final = {key: value for entry in log if entry["step"] == step for key, value in entry.items()}
+    if not math.isfinite(final.get("eval_loss", 0.0)):
+        raise FloatingPointError(
+            f"The evaluation after step {step} met a non-finite loss ({final['eval_loss']}), so that the model in "
+            f"{args.output_dir} is of no use; start again with a lower learning_rate."
+        )
     if trainer.is_world_process_zero():
-        final = {key: value for entry in log if entry["step"] == step for key, value in entry.items()}
         result = {
             "command": shlex.join(["ceu-rl", method, *argv]),
             "settings": settings,

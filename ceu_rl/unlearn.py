@@ -39,6 +39,7 @@ from .data import check_layout
 from .fused import fused_linear_unlearning_loss, lm_head_options
 from .losses import (
     activation_loss,
+    cross_entropy_unlearning_loss,
     gradient_ascent_loss,
     kl_loss,
     npo_loss,
@@ -74,6 +75,29 @@ METHODS = {
     "undial": Method(beta=10.0, needs_reference=True),
     "rmu": Method("sequences", retain_loss_type="activations", retain_weight=1200.0),
 }
+
+
+class _Default:
+    """Marks the default of a method, which `dataclasses.replace` with another `loss_type` does not carry over."""
+
+
+class _DefaultFloat(float, _Default):
+    pass
+
+
+class _DefaultInt(int, _Default):
+    pass
+
+
+class _DefaultText(str, _Default):
+    pass
+
+
+def _as_default(value: Any) -> Any:
+    kinds = {float: _DefaultFloat, int: _DefaultInt, str: _DefaultText}
+    return None if value is None else kinds[type(value)](value)
+
+
 RETAIN_LOSSES = ("nll", "kl", "activations")
 COLUMNS = ["input_ids", "labels"]
 
@@ -160,19 +184,22 @@ class UnlearnConfig(SFTConfig):
         if self.loss_type not in METHODS:
             raise ValueError(f"loss_type is {self.loss_type!r}; use one of {', '.join(METHODS)}.")
         method = METHODS[self.loss_type]
-        if self.retain_loss_type is None:
-            self.retain_loss_type = method.retain_loss_type
+        own = {
+            "beta": method.beta,
+            "ignore_first_n_answer_tokens": method.ignored,
+            "retain_loss_type": method.retain_loss_type,
+            "retain_weight": method.retain_weight,
+        }
+        for name, value in own.items():
+            if getattr(self, name) is None or isinstance(getattr(self, name), _Default):
+                setattr(self, name, _as_default(value))
         if self.retain_loss_type not in RETAIN_LOSSES:
             raise ValueError(f"retain_loss_type is {self.retain_loss_type!r}; use 'nll' or 'kl'.")
         if self.retain_loss_type == "activations" and self.loss_type != "rmu":
             raise ValueError(f"retain_loss_type is 'activations' and loss_type {self.loss_type!r}; use 'nll' or 'kl'.")
-        if self.retain_weight is None:
-            self.retain_weight = method.retain_weight
         if self.chunk and self.max_length is None:
             raise ValueError("chunk is True and max_length None; set the tokens of a piece.")
-        if self.beta is None:
-            self.beta = method.beta
-        elif method.beta is None:
+        if self.beta is not None and method.beta is None:
             raise ValueError(f"beta is {self.beta}, and loss_type {self.loss_type!r} has none; leave it out.")
         if self.beta is not None and not 0 < self.beta < math.inf:
             raise ValueError(f"beta is {self.beta}; use a finite number above 0.")
@@ -181,8 +208,6 @@ class UnlearnConfig(SFTConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; use a finite number from 0.")
         if not math.isfinite(self.margin):
             raise ValueError(f"margin is {self.margin}; use a finite number.")
-        if self.ignore_first_n_answer_tokens is None:
-            self.ignore_first_n_answer_tokens = method.ignored
         if not (isinstance(self.ignore_first_n_answer_tokens, int) and self.ignore_first_n_answer_tokens >= 0):
             raise ValueError(
                 f"ignore_first_n_answer_tokens is {self.ignore_first_n_answer_tokens}; use a whole number from 0."
@@ -252,8 +277,10 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, SFTTrainer):
         reference = _make_reference(model, args, ref_model, adapts)
 
         method, args.loss_type = args.loss_type, "nll"  # the loss of an evaluation
-        super().__init__(model=model, args=args, train_dataset=forget_dataset, **kwargs)
-        args.loss_type = method
+        try:
+            super().__init__(model=model, args=args, train_dataset=forget_dataset, **kwargs)
+        finally:
+            args.loss_type = method
         check_language_model(self.model)
         if self.accelerator.parallelism_config is not None:
             raise ValueError("parallelism_config is set, which unlearning does not support; leave it out.")
@@ -268,6 +295,7 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, SFTTrainer):
         self.model_accepts_loss_kwargs = True  # the loss is divided by the units of the whole step, see `compute_loss`
         base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         add_unlearning_head(base)
+        _check_head(base)
         if args.loss_type == "rmu":
             freeze_for_rmu(self.model, args.rmu_layer, args.rmu_update_layers)
         self.train_dataset = self._spare(self.train_dataset, end_token_ids(base, self._tokenizer))
@@ -315,6 +343,7 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, SFTTrainer):
     def _place_reference(self, reference: PreTrainedModel | None) -> Any:
         if reference is None:
             return None
+        reference.eval()  # a copy of a model that was just trained would drop out, at random
         add_fused_lm_head(reference)
         add_unlearning_head(reference)
         if self.is_deepspeed_enabled:
@@ -528,6 +557,32 @@ def _unlearning_forward(
             **lm_head_options(self),
         )
     return FusedCausalLMOutput(loss=loss)
+
+
+@torch.no_grad()
+def _check_head(model: Any) -> None:
+    """Raise a ValueError for a model that makes more of its last hidden states than the fused losses know of.
+
+    On a few tokens, where the weights are at hand: not where an engine has parted them.
+    """
+    weights = [model.get_output_embeddings().weight, *model.parameters()]
+    if len({weight.device for weight in weights}) > 1 or weights[0].is_meta or not all(map(torch.numel, weights)):
+        return
+    ids = torch.arange(1, 9, device=weights[0].device)[None] % len(weights[0])
+    training = model.training
+    model.eval()
+    try:
+        found = model(input_ids=ids, labels=ids, unlearn=True).loss
+        logits = model(input_ids=ids).logits
+    finally:
+        model.train(training)
+    expected = cross_entropy_unlearning_loss(logits[0, :-1].float(), ids[0, 1:], reduction="sum")
+    if torch.isfinite(expected) and not torch.isclose(found.float(), expected, rtol=0.02, atol=1e-2):
+        raise ValueError(
+            f"{type(model).__name__} makes its logits in another way than by its head from its last hidden states (the "
+            f"loss of a few tokens is {expected.item():.4g}, and {found.item():.4g} so), which unlearning does not "
+            "support; use another model."
+        )
 
 
 def _hidden_after(model: PreTrainedModel, layer: int, *args: Any, **kwargs: Any) -> torch.Tensor:

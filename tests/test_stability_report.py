@@ -354,8 +354,8 @@ def test_a_reward_that_is_negative_has_no_share_to_keep(make, report):
     runs = [
         make("stock", {"learning_rate": each}, log=scored(-2.0, -1.0, key="eval_reward")) for each in ("1e-6", "1e-5")
     ]
-    found, _, _ = report(runs)
-    assert found["ranges"] == []
+    found, page, _ = report(runs)
+    assert found["ranges"] == [] and found["groups"][0]["collapse_step"] is None and 'class="lost"' not in page
     assert found["verdict"][0] == (
         "There is no share of the base's score to keep (held-out reward -2), so that no range is given."
     )
@@ -375,6 +375,75 @@ def test_little_to_report(make, report, log, end, words):
     found, page, terminal = report([make("stock", log=log, end=end)])
     assert found["verdict"][0].startswith(words) and words in terminal
     assert "</html>" in page
+
+
+@pytest.mark.parametrize("value", [0.2, 0.7, 0.804, 0.982, 0.996])
+def test_seeds_that_tie_are_drawn(make, report, value):
+    """The mean of equal numbers can lie an ulp outside of them."""
+    ends = {arm: {each: [value] * 5 for each in ("1e-6", "1e-5")} for arm in ("stock", "ceu")}
+    found, page, _ = report(grid(make, ends))
+    assert found["groups"][0]["final"]["greedy accuracy"]["min"] == value and "</html>" in page
+
+
+def test_each_start_is_its_own_base(make, report):
+    """Two arms that keep all that they had, from models of 0.4 and of 0.9, and a grid over these models."""
+    ends = (("stock", "good", 0.9), ("ceu", "weak", 0.4))
+    runs = [
+        make(arm, {"learning_rate": each}, log=scored(end, end), settings={"model_name_or_path": model, "max_steps": 9})
+        for arm, model, end in ends
+        for each in ("1e-6", "1e-5")
+    ]
+    found, page, _ = report(runs)
+    assert found["verdict"][0].endswith("these rates cannot tell them apart.")
+    assert "The arms do not share model_name_or_path (stock good, ceu weak)" in " ".join(found["verdict"])
+    assert 'class="lost"' not in page and found["base"] == {"greedy accuracy": None}
+    models = [
+        make("npo", {"learning_rate": each, "model_name_or_path": model}, log=scored(end, end))
+        for _, model, end in ends
+        for each in ("1e-6", "1e-5")
+    ]
+    assert [entry["range"] for entry in summarize(models, COMMAND)["ranges"]] == [1e-5, 1e-5]
+
+
+def test_rates_below_the_range_that_lose_are_named(make, report):
+    ends = {
+        "stock": {"1e-6": [0.9], "1e-5": [0.97], "1e-4": [0.2]},
+        "ceu": {"1e-6": [1.0], "1e-5": [1.0], "1e-4": [0.1]},
+    }
+    found, _, _ = report(grid(make, ends))
+    assert "up to 1e-5 (but not at 1e-6)" in found["verdict"][0] and "ceu keeps" not in found["verdict"][0][-40:]
+
+
+def test_a_finished_run_without_a_finite_evaluation_has_diverged(make, report):
+    runs = [
+        make("stock", log=scored(1.0, 1.0)),
+        make("ceu", log=scored(1.0, math.nan), metrics={"eval_loss": math.nan}),
+    ]
+    assert (runs[1].status, runs[1].reason) == ("diverged", "Its last evaluation met a non-finite eval_loss (nan).")
+    found, _, _ = report(runs)
+    assert any("1 of 2 runs diverged" in sentence for sentence in found["verdict"])
+
+
+def test_a_column_that_the_first_run_lacks_moves_no_other(make, report):
+    entry = {"eval_pass@8": 0.77, "grad_norm": 3.0}
+    runs = [
+        make("stock", {"learning_rate": "1e-6"}, end="failed"),
+        make("stock", {"learning_rate": "1e-5"}, log=[*scored(0.5, 0.5), {"step": 60, **entry}]),
+    ]
+    _, page, _ = report(runs)
+    behind = page.split("The runs behind each row")[1]
+    for table in re.findall(r"<table>(.*?)</table>", behind, re.DOTALL)[:2]:
+        head, body = table.split("</thead>")
+        assert head.count("<th ") == body.count("<td") + body.count("<th ")
+
+
+def test_rows_as_in_the_recipe_stand_under_no_other_heading(make, report):
+    runs = [
+        make("stock", {"learning_rate": "1e-6", "beta": "0.5"}, log=scored(0.5, 0.5)),
+        make("stock", {"learning_rate": "1e-6"}, log=scored(0.5, 0.3)),
+    ]
+    _, page, _ = report(runs)
+    assert page.index("beta 0.5</th>") < page.index("as in the recipe</th>")
 
 
 def test_no_runs_at_all(report):
@@ -662,6 +731,18 @@ def test_a_reward_no_better_than_at_the_start_costs_nothing_to_compare(make):
     )
 
 
+def test_a_setting_with_a_diverged_seed_is_no_arms_best(make):
+    runs = [rewarded(make, arm, "1e-4", seed, (0.1, 0.8)) for arm in ("stock", "ceu") for seed in (0, 1)]
+    runs.append(rewarded(make, "ceu", "3e-4", 0, (0.3, 0.9)))
+    broken = {"settings": {"learning_rate": 3e-4}, "command": "ceu-rl grpo"}
+    runs.append(make("ceu", {"learning_rate": "3e-4"}, 1, [{"step": 0, "eval_kl": 7.0}], end="diverged", **broken))
+    found = summarize(runs, COMMAND)
+    assert any(said.startswith("ceu at its best (learning rate 1e-4): sampled accuracy 0.8") for said in verdict(found))
+    assert [point["diverged"] for point in found["frontier"][0]["points"]] == [0, 0, 1]
+    (group,) = (group for group in found["groups"] if group["setting"]["learning_rate"] == "3e-4")
+    assert group["kl"] == 0.3
+
+
 def test_without_divergences_there_is_no_frontier(make, report):
     log = [{"step": 0, "eval_reward": 0.1}, {"step": 1, "reward": 0.2}, {"step": 50, "eval_reward": 0.5}]
     found, page, _ = report([make(arm, log=log) for arm in ("stock", "ceu")])
@@ -670,8 +751,13 @@ def test_without_divergences_there_is_no_frontier(make, report):
 
 
 def unlearned(make, arm, each, quality, utility, seed=0):
+    method = "unlearn" if each else "sft"
     run = make(
-        arm, {"learning_rate": each} if each else {}, seed, [{"step": 1, "forget_loss": 2.0, "retain_loss": 1.0}]
+        arm,
+        {"learning_rate": each} if each else {},
+        seed,
+        [{"step": 1, "forget_loss": 2.0, "retain_loss": 1.0}],
+        command=f"ceu-rl {method} --config {arm}.yaml",
     )
     summary = {"forget_quality": quality, "model_utility": utility, "forget_probability": 0.1}
     (run.folder / "tofu_eval.json").write_text(json.dumps({"summary": summary, "items": {}}))
@@ -723,7 +809,40 @@ def test_a_collapsed_model_reaches_nothing(make, report):
     assert [point["collapsed"] for point in found["tofu"]["points"]] == [0, 1, 1]
     assert [run["collapsed"] for run in found["runs"]] == [False, False, True, False, True]
     assert "<small>1 collapsed</small>" in page and "<small>collapsed</small>" in page
-    assert "A cross is a setting at which a seed collapsed" in page
+    assert "A cross is a setting at which a seed diverged or collapsed" in page
+
+
+def test_a_method_may_be_named_full_and_a_diverged_seed_reaches_nothing(make, report):
+    runs = [
+        unlearned(make, "full", None, 1e-20, 0.6),
+        unlearned(make, "full-ceu", "1e-5", 0.2, 0.58),
+        *(unlearned(make, "npo", "1e-5", 0.3, 0.59, seed) for seed in (0,)),
+        make("npo", {"learning_rate": "1e-5"}, 1, end="diverged", command="ceu-rl unlearn"),
+    ]
+    found, _, _ = report(runs)
+    assert found["tofu"]["base"]["model_utility"] == 0.6
+    assert found["verdict"][0] == (
+        "full-ceu (learning rate 1e-5) reaches a forget quality above 0.05 at a model utility within 10 % of the "
+        "base's 0.6; npo at no setting tried (with 1 to 2 seeds, all of which count)."
+    )
+    assert [(p["arm"], p["front"], p["diverged"]) for p in found["tofu"]["points"]] == [
+        ("full-ceu", True, 0),
+        ("npo", False, 1),
+    ]
+
+
+def test_different_retain_models_are_on_no_one_plane(make, report):
+    runs = [unlearned(make, "full", None, 1e-20, 0.6)]
+    for arm, retain in (("npo", "a/tofu_eval.json"), ("ceu", "b/tofu_eval.json")):
+        runs.append(unlearned(make, arm, "1e-5", 0.3, 0.59))
+        path = runs[-1].folder / "tofu_eval.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "retain": retain}))
+    found, _, _ = report(runs)
+    assert found["verdict"][0] == (
+        "The runs were held against different retain models (a/tofu_eval.json and b/tofu_eval.json), so that their "
+        "forget qualities do not compare; --retain holds all of them against one."
+    )
+    assert not any("Pareto" in sentence or "reaches" in sentence for sentence in found["verdict"])
 
 
 def test_the_base_that_an_evaluation_recorded_is_enough(make):

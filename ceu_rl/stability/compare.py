@@ -152,7 +152,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Path], dict[str
         SystemExit: after `--help`.
     """
     args, rest = _parser().parse_known_args([_underscored(word) for word in argv])
-    args.output_dir = args.output_dir and args.output_dir.expanduser()  # as a run does
+    if args.output_dir is not None and not args.output_dir.strip():
+        raise ValueError(f"--output_dir is {args.output_dir!r}; give a folder.")
+    args.output_dir = args.output_dir and Path(args.output_dir).expanduser()  # as a run does
     count = next((place for place, word in enumerate(rest) if word.startswith("--")), len(rest))
     recipes, fields = [Path(word) for word in rest[:count]], parse_fields(rest[count:])
     if args.jobs is not None and args.jobs < 1:
@@ -180,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--output_dir", type=Path, help="default: runs/<method>-<folder of the first recipe>")
+    parser.add_argument("--output_dir", help="default: runs/<method>-<folder of the first recipe>")
     parser.add_argument(
         "--jobs",
         type=int,
@@ -306,6 +308,11 @@ def _jobs_of(
         changed = {name: typed[name][value] for name, value in overrides.items()}
         settings = {**content, **changed, "disable_tqdm": True}
         check_numbers(settings)
+        if settings.get("learning_rate") == 0:
+            raise ValueError(
+                "learning_rate is 0, with which nothing is trained: the base before training is in every report; leave "
+                "it out."
+            )
         setting = {n: value for n, value in overrides.items() if len(grid[n]) > 1 or n == "learning_rate"}
         words = [word for name, value in overrides.items() for word in (f"--{name}", value)]
         seeds = typed["seed"].values() if "seed" in typed else [settings.get("seed", DEFAULT_SEED)]
@@ -320,6 +327,7 @@ def _jobs_of(
                 words=[*direct, "--disable_tqdm", "true"],
                 seed_place=place,
                 evaluation=_tofu_evaluation(recipe, settings, at, retain) if method == "unlearn" else None,
+                retain=retain,
                 launcher=launcher,
             )
             jobs.append(job)
@@ -414,7 +422,7 @@ def find_runs(folder: Path) -> list[Run]:
     places = [path for path in places if path.name.isdecimal()]
     if not places:
         raise ValueError(f"{folder} holds no runs; they lie in <arm>/<setting>/<seed>/.")
-    settings = {path: setting_of_folder(path.parent.name) for path in places}
+    settings = _spelled_alike({path: setting_of_folder(path.parent.name) for path in places})
     several = {"learning_rate"} | {
         name
         for setting in settings.values()
@@ -424,8 +432,8 @@ def find_runs(folder: Path) -> list[Run]:
     runs = []
     for path, setting in settings.items():
         number = to_float(setting.get("learning_rate", 0))
-        if number is None or not math.isfinite(number):
-            raise ValueError(f"{path.parent} names no number as its learning rate; move it away.")
+        if number is None or not math.isfinite(number) or ("learning_rate" in setting and number <= 0):
+            raise ValueError(f"{path.parent} names no number above 0 as its learning rate; move it away.")
         shown = {name: value for name, value in setting.items() if name in several}
         runs.append(Run(path.parent.parent.name, shown, int(path.name), path))
     order = _arms_of_report(folder)
@@ -434,6 +442,18 @@ def find_runs(folder: Path) -> list[Run]:
         key=lambda arm: (order.index(arm) if arm in order else len(order), arm != "stock", arm),
     )
     return sorted(runs, key=lambda run: names.index(run.arm))
+
+
+def _spelled_alike(settings: Mapping[Path, Mapping[str, str]]) -> dict[Path, dict[str, str]]:
+    """The same with one spelling for each number, as for 0.1 and .1: the first."""
+    first: dict[tuple[str, Any], str] = {}
+    found: dict[Path, dict[str, str]] = {}
+    for path, setting in settings.items():
+        found[path] = {}
+        for name, value in setting.items():
+            number = to_float(value)
+            found[path][name] = first.setdefault((name, value if number is None else number), value)
+    return found
 
 
 def _arms_of_report(folder: Path) -> list[str]:

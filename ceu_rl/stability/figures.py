@@ -155,7 +155,7 @@ def _finite(ends: Mapping[int, float]) -> list[float]:
 def _seeds_at(axes: Axes, x: float, ends: Sequence[float], look: Style, limit: float) -> None:
     known = [end for end in ends if math.isfinite(end)]
     mean, keeps = float(np.mean(known)), len(known) == len(ends) and min(known) >= limit
-    axes.errorbar(x, mean, [[mean - min(known)], [max(known) - mean]], color=look.colour, capsize=2.5, lw=1)
+    axes.errorbar(x, mean, _error(mean, (min(known), max(known))), color=look.colour, capsize=2.5, lw=1)
     axes.plot(x, mean, look.marker, color=look.colour, mfc=look.colour if keeps else "white", ms=6, zorder=4)
 
 
@@ -371,11 +371,14 @@ def _way_and_end(axes: Axes, point: Mapping[str, Any], look: Style) -> None:
     end = point["divergence"], point["reward"]
     axes.errorbar(*end, xerr=across, yerr=along, color=look.colour, capsize=2.5, lw=1, zorder=3)
     axes.plot(*end, look.marker, color=look.colour, ms=7, zorder=4)
+    if point.get("diverged"):
+        axes.plot(*end, "x", color="black", ms=8, mew=1.6, zorder=5)
 
 
 def _error(value: float, interval: Sequence[float] | None) -> list[list[float]] | None:
     if interval is None:
         return None
+    # The mean of equal values can lie a rounding outside of them
     return [[max(value - interval[0], 0.0)], [max(interval[1] - value, 0.0)]]
 
 
@@ -383,7 +386,8 @@ def _arm_on_plane(axes: Axes, points: Sequence[Mapping[str, Any]], look: Style, 
     xs = [point["model_utility"] for point in points]
     ys = [max(point["forget_quality"], floor) for point in points]
     axes.plot(xs, ys, color=look.colour, marker=look.marker, lw=0.9, ms=7, zorder=4)
-    dead = [(point["model_utility"], max(point["forget_quality"], floor)) for point in points if point.get("collapsed")]
+    lost = [point for point in points if point.get("collapsed") or point.get("diverged")]
+    dead = [(point["model_utility"], max(point["forget_quality"], floor)) for point in lost]
     if dead:
         axes.plot(*zip(*dead, strict=True), "x", color="black", ms=8, mew=1.6, lw=0, zorder=5)
     seeds = [(u, max(q, floor)) for point in points for u, q in point["seeds"] if len(point["seeds"]) > 1]

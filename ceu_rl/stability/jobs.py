@@ -49,6 +49,7 @@ class Job:
     words: Sequence[str]  # arguments of ceu-rl that would make it without a comparison
     seed_place: int
     evaluation: Sequence[str] | None  # arguments of ceu-rl for what is to be run after it
+    retain: Path | None  # the retain model's result that this is held against
     launcher: Sequence[str]
 
     @property
@@ -91,8 +92,14 @@ def is_done(job: Job) -> bool:
         if stored is not None and not same_settings(job, stored):
             raise ValueError(_others(job.folder / RECIPE, "begun"))
     if found.status == "finished":
-        return job.evaluation is None or (job.folder / TOFU_RESULT).is_file()
+        return job.evaluation is None or (found.tofu is not None and not _other_retain(job))
     return found.status == "diverged"
+
+
+def _other_retain(job: Job) -> bool:
+    """Whether its evaluation was held against no retain model, or another one than is asked for."""
+    known = job.found.retain
+    return job.retain is not None and (known is None or Path(known).resolve() != job.retain.resolve())
 
 
 def _others(path: Path, how: str) -> str:
@@ -147,10 +154,16 @@ def _run_locked(job: Job, lock: int, variables: Mapping[str, str], stop: Stop) -
         resume = _prepare_folder(job)
         commands.append([*job.launcher, "ceu_rl.cli", *job.command, *resume])
     (job.folder / FAILURE).unlink(missing_ok=True)
-    if (job.folder / TOFU_RESULT).is_file():  # one that cannot be used
-        (job.folder / TOFU_RESULT).rename(job.folder / f"{TOFU_RESULT}.broken")
-    if job.evaluation is not None:
-        commands.append([*MODULE, "ceu_rl.cli", *job.evaluation])
+    evaluated = job.folder / TOFU_RESULT
+    if not commands and job.found.tofu is not None:  # it is at most to be held against the retain model
+        if _other_retain(job):
+            again = ["tofu-eval", "--results", str(evaluated), "--retain", str(job.retain)]
+            commands.append([*MODULE, "ceu_rl.cli", *again])
+    else:
+        if evaluated.is_file():  # one that cannot be used
+            evaluated.rename(evaluated.with_name(f"{TOFU_RESULT}.broken"))
+        if job.evaluation is not None:
+            commands.append([*MODULE, "ceu_rl.cli", *job.evaluation])
     for command in commands:
         if not _succeeds(job, command, lock, variables, stop):
             return "stopped" if stop.is_set() else f"{job.found.status}: {job.found.reason}"
@@ -179,7 +192,7 @@ def _lock(folder: Path, stop: Stop) -> Iterator[int | None]:
 def _prepare_folder(job: Job) -> list[str]:
     """How to go on with what an interrupted run left; what cannot be gone on with is moved aside, never deleted."""
     folder, stored = job.folder, _stored_settings(job)
-    same = stored is None or same_settings(job, stored)
+    same = stored is not None and same_settings(job, stored)
     last = [path for _, path in saved_checkpoints(folder)][-1:]
     resume = ["--resume_from_checkpoint", "true"] if same and last and not missing_states(last[0]) else []
     if traces(folder) and not resume:

@@ -89,11 +89,14 @@ def drawdown(scores: Sequence[float]) -> float:
 
 
 def collapse_step(steps: Sequence[int], scores: Sequence[float], share: float = 0.5) -> int | None:
-    """The step from whose evaluation on the score stays below `share` of its best so far; None: no collapse."""
+    """The step from whose evaluation on the score stays below `share` of its best so far; None: no collapse.
+
+    Of a score whose best is not above 0, such as a reward of penalties, a share says nothing: it does not collapse.
+    """
     collapsed, best = None, -math.inf
     for step, score in zip(steps, scores, strict=True):
         best = max(best, score)
-        if score >= share * best:
+        if best <= 0 or score >= share * best:
             collapsed = None
         elif collapsed is None:
             collapsed = step
@@ -112,6 +115,13 @@ def stable_range(scores: Mapping[float, Sequence[float]], base: float, keep: flo
     """
     stable = [rate for rate, finals in scores.items() if len(finals) and min(_or_worst(finals)) >= keep * base]
     return max(stable, default=None)
+
+
+def lost_below(scores: Mapping[float, Sequence[float]], base: float, keep: float = KEEP) -> list[float]:
+    """The rates below [`stable_range`] at which a seed ends with less than `keep` of the base's score."""
+    reach = stable_range(scores, base, keep)
+    below = sorted(rate for rate in scores if reach is not None and rate < reach)
+    return [rate for rate in below if stable_range({rate: scores[rate]}, base, keep) is None]
 
 
 def _or_worst(values: Sequence[float]) -> list[float]:

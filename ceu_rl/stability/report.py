@@ -113,9 +113,9 @@ def write_report(folder: Path, runs: Sequence[Run], console: Console, command: s
         command: The command that made the comparison, for the report.
 
     Returns:
-        What `report.json` holds: `command`, `verdict`, `arms`, `base`, of each arm `bases` and `tokens`, `frontier`,
-        `ranges`, `differences`, `best`, `tofu`, `groups` (each arm at each setting), `runs`, `provenance`. Numbers that
-        are not finite are None.
+        What `report.json` holds: `command`, `verdict`, `arms`, `base`, of each arm `bases` and `tokens`, `differ` (what
+        the arms do not share), `frontier`, `ranges`, `differences`, `best`, `tofu`, `groups` (each arm at each
+        setting), `runs`, `provenance`. Numbers that are not finite are None.
     """
     summary = summarize(runs, command)
     report = _clean({"command": command, "verdict": verdict(summary), **summary})
@@ -262,6 +262,7 @@ def _html(title: str, runs: Sequence[Run], report: Mapping[str, Any]) -> str:
             *((score.name, _definition(WorstKept)) for score in scores if isinstance(score, WorstKept)),
             *((heading, _definition(text)) for heading, _, text in columns),
         ],
+        of_runs={name for run in report["runs"] for name in run["measures"]},
         broken=[run for run in runs if run.status != "finished"],
         log_problems=[run.log_problem for run in runs if run.log_problem],
         table_header=[f"final {name}" for name in report["base"]] + [column[0] for column in columns],
@@ -288,7 +289,7 @@ def _final_figures(
                 continue
             several = any(len(finals([run for run in members if run.arm == arm], score)) > 1 for arm in arms(members))
             draw = figures.range_plot if several else figures.final_plot
-            svg = draw(members, score, report["bases"][score.name], looks, f"final{place}x{number_}")
+            svg = draw(members, score, score.bases(members), looks, f"final{place}x{number_}")
             found.append({"title": score.name + (f", {setting_name(rest)}" if rest else ""), "svg": svg})
     return found
 
@@ -339,8 +340,8 @@ def _table(
     for group in report["groups"]:
         cells = []
         for name, score in group["final"].items():
-            base = report["bases"][name].get(group["arm"])
-            lost = score and base and name in kept and score["min"] < measures.KEEP * base
+            base = group["base"][name]
+            lost = score and base and base > 0 and name in kept and score["min"] < measures.KEEP * base
             cells.append(
                 {"text": _fixed(score and score["mean"]), "more": _least_to_largest(score), "lost": bool(lost)}
             )

@@ -35,6 +35,7 @@ OUTCOME: dict[str, type | str] = {
 }
 READ = {"loss", "grad_norm", "learning_rate", "reward", "train_runtime", "chosen", "rejected"}
 READ |= {"model_utility", "forget_quality"}
+LOST = ("eval_loss", "eval_logps/chosen", "eval_logps/rejected", "eval_reward", "eval_kl", "eval_solutions_nll")
 WORDS = {dict: "a mapping", int: "a whole number", str: "text", bool: "true or false", list: "a list"}
 
 
@@ -136,8 +137,15 @@ class Run:
         if self.failure:  # of the training, or of the evaluation after it
             return "diverged" if self.failure.get("diverged") else "failed"
         if self.result:
-            return "failed" if self.result.get("steps") == 0 else "finished"
+            return "failed" if self.result.get("steps") == 0 else "diverged" if self._lost_loss else "finished"
         return "finished" if self.tofu else "missing"
+
+    @property
+    def _lost_loss(self) -> str | None:
+        """What of the final evaluation is not finite; the last update, which no later step meets, can do that."""
+        metrics = (self.result or {}).get("metrics") or {}
+        final = {key: as_number(metrics.get(key)) for key in LOST}
+        return next((f"{key} ({value})" for key, value in final.items() if not math.isfinite(value or 0.0)), None)
 
     @property
     def reason(self) -> str | None:
@@ -148,6 +156,8 @@ class Run:
             return " ".join(self.unusable)
         if self.failure:
             return str(self.failure.get("reason") or f"exit status {self.failure.get('status')}")
+        if self._lost_loss:
+            return f"Its last evaluation met a non-finite {self._lost_loss}."
         if self.result:
             return "It ended after 0 steps, so that nothing was trained."
         steps = [entry["step"] for entry in self.log]

@@ -34,7 +34,10 @@ STEP_MEANS = {
     "mismatch_positive": "rollout/mismatch_positive",
     "mismatch_negative": "rollout/mismatch_negative",
 }
-ROWS = ("model_name_or_path", "dataset_name", "dataset_config", "dataset_test_split", "max_length", "truncation_mode")
+START = ("model_name_or_path", "dataset_name", "dataset_config", "dataset_test_split")
+ROWS = (*START, "max_length", "truncation_mode")
+SHARED = (*ROWS, "max_steps", "num_train_epochs")  # what arms that are compared should have in common
+AT_END = ("displacement", "depth", "kl", "solutions_kl", "entropy_change")  # measures of how a run ends, and pass@k
 CURVES = (
     "eval_greedy_accuracy",
     "eval_sampled_accuracy",
@@ -85,11 +88,14 @@ class Score:
         return statistics.median(first) if first else None
 
     def bases(self, runs: Sequence[Run]) -> dict[str, float]:
-        """The base of each arm: one for all, or where the arms cut the responses at different lengths, each its own."""
+        """The base of each arm in runs of one condition: that of the runs which start from the same model and are
+        evaluated on the same rows, or where the arms cut the responses at different lengths, of its own alone."""
         names = arms(runs)
         own = {name: [run for run in runs if run.arm == name] for name in names}
         cut = self.tokens is not None and len(set(self.tokens.values())) > 1
-        found = {name: self.base(own[name] if cut else runs) for name in names}
+        starts = {name: {_start(run) for run in own[name]} for name in names}
+        like = {name: [run for run in runs if _start(run) in starts[name]] for name in names}
+        found = {name: self.base(own[name] if cut else like[name]) for name in names}
         return {name: value for name, value in found.items() if value is not None}
 
     def final(self, run: Run) -> float | None:
@@ -110,15 +116,15 @@ class WorstKept(Score):
     """The least share of its own base that a run has left of any of the scores that should be kept, 1 before training.
 
     Args:
-        parts: Those scores, each with the base of each arm.
+        parts: Those scores, each with the base of each run by its folder.
     """
 
     name: str = "worst-kept score"
     key: str = "worst_kept"
-    parts: Sequence[tuple[Score, Mapping[str, float]]] = ()
+    parts: Sequence[tuple[Score, Mapping[Path, float]]] = ()
 
     def series(self, run: Run) -> list[tuple[int, float]]:
-        held = [(score, base) for score, bases in self.parts if (base := bases.get(run.arm, 0.0)) > 0]
+        held = [(score, base) for score, bases in self.parts if (base := bases.get(run.folder, 0.0)) > 0]
         shares = [{step: value / base for step, value in score.series(run)} for score, base in held]
         steps = sorted(set.intersection(*map(set, shares))) if shares else []
         return [(step, float(np.min([share[step] for share in shares]))) for step in steps]
@@ -139,9 +145,23 @@ def find_scores(runs: Sequence[Run]) -> list[Score]:
     """
     found, known = task_scores(runs), _known_scores(runs)
     if known and _logged(runs, PREFERENCE.key):
-        parts = [(score, score.bases(runs)) for score in (*found, *known) if score.kept]
+        parts = [(score, _bases_by_run(score, runs)) for score in (*found, *known) if score.kept]
         return [WorstKept(parts=parts), *found, *known]
     return [*found, *known]
+
+
+def _bases_by_run(score: Score, runs: Sequence[Run]) -> dict[Path, float]:
+    found: dict[Path, float] = {}
+    for members in _by_condition(runs):
+        bases = score.bases(members)
+        found |= {run.folder: bases[run.arm] for run in members if run.arm in bases}
+    return found
+
+
+def _start(run: Run) -> tuple[str, ...]:
+    """The model that a run starts from and the rows that it is evaluated on."""
+    given = {**{name: setting_of(run.settings, name) for name in START}, **run.setting}
+    return tuple(str(given[name]) for name in START)
 
 
 def _logged(runs: Sequence[Run], key: str) -> bool:
@@ -212,11 +232,14 @@ def summarize(runs: Sequence[Run], command: str) -> dict[str, Any]:
             record["collapsed"] = _has_collapsed(run.tofu.get("model_utility"), utility)
         record["provenance"] = next((i for i, entry in enumerate(provenance) if _same_origin(entry, run)), None)
     groups = _groups(runs, records, scores)
+    one_start = len({_start(run) for run in runs if run.settings}) <= 1
     return {
         "command": command,
         "arms": arms(methods(runs)),
-        "base": {score.name: score.base(runs) for score in scores},
+        # None where the runs have no one base
+        "base": {score.name: score.base(runs) if one_start else None for score in scores},
         "bases": {score.name: score.bases(runs) for score in scores},
+        "differ": _differ(compared),
         "tokens": {run.arm: tokens[run.folder] for run in reversed(runs) if run.folder in tokens},
         "frontier": _frontiers(compared, task_scores(runs)) if is_grpo(compared) else [],
         "ranges": [entry for score in scores for entry in _ranges(compared, score)],
@@ -258,6 +281,22 @@ def by_setting(runs: Sequence[Run]) -> list[list[Run]]:
     """The runs of all arms at each setting, in the order of [`grouped`]."""
     settings = _unique(dict(members[0].setting) for members in grouped(runs))
     return [[run for run in runs if run.setting == setting] for setting in settings]
+
+
+def _by_condition(runs: Sequence[Run]) -> list[list[Run]]:
+    return [[run for run in runs if condition(run) == rest] for rest in conditions(runs)]
+
+
+def _differ(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """What arms that are compared do not share of model, data and length of training, with the value of each."""
+    varied = {name for run in runs for name in run.setting}
+    first = {arm: next((run for run in runs if run.arm == arm and run.settings), None) for arm in arms(runs)}
+    found = {}
+    for name in (field for field in SHARED if field not in varied):
+        values = {arm: setting_of(run.settings, name) for arm, run in first.items() if run is not None}
+        if len(_unique(values.values())) > 1:
+            found[name] = values
+    return found
 
 
 def _unique(items: Iterable[Any]) -> list[Any]:
@@ -363,6 +402,7 @@ def _curves(run: Run) -> dict[str, list[Any]]:
 def _groups(runs: Sequence[Run], records: Sequence[Mapping[str, Any]], scores: Sequence[Score]) -> list[dict[str, Any]]:
     """Each arm at each setting over its seeds, with time and memory as ratios to the baseline at the same setting."""
     groups, of_run = [], {id(run): record for run, record in zip(runs, records, strict=True)}
+    bases = {score.name: _bases_by_run(score, runs) for score in scores}
     for members in grouped(runs):
         found = [of_run[id(run)] for run in members]
         groups.append(
@@ -372,8 +412,9 @@ def _groups(runs: Sequence[Run], records: Sequence[Mapping[str, Any]], scores: S
                 "learning_rate": known_rate(members),
                 "seeds": {status: sum(r["status"] == status for r in found) for status in STATUSES},
                 "final": {score.name: _spread(r["final"][score.name] for r in found) for score in scores},
+                "base": {score.name: bases[score.name].get(members[0].folder) for score in scores},
                 "dead": sum(bool(r.get("collapsed")) for r in found),
-                **_over_seeds([r["measures"] if _ended(r) else dict.fromkeys(r["measures"]) for r in found]),
+                **_over_seeds([_counted(r) for r in found]),
             }
         )
     baseline = arms(methods(runs))[:1]
@@ -385,9 +426,15 @@ def _groups(runs: Sequence[Run], records: Sequence[Mapping[str, Any]], scores: S
     return groups
 
 
-def _ended(record: Mapping[str, Any]) -> bool:
-    """Whether a run counts in its group: the log of one that failed or still trains is cut short."""
-    return record["status"] in ("finished", "diverged")
+def _counted(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the measures of a run counts in its group: nothing of one that failed or still trains, whose log is cut
+    short, and of one that diverged nothing of how it ended, as of its scores."""
+    measured = record["measures"]
+    if record["status"] == "finished":
+        return dict(measured)
+    if record["status"] != "diverged":
+        return dict.fromkeys(measured)
+    return {name: None if name in AT_END or name.startswith("pass@") else each for name, each in measured.items()}
 
 
 def _over_seeds(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -437,15 +484,16 @@ def _ranges(runs: Sequence[Run], score: Score) -> list[dict[str, Any]]:
 
     Only the seeds that every rate of both arms has are used, and each arm is held against its own base.
     """
-    bases = score.bases(runs)
-    if not score.kept or not bases or min(bases.values()) <= 0:
-        return []
-    found = []
-    for rest in conditions(runs):
-        names = arms(runs)
-        grids = {}
-        for name in names:
-            ends = finals([r for r in runs if r.arm == name and condition(r) == rest], score) if name in bases else {}
+    found: list[dict[str, Any]] = []
+    if not score.kept:
+        return found
+    for members in _by_condition(runs):
+        names, rest, bases = arms(runs), condition(members[0]), score.bases(members)
+        if not bases or min(bases.values()) <= 0:
+            continue
+        grids: dict[str, dict[float, dict[int, float]]] = {name: {} for name in names}
+        for name in bases:
+            ends = finals([run for run in members if run.arm == name], score)
             grids[name] = {r: {seed: end / bases[name] for seed, end in each.items()} for r, each in ends.items()}
         for name in names:
             if max(len(grids[name]), len(grids[names[0]])) > 1 and grids[name]:
@@ -467,8 +515,10 @@ def _range(grids: Mapping[str, Mapping[float, Mapping[int, float]]], arm: str, b
         "seeds": seeds,
         "range": reach,
         "at_most_tried": reach == max(ours),
+        "lost_below": measures.lost_below(ours, base) if seeds else [],
         "below_lowest": bool(seeds) and reach is None,
         "baseline_range": against,
+        "baseline_lost_below": measures.lost_below(stock, base) if seeds else [],
         "baseline_rates": sorted(stock),
         "ratio": measures.range_ratio(ours, stock, base) if compared else None,
         "interval": measures.range_ratio_interval(ours, stock, base) if compared else None,
@@ -489,24 +539,27 @@ def _frontiers(runs: Sequence[Run], scores: Sequence[Score]) -> list[dict[str, A
         return []
     found = []
     for rest in conditions(runs):
-        members = [run for run in runs if condition(run) == rest and run.status == "finished"]
+        members = [run for run in runs if condition(run) == rest]
         points = [point for each in grouped(members) if (point := _frontier_point(each, reward))]
         if points:
-            base = reward.base(runs)
+            base = reward.base(members)
+            whole = [point for point in points if not point["diverged"]]
             found.append(
                 {
                     "score": reward.name,
                     "setting": rest,
                     "base": base,
                     "points": points,
-                    "equal": _at_equal_reward(points, arms(runs), base),
+                    "equal": _at_equal_reward(whole, arms(runs), base),
                 }
             )
     return found
 
 
 def _frontier_point(members: Sequence[Run], reward: Score) -> dict[str, Any] | None:
-    """One arm at one setting: means over seeds with intervals at the end, and the means on the way there."""
+    """One arm at one setting: means over the seeds that finished with intervals at the end, and on the way there."""
+    diverged = sum(run.status == "diverged" for run in members)
+    members = [run for run in members if run.status == "finished"]
     ends: dict[int, tuple[float, float]] = {}
     paths: list[dict[int, tuple[float, float]]] = []
     for run in members:
@@ -530,6 +583,7 @@ def _frontier_point(members: Sequence[Run], reward: Score) -> dict[str, Any] | N
         "reward": means[1],
         "reward_interval": intervals[1],
         "seeds": {str(seed): list(end) for seed, end in ends.items()},
+        "diverged": diverged,
         "entropy_change": _mean(measures.change(values) for run in members if (values := _entropy(run))),
         "passes": {
             name: _mean(values[-1] for run in members if (values := run.values(key)))
@@ -659,10 +713,12 @@ def _tofu(runs: Sequence[Run]) -> dict[str, Any] | None:
     base, retain = _tofu_base(runs), _tofu_retain(runs)
     utility = (base or {}).get("model_utility")
     points: list[dict[str, Any]] = []
-    for members in grouped([run for run in methods(runs) if run.tofu]):
+    retains = _unique(run.retain for run in methods(runs) if _placed(run))
+    for members in grouped(methods(runs)):
         seeds = [tuple(_plane(run).values()) for run in members if _placed(run)]
         if not seeds:
             continue
+        diverged = sum(run.status == "diverged" for run in members)
         points.append(
             {
                 "arm": members[0].arm,
@@ -672,17 +728,19 @@ def _tofu(runs: Sequence[Run]) -> dict[str, Any] | None:
                 "model_utility": statistics.median(u for u, _ in seeds),
                 "forget_quality": statistics.median(q for _, q in seeds),
                 "collapsed": sum(_has_collapsed(u, utility) for u, _ in seeds),
-                "reached": all(q > FORGET_QUALITY and u >= KEEP_UTILITY * utility for u, q in seeds)
+                "diverged": diverged,
+                "reached": not diverged and all(q > FORGET_QUALITY and u >= KEEP_UTILITY * utility for u, q in seeds)
                 if utility
                 else None,
             }
         )
-    alive = [point for point in points if not point["collapsed"]]
+    # Forget qualities against different retain models are no coordinates of one plane
+    alive = [point for point in points if not point["collapsed"] and not point["diverged"] and len(retains) == 1]
     front = measures.pareto_front([(point["model_utility"], point["forget_quality"]) for point in alive])
     for point in points:
         point["front"] = any(point is alive[number] for number in front)
     unplaced = _unique(run.arm for run in methods(runs) if run.status == "finished" and not _placed(run))
-    return {"base": base, "retain": retain, "points": points, "not_placed": unplaced}
+    return {"base": base, "retain": retain, "retains": retains, "points": points, "not_placed": unplaced}
 
 
 def _has_collapsed(utility: float | None, base: float | None) -> bool:
@@ -698,18 +756,22 @@ def methods(runs: Sequence[Run]) -> list[Run]:
     """The runs without those which, in a comparison on TOFU, are no method: the model before unlearning (base or full)
     and one trained without the forget set (retain, as in retain90)."""
     on_tofu = any(run.tofu for run in runs)
-    return [run for run in runs if not (on_tofu and (_is_base(run.arm) or run.arm.startswith("retain")))]
+    return [run for run in runs if not (on_tofu and (_is_base(run) or _is_retain(run)))]
 
 
-def _is_base(arm: str) -> bool:
-    return arm == "base" or arm.startswith("full")
+def _is_base(run: Run) -> bool:
+    return (run.arm == "base" or run.arm.startswith("full")) and run.method in (None, "sft")
+
+
+def _is_retain(run: Run) -> bool:
+    return run.arm.startswith("retain") and run.method in (None, "sft")
 
 
 def _tofu_base(runs: Sequence[Run]) -> dict[str, float] | None:
     """The model before unlearning: an arm of the comparison, else what was evaluated where the runs started from, else
     what the evaluations recorded of it."""
     for run in runs:
-        if run.tofu and _is_base(run.arm):
+        if run.tofu and _is_base(run):
             return _plane(run)
     starts = _unique(str(run.settings["model_name_or_path"]) for run in runs if "model_name_or_path" in run.settings)
     found = [run for start in starts if (run := Run("base", {}, 0, Path(start))).tofu]
@@ -721,7 +783,7 @@ def _tofu_base(runs: Sequence[Run]) -> dict[str, float] | None:
 
 def _tofu_retain(runs: Sequence[Run]) -> dict[str, float] | None:
     """The model trained without the forget set, whose forget quality is 1: it is compared with itself."""
-    arms = [run for run in runs if run.tofu and run.arm.startswith("retain")]
+    arms = [run for run in runs if run.tofu and _is_retain(run)]
     files = [Run("retain", {}, 0, Path(run.retain).parent) for run in runs if run.retain]
     return next(({**_plane(run), "forget_quality": 1.0} for run in [*arms, *files] if run.tofu), None)
 
@@ -735,7 +797,7 @@ ORIGIN = ("commit", "device", "versions")
 
 def _provenance(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Where the runs come from, each origin once, with the first and last date and the number of its runs."""
-    outcomes = [outcome for run in runs if (outcome := run.result or run.failure) and "versions" in outcome]
+    outcomes = [outcome for run in runs if (outcome := run.result or run.failure) and outcome.get("versions")]
     found = _unique({name: outcome.get(name) for name in ORIGIN} for outcome in outcomes)
     for entry in found:
         same = [outcome for outcome in outcomes if all(outcome.get(name) == entry[name] for name in ORIGIN)]
@@ -746,4 +808,4 @@ def _provenance(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def _same_origin(entry: Mapping[str, Any], run: Run) -> bool:
     outcome = run.result or run.failure or {}
-    return "versions" in outcome and all(outcome.get(name) == entry[name] for name in ORIGIN)
+    return bool(outcome.get("versions")) and all(outcome.get(name) == entry[name] for name in ORIGIN)

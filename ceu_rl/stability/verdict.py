@@ -25,18 +25,26 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
     sentences = first + sorted(sentences, key=lambda sentence: "No comparison of" in sentence)
     if not sentences:
         sentences.append(_nothing(summary))
-    return sentences + _best(summary) + _left_out(summary["runs"])
+    return sentences + _best(summary) + _differ(summary["differ"]) + _left_out(summary["runs"])
+
+
+def _differ(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    told = [
+        f"{name} ({', '.join(f'{arm} {value}' for arm, value in values.items())})" for name, values in found.items()
+    ]
+    if not told:
+        return []
+    return [f"The arms do not share {_join(told, 'and')}: a difference between them may come from that."]
 
 
 def _frontier(found: Mapping[str, Any], baseline: str) -> list[str]:
     """What each arm's reward costs in divergence, then each arm at its best."""
     arms = _unique(point["arm"] for point in found["points"])
-    best = [
-        max((point for point in found["points"] if point["arm"] == arm), key=lambda point: point["reward"])
-        for arm in arms
-    ]
+    whole = {arm: [p for p in found["points"] if p["arm"] == arm and not p["diverged"]] for arm in arms}
+    best = [max(points, key=lambda point: point["reward"]) for points in whole.values() if points]
     equal = [_at_equal_reward(entry, found, baseline) for entry in found["equal"]]
-    return equal + [_at_best(point, found["score"]) for point in best]
+    broken = [f"{arm} has no setting at which every seed finished." for arm in arms if not whole[arm]]
+    return equal + [_at_best(point, found["score"]) for point in best] + broken
 
 
 def _at_equal_reward(entry: Mapping[str, Any], found: Mapping[str, Any], baseline: str) -> str:
@@ -111,6 +119,7 @@ def _range(entry: Mapping[str, Any], baseline: str) -> str:
         return f"No comparison of {arm} in {score}: no seed has an outcome at every learning rate."
     if arm == baseline:
         reach, seeds = _reach(entry["range"], entry["rates"]), _seeds(len(entry["seeds"]))
+        reach += _but(entry["lost_below"])
         return f"{arm} keeps 95 % of the base's {score} {reach} ({seeds})."
     if ratio is None:
         return f"No comparison of {arm} in {score}: {baseline} has no outcome."
@@ -119,7 +128,11 @@ def _range(entry: Mapping[str, Any], baseline: str) -> str:
     if ratio < 1 or (ratio == 1 and entry["range"] is None and entry["baseline_range"]):
         pairs, ratio, interval = pairs[::-1], 1 / ratio, interval and [1 / interval[1], 1 / interval[0]]
     first, second = pairs[0][0], pairs[1][0]
-    keeps = f"{first} keeps 95 % of the base's {score} {_reach(*pairs[0][1:])}, {second} {_reach(*pairs[1][1:], '')}"
+    lost = {arm: _but(entry["lost_below"]), baseline: _but(entry["baseline_lost_below"])}
+    keeps = (
+        f"{first} keeps 95 % of the base's {score} {_reach(*pairs[0][1:])}{lost[first]}, "
+        f"{second} {_reach(*pairs[1][1:], '')}{lost[second]}"
+    )
     spread = _interval(interval, len(entry["seeds"]))
     if ratio == 1:
         return f"{keeps}: {_same(entry, spread)}."
@@ -136,6 +149,10 @@ def _reach(reach: float | None, rates: Sequence[float], unit: str = "a learning 
     if reach == max(rates):
         return f"up to at least {unit}{rate(reach)} (the largest tried)"
     return f"up to {unit}{rate(reach)}"
+
+
+def _but(lost: Sequence[float]) -> str:
+    return f" (but not at {', '.join(map(rate, lost))})" if lost else ""
 
 
 def _bound(entry: Mapping[str, Any]) -> str | None:
@@ -208,6 +225,12 @@ def _tofu(found: Mapping[str, Any]) -> list[str]:
             "The model utility before unlearning is not known, so that no share of it can be asked for: evaluate the "
             "model that the runs start from with ceu-rl tofu-eval."
         )
+    elif len(found["retains"]) > 1:
+        models = _join([str(each) for each in found["retains"]], "and")
+        sentences.append(
+            f"The runs were held against different retain models ({models}), so that their forget qualities do not "
+            "compare; --retain holds all of them against one."
+        )
     elif points:
         sentences.append(
             _reached(
@@ -235,7 +258,7 @@ def _tofu(found: Mapping[str, Any]) -> list[str]:
 def _reached(points: Sequence[Mapping[str, Any]], goal: str) -> str:
     arms = _unique(point["arm"] for point in points)
     there = {arm: [p for p in points if p["arm"] == arm and p["reached"]] for arm in arms}
-    seeds = sorted({len(point["seeds"]) for point in points})
+    seeds = sorted({len(point["seeds"]) + point["diverged"] for point in points})
     count = f"each with {seeds[0]}" if len(seeds) == 1 else f"with {seeds[0]} to {seeds[-1]}"
     count += " seed, so without an interval" if seeds == [1] else " seeds, all of which count"
     reach = [f"{arm} ({'; '.join(setting_name(p['setting']) for p in there[arm])})" for arm in arms if there[arm]]
@@ -293,7 +316,7 @@ def _nothing(summary: Mapping[str, Any]) -> str:
         return "No run has finished, so that there is nothing to compare yet."
     if not summary["base"]:
         return "No run logged an evaluation, so that there is no score: set eval_strategy and eval_on_start."
-    if all(base is None for base in summary["base"].values()):
+    if not any(summary["bases"].values()):
         return "There is no score before training to hold the runs against: set eval_on_start."
     known = ", ".join(f"{name} {number(base)}" for name, base in summary["base"].items())
     return f"There is no share of the base's score to keep ({known}), so that no range is given."

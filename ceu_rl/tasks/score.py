@@ -123,7 +123,8 @@ def evaluate_divergence(model: Any, reference: Any, batches: Sequence[Batch]) ->
                 logits = [_answer_logits(one, Batch(*part)) for one in (model, reference)]
                 count += len(logits[0])
                 for few in zip(*(each.split(max(1, DOUBLES // vocabulary)) for each in logits), strict=True):
-                    log_p, log_ref = (each.double().log_softmax(dim=-1) for each in few)
+                    # Finite also for tokens that a model rules out
+                    log_p, log_ref = (each.double().log_softmax(dim=-1).clamp(min=-1e4) for each in few)
                     p = log_p.exp()
                     total += torch.stack([(p * (log_p - log_ref)).sum(), -(p * log_p).sum()]).cpu()
     finally:

@@ -156,8 +156,10 @@ def _answer_logits(model: Any, batch: Sequence[Answer]) -> tuple[torch.Tensor, i
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "logits_to_keep" not in inspect.signature(type(base).forward).parameters:
-        return model(input_ids=ids, attention_mask=mask).logits[:, first:], first
+    # Prompt tuning puts tokens of its own in front
+    prompts = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    if prompts or "logits_to_keep" not in inspect.signature(type(base).forward).parameters:
+        return model(input_ids=ids, attention_mask=mask).logits[:, -width:][:, first:], first
     kept = torch.arange(first, width, device=model.device)
     return model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits, first
 
