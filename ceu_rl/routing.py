@@ -46,8 +46,13 @@ class DescentRoute:
         check_descent_coefficients(coef, scale, max_weight)
         self.coefficients = (coef, scale, max_weight)
         self.drop = drop
-        self.is_attached = coef != 0 or drop or observe
+        self.is_attached = self.weighs or observe
         self._record: torch.Tensor | None = None
+
+    @property
+    def weighs(self) -> bool:
+        """Whether it changes gradients."""
+        return self.drop or self.coefficients[0] != 0
 
     def weigh(self, grad: torch.Tensor, log_probs: torch.Tensor, label_mask: torch.Tensor) -> torch.Tensor:
         """Return `grad` (shape of `log_probs`) with the weight on its descending tokens, and record them.
@@ -58,7 +63,7 @@ class DescentRoute:
         descending = (grad > 0) & label_mask
         weights = weight.masked_fill(~descending, 0.0)
         weighed = grad
-        if self.drop or self.coefficients[0] != 0:
+        if self.weighs:
             weighed = torch.where(descending, grad * weight.to(grad.dtype), grad)
         rare, sure = log_probs < math.log(0.01), log_probs > math.log(0.99)
         groups = torch.stack([label_mask, descending, descending & rare, descending & sure]).flatten(1).float()
@@ -385,14 +390,15 @@ class DescentTrainer:
         # Here, where every process comes by: a callback may log on one of them alone
         if accelerator.sync_gradients and self.descent_route.is_attached:
             record = self.descent_route.pop_record()
-            if record is None:
-                raise RuntimeError(
+            record = torch.full((RECORD,), -1.0, device=loss.device) if record is None else record
+            records = accelerator.gather(record).view(-1, RECORD)
+            if (records < 0).all() and self.descent_route.weighs:  # in every process, so that all of them end
+                raise ValueError(
                     "No gradient of this step went through the descent route: another trainer was built on this model "
                     "after this one, and its head or route took the place; build this trainer again."
                 )
-            records = accelerator.gather(record).view(-1, RECORD)
             earlier = [] if self._descent_record is None else [self._descent_record]
-            self._descent_record = merge_records([*earlier, *records])
+            self._descent_record = merge_records([*earlier, *records.clamp(min=0)])
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

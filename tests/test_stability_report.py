@@ -377,10 +377,10 @@ def test_little_to_report(make, report, log, end, words):
     assert "</html>" in page
 
 
-@pytest.mark.parametrize("value", [0.2, 0.7, 0.804, 0.982, 0.996])
-def test_seeds_that_tie_are_drawn(make, report, value):
+@pytest.mark.parametrize(("value", "seeds"), [(0.2, 3), (0.7, 3), (0.982, 3), (0.996, 5)])
+def test_seeds_that_tie_are_drawn(make, report, value, seeds):
     """The mean of equal numbers can lie an ulp outside of them."""
-    ends = {arm: {each: [value] * 5 for each in ("1e-6", "1e-5")} for arm in ("stock", "ceu")}
+    ends = {arm: {each: [value] * seeds for each in ("1e-6", "1e-5")} for arm in ("stock", "ceu")}
     found, page, _ = report(grid(make, ends))
     assert found["groups"][0]["final"]["greedy accuracy"]["min"] == value and "</html>" in page
 
@@ -411,7 +411,7 @@ def test_rates_below_the_range_that_lose_are_named(make, report):
         "ceu": {"1e-6": [1.0], "1e-5": [1.0], "1e-4": [0.1]},
     }
     found, _, _ = report(grid(make, ends))
-    assert "up to 1e-5 (but not at 1e-6)" in found["verdict"][0] and "ceu keeps" not in found["verdict"][0][-40:]
+    assert found["verdict"][0].count("(but not at 1e-6)") == 1 and "stock up to 1e-5 (but not" in found["verdict"][0]
 
 
 def test_a_finished_run_without_a_finite_evaluation_has_diverged(make, report):
@@ -816,7 +816,7 @@ def test_a_method_may_be_named_full_and_a_diverged_seed_reaches_nothing(make, re
     runs = [
         unlearned(make, "full", None, 1e-20, 0.6),
         unlearned(make, "full-ceu", "1e-5", 0.2, 0.58),
-        *(unlearned(make, "npo", "1e-5", 0.3, 0.59, seed) for seed in (0,)),
+        unlearned(make, "npo", "1e-5", 0.3, 0.59),
         make("npo", {"learning_rate": "1e-5"}, 1, end="diverged", command="ceu-rl unlearn"),
     ]
     found, _, _ = report(runs)

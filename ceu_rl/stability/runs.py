@@ -137,11 +137,11 @@ class Run:
         if self.failure:  # of the training, or of the evaluation after it
             return "diverged" if self.failure.get("diverged") else "failed"
         if self.result:
-            return "failed" if self.result.get("steps") == 0 else "diverged" if self._lost_loss else "finished"
+            return "failed" if self.result.get("steps") == 0 else "diverged" if self._not_finite else "finished"
         return "finished" if self.tofu else "missing"
 
     @property
-    def _lost_loss(self) -> str | None:
+    def _not_finite(self) -> str | None:
         """What of the final evaluation is not finite; the last update, which no later step meets, can do that."""
         metrics = (self.result or {}).get("metrics") or {}
         final = {key: as_number(metrics.get(key)) for key in LOST}
@@ -156,8 +156,8 @@ class Run:
             return " ".join(self.unusable)
         if self.failure:
             return str(self.failure.get("reason") or f"exit status {self.failure.get('status')}")
-        if self._lost_loss:
-            return f"Its last evaluation met a non-finite {self._lost_loss}."
+        if self._not_finite:
+            return f"Its last evaluation met a non-finite {self._not_finite}."
         if self.result:
             return "It ended after 0 steps, so that nothing was trained."
         steps = [entry["step"] for entry in self.log]
