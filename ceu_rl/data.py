@@ -300,13 +300,17 @@ def check_layout(
             that cannot be learned from.
     """
     check_dataset(dataset, name, kind, text_field)
-    if _is_transformed(dataset):  # its rows are made when they are read, from columns that only it knows
-        return dataset
+    if _is_transformed(dataset):
+        if kind != "prompt":  # what tokenization adds would not be among what the transform gives
+            raise ValueError(f"The {name} dataset has a transform, which tokenization loses; apply it with map.")
+        return dataset  # its rows are made when they are read, from columns that only it knows
     normal = functools.partial(_normal_row, name=name, kind=kind, text_field=text_field, blank_user=blank_user)
     if isinstance(dataset, IterableDataset):
         return dataset.map(lambda row, index: normal(row, index) or {}, with_indices=True)
     judged = [column for column in _judged(dataset.column_names, kind, text_field) if column in dataset.column_names]
     plain = dataset.with_format(None)  # not the tensors or arrays that it was set to give
+    if kind != "prompt" and dataset.format["type"] is not None:  # TRL joins the lists of ids
+        dataset = plain
     changed = plain.select_columns(judged).map(
         lambda row, index: {"_changed": normal(row, index) is not None, "_chat": _is_chat(row, kind, text_field)},
         with_indices=True,

@@ -396,3 +396,21 @@ def test_what_cannot_be_loaded_is_named(tmp_path, content, fields, message):
         with pytest.raises(ValueError, match=message) as refusal:
             load("dpo", script(**{"dataset_name": str(path), **fields}), NO_MIXTURE, evaluates=evaluates)
         assert "\n" not in str(refusal.value)
+
+
+def test_prompts_may_have_a_format_or_a_transform():
+    rows = Dataset.from_list([{"prompt": f"{n}+1=", "number": n} for n in range(4)])
+    for form in ("torch", "numpy"):
+        given = rows.with_format(form)
+        assert check_layout(given, "train", "prompt") is given
+    asked = rows.rename_column("prompt", "asked").with_transform(lambda batch: {"prompt": batch["asked"]})
+    assert check_layout(asked, "train", "prompt") is asked
+    with pytest.raises(ValueError, match="has no column 'prompt'"):
+        check_layout(asked.with_transform(lambda batch: {"asked": batch["asked"]}), "train", "prompt")
+
+
+def test_an_environment_may_add_the_words_of_the_user():
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": ""}]}])
+    assert check_layout(rows, "train", "prompt", blank_user=True) is rows
+    with pytest.raises(ValueError, match="a message without content"):
+        check_layout(rows, "train", "prompt")

@@ -591,3 +591,43 @@ def test_a_stream_is_read_no_further_than_stock_reads_it(make_trainer, preferenc
 def test_a_stream_without_rows_is_refused(make_trainer):
     with pytest.raises(ValueError, match="The train dataset has no rows"):
         make_trainer(CEUDPOTrainer, train_dataset=IterableDataset.from_generator(lambda: iter([])))
+
+
+def test_an_evaluation_keeps_the_ties_that_training_leaves_out(make_trainer, preferences):
+    rows = preferences.select(range(16)).to_list()
+    tied = Dataset.from_list([*rows[:8], *({**row, "rejected": row["chosen"]} for row in rows[8:])])
+    found = {}
+    for trainer_class in (DPOTrainer, CEUDPOTrainer):
+        trainer = make_trainer(trainer_class, train_dataset=tied)
+        found[trainer_class] = trainer.evaluate(
+            trainer._prepare_dataset(tied, trainer.processing_class, trainer.args, "eval")
+        )
+    assert len(trainer.train_dataset) == 8
+    keys = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
+    assert [found[CEUDPOTrainer][key] for key in keys] == [found[DPOTrainer][key] for key in keys]
+
+
+@pytest.mark.parametrize("later", [DPOTrainer, CEUDPOTrainer])
+def test_a_trainer_whose_route_a_later_one_took_is_refused(make_trainer, tiny_model, later):
+    model = tiny_model(1)
+    first = make_trainer(CEUDPOTrainer, model=model)
+    make_trainer(later, model=model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="another trainer was built on this model"):
+        first.train()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_a_dataset_with_a_format_trains_as_without(make_trainer, preferences, form):
+    logs = []
+    for rows in (preferences, preferences.with_format(form)):
+        trainer = make_trainer(CEUDPOTrainer, train_dataset=rows, max_steps=2)
+        trainer.train()
+        logs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert logs[0] == logs[1] and len(logs[0]) == 2
+
+
+def test_a_transform_that_tokenization_would_lose_is_refused(make_trainer, preferences):
+    with pytest.raises(ValueError, match="has a transform, which tokenization loses; apply it with map"):
+        make_trainer(CEUDPOTrainer, train_dataset=preferences.with_transform(lambda rows: rows))

@@ -357,3 +357,16 @@ def test_kl_by_hand():
     assert loss.tolist() == pytest.approx([0.14384104])
     loss.sum().backward()
     assert logits.grad[0].tolist() == pytest.approx([-1 / 4, 1 / 4])
+
+
+def test_a_token_that_both_models_rule_out_counts_for_nothing():
+    logits, ref = torch.randn(2, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2])
+    without = [kl_loss(logits[:, :5], ref[:, :5]), undial_loss(logits[:, :5], ref[:, :5], labels)]
+    logits[:, 5] = ref[:, 5] = -math.inf
+    logits.requires_grad_()
+    found = [kl_loss(logits, ref), undial_loss(logits, ref, labels)]
+    for one, other in zip(found, without, strict=True):
+        torch.testing.assert_close(one, other)
+    (gradient,) = torch.autograd.grad(sum(each.sum() for each in found), logits)
+    assert torch.isfinite(gradient).all()

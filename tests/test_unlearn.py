@@ -1,6 +1,8 @@
 """The unlearning trainer: its losses against float64 sums over plain logits, its equivalences, and what is refused."""
 
 import copy
+import dataclasses
+import functools
 import math
 import re
 from pathlib import Path
@@ -443,6 +445,51 @@ def test_only_methods_that_need_one_hold_a_reference(make_trainer):
 SWALLOWS = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] }}{% endif %}{% endfor %}"
 )
+
+
+def test_a_reference_drops_nothing_out(make_trainer, tiny_model):
+    """Of a model that was just trained, and so is in train mode."""
+    trainer = make_trainer("npo", model=tiny_model(1, attention_dropout=0.5).train())
+    assert not trainer.ref_model.training and trainer.model.training
+
+
+def test_a_refused_row_leaves_the_args_as_they_were(tiny_model, tokenizer, tmp_path):
+    args = UnlearnConfig(str(tmp_path), max_length=4, bf16=False, use_cpu=True)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="max_length 4 would cut"):
+            UnlearnTrainer(tiny_model(1), args, FORGET, RETAIN, processing_class=tokenizer)
+        assert args.loss_type == "ceu"
+
+
+@pytest.mark.parametrize("loss_type", [name for name in METHODS if name != "ceu"])
+def test_a_config_made_for_another_method_takes_its_defaults(loss_type):
+    settings = {"bf16": False, "use_cpu": True}
+    names = ("beta", "ignore_first_n_answer_tokens", "retain_loss_type", "retain_weight")
+    first = UnlearnConfig("unused", **settings)
+    made, fresh = (
+        dataclasses.replace(first, loss_type=loss_type),
+        UnlearnConfig("unused", loss_type=loss_type, **settings),
+    )
+    assert [getattr(made, name) for name in names] == [getattr(fresh, name) for name in names]
+    given = UnlearnConfig("unused", retain_weight=3.0, **settings)
+    assert dataclasses.replace(given, loss_type=loss_type).retain_weight == 3.0
+
+
+def test_a_model_that_makes_more_of_its_hidden_states_is_refused(make_trainer, tiny_model):
+    model = tiny_model(1)
+    with torch.no_grad():  # a model that is surer than a random one, so that the losses differ
+        model.lm_head.weight *= 30
+    make_trainer(model=copy.deepcopy(model))
+    forward = model.forward
+
+    def scaled(*args, **kwargs):
+        outputs = forward(*args, **kwargs)
+        outputs.logits = outputs.logits * 3
+        return outputs
+
+    model.forward = functools.wraps(forward)(scaled)
+    with pytest.raises(ValueError, match="makes its logits in another way"):
+        make_trainer(model=model)
 
 
 class TestBadInput:
