@@ -398,3 +398,23 @@ def test_what_a_step_frees_is_kept_for_the_next_one(given, kept):
         [sys.executable, "-c", code], env=environment | given, capture_output=True, text=True, check=True
     ).stdout
     assert (float(printed) > 0.9) == kept
+
+
+def test_the_result_is_that_of_the_model_that_was_kept(recipe, tmp_path):
+    """With `load_best_model_at_end`, which here takes the first step, not the last."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_logps/chosen", "greater_is_better": False}
+    config = recipe(dataset_test_split="0.5", eval_strategy="steps", eval_steps=1, learning_rate=0.05, **best)
+    assert main(["dpo", "--config", config, "--save_strategy", "steps", "--save_steps", "1"]) == 0
+    log = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    chosen = [entry["eval_logps/chosen"] for entry in log if "eval_loss" in entry]
+    assert len(chosen) == 4 and min(chosen[:3]) < chosen[2]
+    assert result(tmp_path / "out")["metrics"]["eval_logps/chosen"] == pytest.approx(min(chosen[:3]), rel=1e-5)
+
+
+def test_a_last_update_that_ruins_the_model_is_no_success(recipe, tmp_path, capsys):
+    """No later step meets what it did."""
+    config = recipe(dataset_test_split="0.5", eval_strategy="steps", eval_steps=1, max_steps=1, learning_rate=1e38)
+    assert main(["dpo", "--config", config]) == 1
+    err = capsys.readouterr().err
+    assert "The evaluation after step 1 met a non-finite loss" in err and "Traceback" not in err
+    assert not (tmp_path / "out" / "result.json").exists()

@@ -352,6 +352,12 @@ def steps_of(folder):
 QUICK = """
 import json, os, pathlib, sys, yaml
 with open(pathlib.Path(__file__).with_name("started"), "a") as file:
+    if "--results" in sys.argv:
+        path, retain = (sys.argv[sys.argv.index(name) + 1] for name in ("--results", "--retain"))
+        file.write(f"held against {retain}\\n")
+        found = json.loads(pathlib.Path(path).read_text())
+        pathlib.Path(path).write_text(json.dumps({**found, "retain": retain}))
+        sys.exit()
     file.write(f"{sys.argv[sys.argv.index('--output_dir' if '--output_dir' in sys.argv else '--model') + 1]}\\n")
 if "tofu-eval" in sys.argv:
     folder = pathlib.Path(sys.argv[sys.argv.index("--model") + 1])
@@ -527,6 +533,55 @@ def test_what_an_evaluation_lacks_is_evaluated_and_not_trained_again(quick, two_
     assert evaluation.with_name("tofu_eval.json.broken").is_file() and not list(
         tmp_path.glob("runs/*/*/*-interrupted*")
     )
+
+
+def test_a_retain_model_that_comes_later_is_held_against_without_training(quick, two_recipes, tmp_path):
+    for path in two_recipes:
+        path.write_text("dataset_name: builtin:authors\nseed: 7\n")
+    retains = [tmp_path / name / "tofu_eval.json" for name in ("one", "other")]
+    for path in retains:
+        path.parent.mkdir()
+        path.write_text('{"summary": {"model_utility": 0.5}}')
+    assert quick("--method", "unlearn")[0] == 0
+    evaluations = [tmp_path / "runs" / arm / "recipe" / "7" / "tofu_eval.json" for arm in ("stock", "ceu")]
+    for retain in retains:
+        status, _, began = quick("--method", "unlearn", "--retain", str(retain))
+        assert status == 0 and began == [f"held against {retain}"] * 2
+        assert [json.loads(path.read_text())["retain"] for path in evaluations] == [str(retain)] * 2
+        assert quick("--method", "unlearn", "--retain", str(retain))[::2] == (0, [])
+    assert quick("--method", "unlearn")[::2] == (0, [])
+
+
+def test_what_a_run_without_recorded_settings_left_is_moved_aside(quick, tmp_path):
+    quick()
+    folder = tmp_path / "runs" / "stock" / "recipe" / "7"
+    for name in ("result.json", "recipe.yaml"):
+        (folder / name).unlink()
+    (folder / "checkpoint-2").mkdir()
+    for name, text in (("trainer_state.json", "{}"), ("optimizer.pt", ""), ("scheduler.pt", "")):
+        (folder / "checkpoint-2" / name).write_text(text)
+    assert quick()[::2] == (0, ["runs/stock/recipe/7"])
+    assert (folder.with_name("7-interrupted-1") / "checkpoint-2").is_dir() and not (folder / "checkpoint-2").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(("--learning_rate", "0", "1e-5"), "learning_rate is 0, with which nothing is trained")],
+)
+def test_a_grid_that_trains_nothing_is_refused(quick, words, message):
+    status, out, began = quick(*words)
+    assert status == 2 and began == [] and message in out
+
+
+def test_an_empty_output_dir_is_refused(quick):
+    status, out, began = quick(out="")
+    assert status == 2 and began == [] and "--output_dir is ''; give a folder." in out
+
+
+def test_one_value_spelled_in_two_ways_is_one_setting(quick, tmp_path):
+    quick("--beta", "0.1", "0.5")
+    shutil.copytree(tmp_path / "runs" / "ceu" / "beta=0.1", tmp_path / "runs" / "stock" / "beta=.1")
+    assert {str(run.setting) for run in find_runs(tmp_path / "runs")} == {"{'beta': '0.1'}", "{'beta': '0.5'}"}
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_any_run(quick, tmp_path):

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from rouge_score.rouge_scorer import RougeScorer
 from scipy import stats
 
@@ -28,6 +28,7 @@ from ceu_rl.tofu.evaluate import _parser, evaluate
 from ceu_rl.tofu.generate import decide_vllm, longest_generation
 from ceu_rl.tofu.hold import load_quantized
 from ceu_rl.tofu.keep import Kept
+from ceu_rl.tofu.scoring import Answer, score_answers
 
 from .conftest import TINY
 
@@ -320,6 +321,20 @@ def test_an_adapter_is_scored_as_its_model(learned, bpe, folder, result):
     adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
     found = evaluate(adapted, bpe, str(folder), "forget01", max_new_tokens=NEW_TOKENS)
     assert found["summary"] == pytest.approx(result["summary"], rel=1e-3)
+
+
+def test_an_answer_after_tuned_prompts_is_scored_where_it_stands(learned, bpe):
+    """Prompt tuning puts 5 tokens in front of each row; by hand from its whole logits."""
+    torch.manual_seed(0)
+    tuned = get_peft_model(copy.deepcopy(learned), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    texts = [bpe(text).input_ids for text in ("what is this", "who wrote that long book then")]
+    made = [Answer("set", n, "answer", 0, "text", ids[:2], [], ids[2:], len(ids) - 2) for n, ids in enumerate(texts)]
+    score_answers(tuned.eval(), made)
+    for answer, ids in zip(made, texts, strict=True):
+        with torch.no_grad():
+            log_p = tuned(input_ids=torch.tensor([ids])).logits[0, 5:-1].double().log_softmax(-1)
+        expected = log_p.gather(-1, torch.tensor(ids[1:])[:, None])[1:].mean().item()
+        assert answer.log_prob == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_token_that_the_model_rules_out_counts_for_nothing(learned, bpe, folder):
