@@ -54,7 +54,7 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, DPOTraine
     It takes the same arguments. After TRL's constructor it attaches `routing.route_descent` to the policy, with the
     coefficients of `args`; a plain `trl.DPOConfig` becomes a `CEUDPOConfig` with the defaults, where it stands
     (`DescentConfig.adopt`). With `ceu_coef` 0 it trains the same weights as `trl.DPOTrainer`, bit for bit. It logs
-    `ceu/descending_fraction`, `ceu/weight_mean` and `ceu/weight_max`.
+    what `routing.descent_metrics` names.
 
     Raises:
         ValueError: before any step, for a dataset without rows, a column that is missing, an empty completion, rows

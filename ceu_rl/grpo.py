@@ -54,8 +54,8 @@ class CEUGRPOConfig(DescentConfig, GRPOConfig):
     weight_sync_steps: int = field(
         default=1,
         metadata={
-            "help": "Steps between two syncs of vLLM's weights, which are then up to that many steps old; 1 is TRL's "
-            "behaviour. vllm_importance_sampling_correction stays as it is set. An evaluation syncs too."
+            "help": "Steps between two syncs of vLLM's weights, which are up to one step less than that old; 1 is "
+            "TRL's behaviour. vllm_importance_sampling_correction stays as it is set. An evaluation syncs too."
         },
     )
 

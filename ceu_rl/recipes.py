@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 PACKAGE = Path(__file__).parent
@@ -83,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
         table.add_column("what it is")
         table.add_column("hardware")
         for row in list_recipes():
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         Console().print(table)
         return 0
     for path in copy_recipes(args.name, args.destination):

@@ -34,6 +34,12 @@ def method_of(path):
     return words[-3]
 
 
+def test_the_list_shows_what_stands_in_brackets(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    assert main(["recipes"]) == 0
+    assert "[sigmoid, sft]" in capsys.readouterr().out
+
+
 def test_there_are_recipes():
     assert len(RECIPES) >= 10 and len(ACCELERATE) >= 3
 
