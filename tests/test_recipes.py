@@ -83,6 +83,23 @@ def test_the_remedy_against_displacement_is_stock_with_its_loss_alone(path):
     assert remedy == stock
 
 
+@pytest.mark.parametrize(
+    ("method", "arms"),
+    [
+        ("dpo", {"stock", "stock-sft", "ceu", "ceu-0.5"}),
+        ("grpo", {"stock", "ceu", "ceu-1", "positives"}),
+        ("tofu", {"ceu_retain", "npo", "wga", "grad_diff"}),
+    ],
+)
+def test_the_recipes_for_gpus_have_the_arms_of_those_for_the_small_real_model(method, arms):
+    folders = [
+        each for each in (ROOT / "recipes" / method).iterdir() if each.name.startswith(("qwen", "llama", "smol"))
+    ]
+    assert len(folders) >= 3
+    for folder in folders:
+        assert arms <= {path.stem for path in folder.glob("*.yaml")}, folder
+
+
 def test_both_chain_sum_folders_make_the_same_base():
     """And write it to the same folder, so that it is made once."""
     bases = [yaml.safe_load((ROOT / f"recipes/{m}/smollm2-chain-sum/base.yaml").read_text()) for m in ("dpo", "grpo")]
