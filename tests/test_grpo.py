@@ -55,7 +55,7 @@ def make_trainer(tiny_model, tokenizer, tmp_path):
     prompts = datasets.Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(8) for b in range(8)])
 
     def make(trainer_class, *, peft_config=None, model=None, reward_funcs=digits, train_dataset=prompts, **settings):
-        others = ("environment_factory", "processing_class", "eval_dataset")
+        others = ("environment_factory", "processing_class", "eval_dataset", "rollout_func")
         given = {key: settings.pop(key) for key in others if key in settings}
         config_class = CEUGRPOConfig if trainer_class is CEUGRPOTrainer else GRPOConfig
         folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
@@ -401,6 +401,21 @@ def test_how_far_the_policy_moved_from_its_rollouts_is_logged_by_sign(make_train
         assert max(mismatches[::4]) < 1e-5 < 1e-3 < min(mismatches[1::4])
         assert [entry[f"rollout/ratio_{sign}"] for entry in log[::4]] == pytest.approx([1.0, 1.0], abs=1e-4)
         assert all(abs(entry[f"rollout/ratio_{sign}"] - 1) > 1e-3 for entry in log[1:4])
+
+
+@pytest.mark.parametrize("placeholder", [None, 0.0])
+def test_a_rollout_func_that_does_not_know_the_probabilities_trains_as_stock(make_trainer, tokenizer, placeholder):
+    """TRL asks it for `logprobs`, and uses them with vLLM alone: what stands in their place is no behaviour policy."""
+
+    def rollout(prompts, trainer):
+        ids = [tokenizer("1" * (place % 4) + "xy")["input_ids"] for place in range(len(prompts))]
+        known = placeholder if placeholder is None else [[placeholder]] * len(prompts)
+        return {"prompt_ids": tokenizer(prompts)["input_ids"], "completion_ids": ids, "logprobs": known}
+
+    stock = train(make_trainer, GRPOTrainer, rollout_func=rollout, max_steps=2)
+    ours = train(make_trainer, CEUGRPOTrainer, rollout_func=rollout, max_steps=2, ceu_coef=0.0)
+    assert not any(key.startswith("rollout/ratio") for entry in ours.state.log_history for key in entry)
+    assert same(stock, ours)
 
 
 def test_logs_of_several_steps_hold_the_mean_and_the_largest_age(make_trainer, engine):

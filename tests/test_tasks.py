@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import itertools
 import json
+import math
 import random
 import re
 import sys
@@ -520,6 +521,27 @@ def test_divergence_from_the_start_is_that_of_each_sample_alone(tokenizer, paddi
     assert found["sampled_entropy"] == pytest.approx(entropy / count, rel=1e-4)
     same = evaluate_samples(model, tokenizer, task, rows, seed=3, reference=model)
     assert same == {**found, "kl": 0.0}
+
+
+def test_divergence_is_finite_where_a_model_rules_tokens_out(tokenizer):
+    """As a head whose rows of padding are masked with -inf does: such a token carries nothing of either sum."""
+    model, reference = build_model(tokenizer), build_model(tokenizer, seed=1)
+    out = tokenizer.convert_tokens_to_ids(["x", "y"])
+    prompts, found = [user("1+2="), user("9+9=")], {}
+    task = dataclasses.replace(TASK, score=lambda row, answer: 0.0, max_new_tokens=6, samples=2)
+    rows = [{"prompt": prompt} for prompt in prompts]
+    for name, low in {"ruled out": -math.inf, "almost": -1e3}.items():
+        hooks = [
+            each.lm_head.register_forward_hook(
+                lambda module, given, logits, low=low: logits.index_fill(-1, torch.tensor(out), low)
+            )
+            for each in (model, reference)
+        ]
+        found[name] = evaluate_samples(model, tokenizer, task, rows, seed=3, reference=reference)
+        for hook in hooks:
+            hook.remove()
+    assert found["ruled out"] == pytest.approx(found["almost"], rel=1e-6)
+    assert 0.01 < found["ruled out"]["kl"] < 100 and found["ruled out"]["sampled_entropy"] > 0
 
 
 @pytest.mark.parametrize("special", [True, False])
