@@ -40,16 +40,17 @@ POSITIVE = (
     *("max_completion_length", "temperature"),
 )
 SHARES = ("top_p", "top_entropy_quantile")
+BOUNDS = ("ceu_max_weight", "max_grad_norm", "delta", "epsilon_high", "vllm_importance_sampling_clip_max")
 
 
 def check_numbers(settings: Mapping[str, Any]) -> None:
     """Raise a ValueError for a number with which training would end somewhere in a dependency, or silently be wrong.
 
-    No setting may be NaN, none infinite but the cap of the descent weight; counts and the temperature are above 0.
+    No setting may be NaN, none infinite but an upper bound, which is then none; counts and the temperature are above 0.
     """
     for name, value in settings.items():
         for number in value if isinstance(value, list | tuple) else [value]:
-            unbounded = name == "ceu_max_weight" and number == math.inf
+            unbounded = name in BOUNDS and number == math.inf
             if isinstance(number, float) and not math.isfinite(number) and not unbounded:
                 raise ValueError(f"{name} is {number}; use a finite number.")
             if name in POSITIVE and isinstance(number, int | float) and number <= 0:

@@ -147,6 +147,7 @@ def weighted_gradient_ascent_loss(log_probs: torch.Tensor, beta: float = 1.0) ->
     Returns:
         The loss of each token, of the same shape.
     """
+    log_probs = _above_minus_inf(log_probs)
     return (beta * log_probs.detach()).exp() * log_probs
 
 
@@ -161,10 +162,16 @@ def satimp_loss(log_probs: torch.Tensor, beta1: float = 5.0, beta2: float = 1.0)
     Returns:
         The loss of each token, of the same shape.
     """
+    log_probs = _above_minus_inf(log_probs)
     detached = log_probs.detach()
     # log(1 - p) = log(-expm1(log p)), and 0 ** 0 = 1
     unlikely = (-torch.expm1(detached)).clamp(min=0) ** beta2
     return (beta1 * detached).exp() * unlikely * log_probs
+
+
+def _above_minus_inf(log_probs: torch.Tensor) -> torch.Tensor:
+    """p log p is 0 at p = 0, where a product would be NaN."""
+    return log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
 
 
 def npo_loss(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, beta: float = 0.1) -> torch.Tensor:

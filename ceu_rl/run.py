@@ -343,6 +343,9 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
         brings_rewards = "completions" in (datasets["train"].column_names or ())
         given["reward_funcs"] = _load_rewards(script, needed=not brings_rewards)
     _, _, trainer_class = classes_of(method)
+    targets = model_config.lora_target_modules
+    if isinstance(targets, str) and targets.isidentifier():  # TRL unpacks a list of one, and peft reads a pattern
+        model_config.lora_target_modules = [targets]
     with _RowsOfTemplate(next(iter(datasets.values())), given.get("processing_class") or model_config):
         trainer = trainer_class(
             args=args,

@@ -296,8 +296,9 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, SFTTrainer):
         base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         add_unlearning_head(base)
         _check_head(base)
-        if args.loss_type == "rmu":
-            freeze_for_rmu(self.model, args.rmu_layer, args.rmu_update_layers)
+        self._frozen = (
+            freeze_for_rmu(self.model, args.rmu_layer, args.rmu_update_layers) if args.loss_type == "rmu" else []
+        )
         self.train_dataset = self._spare(self.train_dataset, end_token_ids(base, self._tokenizer))
         self.data_collator = PairCollator(self.data_collator)
         if retain_dataset is not None:
@@ -308,6 +309,16 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, SFTTrainer):
             self.train_dataset = PairedDataset(self.train_dataset, retain, args.seed)
             self.add_callback(EpochOfPairs(self.train_dataset))
         self.ref_model = self._place_reference(reference)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As stock; what RMU leaves alone is frozen for that time, so that a later trainer trains all of the model."""
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for parameter in self._frozen:
+                parameter.requires_grad_(True)
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
@@ -602,13 +613,16 @@ def _layers(model: Any) -> Any:
     return layers
 
 
-def freeze_for_rmu(model: Any, layer: int, updated: list[int] | None) -> None:
+def freeze_for_rmu(model: Any, layer: int, updated: list[int] | None) -> list[torch.nn.Parameter]:
     """Let the weights `mlp.down_proj` of some layers alone be trained (Li et al. 2024, section 4.2).
 
     Args:
         model: A causal language model without an adapter.
         layer: The layer after which activations are steered, counted from 0.
         updated: The layers that are trained, none after `layer`. None: it and the two before it.
+
+    Returns:
+        What was trainable before and is frozen now.
 
     Raises:
         ValueError: for layers that do not exist or cannot matter, an adapter, or a model without such weights.
@@ -624,7 +638,6 @@ def freeze_for_rmu(model: Any, layer: int, updated: list[int] | None) -> None:
             raise ValueError(
                 f"rmu_update_layers names layer {place}, which comes after rmu_layer {layer}; leave it out."
             )
-    model.requires_grad_(False)
     chosen = [
         parameter
         for place in updated
@@ -633,8 +646,13 @@ def freeze_for_rmu(model: Any, layer: int, updated: list[int] | None) -> None:
     ]
     if not chosen:
         raise ValueError(f"The layers {updated} of {type(model).__name__} have no mlp.down_proj, which rmu trains.")
+    kept = {id(parameter) for parameter in chosen}
+    frozen = [each for each in model.parameters() if each.requires_grad and id(each) not in kept]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     for parameter in chosen:
         parameter.requires_grad_(True)
+    return frozen
 
 
 def _make_reference(

@@ -92,10 +92,20 @@ def test_dpo_with_coef_zero_equals_stock_trl(recipe, tmp_path, base, rows):
     assert all(torch.equal(value, ours[name]) for name, value in stock.model.state_dict().items())
 
 
-def test_lora_through_the_recipe(recipe, tmp_path):
-    config = recipe(use_peft=True, lora_r=2, lora_target_modules=["q_proj", "v_proj"], learning_rate=1e-3)
+@pytest.mark.parametrize(
+    ("targets", "adapted"),
+    [
+        (["q_proj", "v_proj"], {"q_proj", "v_proj"}),
+        (["q_proj"], {"q_proj"}),
+        ([r".*\.(k|v)_proj"], {"k_proj", "v_proj"}),
+        (["all-linear"], {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+    ],
+)
+def test_lora_through_the_recipe(recipe, tmp_path, targets, adapted):
+    config = recipe(use_peft=True, lora_r=2, lora_target_modules=targets, learning_rate=1e-3)
     assert main(["dpo", "--config", config]) == 0
-    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    weights = safetensors.torch.load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in weights} == adapted
 
 
 def test_sft_and_dpo_on_the_builtin_task(tmp_path):

@@ -4,6 +4,7 @@ import copy
 import functools
 import importlib.util
 import inspect
+import math
 import random
 import re
 from pathlib import Path
@@ -36,6 +37,7 @@ SETTINGS = {
     "off-policy mask": {"off_policy_mask_threshold": 0.5, "num_iterations": 2},
     "temperature": {"temperature": 0.7},
     "delta": {"delta": 1.5, "num_iterations": 2},
+    "no upper bound": {"delta": math.inf, "epsilon_high": math.inf, "max_grad_norm": math.inf, "num_iterations": 2},
     "accumulation": {"gradient_accumulation_steps": 2},
     "checkpointing": {"gradient_checkpointing": True},
     "bf16": {"bf16": True},
@@ -121,7 +123,7 @@ def test_coef_zero_equals_stock_bit_for_bit_and_the_default_does_not(make_traine
     assert observed["ceu/weight_mean"] == observed["ceu/weight_max"] == 1
     assert observed["ceu/descending_fraction"] == log["ceu/descending_fraction"]
     assert log["ceu/gradient_descending"] < observed["ceu/gradient_descending"] < 1
-    off_policy = {"iterations", "steps per generation", "off-policy mask", "delta"}
+    off_policy = {"iterations", "steps per generation", "off-policy mask", "delta", "no upper bound"}
     assert (observed.get("rollout/mismatch_negative") is not None) == (name in off_policy)
 
 

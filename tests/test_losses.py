@@ -316,6 +316,15 @@ def test_satimp_by_hand():
     assert value == pytest.approx([0.5 * 0.25 * LOG_HALF, 0.25 * 0.5625 * LOG_QUARTER])
 
 
+@pytest.mark.parametrize("loss", [weighted_gradient_ascent_loss, satimp_loss])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_token_that_the_model_rules_out_is_at_the_limit_of_p_log_p(loss, dtype):
+    logits = torch.tensor([0.0, 1.0, -math.inf], dtype=dtype, requires_grad=True)
+    value = loss(logits.log_softmax(dim=-1))[2]
+    value.backward()
+    assert value.item() == 0 and logits.grad.tolist() == [0, 0, 0]
+
+
 def test_satimp_of_a_certain_token_is_zero():
     assert satimp_loss(torch.zeros(1)).item() == 0.0
 

@@ -296,6 +296,7 @@ def test_a_missing_base_is_named_with_the_command_that_makes_it(recipe, tmp_path
         ({"learning_rate": -1e-5}, "learning_rate is -1e-05; use a number from 0"),
         ({"weight_decay": float("nan")}, "weight_decay is nan; use a finite number"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm is nan; use a finite number"),
+        ({"max_grad_norm": float("-inf")}, "max_grad_norm is -inf; use a finite number"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, float("nan")]}, "loss_weights is nan"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; use a number above 0"),
         ({"per_device_train_batch_size": -1}, "per_device_train_batch_size is -1; use a number above 0"),

@@ -248,6 +248,19 @@ def test_rmu_has_the_defaults_of_its_paper(make_trainer, tiny_model):
     assert trainer.state.log_history[0]["retain_loss"] == 0.0  # the reference is the model before
 
 
+def test_a_later_trainer_of_a_model_after_rmu_trains_all_of_it(make_trainer, tiny_model):
+    """And RMU itself the same few weights when it goes on."""
+    model = tiny_model(1, num_hidden_layers=4)
+    fixed = model.get_input_embeddings().weight.requires_grad_(False)  # the caller's own wish
+    trainer = make_trainer("rmu", model=model, rmu_layer=2, max_steps=1)
+    for _ in range(2):
+        before = copy.deepcopy(model.state_dict())
+        trainer.train()
+        changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+        assert changed == {f"model.layers.{place}.mlp.down_proj.weight" for place in (0, 1, 2)}
+        assert [p for p in model.parameters() if not p.requires_grad] == [fixed]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
