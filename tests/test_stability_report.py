@@ -750,7 +750,7 @@ def test_without_divergences_there_is_no_frontier(make, report):
     assert found["verdict"][0].startswith("ceu ends with a held-out reward of 0.5")
 
 
-def unlearned(make, arm, each, quality, utility, seed=0):
+def unlearned(make, arm, each, quality, utility, seed=0, probability=0.1):
     method = "unlearn" if each else "sft"
     run = make(
         arm,
@@ -759,7 +759,7 @@ def unlearned(make, arm, each, quality, utility, seed=0):
         [{"step": 1, "forget_loss": 2.0, "retain_loss": 1.0}],
         command=f"ceu-rl {method} --config {arm}.yaml",
     )
-    summary = {"forget_quality": quality, "model_utility": utility, "forget_probability": 0.1}
+    summary = {"forget_quality": quality, "model_utility": utility, "forget_probability": probability}
     (run.folder / "tofu_eval.json").write_text(json.dumps({"summary": summary, "items": {}}))
     return run
 
@@ -810,6 +810,27 @@ def test_a_collapsed_model_reaches_nothing(make, report):
     assert [run["collapsed"] for run in found["runs"]] == [False, False, True, False, True]
     assert "<small>1 collapsed</small>" in page and "<small>collapsed</small>" in page
     assert "A cross is a setting at which a seed diverged or collapsed" in page
+
+
+@pytest.mark.parametrize(("quality", "told"), [(0.0286, False), (0.0049, True)])
+def test_a_forget_quality_that_the_base_has_too_tells_little(make, report, quality, told):
+    """As with the 40 rows of forget01: the full model of a real base has 0.03."""
+    runs = [
+        unlearned(make, "full", None, quality, 0.6, probability=0.832),
+        unlearned(make, "retain", None, 1.0, 0.6, probability=0.143),
+        unlearned(make, "ceu", "1e-5", 0.1, 0.59),
+        unlearned(make, "npo", "1e-5", 0.06, 0.59, probability=0.394),
+    ]
+    found, page, terminal = report(runs)
+    said = [sentence for sentence in found["verdict"] if "already" in sentence]
+    expected = (
+        "The model before unlearning has a forget quality of 0.0286 already, so that it hardly tells models apart, as "
+        "where few answers are to be forgotten; the forget probability says more: 0.832 before unlearning and 0.143 of "
+        "the retain model."
+    )
+    assert said == ([] if told else [expected])
+    assert [group["forget_probability"] for group in found["groups"]] == [0.832, 0.143, 0.1, 0.394]
+    assert "forget probability" in page and "0.394" in terminal
 
 
 def test_a_method_may_be_named_full_and_a_diverged_seed_reaches_nothing(make, report):

@@ -21,8 +21,8 @@ from . import figures, measures
 from .runs import STATUSES, Run
 from .summary import (
     ORIGIN,
-    PLANE,
     STEP_MEANS,
+    TOFU,
     WorstKept,
     arms,
     by_setting,
@@ -47,6 +47,7 @@ CARRIED = "Mean over the steps of the share of the gradient's L1 norm on the log
 COLUMNS: tuple[tuple[str, str, Callable[..., Any] | str], ...] = (
     ("model utility", "model_utility", "Of TOFU: harmonic mean of nine scores off the forget set."),
     ("forget quality", "forget_quality", "Of TOFU: p-value that the model cannot be told from the retain model."),
+    ("forget probability", "forget_probability", "Of TOFU: probability per token of the answers to forget."),
     ("gradient norm, median", "grad_norm_median", "Median over the steps of the norm before clipping."),
     ("gradient norm, largest", "grad_norm_largest", "The largest of all steps and seeds."),
     ("gradient spikes", "grad_norm_spikes", measures.spikes),
@@ -88,7 +89,7 @@ COLUMNS: tuple[tuple[str, str, Callable[..., Any] | str], ...] = (
     ("memory", "peak_memory_gib_ratio", "Peak memory over the baseline's at the same setting."),
 )
 ABSENT = "—"
-NOT_MISSED = (*PLANE, *STEP_MEANS, "solutions_kl")  # columns of some comparisons, not named where they are absent
+NOT_MISSED = (*TOFU, *STEP_MEANS, "solutions_kl")  # columns of some comparisons, not named where they are absent
 COUNTS = ("grad_norm_spikes", "loss_spikes", "non_finite_steps")
 
 # Row, key: shown as first -> last
@@ -192,7 +193,8 @@ def _print(runs: Sequence[Run], report: Mapping[str, Any], console: Console) -> 
     console.print(first, style="bold", markup=False, highlight=False)
     for sentence in rest:
         console.print(f"- {sentence}", markup=False, highlight=False)
-    console.print(_first_to_last(runs) if len(runs) <= 4 and len(grouped(runs)) == len(runs) else _overview(report))
+    few = len(runs) <= 4 and len(grouped(runs)) == len(runs) and not report["tofu"]
+    console.print(_first_to_last(runs) if few else _overview(report))
 
 
 def _first_to_last(runs: Sequence[Run]) -> Table:
@@ -205,7 +207,7 @@ def _first_to_last(runs: Sequence[Run]) -> Table:
 
 def _overview(report: Mapping[str, Any]) -> Table:
     headings = [name if len(name) < 25 else name.split(" of ")[0] for name in report["base"]]
-    columns = {name.replace("_", " "): name for name in PLANE}
+    columns = {name.replace("_", " "): name for name in TOFU}
     if report["frontier"]:
         columns |= {"KL": "kl", **{name: name for name in list(report["frontier"][0]["points"][0]["passes"])[-1:]}}
     columns |= {"max grad norm": "grad_norm_largest", "displacement": "displacement"}

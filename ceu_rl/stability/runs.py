@@ -34,7 +34,7 @@ OUTCOME: dict[str, type | str] = {
     "log_tail": list,
 }
 READ = {"loss", "grad_norm", "learning_rate", "reward", "train_runtime", "chosen", "rejected"}
-READ |= {"model_utility", "forget_quality"}
+READ |= {"model_utility", "forget_quality", "forget_probability"}
 LOST = ("eval_loss", "eval_logps/chosen", "eval_logps/rejected", "eval_reward", "eval_kl", "eval_solutions_nll")
 WORDS = {dict: "a mapping", int: "a whole number", str: "text", bool: "true or false", list: "a list"}
 

@@ -20,6 +20,7 @@ FORGET_QUALITY = 0.05  # p-value above which an unlearned model cannot be told f
 KEEP_UTILITY = 0.9  # share of the base's model utility
 COLLAPSED = 0.1  # share of the base's model utility below which a model is destroyed: it has forgotten everything
 PLANE = ("model_utility", "forget_quality")
+TOFU = (*PLANE, "forget_probability")
 ENTROPIES = ("eval_sampled_entropy", "eval_entropy", "entropy")
 DEFAULT_MAX_LENGTH = 1024  # of TRL's DPO
 STEP_MEANS = {
@@ -362,7 +363,7 @@ def measure(run: Run, scores: Sequence[Score], tokens: Mapping[Path, Mapping[str
             [v for _, v in score], lambda values: measures.collapse_step([t for t, _ in score], values)
         ),
         "non_finite_steps": len(bad) if norms or losses else None,
-        **{name: (run.tofu or {}).get(name) for name in PLANE},
+        **{name: (run.tofu or {}).get(name) for name in TOFU},
         "seconds_per_step": _seconds_per_step(run),
         "peak_memory_gib": (run.result or {}).get("peak_memory_gib"),
     }
@@ -772,11 +773,11 @@ def _tofu_base(runs: Sequence[Run]) -> dict[str, float] | None:
     what the evaluations recorded of it."""
     for run in runs:
         if run.tofu and _is_base(run):
-            return _plane(run)
+            return _around(run)
     starts = _unique(str(run.settings["model_name_or_path"]) for run in runs if "model_name_or_path" in run.settings)
     found = [run for start in starts if (run := Run("base", {}, 0, Path(start))).tofu]
     if len(found) == 1:
-        return _plane(found[0])
+        return _around(found[0])
     known = {utility for run in runs if (utility := run.base_utility) is not None}
     return {"model_utility": known.pop()} if len(known) == 1 else None
 
@@ -785,11 +786,16 @@ def _tofu_retain(runs: Sequence[Run]) -> dict[str, float] | None:
     """The model trained without the forget set, whose forget quality is 1: it is compared with itself."""
     arms = [run for run in runs if run.tofu and _is_retain(run)]
     files = [Run("retain", {}, 0, Path(run.retain).parent) for run in runs if run.retain]
-    return next(({**_plane(run), "forget_quality": 1.0} for run in [*arms, *files] if run.tofu), None)
+    return next(({**_around(run), "forget_quality": 1.0} for run in [*arms, *files] if run.tofu), None)
 
 
 def _plane(run: Run) -> dict[str, float]:
     return {name: run.tofu[name] for name in PLANE if run.tofu and name in run.tofu}
+
+
+def _around(run: Run) -> dict[str, float]:
+    """Of a model that the methods are held against."""
+    return {name: run.tofu[name] for name in TOFU if run.tofu and name in run.tofu}
 
 
 ORIGIN = ("commit", "device", "versions")

@@ -238,6 +238,9 @@ def _tofu(found: Mapping[str, Any]) -> list[str]:
                 f"a forget quality above {FORGET_QUALITY} at a model utility within 10 % of the base's {number(base)}",
             )
         )
+    known = (found["base"] or {}).get("forget_quality")
+    if points and known is not None and known > FORGET_QUALITY / 10:
+        sentences.append(_hardly_told_apart(found, known))
     if front := [f"{p['arm']} ({setting_name(p['setting'])})" for p in points if p["front"]]:
         sentences.append(f"On the Pareto front of forget quality and model utility: {', '.join(front)}.")
     if dead := [
@@ -253,6 +256,17 @@ def _tofu(found: Mapping[str, Any]) -> list[str]:
         arms = _join(found["not_placed"], "and")
         sentences.append(f"Runs without a forget quality, for want of an evaluation or of a retain model: {arms}.")
     return sentences
+
+
+def _hardly_told_apart(found: Mapping[str, Any], quality: float) -> str:
+    key = "forget_probability"
+    parts = (("before unlearning", found["base"]), ("of the retain model", found["retain"]))
+    probabilities = [f"{number(model[key])} {name}" for name, model in parts if model and model.get(key) is not None]
+    beside = f": {_join(probabilities, 'and')}" if probabilities else ""
+    return (
+        f"The model before unlearning has a forget quality of {number(quality)} already, so that it hardly tells "
+        f"models apart, as where few answers are to be forgotten; the forget probability says more{beside}."
+    )
 
 
 def _reached(points: Sequence[Mapping[str, Any]], goal: str) -> str:
