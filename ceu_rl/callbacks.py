@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,14 @@ class Pace(TrainerCallback):
         return {"tokens_per_second": round(tokens / self.timed, 1)} if tokens > 0 and self.timed else {}
 
 
+def log_scores(trainer: Any, scores: Mapping[str, float], metrics: dict[str, float] | None) -> None:
+    """Log what a callback scored at an evaluation, and add it to the metrics of that, by which a model may be best."""
+    found = {f"eval_{name}": value for name, value in scores.items()}
+    trainer.log(found)
+    if metrics is not None:
+        metrics |= found
+
+
 class TaskScore(TrainerCallback):
     """Logs greedy and sampled accuracy on a task, and pass@k, at every evaluation.
 
@@ -87,7 +96,7 @@ class TaskScore(TrainerCallback):
         self.trainer, self.task, self.rows = trainer, task, list(rows)
         self.reference = reference and AutoModelForCausalLM.from_pretrained(reference, **loaded_as).eval()
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         # Every process generates the same answers: sharded models need all of them to take part
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         given = (model, self.trainer.processing_class, self.task, self.rows)
@@ -95,4 +104,4 @@ class TaskScore(TrainerCallback):
         with self.trainer.accelerator.autocast():  # the reference in the precision of the model
             scores = {"greedy_accuracy": evaluate_accuracy(*given)}
             scores |= evaluate_samples(*given, seed=args.seed, reference=reference)
-        self.trainer.log({f"eval_{name}": value for name, value in scores.items()})
+        log_scores(self.trainer, scores, metrics)

@@ -4,6 +4,7 @@ transformers writes `trainer_state.json` last, so its presence says that a check
 that true where it is not: with several processes, on a checkpoint that is written again, and on a disk that is full.
 """
 
+import difflib
 import errno
 import json
 import shutil
@@ -124,6 +125,18 @@ class WholeCheckpoints:
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _reading(checkpoint):
             super()._load_rng_state(checkpoint)  # type: ignore[misc]
+
+    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        try:
+            return super()._determine_best_metric(metrics, trial)  # type: ignore[misc]
+        except KeyError as error:
+            trainer: Any = self
+            name = trainer.args.metric_for_best_model
+            close = difflib.get_close_matches(name if name.startswith("eval_") else f"eval_{name}", metrics, n=1)
+            raise ValueError(
+                f"metric_for_best_model is {name!r}, which the evaluation at step {trainer.state.global_step} has not; "
+                f"use {close[0] if close else 'one of ' + ', '.join(metrics)}."
+            ) from error
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

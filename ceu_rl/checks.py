@@ -37,16 +37,22 @@ def check_columns(dataset: Dataset | IterableDataset, name: str, required: tuple
 POSITIVE = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length"),
     *("generation_batch_size", "steps_per_generation", "num_generations", "num_generations_eval", "num_iterations"),
-    *("max_completion_length", "temperature"),
+    *("max_completion_length", "temperature", "repetition_penalty", "delta"),
+    *("sapo_temperature_neg", "sapo_temperature_pos", "discopop_tau", "ref_model_sync_steps", "pad_to_multiple_of"),
 )
-SHARES = ("top_p", "top_entropy_quantile")
+NOT_NEGATIVE = (
+    *("learning_rate", "beta", "epsilon", "epsilon_high", "off_policy_mask_threshold", "logging_steps"),
+    *("vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg"),
+)
+SHARES = ("top_p", "min_p", "top_entropy_quantile", "ld_alpha", "ref_model_mixup_alpha")
 BOUNDS = ("ceu_max_weight", "max_grad_norm", "delta", "epsilon_high", "vllm_importance_sampling_clip_max")
 
 
 def check_numbers(settings: Mapping[str, Any]) -> None:
     """Raise a ValueError for a number with which training would end somewhere in a dependency, or silently be wrong.
 
-    No setting may be NaN, none infinite but an upper bound, which is then none; counts and the temperature are above 0.
+    No setting may be NaN, none infinite but an upper bound, which is then none; counts, temperatures and the like are
+    above 0, shares from 0 to 1.
     """
     for name, value in settings.items():
         for number in value if isinstance(value, list | tuple) else [value]:
@@ -57,9 +63,10 @@ def check_numbers(settings: Mapping[str, Any]) -> None:
                 raise ValueError(f"{name} is {number}; use a number above 0.")
             if name in SHARES and isinstance(number, int | float) and not 0 <= number <= 1:
                 raise ValueError(f"{name} is {number}; use a number from 0 to 1.")
-    for name in ("learning_rate", "beta"):
-        if isinstance(number := settings.get(name), int | float) and number < 0:
-            raise ValueError(f"{name} is {number}; use a number from 0.")
+            if name in NOT_NEGATIVE and isinstance(number, int | float) and number < 0:
+                raise ValueError(f"{name} is {number}; use a number from 0.")
+    if isinstance(number := settings.get("top_k"), int) and number < -1:
+        raise ValueError(f"top_k is {number}; use a number above 0, or 0 for no limit.")
     steps, epochs = settings.get("max_steps", -1), settings.get("num_train_epochs", 1)
     if steps == 0 or steps < -1:
         raise ValueError(f"max_steps is {steps}; use a number above 0, or -1 for num_train_epochs.")

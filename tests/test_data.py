@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from ceu_rl.data import check_layout, load
+from ceu_rl.data import check_layout, load, open_dataset
 
 USER, SAID, OTHER = (
     {"role": "user", "content": "1+2="},
@@ -140,6 +140,10 @@ def test_a_dataset_in_trls_own_layout_is_not_copied():
         ("sft", {"messages": [USER, {"role": "assistant", "content": ""}]}, "has an empty 'messages'"),
         ("sft", {"text": None}, "has an empty 'text'"),
         ("sft", {"text": 1}, "has a int as 'text'"),
+        ("preference", {**TEXT, "tools": "hammer"}, "has a str as 'tools'"),
+        ("sft", {"text": "a", "tools": 3}, "has a int as 'tools'"),
+        ("preference", {**CHAT, "chat_template_kwargs": "{}"}, "has a str as 'chat_template_kwargs'"),
+        ("sft", {"messages": [USER, SAID], "chat_template_kwargs": [1]}, "has a list as 'chat_template_kwargs'"),
         ("prompt", {"prompt": ""}, "has an empty 'prompt'"),
         ("prompt", {"prompt": None}, "has an empty 'prompt'"),
         ("prompt", {"prompt": []}, "has an empty 'prompt'"),
@@ -161,6 +165,12 @@ def test_a_row_that_cannot_be_learned_from_is_named(kind, row, message, stream):
         ("sft", {"prompt": "a"}, "no column 'completion'"),
         ("sft", {"completion": "a"}, "no column 'prompt'"),
         ("sft", {"message": []}, "no column 'messages'.*rename 'message'"),
+        (
+            "sft",
+            {"prompt": "a", "text": "b"},
+            "'prompt' beside 'text', and .*; rename 'text' to 'completion', or remove",
+        ),
+        ("sft", {"prompt": "a", "messages": []}, "'prompt' beside 'messages'"),
         ("prompt", {"prompts": "a"}, "column 'prompts', which is what the trainer itself passes"),
         ("prompt", {"prompt": "a", "completions": "b"}, "column 'completions', which is what the trainer itself"),
         ("prompt", {"question": "a"}, "no column 'prompt'"),
@@ -316,6 +326,26 @@ def test_a_cell_of_a_csv_is_the_text_that_stands_there(tmp_path):
         ("q,3", "NA"),
         ("q4", None),
     ]
+
+
+@pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("tsv", "\t")])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_csv_is_read_as_one_file_of_it(tmp_path, suffix, separator, streaming):
+    for split in ("train", "test"):
+        rows = [("prompt", "answer"), ("q1", "007"), ("q2", "None"), ("q3", "x" * 200_000)]
+        text = "".join(f"{separator.join(row)}\n" for row in rows)
+        (tmp_path / f"{split}.{suffix}").write_text(text)
+        (tmp_path / "rows" / split).mkdir(parents=True)
+    found = open_dataset(str(tmp_path), None, streaming=streaming)
+    alone = open_dataset(str(tmp_path / f"test.{suffix}"), None)
+    assert set(found) == {"train", "test"}
+    assert [row["answer"] for row in found["test"]] == alone["train"]["answer"] == ["007", "None", "x" * 200_000]
+
+
+def test_a_row_may_bring_what_the_chat_template_takes():
+    for tools in (None, [], "[]", '[{"name": "f"}]'):
+        check_layout(made([{**CHAT, "tools": tools, "chat_template_kwargs": {"a": 1}}], False), "train", "preference")
+    check_layout(made([{"prompt": "a", "tools": "hammer"}], False), "train", "prompt")  # a column for a reward
 
 
 def test_text_and_messages_are_not_mixed(tmp_path):

@@ -257,6 +257,36 @@ def test_a_choice_that_there_is_not_is_refused_before_the_first_step(make_traine
         make_trainer(CEUGRPOTrainer, **settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epsilon": -1}, "epsilon is -1; use a number from 0"),
+        ({"epsilon_high": -3.0}, "epsilon_high is -3.0; use a number from 0"),
+        ({"delta": -2.0}, "delta is -2.0; use a number above 0"),
+        ({"off_policy_mask_threshold": -1.0}, "off_policy_mask_threshold is -1.0; use a number from 0"),
+        ({"sapo_temperature_neg": 0.0}, "sapo_temperature_neg is 0.0; use a number above 0"),
+        ({"vespo_k_pos": -1.0}, "vespo_k_pos is -1.0; use a number from 0"),
+        ({"top_k": -5}, "top_k is -5; use a number above 0, or 0 for no limit"),
+        ({"min_p": 3.0}, "min_p is 3.0; use a number from 0 to 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; use a number above 0"),
+        ({"chat_template_kwargs": [1]}, r"chat_template_kwargs is \[1\]; give a mapping"),
+        (
+            {"generation_kwargs": {"num_return_sequences": 2}},
+            "generation_kwargs has num_return_sequences, which num_gen",
+        ),
+    ],
+)
+def test_a_number_that_would_train_something_else_is_refused(make_trainer, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(CEUGRPOTrainer, **settings)
+
+
+def test_images_for_a_model_that_reads_text_are_refused(make_trainer):
+    rows = datasets.Dataset.from_list([{"prompt": f"{a}+1=", "image": "a.png"} for a in range(8)])
+    with pytest.raises(ValueError, match="a column 'image', and LlamaForCausalLM reads text alone; remove the column"):
+        make_trainer(CEUGRPOTrainer, train_dataset=rows)
+
+
 class Judge:
     async def __call__(self, completions, **kwargs):
         return digits(completions)

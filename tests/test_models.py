@@ -319,12 +319,16 @@ def _replace_by_file(folder):
         lambda folder: (folder / "model.safetensors").unlink(),
         lambda folder: os.truncate(folder / "model.safetensors", 600),
         lambda folder: (folder / "tokenizer.json").unlink(),
+        lambda folder: (folder / "chat_template.jinja").unlink(),
+        lambda folder: (folder / "chat_template.jinja").write_text("{{ mes"),
+        lambda folder: (folder / "config.json").write_text("{"),
+        lambda folder: (folder / "written.json").write_text(""),
         _replace_by_file,
     ],
 )
 def test_a_damaged_folder_is_named_and_made_again_once_it_is_gone(damage, tmp_path, monkeypatch):
     def convert(file, folder):
-        for name in ("config.json", "tokenizer.json"):
+        for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
             (folder / name).touch()
         safetensors.torch.save_file({"weight": torch.zeros(999)}, folder / "model.safetensors")
 

@@ -292,6 +292,24 @@ def test_the_reward_is_the_verifiers_score_of_each_answer_to_its_own_entry():
         score_answer(rows["prompt"], right)
 
 
+def test_the_reward_is_for_what_the_model_says_itself():
+    row = load_task_dataset("reasoning_gym:chain_sum", "prompt", "size=1")["train"][0]
+    right = row["answer"]
+    call = {"role": "assistant", "content": None, "tool_calls": []}
+    tool = {"role": "tool", "content": right}
+    given = {
+        "a tool's word": [call, tool],
+        "a call": [call],
+        "nothing": [],
+        "no content": [{"role": "assistant"}],
+        "an image": [{"role": "assistant", "content": [{"type": "image"}]}],
+    }
+    assert score_answer([row["prompt"]] * 5, list(given.values()), [row["entry"]] * 5) == [0.0] * 5
+    said = [[call, tool, {"role": "assistant", "content": right}]]
+    said.append([{"role": "assistant", "content": [{"type": "text", "text": right}]}])
+    assert score_answer([row["prompt"]] * 2, said, [row["entry"]] * 2) == [1.0] * 2
+
+
 @pytest.mark.parametrize("answer", ["", "[[", "1/0", "nonsense", "9" * 5000, "{}", "null", "\x00", "((((((" * 500])
 def test_an_answer_that_the_verifier_cannot_read_scores_nothing(answer):
     for task in ("prime_factorization", "boxnet", "game_of_life", "coin_flip"):

@@ -49,5 +49,11 @@ def right_answer(row: Mapping[str, Any]) -> str | None:
 
 
 def last_content(text_or_messages: str | Messages) -> str:
-    """The text itself, or the content of the last message."""
-    return text_or_messages if isinstance(text_or_messages, str) else text_or_messages[-1]["content"]
+    """The text itself, or that of the last message; what a tool says, or no message at all, is no answer: empty."""
+    if isinstance(text_or_messages, str):
+        return text_or_messages
+    last: Any = text_or_messages[-1] if text_or_messages else {}
+    content = None if last.get("role") == "tool" else last.get("content")
+    if isinstance(content, list):  # parts, of which some are text
+        return "".join(part.get("text") or "" for part in content)
+    return content or ""

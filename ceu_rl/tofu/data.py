@@ -80,6 +80,9 @@ def load_tofu(name: str, config: str) -> Dataset:
     elif Path(name).is_dir():
         _check_config(name, config)
         dataset = Dataset.from_list(_read_rows(_files(name)[config]))
+    elif Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        problem = "a file" if Path(name).exists() else "no folder"
+        raise ValueError(f"{name} is {problem}; give a folder in TOFU's layout, or a name of the Hub.")
     else:
         dataset = load_dataset(name, config, split="train")
     required = ["question", "answer"]
@@ -107,7 +110,9 @@ def has_questions(dataset: Any) -> bool:
 
 def _check_config(name: str, config: str) -> None:
     if config not in (configs := tofu_configs(name)):
-        raise ValueError(f"{name} has no config {config!r}: choose one of {', '.join(configs) or 'none, it is empty'}.")
+        if not configs:
+            raise ValueError(f"{name} has no .json or .jsonl file; give a folder with {config}.json.")
+        raise ValueError(f"{name} has no config {config!r}: choose one of {', '.join(configs)}.")
 
 
 def _files(folder: str) -> dict[str, Path]:
