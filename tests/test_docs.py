@@ -192,10 +192,13 @@ def test_each_file_of_results_is_used_by_its_page():
 
 def test_the_forget_qualities_follow_from_the_truth_ratios(results):
     writer, _ = results
-    for file in ("models", "models-0", "models-1", "earlier"):
+    for file, name, rows in (
+        *((each, "retain90", 400) for each in ("models", "models-0", "models-1", "earlier")),
+        ("models-smollm2", "retain", 40),
+    ):
         runs = {run["name"]: run for run in writer.single_runs(f"unlearning/{file}")}
-        retain = runs["retain90"]["forget_truth_ratios"]
-        assert len(retain) == 400 and len(runs) > 1
+        retain = runs[name]["forget_truth_ratios"]
+        assert len(retain) == rows and len(runs) > 1
         for run in runs.values():
             if "forget_quality" in run["evaluation"]["summary"]:
                 quality = forget_quality(run["forget_truth_ratios"], retain)
@@ -205,9 +208,9 @@ def test_the_forget_qualities_follow_from_the_truth_ratios(results):
 @pytest.mark.parametrize("path", sorted((RESULTS / "unlearning").glob("tofu*.json")), ids=name)
 def test_the_tofu_study_stands_on_these_models(results, path):
     writer, _ = results
-    base = re.search(r"-base(-\d)", path.stem)
-    file = f"unlearning/models{base[1] if base else ''}"
+    base = re.search(r"-base(-\d)|(-smollm2)", path.stem)
+    file = f"unlearning/models{base[1] or base[2] if base else ''}"
     models = {run["name"]: run["evaluation"]["summary"] for run in writer.single_runs(file)}
     tofu = json.loads(path.read_text())["tofu"]
-    for place, model in (("base", "full"), ("retain", "retain90")):
+    for place, model in (("base", "full"), ("retain", "retain" if "smollm2" in path.stem else "retain90")):
         assert tofu[place]["model_utility"] == pytest.approx(models[model]["model_utility"], rel=1e-5)

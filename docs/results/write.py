@@ -256,14 +256,16 @@ class Page:
 
     def tofu_models(self, name: str) -> str:
         header = ["model", "forget quality", "model utility", "forget ROUGE-L", "forget probability"]
+        header += ["retain probability", "seconds per step", "peak memory (GiB)"]
         lines = []
         for model in single_runs(name):
             summary, training = model["evaluation"]["summary"], model["training"]
             quality = f"{summary['forget_quality']:.1e}" if "forget_quality" in summary else ""
-            values = [f"{summary[key]:.3f}" for key in ("model_utility", "forget_rouge_l_recall", "forget_probability")]
+            kept = ("model_utility", "forget_rouge_l_recall", "forget_probability", "retain_probability")
+            values = [f"{summary[key]:.3f}" for key in kept]
             pace = training["metrics"]["train_runtime"] / training["steps"]
             lines.append([model["name"], quality, *values, f"{pace:.2f}", f"{training['peak_memory_gib']:.2f}"])
-        return table([*header, "seconds per step", "peak memory (GiB)"], lines)
+        return table(header, lines)
 
     def lora(self) -> str:
         """Memory and pace of unlearning through LoRA and of all weights."""
@@ -307,6 +309,10 @@ class Page:
     def tofu_aim(self, name: str) -> str:
         """The utility within a tenth of the base's."""
         return f"{0.9 * report(name)['tofu']['base']['model_utility']:.4f}"
+
+    def base_quality(self, name: str) -> str:
+        """The forget quality of the model before unlearning."""
+        return f"{report(name)['tofu']['base']['forget_quality']:.2g}"
 
     def tofu_best(self, name: str) -> str:
         """Of each arm's rates, the one of the highest forget quality at a utility within a tenth of the base's."""
