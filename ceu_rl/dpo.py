@@ -79,7 +79,7 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, DPOTraine
         check_numbers(vars(config))
         check_choices(config, CHOICES)
         if config.beta == 0 and config.loss_type != ["sft"]:
-            raise ValueError(f"beta is {config.beta}, with which no pair moves the model; use a number above 0, as 0.1.")
+            raise ValueError(f"beta is {config.beta}, with which no pair moves the model; use a number above 0.")
         check_language_model(given["model"], config.trust_remote_code)
         adapts = given.get("peft_config") is not None or isinstance(given["model"], PeftModel)
         check_reference_is_loaded(needs_reference=not adapts)
