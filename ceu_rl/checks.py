@@ -39,12 +39,13 @@ POSITIVE = (
     *("generation_batch_size", "steps_per_generation", "num_generations", "num_generations_eval", "num_iterations"),
     *("max_completion_length", "temperature", "repetition_penalty", "delta"),
     *("sapo_temperature_neg", "sapo_temperature_pos", "discopop_tau", "ref_model_sync_steps", "pad_to_multiple_of"),
+    *("lora_r", "lora_alpha"),
 )
 NOT_NEGATIVE = (
     *("learning_rate", "beta", "epsilon", "epsilon_high", "off_policy_mask_threshold", "logging_steps"),
     *("vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg"),
 )
-SHARES = ("top_p", "min_p", "top_entropy_quantile", "ld_alpha", "ref_model_mixup_alpha")
+SHARES = ("top_p", "min_p", "top_entropy_quantile", "ld_alpha", "ref_model_mixup_alpha", "lora_dropout")
 BOUNDS = ("ceu_max_weight", "max_grad_norm", "delta", "epsilon_high", "vllm_importance_sampling_clip_max")
 
 

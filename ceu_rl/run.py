@@ -316,6 +316,8 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
     from trl import get_peft_config
 
     evaluates = args.eval_strategy != "no" or args.eval_on_start
+    if getattr(args, "activation_offloading", False) and args.device.type == "cpu":
+        raise ValueError("activation_offloading is True, and the model is on a CPU already; leave it out.")
     datasets, task = load(method, script, mixture, evaluates)
     kept = load_kept(script)
     if kept and method == "unlearn":

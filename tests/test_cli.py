@@ -137,6 +137,24 @@ def test_sft_says_what_it_leaves_out(tiny_model, tokenizer, tmp_path, capsys, ca
 
 
 @pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"input_ids": [1, 2]}, {"input_ids": [1, 500]}], "Row 1 of the train dataset has the token id 500, and the"),
+        ([{"input_ids": [1, 2], "labels": [1]}], "Row 0 of the train dataset has 1 'labels' for 2 'input_ids'"),
+        ([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}], None),
+    ],
+)
+def test_tokens_that_a_dataset_brings_are_the_models(tiny_model, tokenizer, tmp_path, capsys, rows, said):
+    tiny_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
+    fields = {**SMALL, "model_name_or_path": str(tmp_path / "base"), "dataset_name": str(tmp_path / "rows.jsonl")}
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump({**fields, "max_steps": 1, "output_dir": str(tmp_path / "out")}))
+    assert main(["sft", "--config", str(tmp_path / "sft.yaml")]) == (2 if said else 0)
+    assert (said or "") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("metric", "said"),
     [
         ("eval_greedy_accuracy", None),
