@@ -672,8 +672,8 @@ def test_the_headline_of_grpo_is_reward_against_divergence(make, report):
     found, page, _ = report(frontier_grid(make))
     assert found["verdict"][0] == (
         "At a sampled accuracy of at least 0.8, which both reach, ceu is 0.1 nats per token from the start (learning "
-        "rate 1e-4), stock is 0.2 from the start (learning rate 1e-4): 0.5 times as far (95 % interval over 2 seeds "
-        "0.4 to 1.5; 1 lies within it)."
+        "rate 1e-4), stock is 0.2 from the start (learning rate 1e-4): ceu goes 0.5 times as far (95 % interval over "
+        "2 seeds 0.4 to 1.5; 1 lies within it)."
     )
     assert found["verdict"][1] == (
         "stock at its best (learning rate 1e-4): sampled accuracy 0.8 (0.78 to 0.82), divergence 0.2 (0.2 to 0.2), "
@@ -719,7 +719,8 @@ def test_the_frontier_says_that_stock_is_nearer_in_the_same_form(make):
     runs = [rewarded(make, arm, "1e-4", seed, *each) for arm, each in ends.items() for seed in range(1)]
     assert verdict(summarize(runs, COMMAND))[0] == (
         "At a sampled accuracy of at least 0.8, which both reach, stock is 0.1 nats per token from the start (learning "
-        "rate 1e-4), ceu is 0.3 from the start (learning rate 1e-4): 0.33 times as far (one seed: no interval)."
+        "rate 1e-4), ceu is 0.3 from the start (learning rate 1e-4): stock goes 0.33 times as far (one seed: no "
+        "interval)."
     )
 
 

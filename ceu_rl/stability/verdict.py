@@ -63,7 +63,7 @@ def _at_equal_reward(entry: Mapping[str, Any], found: Mapping[str, Any], baselin
     unsure = "; 1 lies within it" if interval and interval[0] <= 1 <= interval[1] else ""
     return (
         f"At a {score} of at least {reward}, which both reach, {near.format('nats per token ')}, {far.format('')}: "
-        f"{number(ratio, 2)} times as far ({spread}{unsure})."
+        f"{ends[0][0]} goes {number(ratio, 2)} times as far ({spread}{unsure})."
     )
 
 
