@@ -88,8 +88,12 @@ def test_unknown_names_are_refused(tmp_path):
         load_tofu("builtin:poets", "full")
     with pytest.raises(ValueError, match="has no config 'ful': choose one of full, forget01"):
         load_tofu("builtin:authors", "ful")
-    with pytest.raises(ValueError, match="choose one of none, it is empty"):
+    with pytest.raises(ValueError, match=r"has no .json or .jsonl file; give a folder with full.json"):
         load_tofu(str(tmp_path), "full")
+    (tmp_path / "rows.json").touch()
+    for name, problem in (("rows.json", "a file"), ("nowhere", "no folder")):
+        with pytest.raises(ValueError, match=f"{name} is {problem}; give a folder in TOFU's layout, or a name of the"):
+            load_tofu(str(tmp_path / name), "full")
     with pytest.raises(ValueError, match="Unknown split 'forget20': choose one of forget01, forget05, forget10"):
         get_split("forget20")
 
