@@ -335,7 +335,6 @@ def test_a_folder_of_csv_is_read_as_one_file_of_it(tmp_path, suffix, separator, 
         rows = [("prompt", "answer"), ("q1", "007"), ("q2", "None"), ("q3", "x" * 200_000)]
         text = "".join(f"{separator.join(row)}\n" for row in rows)
         (tmp_path / f"{split}.{suffix}").write_text(text)
-        (tmp_path / "rows" / split).mkdir(parents=True)
     found = open_dataset(str(tmp_path), None, streaming=streaming)
     alone = open_dataset(str(tmp_path / f"test.{suffix}"), None)
     assert set(found) == {"train", "test"}
