@@ -23,6 +23,7 @@ from datasets import (
     DatasetDict,
     Features,
     IterableDataset,
+    Json,
     Value,
     concatenate_datasets,
     load_dataset,
@@ -142,7 +143,7 @@ def open_dataset(name: str, config: str | None, streaming: bool = False, field: 
         _check_utf8(path, field)
         files = glob.escape(str(path))  # a name with [ is no pattern
         with _reading(name, field):
-            return load_dataset(BUILDERS[path.suffix], data_files=files, streaming=streaming, **_options(path))
+            return _read(BUILDERS[path.suffix], data_files=files, streaming=streaming, **_options(path))
     if path.is_file():
         raise ValueError(f"{field} {name} is a file of another kind; give one that ends in {', '.join(BUILDERS)}.")
     if any((path / marker).is_file() for marker in SAVED):
@@ -152,7 +153,19 @@ def open_dataset(name: str, config: str | None, streaming: bool = False, field: 
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise ValueError(f"{field} {name} is no folder and no file; check its name.")
     with _reading(name, field):
-        return load_dataset(name, name=config, streaming=streaming, **_folder_options(path, config))
+        return _read(name, name=config, streaming=streaming, **_folder_options(path, config))
+
+
+def _read(source: str, **options: Any) -> Any:
+    """`load_dataset`, with dates in JSON as the text that they are: pyarrow makes times of a column of only dates."""
+    found = load_dataset(source, **options)
+    first = next(iter(found.values()))
+    kinds = first.features or {}  # a stream may not know them before its rows come
+    dated = {column for column, kind in kinds.items() if "timestamp" in str(kind)}
+    if first.info.builder_name != "json" or not dated:
+        return found
+    features = Features({column: Json() if column in dated else kind for column, kind in kinds.items()})
+    return load_dataset(source, **options, features=features)
 
 
 def _check_utf8(path: Path, field: str) -> None:

@@ -328,6 +328,29 @@ def test_a_cell_of_a_csv_is_the_text_that_stands_there(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_a_date_in_json_is_the_text_that_stands_there(tmp_path, suffix):
+    """pyarrow makes times of a column that has nothing but dates."""
+    rows = [
+        {
+            "prompt": f"When, {n}?",
+            "completion": [{**SAID, "content": f"20{n}-01-02"}],
+            "day": f"20{n}-01-02",
+            "at": f"20{n}-01-02T10:00:00Z" if n > 10 else None,
+            "meta": {"days": [f"20{n}-01-02"], "n": n},
+        }
+        for n in range(10, 20)
+    ]
+    (tmp_path / "files").mkdir()
+    for name in (f"rows.{suffix}", f"files/train.{suffix}"):
+        write(tmp_path / name, rows)
+    for name in (f"rows.{suffix}", "files"):
+        given = script(dataset_name=str(tmp_path / name), dataset_test_split="0.2")
+        parts, _ = load("sft", given, NO_MIXTURE, evaluates=True)
+        assert sorted([*parts["train"], *parts["eval"]], key=lambda row: row["day"]) == rows
+        assert check_layout(parts["train"], "train", "sft")["completion"][0] == rows[0]["completion"]
+
+
 @pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("tsv", "\t")])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_folder_of_csv_is_read_as_one_file_of_it(tmp_path, suffix, separator, streaming):
