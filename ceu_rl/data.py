@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas
 from datasets import (
     Dataset,
     DatasetDict,
@@ -79,6 +80,8 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
         if mixture.datasets or _share(script.dataset_test_split) is not None:
             given = "datasets" if mixture.datasets else "dataset_test_split"
             raise ValueError(f"{given} is given, which unlearning does not read; name dataset_name, forget and retain.")
+        if is_task(name) and not name.startswith("builtin:"):  # of which some are made for this
+            raise ValueError(f"dataset_name is {name!r}, a task, of which there is nothing to forget; name other rows.")
         sets = {"forget": script.forget, **({"retain": script.retain} if script.retain else {})}
         if config is None and Path(name).suffix not in BUILDERS:
             return {role: load_tofu(name, one) for role, one in sets.items()}, None
@@ -87,6 +90,15 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
     if mixture.datasets:
         from trl import get_dataset
 
+        for part in mixture.datasets:
+            if is_task(part.path) or Path(part.path).is_file():
+                builder = BUILDERS.get(Path(part.path).suffix, "json")
+                fix = (
+                    "name it as dataset_name"
+                    if is_task(part.path)
+                    else f"give {{path: {builder}, data_files: {part.path}}}"
+                )
+                raise ValueError(f"datasets names {part.path!r}, which is no folder and no name on the Hub; {fix}.")
         dataset = get_dataset(mixture)
     elif is_tofu(name):
         if config is None:
@@ -198,16 +210,16 @@ def _options(path: Path, separator: str | None = None) -> dict[str, Any]:
     if BUILDERS.get(path.suffix) != "csv":
         return {}
     separator = separator or ("\t" if path.suffix == ".tsv" else ",")
+    header = list(pandas.read_csv(path, sep=separator, nrows=0))  # with its names for cells that are empty or repeated
     csv.field_size_limit(2**31 - 1)  # a row may be long
     with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = csv.reader(file, delimiter=separator)
-        header, first = next(lines, []), next(filter(None, lines), [])
+        lines = filter(None, csv.reader(file, delimiter=separator))
+        next(lines, None)
+        first = next(lines, [])
     if len(first) > len(header):  # pandas takes the first ones for an index, and shifts the others
         raise ValueError(
             f"row 0 has {len(first)} fields and the header {len(header)}, so quote texts that have a separator"
         )
-    if not header or len(set(header)) < len(header) or "" in header:  # pandas names those
-        return {"sep": separator}
     features = Features({name: Value("string") for name in header})
     return {"sep": separator, "features": features, "keep_default_na": False, "na_values": [""]}
 

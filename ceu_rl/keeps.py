@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from .callbacks import log_scores
 from .errors import NameCause
+from .prompts import PromptFormat
 from .tasks.score import Batch, evaluate_divergence
 
 ROWS = 50  # of each set, the first ones: a look at every evaluation has to be cheap
@@ -79,14 +80,18 @@ class KeptScore(TrainerCallback):
     """
 
     def __init__(
-        self, trainer: Any, rows: Mapping[str, Dataset], reference: str | None = None, **loaded_as: Any
+        self,
+        trainer: Any,
+        rows: Mapping[str, Dataset],
+        form: PromptFormat,
+        reference: str | None = None,
+        **loaded_as: Any,
     ) -> None:
         from .models import end_token_ids
-        from .prompts import PromptFormat
         from .tofu.scoring import check_context, make_answers
 
         tokenizer = trainer.processing_class
-        prompt = PromptFormat().settle(tokenizer)
+        prompt = form.settle(tokenizer)
         self.trainer = trainer
         self.reference = None
         if reference is not None and "solutions" in rows:

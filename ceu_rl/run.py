@@ -42,7 +42,7 @@ from .prompts import PromptFormat
 from .provenance import environment, peak_memory_gib, write_json
 from .settings import build_configs, classes_of, read_arguments, settings_of
 from .tasks import articles
-from .tofu.data import ask, has_questions, load_tofu
+from .tofu.data import ask, has_questions, is_tofu, load_tofu
 from .tofu.refusals import to_preferences
 
 ASKING = ("sft", "dpo", "unlearn")  # methods that take rows of question and answer
@@ -180,9 +180,20 @@ def _check_names(arguments: Mapping[str, Any], argv: Sequence[str]) -> None:
             raise ValueError(f"datasets holds {entry!r}; give a mapping for each dataset, such as {{path: NAME}}.")
     recipe = next((Path(word) for word in argv if Path(word).suffix in (".yaml", ".yml")), None)
     check_model_name(arguments["model_name_or_path"], recipe)
+    _check_is_whole(arguments["model_name_or_path"])
     if name := arguments.get("reward_model_name_or_path"):
         check_model_name(name, recipe, "reward_model_name_or_path")
         _check_reward_model(name, bool(arguments.get("trust_remote_code")))
+
+
+def _check_is_whole(name: str) -> None:
+    """TRL starts from whole models alone."""
+    if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").is_file():
+        raise ValueError(
+            f"model_name_or_path {name} is an adapter and no whole model; merge it into its base first, with peft's "
+            "AutoPeftModelForCausalLM.from_pretrained(NAME).merge_and_unload().save_pretrained(FOLDER), and copy its "
+            "tokenizer there."
+        )
 
 
 def _check_reward_model(name: str, trust_remote_code: bool) -> None:
@@ -330,11 +341,13 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
         _check_template(args.chat_template_path, asks)
     train = next(iter(datasets.values()))
     given, tokenizer = _name_model(method, script, args, model_config, asks, train)
-    prompt = None
+    prompt, form = None, PromptFormat(chat_template_kwargs=getattr(args, "chat_template_kwargs", None))
+    if method in ASKING:
+        form = PromptFormat.of(script, model_config.model_name_or_path)
     if asks:
         make = functools.partial(to_preferences, seed=args.seed) if method == "dpo" else None
-        datasets, prompt = ask(datasets, tokenizer, PromptFormat.of(script, model_config.model_name_or_path), make)
-    elif method in ASKING:
+        datasets, prompt = ask(datasets, tokenizer, form, make)
+    elif method in ASKING and not kept:
         PromptFormat.of(script).check_unused()
     if method == "sft":  # the other trainers judge their rows themselves
         field = args.dataset_text_field
@@ -365,7 +378,7 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
     if task is not None and "eval" in datasets:
         trainer.add_callback(TaskScore(trainer, task, datasets["eval"], start, **loaded_as))
     if kept:
-        trainer.add_callback(KeptScore(trainer, kept, start, **loaded_as))
+        trainer.add_callback(KeptScore(trainer, kept, form, start, **loaded_as))
     return trainer, prompt
 
 
@@ -390,9 +403,11 @@ def _name_model(
     if revision not in (None, "main") and (name.startswith("builtin:") or Path(name).is_dir()):
         raise ValueError(f"model_revision is {revision}, and {name} has no revisions; leave it out.")
     if method == "sft" and name == BUILTIN_MODEL:
+        if model_config.use_peft:
+            raise ValueError(f"use_peft is True, and no folder keeps the random weights of {name}; leave it out.")
         tokenizer = build_tokenizer()
-        if asks:  # one tokenizer for all the models of a dataset
-            full = load_tofu(script.dataset_name, "full")
+        if asks:  # one tokenizer for all the models of TOFU
+            full = load_tofu(script.dataset_name, "full") if is_tofu(script.dataset_name or "") else train
             tokenizer = build_bpe_tokenizer([*full["question"], *full["answer"]])
         elif script.dataset_name == articles.NAME:
             tokenizer = build_bpe_tokenizer(train["text"])

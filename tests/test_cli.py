@@ -318,6 +318,7 @@ def test_unlearning_refuses_what_it_does_not_read(tmp_path, base, capsys):
         ({"dataset_test_split": "0.1"}, "dataset_test_split is given, which unlearning does not read"),
         ({"dataset_name": None, "datasets": [{"path": "json"}]}, "datasets is given, which unlearning does not read"),
         ({"eval_facts": "builtin:authors"}, "and unlearning has no evaluations; use tofu-eval"),
+        ({"dataset_name": "reasoning_gym:chain_sum"}, "a task, of which there is nothing to forget; name other rows"),
     ):
         settings = {key: value for key, value in {**fields, **given}.items() if value is not None}
         (tmp_path / "unlearn.yaml").write_text(yaml.safe_dump({**settings, "output_dir": str(tmp_path / "out")}))

@@ -328,6 +328,15 @@ def test_a_cell_of_a_csv_is_the_text_that_stands_there(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("header", [",prompt,answer", "i,prompt,answer,answer", "\n\n,prompt,answer"])
+def test_a_cell_is_text_too_where_a_column_has_no_name_or_that_of_another(tmp_path, header):
+    """As pandas writes its index."""
+    more = header.strip().count(",") - 2
+    (tmp_path / "rows.csv").write_text(f"{header}\n0,q1,None{',1' * more}\n1,q2,007{',2' * more}\n")
+    datasets, _ = load("grpo", script(dataset_name=str(tmp_path / "rows.csv")), NO_MIXTURE, evaluates=False)
+    assert datasets["train"]["answer"] == ["None", "007"] and datasets["train"]["prompt"] == ["q1", "q2"]
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
 def test_a_date_in_json_is_the_text_that_stands_there(tmp_path, suffix):
     """pyarrow makes times of a column that has nothing but dates."""

@@ -54,7 +54,7 @@ def test_the_scores_are_those_of_each_answer_alone(
     trainer.model.train()
     start = tiny_model(seed=1)
     start.save_pretrained(tmp_path / "start")
-    found = KeptScore(trainer, rows, str(tmp_path / "start")).score(trainer.model)
+    found = KeptScore(trainer, rows, PromptFormat(), str(tmp_path / "start")).score(trainer.model)
     assert trainer.model.training
     trainer.model.eval()
     for name, config in (("world_facts", WORLD_FACTS), ("real_authors", REAL_AUTHORS)):
@@ -84,7 +84,7 @@ def test_in_bfloat16_a_model_is_at_no_divergence_from_itself(tiny_model, tokeniz
     args = CEUDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=True, report_to="none", max_steps=1)
     given = {"args": args, "train_dataset": preferences, "processing_class": tokenizer}
     trainer = CEUDPOTrainer(model, ref_model=tiny_model(), **given)
-    kept = KeptScore(trainer, load_kept(KeptArguments(eval_solutions=str(solutions))), start)
+    kept = KeptScore(trainer, load_kept(KeptArguments(eval_solutions=str(solutions))), PromptFormat(), start)
     prompts = [{"prompt": [{"role": "user", "content": "1+1="}]}]
     task = Task("none", rows=lambda *given: [], score=lambda row, answer: 0.0, max_new_tokens=8)
     of_task = TaskScore(trainer, task, prompts, start)
@@ -108,7 +108,7 @@ def test_the_reference_is_loaded_as_the_model_is(tiny_model, tokenizer, preferen
         tiny_model(), ref_model=tiny_model(), args=args, train_dataset=preferences, processing_class=tokenizer
     )
     how = {"revision": "v1", "trust_remote_code": False}
-    KeptScore(trainer, load_kept(KeptArguments(eval_solutions=str(solutions))), "me/tiny", **how)
+    KeptScore(trainer, load_kept(KeptArguments(eval_solutions=str(solutions))), PromptFormat(), "me/tiny", **how)
     TaskScore(trainer, Task("none", lambda *given: [], lambda row, answer: 0.0), [], "me/tiny", **how)
     assert asked == [("me/tiny", how)] * 2
 
@@ -127,7 +127,7 @@ def test_a_solution_beyond_the_context_is_named(tiny_model, tokenizer, preferenc
         tiny_model(), ref_model=tiny_model(), args=args, train_dataset=preferences, processing_class=tokenizer
     )
     with pytest.raises(ValueError, match=r"Row 0 of solutions has 20\d\d tokens and the model's context 1024"):
-        KeptScore(trainer, load_kept(KeptArguments(eval_solutions=str(tmp_path / "long.jsonl"))))
+        KeptScore(trainer, load_kept(KeptArguments(eval_solutions=str(tmp_path / "long.jsonl"))), PromptFormat())
 
 
 def test_a_run_logs_what_its_recipe_names(tiny_model, tokenizer, solutions, tmp_path, capsys):
@@ -152,6 +152,38 @@ def test_a_run_logs_what_its_recipe_names(tiny_model, tokenizer, solutions, tmp_
     result = json.loads((tmp_path / "second" / "result.json").read_text())
     assert result["settings"]["eval_solutions"] == str(solutions)
     assert 4 < result["metrics"]["eval_solutions_nll"] < 6  # random weights over 103 tokens: log 103 = 4.6
+
+
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+def test_what_is_kept_is_asked_in_the_prompt_that_the_recipe_names(
+    tiny_model, tokenizer, solutions, tmp_path, monkeypatch, capsys, method
+):
+    """A template that writes the date is refused until it is pinned, for rows that are no questions too."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    date = "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}{{ date_string }}"
+    monkeypatch.setattr(tokenizer, "chat_template", date + tokenizer.chat_template)
+    tokenizer.save_pretrained(tmp_path / "model")
+    recipe = {
+        "model_name_or_path": tmp_path / "model",
+        "dataset_name": "builtin:addition",
+        "eval_solutions": solutions,
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+        "bf16": "false",
+        "use_cpu": "true",
+        "disable_tqdm": "true",
+        "eval_strategy": "steps",
+    }
+    if method == "grpo":
+        recipe |= {"reward_funcs": "ceu_rl.tasks.addition.accuracy", "num_generations": 2, "max_completion_length": 4}
+    argv = [method, *(word for key, value in recipe.items() for word in (f"--{key}", str(value)))]
+    assert main([*argv, "--output_dir", str(tmp_path / "date")]) == 2
+    assert "chat template writes today's date" in capsys.readouterr().err
+    for day in ("1", "22"):
+        pinned = ["--chat_template_kwargs", json.dumps({"date_string": day}), "--output_dir", str(tmp_path / day)]
+        assert main([*argv, *pinned]) == 0
+    found = [json.loads((tmp_path / day / "result.json").read_text())["metrics"] for day in ("1", "22")]
+    assert found[0]["eval_solutions_nll"] != found[1]["eval_solutions_nll"]
 
 
 @pytest.mark.parametrize(

@@ -291,6 +291,11 @@ def test_a_missing_base_is_named_with_the_command_that_makes_it(recipe, tmp_path
         ({"model_init_kwargs": {"dtype": "float3"}}, "float3"),
         ({"datasets": [3]}, "datasets holds 3; give a mapping"),
         ({"datasets": [{"pat": "x"}]}, "pat"),
+        (
+            {"datasets": [{"path": "{base}/config.json"}]},
+            "config.json', which is no folder and no name on the Hub; give {path",
+        ),
+        ({"datasets": [{"path": "reasoning_gym:chain_sum"}]}, "no name on the Hub; name it as dataset_name"),
         ({"output_dir": "/proc/nothing"}, "/proc/nothing"),
         ({"learning_rate": float("inf")}, "learning_rate is inf; use a finite number"),
         ({"learning_rate": -1e-5}, "learning_rate is -1e-05; use a number from 0"),
@@ -324,7 +329,7 @@ def test_a_missing_base_is_named_with_the_command_that_makes_it(recipe, tmp_path
     ],
 )
 def test_input_of_every_kind_ends_in_one_sentence(recipe, base, tmp_path, capsys, fields, message):
-    fields = {name: value.format(base=base) if isinstance(value, str) else value for name, value in fields.items()}
+    fields = json.loads(json.dumps(fields).replace("{base}", str(base)))
     assert main(["dpo", "--config", recipe(**fields)]) == 2
     err = capsys.readouterr().err
     lines = [line for line in err.splitlines() if line.startswith("ceu-rl dpo: error: ")]
@@ -347,6 +352,24 @@ def test_a_template_that_would_not_be_used_is_named(tmp_path, monkeypatch, capsy
     given |= {"use_cpu": "true", "bf16": "false", "output_dir": "out"}
     assert main(["sft", *(word for key, value in given.items() for word in (f"--{key}", value))]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_adapter_is_no_start(recipe, base, capsys):
+    (base / "config.json").rename(base / "adapter_config.json")
+    assert main(["dpo", "--config", recipe()]) == 2
+    assert "is an adapter and no whole model; merge it into its base first" in capsys.readouterr().err
+
+
+def test_the_tiny_model_learns_questions_from_a_file_and_as_a_whole(tmp_path, capsys):
+    rows = [{"question": f"Wer wohnt in Köln {n}?", "answer": "Ω"} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {**SMALL, "model_name_or_path": "builtin:llama", "dataset_name": tmp_path / "rows.jsonl", "max_steps": 1}
+    argv = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    assert main(["sft", *argv, "--output_dir", str(tmp_path / "out")]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.decode(tokenizer("Köln Ω")["input_ids"], skip_special_tokens=True) == "Köln Ω"
+    assert main(["sft", *argv, "--output_dir", str(tmp_path / "lora"), "--use_peft", "true"]) == 2
+    assert "no folder keeps the random weights of builtin:llama; leave it out" in capsys.readouterr().err
 
 
 def test_a_damaged_model_is_named(recipe, base, capsys):

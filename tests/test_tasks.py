@@ -215,6 +215,13 @@ def test_a_config_sets_the_fields_of_the_task_and_the_number_of_rows():
         ("binary_alternation", "p_solvable=1", lambda q: "binary string" in q),
         ("time_intervals", "task_types=['date'], min_date='2020-01-01', max_date='2020-12-31'", lambda q: "2020" in q),
         ("word_sorting", "transformation=uppercase", lambda q: any(w.isupper() and len(w) > 2 for w in q.split())),
+        ("aiw", "task_types=[friends], task_type_weights=[1]", lambda q: "friends" in q),
+        ("arc_agi", 'board_format_opts={"col_delimiter": "|"}', lambda q: q.count("|") > 9),
+        (
+            "composite",
+            'datasets=[{"name": chain_sum, "weight": 1, "config": {min_terms: 2}}]',
+            lambda q: "+" in q or "-" in q,
+        ),
     ],
 )
 def test_a_value_takes_the_type_of_its_field(task, config, seen):
@@ -246,6 +253,16 @@ def test_a_value_takes_the_type_of_its_field(task, config, seen):
         ("word_sorting", "transformation=shouted", "sets transformation='shouted'"),
         ("binary_matrix", "p_zero=1.0, min_n=3, max_n=3", "binary_matrix has no question for te"),
         ("composite", None, "reasoning_gym:composite does not work with its default config"),
+        ("composite", "datasets=[chain_sum]", "composite; give it the type list[reasoning_gym.composite.DatasetSpec]"),
+        ("composite", 'datasets=[{"nam": chain_sum}]', "composite; give it the type list[reasoning_gym.composite.Dat"),
+        ("composite", "datasets=3", "reasoning_gym:composite does not work with datasets=3"),
+        (
+            "aiw",
+            "task_types=[friend]",
+            "sets task_types=['friend'] of aiw; give it the type list, as in [<TaskType.SIB",
+        ),
+        ("basic_arithmetic", "allow_parentheses=[true]", "give it the type bool, as in True"),
+        ("chain_sum", "min_terms={**x}", "write it as in"),
         ("chain_sum", "min_terms=5, max_terms=2", "does not work with min_terms=5, max_terms=2: max_terms must be >="),
     ],
 )
@@ -266,6 +283,27 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(monkeypatc
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ImportError, match=r"needs the package reasoning-gym; pip install 'ceu-rl\[tasks\]'"):
         get_task("reasoning_gym:chain_sum", "min_terms=3")
+
+
+def test_a_question_that_the_library_fails_to_draw_is_left_out(monkeypatch):
+    """As `countdown` fails at some numbers."""
+    from reasoning_gym.arithmetic.chain_sum import ChainSumDataset
+
+    draw, failing = ChainSumDataset.__getitem__, {0, 3, 7}
+
+    def sometimes(self, index):
+        if index in failing:
+            raise ValueError("no question after 100 attempts")
+        return draw(self, index)
+
+    monkeypatch.setattr(ChainSumDataset, "__getitem__", sometimes)
+    rows = list(get_task("reasoning_gym:chain_sum", "size=40").rows("preference", "train", 0))
+    assert len(rows) == 40
+    failing.update(range(100_000))
+    with pytest.raises(
+        ValueError, match="with size=40 raised ValueError: no question after 100 attempts; mend dataset"
+    ):
+        get_task("reasoning_gym:chain_sum", "size=40")
 
 
 def test_few_questions_end_a_split_early():

@@ -23,7 +23,8 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ TRAIN_ROWS = 2000
 TEST_ROWS = 100  # no more than train rows
 TEST_SHARE = 8  # one question in 8 belongs to the test split
 SAMPLES = 8
+TRIES = 20  # draws that may fail before the first question
 # What a verifier raises for an answer that it cannot read
 NOT_A_NUMBER = re.compile(r"(?<![a-z])nanj?(?![a-z])", re.IGNORECASE)  # which some verifiers find near to any number
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, SyntaxError, TypeError, ValueError)
@@ -51,10 +53,10 @@ def make_task(name: str, config: str | None = None) -> Task:
     task = name.removeprefix(PREFIX)
     dataset = _dataset(task, config)
     with NameCause(f"Drawing a question of {name} with {config or 'its default config'}", "mend dataset_config."):
-        dataset[0]
+        first = next(_draws(dataset, range(min(TRIES, dataset.size))))
 
     def rows(kind: str, split: str, seed: int) -> Iterator[dict[str, Any]]:
-        if kind != "prompt" and dataset[0]["answer"] is None:
+        if kind != "prompt" and first["answer"] is None:
             raise ValueError(f"{name} has a verifier but no right answers to show; it works with `ceu-rl grpo` alone.")
         return _rows(task, config, kind, split, seed)
 
@@ -96,9 +98,9 @@ def _rows(task: str, config: str | None, kind: str, split: str, seed: int) -> It
     count = count if split == "train" else min(count, TEST_ROWS)
     # Some tasks have few questions: where no new ones come, the split ends with fewer rows
     drawn = _dataset(task, config, seed, 4 * TEST_SHARE * count)
-    rng, seen, others = random.Random(f"{split} {seed}"), set(), [drawn[i]["answer"] for i in range(20)]
-    for index in range(drawn.size):
-        entry = drawn[index]
+    rng, seen = random.Random(f"{split} {seed}"), set()
+    others = [entry["answer"] for entry in _draws(drawn, range(TRIES))]
+    for entry in _draws(drawn, range(drawn.size)):
         question = entry["question"]
         # A cyclic checksum is linear: over questions that differ in few characters it can miss the test split
         is_test = hashlib.sha256(question.encode()).digest()[0] % TEST_SHARE == 0
@@ -123,6 +125,25 @@ def _rows(task: str, config: str | None, kind: str, split: str, seed: int) -> It
         raise ValueError(
             f"{PREFIX}{task} has no question for {split} among {drawn.size}{reason}; let its fields vary more."
         )
+
+
+def _draws(dataset: Any, indices: Iterable[int]) -> Iterator[Mapping[str, Any]]:
+    """The questions at these indices but those that the library fails to draw, as some tasks do by chance.
+
+    Raises:
+        Exception: what the library raises, if it fails at all of them.
+    """
+    failure, drawn = None, 0
+    for index in indices:
+        try:
+            entry = dataset[index]
+        except (AssertionError, RuntimeError, *UNREADABLE) as error:
+            failure = error
+            continue
+        drawn += 1
+        yield entry
+    if failure is not None and not drawn:
+        raise failure
 
 
 def _plain(value: Any) -> Any:
@@ -173,7 +194,7 @@ def _dataset(task: str, config: str | None, seed: int = 0, size: int = TRAIN_ROW
     settings = {"seed": seed, **_settings(task, config), "size": size}
     try:
         return library.create_dataset(task, **settings)
-    except (AssertionError, ValueError, TypeError) as error:
+    except (AssertionError, *UNREADABLE) as error:
         raise ValueError(f"{PREFIX}{task} does not work with {config or 'its default config'}: {error}.") from error
 
 
@@ -192,7 +213,10 @@ def _settings(task: str, config: str | None) -> dict[str, Any]:
     known = _registry()[0]
     if task not in known:
         raise ValueError(f"reasoning_gym has no task {task!r}{_closest(task, known)}.")
-    fields = {field.name: field for field in dataclasses.fields(known[task][1])}
+    fields, hints = (
+        {field.name: field for field in dataclasses.fields(known[task][1])},
+        typing.get_type_hints(known[task][1]),
+    )
     given: dict[str, Any] = {}
     try:
         call = ast.parse(f"dict({config or ''})", mode="eval").body
@@ -208,7 +232,7 @@ def _settings(task: str, config: str | None) -> dict[str, Any]:
     for name, value in given.items():
         if name not in fields:
             raise ValueError(f"reasoning_gym's task {task} has no field {name!r}{_closest(name, fields)}.")
-        given[name] = _typed(task, fields[name], value)
+        given[name] = _typed(task, fields[name], hints.get(name), value)
     if type(given.get("seed", 0)) is not int:
         raise ValueError(f"dataset_config sets seed={given['seed']!r}; give a whole number.")
     if given.get("size", 1) < 1:
@@ -217,35 +241,51 @@ def _settings(task: str, config: str | None) -> dict[str, Any]:
 
 
 def _value(node: ast.expr) -> Any:
-    """A literal, or a bare word as text."""
-    if isinstance(node, ast.Name):
-        return {"true": True, "false": False}.get(node.id, node.id)
+    """A literal, in which a bare word is text."""
+    match node:
+        case ast.Name():
+            return {"true": True, "false": False}.get(node.id, node.id)
+        case ast.List() | ast.Tuple():
+            return (list if isinstance(node, ast.List) else tuple)(map(_value, node.elts))
+        case ast.Dict() if all(node.keys):
+            return {_value(key): _value(value) for key, value in zip(node.keys, node.values, strict=True) if key}
     return ast.literal_eval(node)
 
 
-def _typed(task: str, field: dataclasses.Field, value: Any) -> Any:
-    """The value in the type of the field's default, where it has one."""
+def _typed(task: str, field: dataclasses.Field, hint: Any, value: Any) -> Any:
+    """The value in the type of the field's default, where it has one, and its items in that of the annotation."""
     default = field.default
     if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
-    kind = type(default)
-    convert: dict[type, Callable[[Any], Any]] = {
-        datetime.date: datetime.date.fromisoformat,
-        datetime.time: datetime.time.fromisoformat,
-    }
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if default in (None, dataclasses.MISSING) or kind is type(value):
-        return value
-    if kind is float and whole:
+    free = default is None or default is dataclasses.MISSING
+    kind = type(value if free else default)
+    with contextlib.suppress(ValueError, TypeError):
+        if kind in (list, tuple) and isinstance(value, list | tuple):
+            item = next(iter(typing.get_args(hint)), None)
+            return kind(_converted(item, each) for each in value)
+        converted = _converted(kind, value)
+        if type(converted) is kind:
+            return converted
+    wanted = hint if free else f"{kind.__name__}, as in {default!r}"
+    raise ValueError(f"dataset_config sets {field.name}={value!r} of {task}; give it the type {wanted}.")
+
+
+def _converted(kind: Any, value: Any) -> Any:
+    """What Python can write of a value as one of that type: a date or a choice by its text, an object by its fields.
+
+    Raises:
+        ValueError: for a text that is none.
+        TypeError: for fields that the object has not.
+    """
+    if kind is float and type(value) is int:
         return float(value)
-    if kind in (list, tuple) and isinstance(value, list | tuple):
+    if isinstance(value, str) and kind in (datetime.date, datetime.time):
+        return kind.fromisoformat(value)
+    if isinstance(value, str) and isinstance(kind, type) and issubclass(kind, enum.Enum):
         return kind(value)
-    if isinstance(value, str) and (kind in convert or issubclass(kind, enum.Enum)):
-        with contextlib.suppress(ValueError):
-            return convert.get(kind, kind)(value)
-    raise ValueError(
-        f"dataset_config sets {field.name}={value!r} of {task}; give it the type {kind.__name__}, as in {default!r}."
-    )
+    if dataclasses.is_dataclass(kind):
+        return kind(**value)  # type: ignore[operator]
+    return value
 
 
 def _closest(name: str, known: Mapping[str, Any]) -> str:
