@@ -92,7 +92,7 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
 
         for part in mixture.datasets:
             if is_task(part.path) or Path(part.path).is_file():
-                builder = BUILDERS.get(Path(part.path).suffix, "json")
+                builder = BUILDERS.get(Path(part.path).suffix, "text")
                 fix = (
                     "name it as dataset_name"
                     if is_task(part.path)
@@ -173,7 +173,7 @@ def _read(source: str, **options: Any) -> Any:
     found = load_dataset(source, **options)
     first = next(iter(found.values()))
     kinds = first.features or {}  # a stream may not know them before its rows come
-    dated = {column for column, kind in kinds.items() if "timestamp" in str(kind)}
+    dated = {column for column, kind in kinds.items() if "Value('timestamp" in str(kind)}
     if first.info.builder_name != "json" or not dated:
         return found
     features = Features({column: Json() if column in dated else kind for column, kind in kinds.items()})

@@ -358,6 +358,8 @@ def test_a_date_in_json_is_the_text_that_stands_there(tmp_path, suffix):
         parts, _ = load("sft", given, NO_MIXTURE, evaluates=True)
         assert sorted([*parts["train"], *parts["eval"]], key=lambda row: row["day"]) == rows
         assert check_layout(parts["train"], "train", "sft")["completion"][0] == rows[0]["completion"]
+    plain = write(tmp_path / f"plain.{suffix}", [{"prompt": "?", "completion": "!", "meta": {"timestamp": "noon"}}] * 2)
+    assert "Json" not in str(open_dataset(plain, None)["train"].features)  # the name of a field is no date
 
 
 @pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("tsv", "\t")])

@@ -263,6 +263,7 @@ def test_a_value_takes_the_type_of_its_field(task, config, seen):
         ),
         ("basic_arithmetic", "allow_parentheses=[true]", "give it the type bool, as in True"),
         ("chain_sum", "min_terms={**x}", "write it as in"),
+        ("chain_sum", "min_terms={[1]: 2}", "write it as in"),
         ("chain_sum", "min_terms=5, max_terms=2", "does not work with min_terms=5, max_terms=2: max_terms must be >="),
     ],
 )

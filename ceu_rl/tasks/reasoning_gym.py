@@ -37,7 +37,8 @@ TRAIN_ROWS = 2000
 TEST_ROWS = 100  # no more than train rows
 TEST_SHARE = 8  # one question in 8 belongs to the test split
 SAMPLES = 8
-TRIES = 20  # draws that may fail before the first question
+TRIES = 20  # draws of which one must give a question
+OTHERS = 20  # answers to other questions, which may be wrong ones
 # What a verifier raises for an answer that it cannot read
 NOT_A_NUMBER = re.compile(r"(?<![a-z])nanj?(?![a-z])", re.IGNORECASE)  # which some verifiers find near to any number
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, SyntaxError, TypeError, ValueError)
@@ -99,7 +100,7 @@ def _rows(task: str, config: str | None, kind: str, split: str, seed: int) -> It
     # Some tasks have few questions: where no new ones come, the split ends with fewer rows
     drawn = _dataset(task, config, seed, 4 * TEST_SHARE * count)
     rng, seen = random.Random(f"{split} {seed}"), set()
-    others = [entry["answer"] for entry in _draws(drawn, range(TRIES))]
+    others = [entry["answer"] for entry in itertools.islice(_draws(drawn, range(drawn.size)), OTHERS)]
     for entry in _draws(drawn, range(drawn.size)):
         question = entry["question"]
         # A cyclic checksum is linear: over questions that differ in few characters it can miss the test split
@@ -213,10 +214,8 @@ def _settings(task: str, config: str | None) -> dict[str, Any]:
     known = _registry()[0]
     if task not in known:
         raise ValueError(f"reasoning_gym has no task {task!r}{_closest(task, known)}.")
-    fields, hints = (
-        {field.name: field for field in dataclasses.fields(known[task][1])},
-        typing.get_type_hints(known[task][1]),
-    )
+    kind = known[task][1]
+    fields, hints = {field.name: field for field in dataclasses.fields(kind)}, typing.get_type_hints(kind)
     given: dict[str, Any] = {}
     try:
         call = ast.parse(f"dict({config or ''})", mode="eval").body
@@ -225,7 +224,7 @@ def _settings(task: str, config: str | None) -> dict[str, Any]:
         given = {str(each.arg): _value(each.value) for each in call.keywords}
         if len(given) < len(call.keywords):
             raise ValueError("a field twice")
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, TypeError, ValueError) as error:
         raise ValueError(
             f"dataset_config is {config!r}; write it as in 'min_terms=2, max_terms=2', each field once."
         ) from error
