@@ -172,7 +172,7 @@ def _read(source: str, **options: Any) -> Any:
     """`load_dataset`, with dates in JSON as the text that they are: pyarrow makes times of a column of only dates."""
     found = load_dataset(source, **options)
     first = next(iter(found.values()))
-    kinds = first.features or {}  # a stream may not know them before its rows come
+    kinds = first.features or {}  # a stream does not know them before its rows come, and keeps its times
     dated = {column for column, kind in kinds.items() if "Value('timestamp" in str(kind)}
     if first.info.builder_name != "json" or not dated:
         return found
