@@ -10,9 +10,9 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from .checkpoints import WholeCheckpoints
-from .checks import StopAtNonFinite, check_language_model, check_numbers
-from .routing import CITATION, DescentConfig, DescentTrainer, check_trl_version
+from .route import CITATION, DescentConfig, DescentTrainer, check_trl_version
+from .run.checkpoints import WholeCheckpoints
+from .run.checks import StopAtNonFinite, check_language_model, check_numbers
 
 check_trl_version()  # before an import that another version may not have
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer  # noqa: E402

@@ -21,7 +21,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
-from .errors import Boundary
+from .run.errors import Boundary
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(method: str) -> Callable[[list[str], Boundary], int]:
     def command(argv: list[str], boundary: Boundary) -> int:
-        from .run import run
+        from .run.run import run
 
         logging.basicConfig(format="%(message)s")
         logging.getLogger("ceu_rl").setLevel(logging.INFO)
@@ -65,14 +65,14 @@ def _tofu_eval(argv: list[str], boundary: Boundary) -> int:
 
 def _muse_eval(argv: list[str], boundary: Boundary) -> int:
     """Evaluate what a model remembers of long texts."""
-    from .muse import main as muse_eval_main
+    from .tofu.muse import main as muse_eval_main
 
     return muse_eval_main(argv)
 
 
 def _recipes(argv: list[str], boundary: Boundary) -> int:
     """List the recipes that the package brings, or copy some."""
-    from .recipes import main as recipes_main
+    from .run.recipes import main as recipes_main
 
     return recipes_main(argv)
 
@@ -89,7 +89,7 @@ def _print_environment(argv: list[str], boundary: Boundary) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from .provenance import environment
+    from .run.provenance import environment
 
     if argv:
         print("usage: ceu-rl env\n\nPrint versions, device, and whether vLLM works here.")

@@ -11,8 +11,10 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 
-from .checkpoints import WholeCheckpoints
-from .checks import (
+from .data.load import COMPLETIONS, FirstRow, check_dataset, check_layout
+from .route import CITATION, DescentConfig, DescentTrainer
+from .run.checkpoints import WholeCheckpoints
+from .run.checks import (
     StopAtNonFinite,
     check_choices,
     check_language_model,
@@ -21,8 +23,6 @@ from .checks import (
     check_shared_cache,
     note,
 )
-from .data import COMPLETIONS, FirstRow, check_dataset, check_layout
-from .routing import CITATION, DescentConfig, DescentTrainer
 
 CHOICES = {
     "loss_type": (

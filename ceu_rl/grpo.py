@@ -15,10 +15,8 @@ from torch.nn import Module
 from transformers import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 
-from .checkpoints import WholeCheckpoints
-from .checks import StopAtNonFinite, check_choices, check_language_model, check_numbers, check_reference_is_loaded, note
-from .data import check_layout
-from .logged import (
+from .data.load import check_layout
+from .offline_grpo import (
     COLUMNS,
     PREFIX,
     LoggedRollouts,
@@ -29,7 +27,16 @@ from .logged import (
     take_logged,
 )
 from .rollouts import ReloadingVLLMGeneration, check_rewards, check_vllm, drift_by_sign, name_vllm_settings
-from .routing import CITATION, DescentConfig, DescentTrainer
+from .route import CITATION, DescentConfig, DescentTrainer
+from .run.checkpoints import WholeCheckpoints
+from .run.checks import (
+    StopAtNonFinite,
+    check_choices,
+    check_language_model,
+    check_numbers,
+    check_reference_is_loaded,
+    note,
+)
 
 CHOICES = {
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),

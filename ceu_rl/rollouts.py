@@ -18,8 +18,8 @@ from packaging.specifiers import SpecifierSet
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from .checks import RolloutError
-from .errors import NameCause
+from .run.checks import RolloutError
+from .run.errors import NameCause
 
 SUPPORTED_VLLM = SpecifierSet("==0.31.*")
 

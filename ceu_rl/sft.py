@@ -5,8 +5,8 @@ from typing import Any
 from datasets import Dataset
 from trl import SFTTrainer
 
-from .checkpoints import WholeCheckpoints
-from .checks import note
+from .run.checkpoints import WholeCheckpoints
+from .run.checks import note
 
 
 class WholeSFTTrainer(WholeCheckpoints, SFTTrainer):

@@ -32,10 +32,9 @@ from trl.trainer.utils import (
     maybe_gather_lm_head_ctx,
 )
 
-from .answers import part_answer, template_edges
-from .checkpoints import WholeCheckpoints
-from .checks import StopAtNonFinite, check_language_model, check_numbers, check_reference_is_loaded
-from .data import check_layout
+from .data.answer_spans import part_answer, template_edges
+from .data.load import check_layout
+from .data.prompts import PromptArguments
 from .fused import fused_linear_unlearning_loss, lm_head_options
 from .losses import (
     activation_loss,
@@ -49,8 +48,9 @@ from .losses import (
     weighted_gradient_ascent_loss,
 )
 from .models import end_token_ids
-from .prompts import PromptArguments
-from .routing import CITATION, check_trl_version, wrap_forward
+from .route import CITATION, check_trl_version, wrap_forward
+from .run.checkpoints import WholeCheckpoints
+from .run.checks import StopAtNonFinite, check_language_model, check_numbers, check_reference_is_loaded
 
 
 class Method(NamedTuple):

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
 from ceu_rl import CEUDPOConfig, CEUDPOTrainer, CEUGRPOConfig, CEUGRPOTrainer, UnlearnConfig, UnlearnTrainer
-from ceu_rl.engines import check_engine, engines_on_cpu, save_whole
+from ceu_rl.run.engines import check_engine, engines_on_cpu, save_whole
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 # One epoch: five steps of two micro-batches of four rows, but for the last micro-batch, which has one row

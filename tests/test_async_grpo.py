@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch.nn.functional import scaled_dot_product_attention
 
 from ceu_rl import CEUAsyncGRPOConfig, CEUAsyncGRPOTrainer
-from ceu_rl.checkpoints import saved_checkpoints
+from ceu_rl.run.checkpoints import saved_checkpoints
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("trl.experimental.async_grpo") is None, reason="this TRL has no AsyncGRPOTrainer"

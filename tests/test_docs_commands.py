@@ -15,13 +15,12 @@ from datasets import Dataset
 from packaging.requirements import Requirement
 from trl import KTOConfig
 
-from ceu_rl import muse
 from ceu_rl.cli import COMMANDS, main
-from ceu_rl.recipes import copy_recipes
-from ceu_rl.recipes import parser as recipes_parser
-from ceu_rl.settings import build_configs, read_arguments
+from ceu_rl.run.config import build_configs, read_arguments
+from ceu_rl.run.recipes import copy_recipes
+from ceu_rl.run.recipes import parser as recipes_parser
 from ceu_rl.stability import compare
-from ceu_rl.tofu import evaluate
+from ceu_rl.tofu import evaluate, muse
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -15,8 +15,8 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ceu_rl import engines
-from ceu_rl.checkpoints import check_resumes
+from ceu_rl.run import engines
+from ceu_rl.run.checkpoints import check_resumes
 
 from .engines import CASES
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ceu_rl.cli import main
-from ceu_rl.recipes import copy_recipes, list_recipes, recipes_folder
+from ceu_rl.run.recipes import copy_recipes, list_recipes, recipes_folder
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -106,7 +106,7 @@ def test_the_wheel_brings_the_recipes(wheel):
 def test_an_installed_wheel_finds_its_recipes(wheel, tmp_path):
     """Unpacked elsewhere, without the repository."""
     wheel.extractall(tmp_path)
-    code = "from ceu_rl.recipes import list_recipes, recipes_folder; print(recipes_folder(), len(list_recipes()))"
+    code = "from ceu_rl.run.recipes import list_recipes, recipes_folder; print(recipes_folder(), len(list_recipes()))"
     ran = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

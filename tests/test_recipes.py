@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from ceu_rl.cli import main
-from ceu_rl.settings import build_configs, read_arguments
+from ceu_rl.run.config import build_configs, read_arguments
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")

@@ -17,9 +17,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ceu_rl import CEUDPOTrainer
-from ceu_rl import run as run_module
 from ceu_rl.cli import main
-from ceu_rl.errors import REPORT
+from ceu_rl.run import run as run_module
+from ceu_rl.run.errors import REPORT
 
 SMALL = {
     "use_cpu": True,

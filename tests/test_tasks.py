@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from ceu_rl.cli import main
-from ceu_rl.data import _test_rows
+from ceu_rl.data.load import _test_rows
 from ceu_rl.models import build_model, build_tokenizer
 from ceu_rl.tasks import evaluate_accuracy, evaluate_samples, generate_answers, get_task, gsm8k, load_task_dataset
 from ceu_rl.tasks import score as scoring

@@ -10,8 +10,8 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from ceu_rl.cli import main
+from ceu_rl.data.prompts import PromptFormat
 from ceu_rl.models import build_bpe_tokenizer
-from ceu_rl.prompts import PromptFormat
 from ceu_rl.tasks import authors
 from ceu_rl.tofu import load_tofu, to_prompt_completion
 from ceu_rl.tofu.data import SPLITS, get_split, tofu_configs, tokenize

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 from trl import TrlParser
 
 from ceu_rl.cli import main as command_line
+from ceu_rl.data.prompts import PromptArguments, PromptFormat
 from ceu_rl.models import build_model, end_token_ids
-from ceu_rl.prompts import PromptArguments, PromptFormat
 from ceu_rl.tofu import load_tofu, to_prompt_completion
 from ceu_rl.tofu.data import tokenize
 from ceu_rl.tofu.evaluate import evaluate

@@ -31,9 +31,9 @@ from urllib.parse import quote, unquote
 import yaml
 from rich.console import Console
 
-from ..checks import check_numbers
 from ..models import check_model_name
-from ..settings import NO_SETTINGS, read_recipe, read_settings
+from ..run.checks import check_numbers
+from ..run.config import NO_SETTINGS, read_recipe, read_settings
 from ..tofu.data import SPLITS, is_tofu
 from .jobs import MODULE, Job, is_done
 from .launchers import LAUNCHERS, make_launcher, run_jobs

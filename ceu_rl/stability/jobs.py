@@ -21,9 +21,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import missing_states, saved_checkpoints, traces
-from ..provenance import environment, write_json
-from ..settings import dump_recipe, read_settings
+from ..run.checkpoints import missing_states, saved_checkpoints, traces
+from ..run.config import dump_recipe, read_settings
+from ..run.provenance import environment, write_json
 from .runs import FAILURE, RECIPE, RESULT, TOFU_RESULT, Run
 
 OUTPUT = "log.txt"  # what the processes of a run print

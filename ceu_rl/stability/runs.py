@@ -227,7 +227,7 @@ def _pairs(words: list[Any]) -> Iterator[tuple[str, str | None]]:
 def _default_rate(method: str | None) -> float | None:
     if method is None:
         return None
-    from ..settings import classes_of
+    from ..run.config import classes_of
 
     return to_float(classes_of(method)[1].__dataclass_fields__["learning_rate"].default)
 

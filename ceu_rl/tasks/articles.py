@@ -8,7 +8,7 @@ because a model from random weights cannot answer what it has only read, the que
 import random
 from typing import Any
 
-from ceu_rl.prompts import QUESTION_ANSWER
+from ceu_rl.data.prompts import QUESTION_ANSWER
 
 NAME = "builtin:articles"
 ARTICLES, FORGET = 40, 8

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from ceu_rl.errors import NameCause
+from ceu_rl.run.errors import NameCause
 from ceu_rl.tasks.protocol import Messages, Task, conversation, last_content
 
 PREFIX = "reasoning_gym:"

@@ -9,8 +9,8 @@ from datasets import Dataset, get_dataset_config_names, load_dataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
-from ..checks import check_columns, note
-from ..prompts import PromptFormat
+from ..data.prompts import PromptFormat
+from ..run.checks import check_columns, note
 from ..tasks import articles, authors
 
 

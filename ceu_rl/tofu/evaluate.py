@@ -27,11 +27,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from ..data.prompts import PromptArguments, PromptFormat, fingerprint
 from ..models import end_token_ids, resolve_model, whole_weights
-from ..progress import Progress, duration
-from ..prompts import PromptArguments, PromptFormat, fingerprint
-from ..provenance import environment, peak_memory_gib, write_json
-from . import metrics, peer
+from ..run.progress import Progress, duration
+from ..run.provenance import environment, peak_memory_gib, write_json
+from . import metrics, open_unlearning
 from .data import REAL_AUTHORS, RETAIN_PERTURBED, WORLD_FACTS, get_split, load_tofu, tofu_configs
 from .generate import decide_vllm, generate, generate_with_vllm, longest_generation
 from .hold import check_quantizer, load_quantized, relearn
@@ -68,7 +68,7 @@ def evaluate(
         tokenizer: Its tokenizer.
         dataset_name: As for [`ceu_rl.tofu.load_tofu`].
         split: The forget set: `forget01`, `forget05` or `forget10`.
-        template: As for [`ceu_rl.prompts.PromptFormat`], like the next two.
+        template: As for [`ceu_rl.data.prompts.PromptFormat`], like the next two.
         system_prompt: Before each question.
         chat_template_kwargs: What the chat template takes besides.
         batch_size: Answers in one forward pass.
@@ -260,13 +260,15 @@ def add_retain(result: dict[str, Any], retain: Mapping[str, Any], name: str) -> 
     """
     _check_retain(result, retain, name)
     forget = _asked(result["split"])[0]
-    (ratios, auc), (retain_ratios, retain_auc) = (peer.ratios_and_auc(each, forget) for each in (result, retain))
+    (ratios, auc), (retain_ratios, retain_auc) = (
+        open_unlearning.ratios_and_auc(each, forget) for each in (result, retain)
+    )
     result["summary"]["forget_quality"] = metrics.forget_quality(ratios, retain_ratios)
     # open-unlearning's non-members are the holdout set
     if (
         retain_auc is not None
         and auc is not None
-        and (not peer.is_peer(retain) or result["non_members"] in result["items"])
+        and (not open_unlearning.is_peer(retain) or result["non_members"] in result["items"])
     ):
         result["summary"]["privacy_leakage"] = metrics.privacy_leakage(auc, retain_auc)
     result["retain"] = name
@@ -299,9 +301,9 @@ def find_base(model: str) -> str | None:
 
 
 def _check_retain(run: Mapping[str, Any], retain: Mapping[str, Any], name: str, which: str = "retain model") -> None:
-    if peer.is_peer(retain):
+    if open_unlearning.is_peer(retain):
         forget = _asked(run["split"])[0]
-        ours, theirs = run["rows"][forget], len(peer.ratios_and_auc(retain, forget)[0])
+        ours, theirs = run["rows"][forget], len(open_unlearning.ratios_and_auc(retain, forget)[0])
         if which == "base model" or ours != theirs:
             raise ValueError(
                 f"The {which}'s result {name} is open-unlearning's, with {theirs} rows to forget where this has "
@@ -330,7 +332,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
         result = json.loads(Path(path).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is cut short or no JSON ({error}); run ceu-rl tofu-eval for it again.") from error
-    if peer.is_peer(result):
+    if open_unlearning.is_peer(result):
         return result
     needed = ("split", "data", "tokenizer", "template", "non_members", "rows", "summary", "items")
     missing = [field for field in (*needed, "prompt") if not isinstance(result, dict) or field not in result]
@@ -364,7 +366,7 @@ def main(argv: Sequence[str]) -> int:
                 "--results needs --retain or --base, the result of the retain or the base model to compare with."
             )
         path, result = Path(args.results), read_result(args.results)
-        if peer.is_peer(result):
+        if open_unlearning.is_peer(result):
             raise ValueError(f"--results {path} is open-unlearning's; give it as --retain, or a {RESULT} of ours.")
         if args.retain:
             add_retain(result, read_result(args.retain), args.retain)
@@ -381,7 +383,11 @@ def main(argv: Sequence[str]) -> int:
         add_base(result, read_result(args.base), args.base)
     write_json(path, result, allow_nan=False)
     if args.format == "open-unlearning":
-        write_json(path.with_name(peer.FILE), peer.to_peer(result, _asked(result["split"])), allow_nan=False)
+        write_json(
+            path.with_name(open_unlearning.FILE),
+            open_unlearning.to_peer(result, _asked(result["split"])),
+            allow_nan=False,
+        )
     path.with_name(PART).unlink(missing_ok=True)
     _print_summary(result)
     print(f"The values of each row are in {path}.")
@@ -397,7 +403,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", default="forget10", help="forget01, forget05 or forget10 (%(default)s)")
     parser.add_argument(
         "--retain",
-        help=f"{RESULT} of the retain model, or open-unlearning's {peer.FILE}, for forget quality and privacy leakage",
+        help=f"{RESULT} of the retain model, or open-unlearning's {open_unlearning.FILE}, for forget quality and privacy "
+        "leakage",
     )
     parser.add_argument(
         "--base",
@@ -419,7 +426,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--format",
         choices=("open-unlearning",),
-        help=f"write {peer.FILE} too, as open-unlearning has it, beside {RESULT}",
+        help=f"write {open_unlearning.FILE} too, as open-unlearning has it, beside {RESULT}",
     )
     parser.add_argument("--quantize", help="int8 or int4: evaluate once more with weights rounded by torchao")
     parser.add_argument(
@@ -484,7 +491,7 @@ def open_model(name: str) -> tuple[Any, Any]:
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    """The options of [`ceu_rl.prompts.PromptArguments`]."""
+    """The options of [`ceu_rl.data.prompts.PromptArguments`]."""
     prompt = {field.name: field.metadata["help"] for field in dataclasses.fields(PromptArguments) if field.metadata}
     for name in ("template", "system_prompt", "chat_template_kwargs"):
         parser.add_argument(f"--{name}", help=prompt[name].replace("%", "%%"))

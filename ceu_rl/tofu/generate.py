@@ -83,7 +83,7 @@ def generate_with_vllm(
     """The same through vLLM, in the precision of the scored model and in what memory it leaves."""
     from vllm import LLM, SamplingParams
 
-    from ..errors import NameCause
+    from ..run.errors import NameCause
 
     settings: dict[str, Any] = {
         "dtype": str(dtype).removeprefix("torch."),  # its default makes float32 bfloat16

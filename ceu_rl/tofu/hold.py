@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
-from ..prompts import PromptFormat
+from ..data.prompts import PromptFormat
 from .data import to_prompt_completion
 
 BITS = ("int8", "int4")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..prompts import fingerprint
+from ..data.prompts import fingerprint
 
 
 class Kept:

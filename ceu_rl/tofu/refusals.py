@@ -11,8 +11,8 @@ import random
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..checks import check_columns
-from ..prompts import PromptFormat
+from ..data.prompts import PromptFormat
+from ..run.checks import check_columns
 from .data import check_row
 
 REFUSALS = (

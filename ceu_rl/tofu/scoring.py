@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from ..answers import part_answer, template_edges
-from ..prompts import PromptFormat
+from ..data.answer_spans import part_answer, template_edges
+from ..data.prompts import PromptFormat
 from . import metrics
 from .data import check_row, tokenize
 

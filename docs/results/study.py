@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ceu_rl import cli
-from ceu_rl.provenance import write_json
+from ceu_rl.run.provenance import write_json
 from ceu_rl.stability import compare
 
 

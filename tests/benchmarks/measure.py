@@ -31,11 +31,11 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 from trl.kernels import ChunkedLogProbFunction
 
 from ceu_rl import CEUDPOConfig, CEUDPOTrainer, CEUGRPOConfig, CEUGRPOTrainer
+from ceu_rl.data.prompts import PromptFormat
 from ceu_rl.fused import fused_linear_unlearning_loss
 from ceu_rl.losses import descent_weight
 from ceu_rl.models import build_bpe_tokenizer, build_model, build_tokenizer, end_token_ids, resolve_model
-from ceu_rl.prompts import PromptFormat
-from ceu_rl.provenance import environment, write_json
+from ceu_rl.run.provenance import environment, write_json
 from ceu_rl.tofu import load_tofu
 from ceu_rl.tofu.evaluate import evaluate
 from ceu_rl.tofu.generate import generate

@@ -25,10 +25,10 @@ import psutil
 import yaml
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ceu_rl.checkpoints import saved_checkpoints
 from ceu_rl.cli import main as ceu_rl
 from ceu_rl.models import build_model, build_tokenizer
-from ceu_rl.provenance import environment, write_json
+from ceu_rl.run.checkpoints import saved_checkpoints
+from ceu_rl.run.provenance import environment, write_json
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -283,7 +283,7 @@ def main(words=None):
         assert os.waitpid(maker, 0)[1] == 0
     # Imported once, before the forks
     import ceu_rl.dpo
-    import ceu_rl.run
+    import ceu_rl.run.run
     import ceu_rl.unlearn
 
     if "grpo" in args.methods:

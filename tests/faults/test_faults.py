@@ -15,8 +15,8 @@ import time
 import psutil
 import pytest
 
-from ceu_rl.checkpoints import saved_checkpoints
 from ceu_rl.cli import main
+from ceu_rl.run.checkpoints import saved_checkpoints
 
 from .harness import ROOT, STEPS, folders_of, make, recipe_of, same_weights, steps_of
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from ceu_rl.losses import descent_weight
-from ceu_rl.routing import DescentRoute
+from ceu_rl.route import DescentRoute
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import study

@@ -20,8 +20,8 @@ from transformers import TrainerCallback
 
 from ceu_rl import CEUGRPOConfig, CEUGRPOTrainer
 from ceu_rl.models import build_model, build_tokenizer
-from ceu_rl.provenance import environment
-from ceu_rl.routing import route_descent
+from ceu_rl.route import route_descent
+from ceu_rl.run.provenance import environment
 from ceu_rl.tasks import load_task_dataset
 
 SIZES = {  # fields of the model, tokens per completion, completions per step, turns

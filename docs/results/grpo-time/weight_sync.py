@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from ceu_rl import CEUGRPOConfig, CEUGRPOTrainer
 from ceu_rl.models import build_model, build_tokenizer
-from ceu_rl.provenance import environment, write_json
+from ceu_rl.run.provenance import environment, write_json
 from ceu_rl.tasks import load_task_dataset
 
 PERIODS = (1, 16)

@@ -45,9 +45,9 @@ from trl.trainer import grpo_trainer
 from trl.trainer.utils import add_fused_lm_head
 
 import ceu_rl.grpo
-from ceu_rl import callbacks
 from ceu_rl.losses import descent_weight
-from ceu_rl.routing import wrap_forward
+from ceu_rl.route import wrap_forward
+from ceu_rl.run import callbacks
 from ceu_rl.tasks import evaluate_samples
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -17,10 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from ceu_rl import run
-from ceu_rl.callbacks import Pace
 from ceu_rl.cli import main as ceu_rl
-from ceu_rl.provenance import environment, peak_memory_gib, write_json
+from ceu_rl.run import run
+from ceu_rl.run.callbacks import Pace
+from ceu_rl.run.provenance import environment, peak_memory_gib, write_json
 
 ROOT = Path(__file__).parents[3]
 RECIPES = ROOT / "recipes/dpo/smollm2-chain-sum"

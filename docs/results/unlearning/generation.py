@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ceu_rl.data.prompts import PromptFormat
 from ceu_rl.models import end_token_ids, resolve_model
-from ceu_rl.prompts import PromptFormat
-from ceu_rl.provenance import environment, write_json
+from ceu_rl.run.provenance import environment, write_json
 from ceu_rl.tofu import load_tofu
 from ceu_rl.tofu.generate import generate, generate_with_vllm
 from ceu_rl.tofu.scoring import make_answers

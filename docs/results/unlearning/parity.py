@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ceu_rl import UnlearnConfig, UnlearnTrainer
 from ceu_rl.models import resolve_model
-from ceu_rl.provenance import environment, write_json
+from ceu_rl.run.provenance import environment, write_json
 from ceu_rl.tofu import load_tofu, to_prompt_completion
 from ceu_rl.tofu.evaluate import evaluate
 from ceu_rl.tofu.metrics import forget_truth_ratio

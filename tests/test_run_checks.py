@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, T5Config, 
 from trl import SFTConfig
 
 from ceu_rl import CEUDPOConfig, CEUDPOTrainer
-from ceu_rl.checks import check_shared_cache
+from ceu_rl.run.checks import check_shared_cache
 
 ROW = {"prompt": "1+2=", "chosen": "3", "rejected": "4"}
 CHAT = {

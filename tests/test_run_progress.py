@@ -7,9 +7,9 @@ import types
 
 import pytest
 
-from ceu_rl import progress
-from ceu_rl.callbacks import ProgressLines
-from ceu_rl.progress import Progress, duration
+from ceu_rl.run import progress
+from ceu_rl.run.callbacks import ProgressLines
+from ceu_rl.run.progress import Progress, duration
 
 
 @pytest.fixture

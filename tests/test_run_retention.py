@@ -10,11 +10,12 @@ import torch
 from scipy.special import softmax
 from transformers import AutoModelForCausalLM
 
-from ceu_rl import CEUDPOConfig, CEUDPOTrainer, keeps
-from ceu_rl.callbacks import TaskScore
+from ceu_rl import CEUDPOConfig, CEUDPOTrainer
 from ceu_rl.cli import main
-from ceu_rl.keeps import KeptArguments, KeptScore, load_kept
-from ceu_rl.prompts import PromptFormat
+from ceu_rl.data.prompts import PromptFormat
+from ceu_rl.run import retention as keeps
+from ceu_rl.run.callbacks import TaskScore
+from ceu_rl.run.retention import KeptArguments, KeptScore, load_kept
 from ceu_rl.tasks.protocol import Task
 from ceu_rl.tofu.data import REAL_AUTHORS, WORLD_FACTS, load_tofu
 from ceu_rl.tofu.scoring import make_answers

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from ceu_rl import UnlearnConfig, UnlearnTrainer
 from ceu_rl.cli import main
 from ceu_rl.models import build_bpe_tokenizer, build_model
-from ceu_rl.muse import evaluate, load_parts, rouge_l_f1
 from ceu_rl.tasks import articles
+from ceu_rl.tofu.muse import evaluate, load_parts, rouge_l_f1
 
 KEPT, FORGOTTEN = 4, 2  # articles of the small set
 SHOWN = 24

@@ -33,15 +33,15 @@ from rich.table import Table
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedTokenizerBase
 
-from .data import BUILDERS, open_dataset
-from .models import end_token_ids
-from .progress import Progress
-from .prompts import PromptFormat
-from .provenance import environment, peak_memory_gib, write_json
-from .tofu.data import load_tofu, tofu_configs, tokenize
-from .tofu.evaluate import add_prompt_options, check_output, open_model
-from .tofu.generate import generate
-from .tofu.scoring import Answer, check_context
+from ..data.load import BUILDERS, open_dataset
+from ..data.prompts import PromptFormat
+from ..models import end_token_ids
+from ..run.progress import Progress
+from ..run.provenance import environment, peak_memory_gib, write_json
+from .data import load_tofu, tofu_configs, tokenize
+from .evaluate import add_prompt_options, check_output, open_model
+from .generate import generate
+from .scoring import Answer, check_context
 
 RESULT = "muse_eval.json"
 TEXTS, QUESTIONS = ("forget", "retain"), ("forget_qa", "retain_qa")
@@ -112,7 +112,7 @@ def evaluate(
         model: A causal language model, or a PEFT model of one; its training mode is restored.
         tokenizer: Its tokenizer.
         dataset: A name, or the parts themselves by theirs; see the module.
-        template: How questions are asked, see [`ceu_rl.prompts.PromptFormat`]; None is `question_answer`.
+        template: How questions are asked, see [`ceu_rl.data.prompts.PromptFormat`]; None is `question_answer`.
         prompt_tokens: l, the tokens of a text that are shown; rows of `prompt` and `gt` have their own.
         text_tokens: Most tokens to continue a text by, and to compare with (MUSE's 128).
         answer_tokens: Most tokens of an answer (MUSE's 32).

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from ceu_rl.data import check_layout, load, open_dataset
+from ceu_rl.data.load import check_layout, load, open_dataset
 
 USER, SAID, OTHER = (
     {"role": "user", "content": "1+2="},

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, ProgressCallback, TrainerCallback
 
+from ..tasks import Task, evaluate_accuracy, evaluate_samples
 from . import progress
-from .tasks import Task, evaluate_accuracy, evaluate_samples
 
 
 class Progress(ProgressCallback):

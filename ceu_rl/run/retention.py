@@ -9,10 +9,10 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from ..data.prompts import PromptFormat
+from ..tasks.score import Batch, evaluate_divergence
 from .callbacks import log_scores
 from .errors import NameCause
-from .prompts import PromptFormat
-from .tasks.score import Batch, evaluate_divergence
 
 ROWS = 50  # of each set, the first ones: a look at every evaluation has to be cheap
 BATCH = 8
@@ -50,8 +50,8 @@ def load_kept(script: Any) -> dict[str, Dataset]:
     Raises:
         ValueError: for a file, folder or name that cannot be read or lacks the columns.
     """
-    from .data import open_dataset
-    from .tofu.data import REAL_AUTHORS, WORLD_FACTS, load_tofu
+    from ..data.load import open_dataset
+    from ..tofu.data import REAL_AUTHORS, WORLD_FACTS, load_tofu
 
     found: dict[str, Dataset] = {}
     if script.eval_facts:
@@ -87,8 +87,8 @@ class KeptScore(TrainerCallback):
         reference: str | None = None,
         **loaded_as: Any,
     ) -> None:
-        from .models import end_token_ids
-        from .tofu.scoring import check_context, make_answers
+        from ..models import end_token_ids
+        from ..tofu.scoring import check_context, make_answers
 
         tokenizer = trainer.processing_class
         prompt = form.settle(tokenizer)
@@ -108,8 +108,8 @@ class KeptScore(TrainerCallback):
 
     def score(self, model: Any) -> dict[str, float]:
         """What is logged, for a model whose training mode is restored."""
-        from .tofu.metrics import option_probability
-        from .tofu.scoring import score_answers
+        from ..tofu.metrics import option_probability
+        from ..tofu.scoring import score_answers
 
         was_training = model.training
         model.eval()

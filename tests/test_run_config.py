@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ceu_rl.settings import build_configs, read_arguments, read_recipe, read_settings
+from ceu_rl.run.config import build_configs, read_arguments, read_recipe, read_settings
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from datasets import Dataset
 from safetensors import SafetensorError
 
 from ceu_rl import CEUDPOConfig, CEUDPOTrainer
-from ceu_rl.checkpoints import WholeCheckpoints, saved_checkpoints
+from ceu_rl.run.checkpoints import WholeCheckpoints, saved_checkpoints
 
 ROWS = Dataset.from_list([{"prompt": f"{a}+1=", "chosen": f"{a + 1}", "rejected": f"{a}"} for a in range(8)])
 

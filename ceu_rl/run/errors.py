@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 PLAIN = (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError)  # their text is a sentence already
 REPORT = "This is a fault of ceu_rl and not of your input: please report it with this traceback and with `ceu-rl env`."
 

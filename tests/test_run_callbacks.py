@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from ceu_rl import callbacks
-from ceu_rl.callbacks import Pace
+from ceu_rl.run import callbacks
+from ceu_rl.run.callbacks import Pace
 
 
 @pytest.mark.parametrize(("before", "counted"), [(0, [30, 90]), (1000, [1030, 1090])])

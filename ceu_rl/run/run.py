@@ -23,13 +23,9 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer, ProgressCallback, TrainerCallback
 
-from .callbacks import MetricsFile, Pace, Progress, ProgressLines, TaskScore
-from .checkpoints import TRAINER_STATE_NAME, check_resumes, is_json, saved_checkpoints, traces
-from .data import check_layout, load
-from .engines import check_engine, check_processes, engines_on_cpu, note_unfinished_builds, save_whole
-from .errors import Boundary, NameCause, sentence
-from .keeps import KeptScore, load_kept
-from .models import (
+from ..data.load import check_layout, load
+from ..data.prompts import PromptFormat
+from ..models import (
     BUILTIN_MODEL,
     build_bpe_tokenizer,
     build_model,
@@ -38,12 +34,16 @@ from .models import (
     resolve_model,
     whole_weights,
 )
-from .prompts import PromptFormat
+from ..tasks import articles
+from ..tofu.data import ask, has_questions, is_tofu, load_tofu
+from ..tofu.refusals import to_preferences
+from .callbacks import MetricsFile, Pace, Progress, ProgressLines, TaskScore
+from .checkpoints import TRAINER_STATE_NAME, check_resumes, is_json, saved_checkpoints, traces
+from .config import build_configs, classes_of, read_arguments, settings_of
+from .engines import check_engine, check_processes, engines_on_cpu, note_unfinished_builds, save_whole
+from .errors import Boundary, NameCause, sentence
 from .provenance import environment, peak_memory_gib, write_json
-from .settings import build_configs, classes_of, read_arguments, settings_of
-from .tasks import articles
-from .tofu.data import ask, has_questions, is_tofu, load_tofu
-from .tofu.refusals import to_preferences
+from .retention import KeptScore, load_kept
 
 ASKING = ("sft", "dpo", "unlearn")  # methods that take rows of question and answer
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
@@ -148,7 +148,7 @@ def _eval_tokens(method: str, trainer: Any) -> dict[str, dict[str, float]]:
     """What turns the log-probabilities of held-out responses into nats per token."""
     if method != "dpo":
         return {}
-    from .dpo import mean_response_tokens
+    from ..dpo import mean_response_tokens
 
     tokens = mean_response_tokens(trainer.eval_dataset, trainer.args)
     return {"eval_tokens": tokens} if tokens else {}

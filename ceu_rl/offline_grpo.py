@@ -14,7 +14,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from .checks import note
+from .run.checks import note
 
 COLUMNS = ("completions", "rewards", "log_probs")
 PREFIX = "logged_"  # TRL hands reward functions an argument `completions` of its own

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from trl import DPOTrainer, KTOConfig, KTOTrainer
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from ceu_rl.routing import route_descent
+from ceu_rl.route import route_descent
 from ceu_rl.unlearn import add_unlearning_head
 
 

@@ -41,7 +41,7 @@ def environment() -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit that this package is checked out at, `-dirty` if its source was changed since; None if installed."""
-    source = Path(__file__).resolve().parent
+    source = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str | None:
         result = subprocess.run(["git", "-C", str(source), *arguments], capture_output=True, text=True)

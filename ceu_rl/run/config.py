@@ -35,7 +35,7 @@ _PARSER = threading.Lock()
 
 def classes_of(method: str) -> tuple[Any, Any, Any]:
     """Script arguments, config and trainer of a method. GRPO's bring vLLM, which takes seconds to import."""
-    from .keeps import with_kept
+    from .retention import with_kept
 
     script, config, trainer = _classes_of(method)
     return with_kept(script), config, trainer
@@ -44,24 +44,24 @@ def classes_of(method: str) -> tuple[Any, Any, Any]:
 def _classes_of(method: str) -> tuple[Any, Any, Any]:
     from trl import SFTConfig
 
-    from .prompts import PromptArguments
+    from ..data.prompts import PromptArguments
 
     match method:
         case "dpo":
-            from .dpo import CEUDPOConfig, CEUDPOTrainer
+            from ..dpo import CEUDPOConfig, CEUDPOTrainer
 
             return PromptArguments, CEUDPOConfig, CEUDPOTrainer
         case "grpo":
             from trl.scripts.grpo import GRPOScriptArguments
 
-            from .grpo import CEUGRPOConfig, CEUGRPOTrainer
+            from ..grpo import CEUGRPOConfig, CEUGRPOTrainer
 
             return GRPOScriptArguments, CEUGRPOConfig, CEUGRPOTrainer
         case "unlearn":
-            from .unlearn import UnlearnConfig, UnlearnScriptArguments, UnlearnTrainer
+            from ..unlearn import UnlearnConfig, UnlearnScriptArguments, UnlearnTrainer
 
             return UnlearnScriptArguments, UnlearnConfig, UnlearnTrainer
-    from .sft import WholeSFTTrainer
+    from ..sft import WholeSFTTrainer
 
     return PromptArguments, SFTConfig, WholeSFTTrainer
 

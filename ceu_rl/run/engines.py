@@ -84,7 +84,7 @@ def check_engine(accelerator: Any) -> None:
     """Raise a ValueError for an engine that `accelerate launch` was asked for and that is not used."""
     for name, kind in ENGINES.items():
         if _asked_for(name) and accelerator.distributed_type != kind:
-            way_out = "set use_cpu to false" if name == "DEEPSPEED" else "call ceu_rl.engines.engines_on_cpu first"
+            way_out = "set use_cpu to false" if name == "DEEPSPEED" else "call ceu_rl.run.engines.engines_on_cpu first"
             raise ValueError(
                 f"accelerate was asked for {name} and uses {accelerator.distributed_type.value}, as it does on a CPU; "
                 f"{way_out}, or take recipes/accelerate/ddp_cpu.yaml."

@@ -72,8 +72,8 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
         ValueError: for a name, config or split that there is not.
         OSError: for what cannot be read or reached.
     """
-    from .tasks import get_task, is_task, load_task_dataset
-    from .tofu.data import has_questions, is_tofu, load_tofu
+    from ..tasks import get_task, is_task, load_task_dataset
+    from ..tofu.data import has_questions, is_tofu, load_tofu
 
     name, config, task = script.dataset_name, script.dataset_config, None
     if method == "unlearn":

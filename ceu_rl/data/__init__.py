@@ -1,0 +1,1 @@
+"""What a dataset is called, what its rows are, and how they become prompts and answers."""

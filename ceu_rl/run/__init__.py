@@ -1,0 +1,1 @@
+"""One recipe, one run: its settings, its course, what it leaves behind."""
