@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from ceu_rl.cli import main
-from ceu_rl.run.config import build_configs, read_arguments
+from ceu_rl.run.config import build_configs, read_arguments, recipe_method
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")
@@ -55,6 +55,7 @@ def test_it_parses_and_says_how_to_run_it(path, monkeypatch):
     assert script.dataset_name and model.model_name_or_path and args.output_dir.startswith("runs/")
     fields = yaml.safe_load(path.read_text())
     fields.pop("env", None)
+    assert fields.pop("method") == method == recipe_method(path)
     for key, value in fields.items():
         found = next(getattr(part, key) for part in (args, script, model) if hasattr(part, key))
         assert found is not None or value is None

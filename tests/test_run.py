@@ -458,3 +458,31 @@ def test_a_last_update_that_ruins_the_model_is_no_success(recipe, tmp_path, caps
     err = capsys.readouterr().err
     assert "The evaluation after step 1 met a non-finite loss" in err and "Traceback" not in err
     assert not (tmp_path / "out" / "result.json").exists()
+
+
+def test_a_run_that_diverges_leaves_a_record_and_one_that_finishes_takes_it_away(recipe, tmp_path, monkeypatch):
+    whole = CEUDPOTrainer._compute_loss
+
+    def broken(self, *args, **kwargs):
+        return whole(self, *args, **kwargs) * (float("nan") if self.state.global_step == 2 else 1.0)
+
+    monkeypatch.setattr(CEUDPOTrainer, "_compute_loss", broken)
+    path = recipe(save_strategy="steps", save_steps=1, method="dpo")
+    assert main(["dpo", "--config", path]) == 1
+    found = json.loads((tmp_path / "out" / "failure.json").read_text())
+    assert (found["method"], found["diverged"], found["steps"], found["resumed"]) == ("dpo", True, 2, False)
+    assert "Step 3" in found["reason"] and found["settings"]["max_steps"] == 3 and found["versions"]
+    assert not (tmp_path / "out" / "result.json").exists()
+
+    monkeypatch.setattr(CEUDPOTrainer, "_compute_loss", whole)
+    assert main(["dpo", "--config", path, "--resume_from_checkpoint", "true"]) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (result["method"], result["diverged"], result["steps"], result["resumed"]) == ("dpo", False, 3, True)
+    assert not list((tmp_path / "out").glob("failure*"))
+
+
+def test_a_recipe_of_another_method_is_refused(recipe, capsys):
+    path = recipe(method="sft")
+    assert main(["dpo", "--config", path]) == 2
+    err = capsys.readouterr().err
+    assert f"{path}: method is 'sft'" in err and "ceu-rl sft" in err

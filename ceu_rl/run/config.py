@@ -21,6 +21,7 @@ from huggingface_hub.dataclasses import type_validator
 
 from .checks import check_numbers
 
+METHODS = ("dpo", "grpo", "sft", "unlearn")
 NO_SETTINGS = ("output_dir", "resume_from_checkpoint")  # where a run lies and how it goes on is not what it is
 WORDS = {
     bool: "true or false",
@@ -88,7 +89,20 @@ def read_recipe(method: str, path: str | Path) -> dict[str, Any]:
             twice, that the method does not have, or whose value has another type.
         OSError: if it cannot be read.
     """
-    return _Fields(parser_for(method)).of_recipe(Path(path))
+    return _Fields(parser_for(method), method).of_recipe(Path(path))
+
+
+def recipe_method(path: str | Path) -> str:
+    """The field `method` of a recipe: the command that trains it.
+
+    Raises:
+        ValueError: for a recipe that [`read_recipe`] cannot read, or whose method is missing or unknown.
+        OSError: if it cannot be read.
+    """
+    method = _load_yaml(Path(path)).get("method")
+    if method not in METHODS:
+        raise ValueError(f"{path}: method is {method!r}; write one of {', '.join(METHODS)}, as in `method: dpo`.")
+    return str(method)
 
 
 def read_arguments(method: str, argv: Sequence[str]) -> dict[str, Any]:
@@ -98,7 +112,7 @@ def read_arguments(method: str, argv: Sequence[str]) -> dict[str, Any]:
         ValueError: as for [`read_recipe`], and for words that are no option.
         SystemExit: from argparse, after `--help` and for a value that an option does not take.
     """
-    fields = _Fields(parser_for(method))
+    fields = _Fields(parser_for(method), method)
     recipe, rest = _split_config(argv)
     return {**(fields.of_recipe(recipe) if recipe else {}), **fields.of_words(rest)}
 
@@ -141,8 +155,8 @@ def _split_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
 class _Fields:
     """The fields of a method's parser, and how a value becomes one of theirs."""
 
-    def __init__(self, parser: Any) -> None:
-        self.parser = parser
+    def __init__(self, parser: Any, method: str | None = None) -> None:
+        self.parser, self.method = parser, method
         self.hints = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
         self.actions = {action.dest: action for action in reversed(parser._actions)}
 
@@ -163,6 +177,10 @@ class _Fields:
             name = str(key).replace("-", "_")
             if name in fields:
                 raise ValueError(f"{path} gives {name} twice; give it once.")
+            if name == "method":
+                if value != self.method:
+                    raise ValueError(f"{path}: method is {value!r}; train it with ceu-rl {value} --config {path}.")
+                continue
             if name == "env":
                 _check_variables(value, path)
             elif name not in self.actions or name not in self.hints:

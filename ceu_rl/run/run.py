@@ -47,6 +47,7 @@ from .retention import KeptScore, load_kept
 
 ASKING = ("sft", "dpo", "unlearn")  # methods that take rows of question and answer
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
+FAILURE = "failure.json"
 LOCK = "_run.lock"  # the push to the Hub leaves out what begins with an underscore
 
 
@@ -74,6 +75,16 @@ def run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
         with ExitStack() as end:
             if method == "grpo":
                 end.callback(trainer.close)  # vLLM's groups of processes go before torch's
+            record = {
+                "method": method,
+                "command": shlex.join(["ceu-rl", method, *argv]),
+                "settings": settings_of(arguments),
+                "seed": args.seed,
+                "resumed": args.resume_from_checkpoint is not None,
+                **({"prompt": prompt} if prompt else {}),
+                **provenance,
+            }
+            end.enter_context(_RecordDivergence(trainer, record))
             with StopOnSignal(trainer) as stop, _RowsOfTemplate(trainer.train_dataset, trainer.processing_class):
                 trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
             if stop.stopped_by:
@@ -86,8 +97,7 @@ def run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
                 status = 128 + stop.stopped_by
             else:
                 boundary.failure = 1
-                asked = {"prompt": prompt} if prompt else {}
-                _finish(method, trainer, args, script, settings_of(arguments), argv, {**asked, **provenance}, start)
+                _finish(method, trainer, args, script, record, start)
                 status = 0
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -99,9 +109,7 @@ def _finish(
     trainer: Any,
     args: Any,
     script: Any,
-    settings: Mapping[str, Any],
-    argv: Sequence[str],
-    provenance: Mapping[str, Any],
+    record: Mapping[str, Any],
     start: float,
 ) -> None:
     """Save the model, evaluate it once more if need be, and write the result."""
@@ -126,9 +134,8 @@ def _finish(
         )
     if trainer.is_world_process_zero():
         result = {
-            "command": shlex.join(["ceu-rl", method, *argv]),
-            "settings": settings,
-            "seed": args.seed,
+            **record,
+            "diverged": False,
             "steps": step,
             "processes": trainer.accelerator.num_processes,
             "metrics": {key: value for key, value in final.items() if key not in ("step", "epoch")},
@@ -136,8 +143,8 @@ def _finish(
             **next(each for each in trainer.callback_handler.callbacks if isinstance(each, Pace)).result(),
             "wall_time_s": round(time.perf_counter() - start, 1),
             "peak_memory_gib": round(peak_memory_gib(), 3),
-            **provenance,
         }
+        Path(args.output_dir, FAILURE).unlink(missing_ok=True)
         write_json(Path(args.output_dir, "result.json"), result)
         print(f"The model, metrics.jsonl and result.json are in {args.output_dir}.")
     if args.push_to_hub:
@@ -281,6 +288,26 @@ class _Course(TrainerCallback):
         self.boundary.remedy = (
             f"The checkpoints in {args.output_dir} are intact; go on from the last with --resume_from_checkpoint true."
         )
+
+
+class _RecordDivergence:
+    """Leaves `failure.json` with `diverged: true` where a run ends at a loss or gradient that is not finite.
+
+    `steps` is the number of steps that were applied. Each process writes, since the loss of one alone may be bad.
+    """
+
+    def __init__(self, trainer: Any, record: Mapping[str, Any]) -> None:
+        self.trainer, self.record = trainer, record
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, FloatingPointError):
+            found = {**self.record, "diverged": True, "steps": self.trainer.state.global_step, "reason": str(error)}
+            part = Path(self.trainer.args.output_dir, f"failure-{self.trainer.args.process_index}.json")
+            write_json(part, found)
+            part.replace(part.with_name(FAILURE))
 
 
 class StopOnSignal(TrainerCallback):
