@@ -1,12 +1,17 @@
 """What a dataset's name means, and the check of its rows."""
 
+import gzip
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
+from trl import DatasetMixtureConfig, get_dataset
+from trl.scripts.utils import DatasetConfig
 
-from ceu_rl.data.load import check_layout, load, open_dataset
+from ceu_rl.data.load import BUILDERS, check_layout, load, open_dataset
+from ceu_rl.tofu import load_tofu
 
 USER, SAID, OTHER = (
     {"role": "user", "content": "1+2="},
@@ -362,6 +367,109 @@ def test_a_date_in_json_is_the_text_that_stands_there(tmp_path, suffix):
     assert "Json" not in str(open_dataset(plain, None)["train"].features)  # the name of a field is no date
 
 
+def every_way(path, method="sft"):
+    """The rows of one file by each way that a recipe, TOFU or MUSE names it."""
+    kind = BUILDERS[path.suffix]
+    (path.parent / "train").mkdir()
+    shutil.copy(path, path.parent / "train" / f"train{path.suffix}")
+    for fields in ({"dataset_name": str(path)}, {"dataset_name": str(path.parent / "train")}):
+        for streaming in (False, True):
+            yield load(method, script(**fields, dataset_streaming=streaming), NO_MIXTURE, evaluates=False)[0]["train"]
+    for part in (
+        {"path": kind, "data_files": str(path)},
+        {"path": str(path)},
+        {"path": str(path.parent / "train")},
+        {"path": str(path.parent), "data_dir": "train"},
+    ):
+        for streaming in (False, True):
+            mixture = DatasetMixtureConfig([DatasetConfig(**part)], streaming=streaming)
+            yield load(method, script(dataset_name=None), mixture, evaluates=False)[0]["train"]
+    if kind == "json":
+        yield load_tofu(str(path.parent / "train"), "train")
+
+
+def test_every_way_to_read_json_gives_what_stands_there(tmp_path):
+    call = {**SAID, "tool_calls": [{"function": {"name": "f", "arguments": {"song": "x", "n": 1}}}]}
+    rows = [
+        {"prompt": [USER], "completion": [call], "id": 1, "day": "2024-01-02", "tools": [{"name": "f", "song": {}}]},
+        {"prompt": [USER], "completion": [SAID], "id": "12", "day": "2024-01-03", "tools": [{"name": "g"}]},
+        {"prompt": [USER], "completion": [SAID], "id": {"a": None}, "day": None, "tools": None, "late": [1, None, 2.5]},
+    ]
+    write(tmp_path / "rows.jsonl", rows)
+    columns = set().union(*rows)
+    for found in every_way(tmp_path / "rows.jsonl"):
+        read = [{"late": None, **row} for row in found]
+        assert read == [{column: row.get(column) for column in columns} for row in rows], type(found)
+        assert [type(row["id"]) for row in read] == [int, str, dict]
+
+
+def test_every_way_to_read_csv_gives_what_stands_there(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,completion,at\nq1,001,2024-01-02\nq2,None,1e3\nq3,true,\n")
+    for found in every_way(tmp_path / "rows.csv"):
+        assert [tuple(row.values()) for row in found] == [
+            ("q1", "001", "2024-01-02"),
+            ("q2", "None", "1e3"),
+            ("q3", "true", None),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"id": 123456789012345678901}', "no JSON .123456789012345678901 has more than 64 bits"),
+        ('{"text": "\\ud83d"}', "no JSON .*surrogates"),
+        ("[" * 10**5, "no JSON .*recursion"),
+        ('"a"', "'a'; give an object"),
+    ],
+)
+def test_a_line_that_would_be_read_wrong_is_named(tmp_path, line, problem):
+    (tmp_path / "rows.jsonl").write_text(f'{{"id": 1}}\n{line}\n')
+    with pytest.raises(ValueError, match=f"Line 2 of .*rows.jsonl is {problem}"):
+        open_dataset(str(tmp_path / "rows.jsonl"), None)
+
+
+def test_a_file_may_be_packed(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(gzip.compress(b'{"day": "2024-01-02"}\n'))
+    assert open_dataset(str(tmp_path / "rows.jsonl"), None)["train"].to_list() == [{"day": "2024-01-02"}]
+
+
+def test_a_mixture_takes_what_trl_takes_of_each_part(tmp_path):
+    """Parquet, which both read alike."""
+    one, two = (write(tmp_path / f"{name}.parquet", [{**row, "n": name} for row in ROWS]) for name in "ab")
+    for settings in (
+        {},
+        {"fractions": (0.75, 0.25)},
+        {"split": "train[:50%]"},
+        {"split": "train[2:5]+train[-1:]"},
+        {"columns": ["chosen", "prompt"]},
+        {"test": 0.25},
+    ):
+        shares, test = settings.pop("fractions", (None, None)), settings.pop("test", None)
+        given = [
+            DatasetConfig("parquet", data_files=file, fraction=share, **settings)
+            for file, share in zip((one, two), shares, strict=True)
+        ]
+        mixture, evaluates = DatasetMixtureConfig(given, test_split_size=test), test is not None
+        found, _ = load("dpo", script(dataset_name=None), mixture, evaluates=evaluates)
+        expected = get_dataset(mixture)
+        assert {name: len(found[name]) for name in found} == {
+            name: len(expected[split]) for name, split in (("train", "train"), ("eval", "test")) if split in expected
+        }
+        if not evaluates:
+            assert found["train"].to_list() == expected["train"].to_list()
+
+
+def test_parts_of_a_mixture_may_have_messages_of_other_keys(tmp_path):
+    call = {**SAID, "tool_calls": [{"function": {"name": "f", "arguments": {"n": 1}}}]}
+    kinds = {"calls": [{"messages": [USER, call]}], "plain": [{"messages": [USER, SAID]}]}
+    parts = [DatasetConfig(write(tmp_path / f"{name}.jsonl", rows)) for name, rows in kinds.items()]
+    found, _ = load("sft", script(dataset_name=None), DatasetMixtureConfig(parts), evaluates=False)
+    assert found["train"].to_list() == [*kinds["calls"], *kinds["plain"]]
+    write(tmp_path / "plain.jsonl", [{"messages": "text"}])
+    with pytest.raises(ValueError, match=r"datasets .*calls.jsonl, .*plain.jsonl cannot be read"):
+        load("sft", script(dataset_name=None), DatasetMixtureConfig(parts), evaluates=False)
+
+
 @pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("tsv", "\t")])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_folder_of_csv_is_read_as_one_file_of_it(tmp_path, suffix, separator, streaming):
@@ -402,7 +510,7 @@ def test_files_that_cannot_be_read_right_are_named(tmp_path):
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     (tmp_path / "saved" / "state.json").write_text("{")
     for name, message in (
-        ("latin.jsonl", r"latin.jsonl is not UTF-8 .* in line 2"),
+        ("latin.jsonl", r"Line 2 of .*latin.jsonl is not UTF-8"),
         ("more.csv", "more.csv cannot be read .*row 0 has 4 fields and the header 3, so quote texts"),
         ("none.csv", "none.csv has no rows; give it at least one"),
         ("rows.txt", r"rows.txt is a file of another kind; give one that ends in .jsonl, "),
@@ -430,9 +538,9 @@ def test_folders(tmp_path):
     [
         (None, {}, "rows.jsonl is no file"),
         ("", {}, "rows.jsonl is an empty file"),
-        ('{"a": 1', {}, "rows.jsonl cannot be read"),
-        ("not json at all", {}, "rows.jsonl cannot be read"),
-        ("[1, 2", {}, "rows.jsonl cannot be read"),
+        ('{"a": 1}\n{"a": 1', {}, "Line 2 of .*rows.jsonl is no JSON .*; give one object on each line"),
+        ("not json at all", {}, "Line 1 of .*rows.jsonl is no JSON"),
+        ("[1, 2", {}, "rows.jsonl is no JSON .*; give an array of objects"),
         (None, {"dataset_name": "./nowhere"}, "./nowhere is no folder and no file"),
         ('{"a": 1}\n', {"dataset_config": "x"}, "dataset_config is 'x', and .* has no configs"),
         ('{"a": 1}\n', {"dataset_test_split": "0.1"}, "leaves a part of the 1 rows empty"),

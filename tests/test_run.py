@@ -291,11 +291,8 @@ def test_a_missing_base_is_named_with_the_command_that_makes_it(recipe, tmp_path
         ({"model_init_kwargs": {"dtype": "float3"}}, "float3"),
         ({"datasets": [3]}, "datasets holds 3; give a mapping"),
         ({"datasets": [{"pat": "x"}]}, "pat"),
-        (
-            {"datasets": [{"path": "{base}/config.json"}]},
-            "config.json', which is no folder and no name on the Hub; give {path",
-        ),
-        ({"datasets": [{"path": "reasoning_gym:chain_sum"}]}, "no name on the Hub; name it as dataset_name"),
+        ({"datasets": [{"path": "{base}/config.json"}]}, "config.json is no JSON"),
+        ({"datasets": [{"path": "reasoning_gym:chain_sum"}]}, "reasoning_gym:chain_sum', a task"),
         ({"output_dir": "/proc/nothing"}, "/proc/nothing"),
         ({"learning_rate": float("inf")}, "learning_rate is inf; use a finite number"),
         ({"learning_rate": -1e-5}, "learning_rate is -1e-05; use a number from 0"),

@@ -11,10 +11,9 @@ import csv
 import difflib
 import functools
 import glob
-import itertools
 import json
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +21,13 @@ import pandas
 from datasets import (
     Dataset,
     DatasetDict,
+    DownloadManager,
     Features,
     IterableDataset,
+    IterableDatasetDict,
     Json,
+    List,
+    ReadInstruction,
     Value,
     concatenate_datasets,
     load_dataset,
@@ -32,6 +35,7 @@ from datasets import (
     load_from_disk,
 )
 from datasets.packaged_modules.csv.csv import CsvConfig
+from datasets.packaged_modules.json.json import JsonConfig
 from trl.data_utils import extract_prompt
 
 Kind = Literal["sft", "preference", "prompt"]
@@ -44,6 +48,8 @@ KIND_OF: dict[str, Kind] = {"sft": "sft", "dpo": "preference", "grpo": "prompt",
 # What TRL passes to a reward function beside the columns of the dataset
 REWARD_ARGUMENTS = ("prompts", "completions")
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
+NOTHING = Value("null")
+SCALARS = {bool: Value("bool"), int: Value("int64"), float: Value("float64"), str: Value("string")}
 BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
@@ -88,18 +94,7 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
         splits = open_dataset(name, config)
         return {role: _split(splits, one, role) for role, one in sets.items()}, None
     if mixture.datasets:
-        from trl import get_dataset
-
-        for part in mixture.datasets:
-            if is_task(part.path) or Path(part.path).is_file():
-                builder = BUILDERS.get(Path(part.path).suffix, "text")
-                fix = (
-                    "name it as dataset_name"
-                    if is_task(part.path)
-                    else f"give {{path: {builder}, data_files: {part.path}}}"
-                )
-                raise ValueError(f"datasets names {part.path!r}, which is no folder and no name on the Hub; {fix}.")
-        dataset = get_dataset(mixture)
+        dataset = _mix(mixture)
     elif is_tofu(name):
         if config is None:
             raise ValueError(
@@ -142,74 +137,109 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
     return datasets, task
 
 
+def _mix(mixture: Any) -> Any:
+    """The parts of a mixture in one, by shares and splits as `trl.get_dataset` has them."""
+    from ..tasks import is_task
+
+    parts, shares = [], [part.fraction for part in mixture.datasets]
+    if any(shares) and (None in shares or mixture.streaming):
+        raise ValueError(f"fraction of datasets is {shares}; give one for each, without streaming, or none.")
+    for part in mixture.datasets:
+        if is_task(part.path):
+            raise ValueError(f"datasets names {part.path!r}, a task, and mixes other rows; name it as dataset_name.")
+        where = {name: value for name in ("data_dir", "data_files") if (value := getattr(part, name)) is not None}
+        if where:
+            splits = _read(part.path, "datasets", part.path, mixture.streaming, name=part.name, **where)
+        else:
+            splits = open_dataset(part.path, part.name, mixture.streaming, "datasets")
+        rows = splits[part.split] if part.split in splits else _slice(splits, part.split)
+        parts.append(rows if part.columns is None else rows.select_columns(part.columns))
+    if any(shares):
+        total = min(len(rows) * sum(shares) / share for rows, share in zip(parts, shares, strict=True) if share)
+        wanted = [round(share / sum(shares) * total) for share in shares]
+        parts = [rows.select(range(count)) for rows, count in zip(parts, wanted, strict=True)]
+    if not mixture.streaming:  # what one part keeps as JSON, the others do too
+        kept = {name: Json() for rows in parts for name, kind in rows.features.items() if isinstance(kind, Json)}
+        forms = [
+            Features({n: kind if isinstance(kind, Value) else kept.get(n, kind) for n, kind in rows.features.items()})
+            for rows in parts
+        ]
+        parts = [rows.cast(form) for rows, form in zip(parts, forms, strict=True)]
+    with _reading("datasets", ", ".join(part.path for part in mixture.datasets)):
+        joined = concatenate_datasets(parts)
+        share = mixture.test_split_size
+        return {"train": joined} if share is None else joined.train_test_split(test_size=share)
+
+
+def _slice(splits: Any, spec: str) -> Any:
+    """The rows of a split such as train[:10%]."""
+    with _reading("datasets", spec):
+        places = ReadInstruction.from_spec(spec).to_absolute({name: len(rows) for name, rows in splits.items()})
+        return concatenate_datasets([splits[each.splitname].select(range(each.from_, each.to)) for each in places])
+
+
 def open_dataset(name: str, config: str | None, streaming: bool = False, field: str = "dataset_name") -> Any:
     """A dataset of a file, a folder or the Hub, by split; `field` is what names it."""
     path = Path(name)
-    if config is not None and (path.is_file() or any((path / marker).is_file() for marker in SAVED)):
+    saved = any((path / marker).is_file() for marker in SAVED)
+    if config is not None and (path.is_file() or saved):
         raise ValueError(f"dataset_config is {config!r}, and {name} has no configs; leave it out.")
     if path.suffix in BUILDERS and (path.is_file() or not path.exists()):
         if not path.is_file():
             raise ValueError(f"{field} {name} is no file; check its name.")
         if path.stat().st_size == 0:
             raise ValueError(f"{field} {name} is an empty file; give it rows.")
-        _check_utf8(path, field)
         files = glob.escape(str(path))  # a name with [ is no pattern
-        with _reading(name, field):
-            return _read(BUILDERS[path.suffix], data_files=files, streaming=streaming, **_options(path))
+        return _read(BUILDERS[path.suffix], field, name, streaming, data_files=files)
     if path.is_file():
         raise ValueError(f"{field} {name} is a file of another kind; give one that ends in {', '.join(BUILDERS)}.")
-    if any((path / marker).is_file() for marker in SAVED):
-        with _reading(name, field):
+    if saved:
+        with _reading(field, name):
             found = load_from_disk(name)
         return found if not isinstance(found, Dataset) else DatasetDict(train=found)
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise ValueError(f"{field} {name} is no folder and no file; check its name.")
-    with _reading(name, field):
-        return _read(name, name=config, streaming=streaming, **_folder_options(path, config))
+    return _read(name, field, name, streaming, name=config)
 
 
-def _read(source: str, **options: Any) -> Any:
-    """`load_dataset`, with dates in JSON as the text that they are: pyarrow makes times of a column of only dates."""
-    found = load_dataset(source, **options)
-    first = next(iter(found.values()))
-    kinds = first.features or {}  # a stream does not know them before its rows come, and keeps its times
-    dated = {column for column, kind in kinds.items() if "Value('timestamp" in str(kind)}
-    if first.info.builder_name != "json" or not dated:
-        return found
-    features = Features({column: Json() if column in dated else kind for column, kind in kinds.items()})
-    return load_dataset(source, **options, features=features)
+def _read(source: str, field: str, said: str, streaming: bool, **where: Any) -> Any:
+    """`load_dataset` of all splits, in which a text of JSON and a cell of CSV are what stands there.
+
+    pyarrow would make times of dates, fill the keys of one object into others, and take its columns from the first
+    rows; pandas would make 7 of 007, and nothing of None. Features that a dataset's card gives are left to `datasets`.
+    """
+    with _reading(field, said):
+        builder = load_dataset_builder(source, **where)
+        config, files = builder.config, {name: list(each) for name, each in (builder.config.data_files or {}).items()}
+        local = all(Path(file).is_file() for each in files.values() for file in each)
+        own = isinstance(config, CsvConfig | JsonConfig) and builder.info.features is None
+        if own and files and (local or not streaming):
+            files = DownloadManager().download_and_extract(files)
+            if isinstance(config, CsvConfig):
+                where |= _cells(Path(next(iter(files.values()))[0]), config.sep)
+        if not own or isinstance(config, CsvConfig) or config.field is not None or (streaming and not local):
+            return load_dataset(source, **where, streaming=streaming)
+    found: dict[str, Dataset | IterableDataset] = {}
+    for split, paths in files.items():
+        given = {"paths": paths, "encoding": config.encoding}
+        features = Features()
+        try:
+            for row in _json_rows(**given):
+                features.update({column: _merge(features.get(column, NOTHING), row[column]) for column in row})
+        except ValueError as error:
+            raise ValueError(f"{field} {said} cannot be read: {error}") from error
+        if not features:
+            raise ValueError(f"{field} {said} has no rows; give it at least one.")
+        given |= {"features": features, "written": [Path(path).stat().st_mtime_ns for path in paths]}
+        with _reading(field, said):
+            kind = IterableDataset if streaming else Dataset
+            found[split] = kind.from_generator(_encoded, features=features, gen_kwargs=given)
+    return IterableDatasetDict(found) if streaming else DatasetDict(found)
 
 
-def _check_utf8(path: Path, field: str) -> None:
-    """pyarrow reads JSON with other bytes, and a run dies at the row that has them."""
-    if BUILDERS[path.suffix] != "json":
-        return
-    with path.open("rb") as file:
-        if file.peek(2)[:2] == b"\x1f\x8b":  # gzip, which is unpacked
-            return
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{field} {path} is not UTF-8 ({error.reason} in line {number}); save it as UTF-8."
-                ) from error
-
-
-def _folder_options(path: Path, config: str | None) -> dict[str, Any]:
-    """Those of [`_options`] for a folder of CSV or TSV, which says itself what separates its cells."""
-    if not path.is_dir():
-        return {}
-    found = load_dataset_builder(str(path), name=config).config
-    files = list(itertools.chain(*(found.data_files or {}).values()))
-    return _options(Path(files[0]), found.sep) if isinstance(found, CsvConfig) and files else {}
-
-
-def _options(path: Path, separator: str | None = None) -> dict[str, Any]:
-    """Of CSV and TSV every cell is text, as it stands there: pandas would make 7 of 007, and nothing of None."""
-    if BUILDERS.get(path.suffix) != "csv":
-        return {}
-    separator = separator or ("\t" if path.suffix == ".tsv" else ",")
+def _cells(path: Path, separator: str) -> dict[str, Any]:
+    """Options with which every cell of CSV or TSV is text."""
+    separator = "\t" if path.suffix == ".tsv" else separator
     header = list(pandas.read_csv(path, sep=separator, nrows=0))  # with its names for cells that are empty or repeated
     csv.field_size_limit(2**31 - 1)  # a row may be long
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -224,10 +254,74 @@ def _options(path: Path, separator: str | None = None) -> dict[str, Any]:
     return {"sep": separator, "features": features, "keep_default_na": False, "na_values": [""]}
 
 
+def _json_rows(paths: Sequence[str], encoding: str) -> Iterator[dict[str, Any]]:
+    """The objects of files in JSON lines, or in one array each; a line ends at a newline and nowhere else."""
+    for path in paths:
+        with open(path, "rb") as file:
+            begun = array = False
+            for number, line in enumerate(file, 1):
+                where, fix = f"Line {number} of {path}", "give one object on each line"
+                try:
+                    text = line.decode("utf-8-sig" if encoding == "utf-8" and number == 1 else encoding)
+                    if not text.strip():
+                        continue
+                    if array := not begun and text.lstrip().startswith("["):
+                        where, fix = path, "give an array of objects, or one object on each line"
+                        text += file.read().decode(encoding)
+                    found = _parse(text)
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{where} is not UTF-8 ({error.reason}); save it as UTF-8.") from error
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{where} is no JSON ({error}); {fix}.") from error
+                begun = True
+                for place, row in enumerate(found if array else [found], 1):
+                    if not isinstance(row, dict):
+                        where = f"Entry {place} of {path}" if array else where
+                        raise ValueError(f'{where} is {row!r:.80}; give an object, such as {{"prompt": ...}}.')
+                    yield row
+
+
+def _parse(text: str) -> Any:
+    found = json.loads(text, parse_int=_integer)
+    if "\\ud" in text or "\\uD" in text:
+        json.dumps(found, ensure_ascii=False).encode()  # half a character is no text
+    return found
+
+
+def _integer(digits: str) -> int:
+    if (number := int(digits)).bit_length() > 63:
+        raise ValueError(f"{digits:.30} has more than 64 bits, so write it as text")
+    return number
+
+
+def _merge(kind: Any, value: Any) -> Any:
+    """The feature that holds `value` too: Json where objects have other keys, or values are of other kinds."""
+    if value is None or isinstance(kind, Json):
+        return kind
+    first = kind == NOTHING
+    if isinstance(value, list) and (first or isinstance(kind, List)):
+        inner = functools.reduce(_merge, value, NOTHING if first else kind.feature)
+        return inner if isinstance(inner, Json) else List(inner)
+    if isinstance(value, dict) and value and (first or (isinstance(kind, dict) and set(kind) == set(value))):
+        found = {key: _merge(NOTHING if first else kind[key], each) for key, each in value.items()}
+        return Json() if any(isinstance(each, Json) for each in found.values()) else found
+    own = SCALARS.get(type(value), Json())
+    if first or own == kind:
+        return own
+    return SCALARS[float] if {str(own), str(kind)} == {str(SCALARS[int]), str(SCALARS[float])} else Json()
+
+
+def _encoded(paths: Sequence[str], encoding: str, features: Features, written: Sequence[int]) -> Iterator[Any]:
+    """The rows, those that are kept as JSON written so: `datasets` would take the text "12" for a number."""
+    kept = {column for column, feature in features.items() if isinstance(feature, Json)}
+    for row in _json_rows(paths, encoding):
+        yield {name: json.dumps(row[name]) if name in kept else row[name] for name in row}
+
+
 class _reading:
     """Names the dataset in whatever a reader of `datasets` raises; the cause under it says what was wrong."""
 
-    def __init__(self, name: str, field: str = "dataset_name") -> None:
+    def __init__(self, field: str, name: str) -> None:
         self.name, self.field = name, field
 
     def __enter__(self) -> None:

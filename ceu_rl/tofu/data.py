@@ -1,6 +1,5 @@
 """TOFU's rows, from the Hub, from a folder in the Hub's layout or built in, and as TRL's SFTTrainer takes them."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ from datasets import Dataset, get_dataset_config_names, load_dataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
+from ..data.load import open_dataset
 from ..data.prompts import PromptFormat
 from ..run.checks import check_columns, note
 from ..tasks import articles, authors
@@ -79,7 +79,7 @@ def load_tofu(name: str, config: str) -> Dataset:
         dataset = Dataset.from_list(BUILTIN[name].make_rows(config))
     elif Path(name).is_dir():
         _check_config(name, config)
-        dataset = Dataset.from_list(_read_rows(_files(name)[config]))
+        dataset = open_dataset(str(_files(name)[config]), None)["train"]
     elif Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         problem = "a file" if Path(name).exists() else "no folder"
         raise ValueError(f"{name} is {problem}; give a folder in TOFU's layout, or a name of the Hub.")
@@ -93,6 +93,10 @@ def load_tofu(name: str, config: str) -> Dataset:
     if config.endswith("_perturbed"):
         required += ["perturbed_answer"] + ["paraphrased_answer"] * (config not in (REAL_AUTHORS, WORLD_FACTS))
     check_columns(dataset, config, tuple(required))
+    for column in {"question", "answer"} & set(dataset.column_names):
+        for index, text in enumerate(dataset[column]):
+            if not isinstance(text, str):
+                raise ValueError(f"Row {index} of the {config} dataset has the {column} {text!r:.80}; give a text.")
     return dataset
 
 
@@ -117,37 +121,6 @@ def _check_config(name: str, config: str) -> None:
 
 def _files(folder: str) -> dict[str, Path]:
     return {path.stem: path for ending in ("jsonl", "json") for path in Path(folder).glob(f"*.{ending}")}
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file in JSON lines, or in one JSON array; a line ends at a newline and nowhere else."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 ({error}); save it as UTF-8.") from error
-    if text.lstrip().startswith("["):
-        try:
-            rows = [("Entry", number, row) for number, row in enumerate(json.loads(text), 1)]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is no JSON array ({error}); give that, or one object on each line.") from error
-    else:
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(("Line", number, json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"Line {number} of {path} is no JSON ({error}); give one object on each line."
-                ) from error
-    for kind, number, row in rows:
-        if not isinstance(row, dict):
-            raise ValueError(f"{kind} {number} of {path} is {row!r}; give an object with question and answer.")
-        for column in ("question", "answer"):
-            if column in row and not isinstance(row[column], str):
-                raise ValueError(f"{kind} {number} of {path} has the {column} {row[column]!r}; give a text.")
-    return [row for _, _, row in rows]
 
 
 def to_prompt_completion(
