@@ -13,6 +13,7 @@ from typing import Any
 from .route import CITATION, DescentConfig, DescentTrainer, check_trl_version
 from .run.checkpoints import WholeCheckpoints
 from .run.checks import StopAtNonFinite, check_language_model, check_numbers
+from .run.engines import Float32Outputs
 
 check_trl_version()  # before an import that another version may not have
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer  # noqa: E402
@@ -30,7 +31,7 @@ class CEUAsyncGRPOConfig(DescentConfig, AsyncGRPOConfig):
     """
 
 
-class CEUAsyncGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, AsyncGRPOTrainer):
+class CEUAsyncGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32Outputs, AsyncGRPOTrainer):
     """TRL's experimental `AsyncGRPOTrainer` whose descending tokens get the CE-U weight (arXiv 2503.01224).
 
     It takes the same arguments; its kernel and its own worker need a GPU and a vLLM server. It logs

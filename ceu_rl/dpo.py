@@ -23,6 +23,7 @@ from .run.checks import (
     check_shared_cache,
     note,
 )
+from .run.engines import Float32Outputs
 
 CHOICES = {
     "loss_type": (
@@ -48,7 +49,7 @@ class CEUDPOConfig(DescentConfig, DPOConfig):
     """
 
 
-class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, DPOTrainer):
+class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32Outputs, DPOTrainer):
     """`trl.DPOTrainer` whose descending tokens get the CE-U weight; nothing else changes (arXiv 2503.01224).
 
     It takes the same arguments. After TRL's constructor it attaches `routing.route_descent` to the policy, with the

@@ -37,6 +37,7 @@ from .run.checks import (
     check_reference_is_loaded,
     note,
 )
+from .run.engines import Float32Outputs
 
 CHOICES = {
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
@@ -85,7 +86,7 @@ class CEUGRPOConfig(DescentConfig, GRPOConfig):
             )
 
 
-class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, GRPOTrainer):
+class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32Outputs, GRPOTrainer):
     """`trl.GRPOTrainer` whose descending tokens get the CE-U weight; nothing else changes (arXiv 2503.01224).
 
     A token descends where the loss lowers its log-probability: in completions with a negative advantage, unless
@@ -152,7 +153,7 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, GRPOTrai
         adapts = given.get("peft_config") is not None or isinstance(given["model"], PeftModel)
         check_reference_is_loaded(needs_reference=config.beta != 0 and not adapts)
         if config.use_vllm:
-            check_vllm()
+            check_vllm(adapts)
         with name_vllm_settings():
             super().__init__(*bound.args[1:], **bound.kwargs)
         if config.use_vllm:

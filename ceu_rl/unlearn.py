@@ -51,6 +51,7 @@ from .models import end_token_ids
 from .route import CITATION, check_trl_version, wrap_forward
 from .run.checkpoints import WholeCheckpoints
 from .run.checks import StopAtNonFinite, check_language_model, check_numbers, check_reference_is_loaded
+from .run.engines import Float32Outputs
 
 
 class Method(NamedTuple):
@@ -224,7 +225,7 @@ class UnlearnConfig(SFTConfig):
         return METHODS[self.loss_type].needs_reference or self.retain_loss_type != "nll"
 
 
-class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, SFTTrainer):
+class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrainer):
     """`trl.SFTTrainer` that unlearns `forget_dataset`; the forget and the retain term take the place of its loss.
 
     Of a conversation the answer alone is unlearned, up to its first end token, and not what the chat template writes

@@ -14,9 +14,12 @@ from pathlib import Path
 from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
+from transformers import training_args
 
 from ceu_rl import CEUDPOConfig, CEUDPOTrainer, CEUGRPOConfig, CEUGRPOTrainer, UnlearnConfig, UnlearnTrainer
+from ceu_rl.run.callbacks import StartModel, TaskScore
 from ceu_rl.run.engines import check_engine, engines_on_cpu, save_whole
+from ceu_rl.tasks.protocol import Task
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 # One epoch: five steps of two micro-batches of four rows, but for the last micro-batch, which has one row
@@ -53,7 +56,7 @@ def settings(output_dir, **given):
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.5,
         "gradient_checkpointing": False,
-        "bf16": False,
+        "bf16": os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16",
         "disable_tqdm": True,
         "report_to": "none",
         "logging_steps": 1,
@@ -67,10 +70,21 @@ def lora():
     return LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")
 
 
+def held_out(rows, given):
+    return Dataset.from_list(rows[:8]) if "eval_strategy" in given else None
+
+
 def dpo(model, output_dir, peft_config=None, **given):
     rows = [{"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a + b}{b}"[: 1 + b % 3]} for a, b in sums(0)]
+    args, sets = CEUDPOConfig(**settings(output_dir, **given)), (filled(rows), held_out(rows, given))
+    return CEUDPOTrainer(model, None, args, None, *sets, peft_config=peft_config)
+
+
+def dpo_long(model, output_dir, **given):
+    """Responses of some eighty tokens, whose log-probabilities sum to some -370 nats."""
+    rows = [{"prompt": f"{a}+{b}=", "chosen": f"{a}{b}" * 40, "rejected": f"{b}{a + b}" * 40} for a, b in sums(0)]
     args = CEUDPOConfig(**settings(output_dir, **given))
-    return CEUDPOTrainer(model, args=args, train_dataset=filled(rows), peft_config=peft_config)
+    return CEUDPOTrainer(model, args=args, train_dataset=filled(rows))
 
 
 def unlearn(model, output_dir, peft_config=None, **given):
@@ -83,10 +97,9 @@ def unlearn(model, output_dir, peft_config=None, **given):
 def grpo(model, output_dir, peft_config=None, rollout_func=None, **given):
     batch = {"per_device_train_batch_size": 8 // PROCESSES, "num_generations": 4, "shuffle_dataset": False}
     args = CEUGRPOConfig(**settings(output_dir, **{**batch, "max_completion_length": 4, "top_k": 1, **given}))
-    rows = Dataset.from_list([{"prompt": f"{a}+{b}="} for a, b in sums(0)])
-    return CEUGRPOTrainer(
-        model, in_turn, args=args, train_dataset=rows, peft_config=peft_config, rollout_func=rollout_func
-    )
+    rows = [{"prompt": f"{a}+{b}="} for a, b in sums(0)]
+    sets = (Dataset.from_list(rows), held_out(rows, given))
+    return CEUGRPOTrainer(model, in_turn, args, *sets, peft_config=peft_config, rollout_func=rollout_func)
 
 
 def in_turn(completions, **kwargs):
@@ -105,7 +118,24 @@ def written(prompts, trainer):
     }
 
 
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 5, "eval_on_start": True}
+EVALUATED |= {"per_device_eval_batch_size": 8 // PROCESSES}
+
+
+def from_start(trainer):
+    """Log at each evaluation how far the model is from the one at the start."""
+    rows = [{"prompt": [{"role": "user", "content": f"{a}+1="}]} for a in range(4)]
+    task = Task("none", rows=lambda *given: rows, score=lambda row, answer: 0.0, max_new_tokens=4)
+    trainer.add_callback(TaskScore(trainer, task, rows, StartModel(trainer)))
+    return trainer
+
+
 CASES = {
+    "dpo-start": lambda *given, **more: from_start(dpo(*given, **EVALUATED, **more)),
+    "dpo-lora-start": lambda *given, **more: from_start(dpo(*given, peft_config=lora(), **EVALUATED, **more)),
+    "grpo-start": lambda *given, **more: from_start(grpo(*given, rollout_func=written, **EVALUATED, **more)),
+    "dpo-long": dpo_long,
+    "grpo-old": lambda *given, **more: grpo(*given, rollout_func=written, num_iterations=2, **more),
     "dpo": lambda *given, **more: dpo(*given, **more),
     "dpo-lora": lambda *given, **more: dpo(*given, peft_config=lora(), **more),
     "unlearn-ceu": lambda *given, **more: unlearn(*given, **more),
@@ -121,6 +151,8 @@ CASES = {
 
 def main(folder, engine, *names):
     engines_on_cpu()
+    # transformers would refuse bfloat16 on a device that it takes for a GPU, as DeepSpeed on a CPU needs it
+    training_args.is_torch_bf16_gpu_available = lambda: True
     for name in names:
         case, _, rest = name.partition("@")
         case, _, last = case.partition("+")

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -23,7 +24,9 @@ from .engines import CASES
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes" / "accelerate"
 CORE = ["dpo", "unlearn-ceu", "unlearn-npo", "grpo-generate"]
-REST = [case for case in CASES if case not in CORE]
+BFLOAT16 = ["dpo-long", "grpo-old"]
+START = ["dpo-start", "dpo-lora-start", "grpo-start"]
+REST = [case for case in CASES if case not in CORE + BFLOAT16 + START]
 deepspeed = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
@@ -38,7 +41,9 @@ def launcher(engine, folder):
     if engine == "one":
         return []
     config = RECIPES / f"{engine.partition('-')[0].replace('zero2', 'zero3')}_cpu.yaml"
-    text = config.read_text().replace("zero_stage: 3", f"zero_stage: {engine[-1]}")
+    text = config.read_text().replace("zero_stage: 3", f"zero_stage: {engine[4:5]}")
+    if engine.endswith("bf16"):
+        text = text.replace('mixed_precision: "no"', "mixed_precision: bf16")
     if engine.endswith("sharded"):
         text = text.replace("FULL_STATE_DICT", "SHARDED_STATE_DICT")
     if engine.endswith("efficient"):
@@ -119,6 +124,39 @@ def test_every_case_under_every_engine(launch, engine):
     folder, _ = launch("one", *REST)
     launch(engine, *REST)
     compare(folder, engine, REST)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    ["fsdp2-bf16", pytest.param("ddp-bf16", marks=pytest.mark.slow), pytest.param("zero3-bf16", marks=deepspeed)],
+)
+def test_bfloat16_keeps_log_probabilities_and_ratios(launch, engine):
+    """FSDP2 would round what the model returns to bfloat16: sums of -370 nats to a grid of two, and GRPO's ratios."""
+    folder, _ = launch("ddp", *BFLOAT16)
+    launch(engine, *BFLOAT16)
+    first, second = ([read(folder / one / case)[0]["log"] for case in BFLOAT16] for one in ("ddp", engine))
+    for key in ("logps/chosen", "logps/rejected"):
+        assert first[0][0][key] < -360
+        assert second[0][0][key] == pytest.approx(first[0][0][key], abs=0.04)  # a mean of four sums
+    for sign in ("positive", "negative"):  # of the second step, whose rollouts are those of the first
+        assert first[1][1][f"rollout/mismatch_{sign}"] > 0.05
+        for key in ("ratio", "mismatch"):
+            of_float32 = first[1][1][f"rollout/{key}_{sign}"]
+            assert second[1][1][f"rollout/{key}_{sign}"] == pytest.approx(of_float32, abs=5e-3)
+
+
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2", *ENGINES[2:]])
+def test_evaluations_compare_with_the_start_under_every_engine(launch, engine):
+    """The trainer's reference (dpo), the policy without its adapter, and a model that is loaded for it (grpo)."""
+    folder, _ = launch("one", *START)
+    launch(engine, *START)
+    for case in START:
+        one, two = (
+            [entry["eval_kl"] for entry in read(folder / which / case)[0]["log"] if "eval_kl" in entry]
+            for which in ("one", engine)
+        )
+        assert one[0] == two[0] == 0.0
+        assert one[1] > 1e-5 and two[1] == pytest.approx(one[1], rel=1e-2)
 
 
 @pytest.mark.slow
@@ -285,6 +323,23 @@ class TestWhatWasAskedFor:
         self.set("SLURM_NTASKS", "4")
         engines.check_processes(1)
         assert "Slurm has given this job 4 tasks, and this run is one process" in caplog.text
+
+    @pytest.mark.parametrize("given", [None, {"dtype": "bfloat16"}])
+    def test_one_process_that_sees_several_gpus_is_refused(self, given):
+        """transformers would split each batch over them, or TRL the model."""
+        args = SimpleNamespace(n_gpu=4, model_init_kwargs=given)
+        with pytest.raises(ValueError, match=r"4 GPUs are visible.*CUDA_VISIBLE_DEVICES=0.*ddp.yaml --num_processes 4"):
+            engines.check_gpus(args)
+        engines.check_gpus(SimpleNamespace(n_gpu=4, model_init_kwargs={"device_map": "auto"}))  # split as asked for
+        for one in (0, 1):
+            engines.check_gpus(SimpleNamespace(n_gpu=one, model_init_kwargs=given))
+
+    @pytest.mark.parametrize("processes", [1, 8])
+    def test_the_global_batch_is_said(self, caplog, processes):
+        caplog.set_level("INFO")
+        args = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "world_size": processes}
+        engines.note_batch(SimpleNamespace(**args))
+        assert f"Each step takes {8 * processes} rows: 2 (per_device_train_batch_size) on {processes} p" in caplog.text
 
     @pytest.mark.parametrize("folder", ["fused_adam", "py311_cpu/deepspeed_shm_comm"])
     def test_a_build_that_a_killed_run_has_left(self, caplog, tmp_path, folder):

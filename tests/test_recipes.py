@@ -31,6 +31,8 @@ def method_of(path):
     assert commands, "the header does not say how to run it"
     words = shlex.split(commands[-1])
     assert words[-2:] == ["--config", name(path)]
+    if "accelerate" in words:  # which without a config takes every GPU, and makes the batch as many times larger
+        assert (ROOT / words[words.index("--config_file") + 1]).is_file()
     return words[-3]
 
 
@@ -59,6 +61,16 @@ def test_it_parses_and_says_how_to_run_it(path, monkeypatch):
     for key, value in fields.items():
         found = next(getattr(part, key) for part in (args, script, model) if hasattr(part, key))
         assert found is not None or value is None
+
+
+SHARDED = [path for path in RECIPES if "accelerate/fsdp2.yaml" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", SHARDED, ids=name)
+def test_a_large_model_is_loaded_in_bfloat16_and_its_header_counts_the_host_memory(path):
+    """Every process loads it whole; accelerate trains it in float32 all the same."""
+    assert yaml.safe_load(path.read_text())["dtype"] == "bfloat16"
+    assert any("of host memory" in line for line in header(path))
 
 
 STOCK = [path for path in RECIPES if path.stem.startswith("stock") and path.stem != "stock-sft"]

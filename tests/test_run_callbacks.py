@@ -23,7 +23,7 @@ def test_tokens_per_second_are_those_of_the_steps_up_to_the_last_log(before, cou
             pace.on_log(None, state, None, logs={"loss": 1.0, "num_tokens": logged})
         now[0] += 100
         pace.on_log(None, state, None, logs={"eval_loss": 1.0})
-    assert pace.result() == {"tokens_per_second": 18.0}  # 90 tokens in 5 s
+    assert pace.result(2) == {"tokens_per_second": 18.0, "tokens_per_second_per_process": 9.0}  # 90 tokens in 5 s
 
 
 def test_a_trainer_that_counts_no_tokens_has_no_pace():

@@ -3,18 +3,20 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
+from peft import LoraConfig
 from scipy.special import softmax
-from transformers import AutoModelForCausalLM
 
-from ceu_rl import CEUDPOConfig, CEUDPOTrainer
+from ceu_rl import CEUDPOConfig, CEUDPOTrainer, CEUGRPOConfig, CEUGRPOTrainer
 from ceu_rl.cli import main
 from ceu_rl.data.prompts import PromptFormat
+from ceu_rl.run import callbacks, checks
 from ceu_rl.run import retention as keeps
-from ceu_rl.run.callbacks import TaskScore
+from ceu_rl.run.callbacks import StartModel, TaskScore
 from ceu_rl.run.retention import KeptArguments, KeptScore, load_kept
 from ceu_rl.tasks.protocol import Task
 from ceu_rl.tofu.data import REAL_AUTHORS, WORLD_FACTS, load_tofu
@@ -51,11 +53,10 @@ def test_the_scores_are_those_of_each_answer_alone(
     assert set(rows) == {WORLD_FACTS, REAL_AUTHORS, "solutions"}
     args = CEUDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     given = {"args": args, "train_dataset": preferences, "processing_class": tokenizer}
-    trainer = CEUDPOTrainer(tiny_model(), ref_model=tiny_model(), **given)
-    trainer.model.train()
     start = tiny_model(seed=1)
-    start.save_pretrained(tmp_path / "start")
-    found = KeptScore(trainer, rows, PromptFormat(), str(tmp_path / "start")).score(trainer.model)
+    trainer = CEUDPOTrainer(tiny_model(), ref_model=start, **given)
+    trainer.model.train()
+    found = KeptScore(trainer, rows, PromptFormat(), StartModel(trainer)).score(trainer.model)
     assert trainer.model.training
     trainer.model.eval()
     for name, config in (("world_facts", WORLD_FACTS), ("real_authors", REAL_AUTHORS)):
@@ -78,40 +79,107 @@ def test_the_scores_are_those_of_each_answer_alone(
     assert found["solutions_kl"] == pytest.approx(sum(divergences) / len(divergences), rel=1e-4)
 
 
-def test_in_bfloat16_a_model_is_at_no_divergence_from_itself(tiny_model, tokenizer, preferences, solutions, tmp_path):
-    """Under autocast a model and its reference are scored in the same precision."""
-    model, logged, start = tiny_model(), {}, str(tmp_path / "start")
-    model.save_pretrained(start)
-    args = CEUDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=True, report_to="none", max_steps=1)
-    given = {"args": args, "train_dataset": preferences, "processing_class": tokenizer}
-    trainer = CEUDPOTrainer(model, ref_model=tiny_model(), **given)
+def reward(completions, **kwargs):
+    return [float(place) for place in range(len(completions))]
+
+
+def dpo(path, settings, rows, **given):
+    return CEUDPOTrainer(path, args=CEUDPOConfig(**settings), train_dataset=rows, **given)
+
+
+def grpo(path, settings, rows, **given):
+    args = CEUGRPOConfig(**settings, num_generations=2, per_device_train_batch_size=2, max_completion_length=4)
+    return CEUGRPOTrainer(path, reward, args, train_dataset=rows.select_columns("prompt"), **given)
+
+
+LORA = {"peft_config": LoraConfig(target_modules=["q_proj", "v_proj"])}
+# How the trainer comes by the model at the start, and whether it has to be loaded beside the policy
+STARTS = {
+    "dpo": (dpo, {}, False),
+    "dpo-lora": (dpo, LORA, False),
+    "grpo": (grpo, {}, True),
+    "grpo-kl": (grpo, {}, False),
+}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("name", STARTS)
+def test_at_step_0_the_divergence_is_0_and_then_it_is_not(
+    tiny_model, tokenizer, preferences, solutions, tmp_path, name, bf16
+):
+    """Of a model stored in bfloat16, which TRL trains in float32; under autocast both are scored in one precision."""
+    make, given, loads = STARTS[name]
+    tiny_model().bfloat16().save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": bf16, "report_to": "none", "max_steps": 1}
+    if name == "grpo-kl":
+        settings["beta"] = 0.1
+    trainer, logged = make(str(tmp_path / "start"), settings, preferences, **given), {}
+    assert trainer.model.dtype == torch.float32
+    start = StartModel(trainer)
+    assert start.moves == loads
     kept = KeptScore(trainer, load_kept(KeptArguments(eval_solutions=str(solutions))), PromptFormat(), start)
     prompts = [{"prompt": [{"role": "user", "content": "1+1="}]}]
     task = Task("none", rows=lambda *given: [], score=lambda row, answer: 0.0, max_new_tokens=8)
-    of_task = TaskScore(trainer, task, prompts, start)
+    scores = (kept, TaskScore(trainer, task, prompts, start))
     trainer.model = trainer.accelerator.prepare_model(trainer.model)  # which wraps it for autocast, as training does
     trainer.log = logged.update
-    for score in (kept, of_task):
-        score.on_evaluate(args, trainer.state, trainer.control)
+    for score in scores:
+        score.on_evaluate(trainer.args, trainer.state, trainer.control)
     assert logged["eval_solutions_kl"] == logged["eval_kl"] == 0.0
+    with torch.no_grad():
+        for parameter in filter(lambda each: each.requires_grad, trainer.model.parameters()):
+            parameter.add_(0.1)
+    for score in scores:
+        score.on_evaluate(trainer.args, trainer.state, trainer.control)
+    assert logged["eval_solutions_kl"] > 1e-3 and logged["eval_kl"] > 1e-3
 
 
-def test_the_reference_is_loaded_as_the_model_is(tiny_model, tokenizer, preferences, solutions, tmp_path, monkeypatch):
-    asked = []
+def test_a_start_that_is_loaded_is_loaded_as_the_policy_and_leaves_its_device_after_use(
+    tiny_model, tokenizer, preferences, tmp_path, monkeypatch
+):
+    asked, placed = [], []
+    tiny_model().save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
+    trainer = grpo(str(tmp_path / "start"), settings, preferences)
 
     def loaded(name, **how):
         asked.append((name, how))
-        return tiny_model()
+        model = tiny_model()
+        model.to = lambda device: placed.append(str(device)) or model
+        return model
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
-    args = CEUDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
-    trainer = CEUDPOTrainer(
-        tiny_model(), ref_model=tiny_model(), args=args, train_dataset=preferences, processing_class=tokenizer
-    )
-    how = {"revision": "v1", "trust_remote_code": False}
-    KeptScore(trainer, load_kept(KeptArguments(eval_solutions=str(solutions))), PromptFormat(), "me/tiny", **how)
-    TaskScore(trainer, Task("none", lambda *given: [], lambda row, answer: 0.0), [], "me/tiny", **how)
-    assert asked == [("me/tiny", how)] * 2
+    monkeypatch.setattr(callbacks, "create_model_from_path", loaded)
+    trainer.args.model_init_kwargs = {"revision": "v1", "dtype": "bfloat16"}
+    start = StartModel(trainer)
+    how = {"attn_implementation": "sdpa", "trust_remote_code": False, "device_map": None}
+    assert asked == [(str(tmp_path / "start"), {**trainer.args.model_init_kwargs, **how})]
+    with start() as reference:
+        assert reference is start.model and placed == ["cpu"]
+    policy = SimpleNamespace(device="cuda:1")
+    monkeypatch.setattr(trainer.accelerator, "unwrap_model", lambda model: policy)
+    with pytest.raises(KeyError), start():
+        raise KeyError
+    assert placed[2:] == ["cuda:1", "cpu"]
+
+
+def test_a_reference_that_follows_the_policy_is_not_the_start(tiny_model, tokenizer, preferences, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
+    trainer = dpo(str(tmp_path / "start"), {**settings, "sync_ref_model": True}, preferences)
+    assert StartModel(trainer).model is not trainer.ref_model
+
+
+def test_a_start_that_fsdp_would_leave_empty_is_refused(tiny_model, tokenizer, preferences, tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
+    trainer = grpo(str(tmp_path / "start"), settings, preferences)
+    monkeypatch.setattr(checks, "is_fsdp_enabled", lambda: True)
+    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading is true"):
+        StartModel(trainer)
 
 
 @pytest.mark.parametrize("wrong", ["xy", {"a": "x"}])

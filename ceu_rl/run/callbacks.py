@@ -2,14 +2,20 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, ProgressCallback, TrainerCallback
+from peft import PeftModel
+from transformers import ProgressCallback, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
+from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
 
 from ..tasks import Task, evaluate_accuracy, evaluate_samples
 from . import progress
+from .checks import check_reference_is_loaded
 
 
 class Progress(ProgressCallback):
@@ -71,10 +77,13 @@ class Pace(TrainerCallback):
         if "num_tokens" in (logs or {}):
             self.tokens, self.timed = int(logs["num_tokens"]), self.seconds
 
-    def result(self) -> dict[str, float]:
-        """`tokens_per_second`, up to the last log; empty for a trainer that counts none."""
+    def result(self, processes: int = 1) -> dict[str, float]:
+        """Tokens per second of all processes and of one, up to the last log; empty for a trainer that counts none."""
         tokens = self.tokens - self.before
-        return {"tokens_per_second": round(tokens / self.timed, 1)} if tokens > 0 and self.timed else {}
+        if tokens <= 0 or not self.timed:
+            return {}
+        pace = tokens / self.timed
+        return {"tokens_per_second": round(pace, 1), "tokens_per_second_per_process": round(pace / processes, 1)}
 
 
 def log_scores(trainer: Any, scores: Mapping[str, float], metrics: dict[str, float] | None) -> None:
@@ -85,23 +94,71 @@ def log_scores(trainer: Any, scores: Mapping[str, float], metrics: dict[str, flo
         metrics |= found
 
 
+class StartModel:
+    """The model before training, which evaluations compare the policy with.
+
+    Where the trainer keeps it as its reference, or the policy is it without the adapter, nothing is loaded. Else it is
+    loaded as TRL loads a reference; between evaluations it is sharded (FSDP, ZeRO-3) or lies in the host's memory.
+
+    Raises:
+        ValueError: where it would have to be loaded and FSDP would leave it empty.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.model, self.moves = trainer, trainer.ref_model, False
+        policy, args = trainer.model, trainer.args
+        if isinstance(policy, PeftModel) or (self.model is not None and not args.sync_ref_model):
+            return
+        check_reference_is_loaded(needs_reference=True)
+        given = {
+            "dtype": policy.dtype,
+            "attn_implementation": policy.config._attn_implementation,
+            "trust_remote_code": args.trust_remote_code,
+            **(args.model_init_kwargs or {}),
+            "device_map": None,
+        }
+        self.model = create_model_from_path(get_config_model_id(policy.config), **given).eval()
+        if trainer.is_fsdp_enabled:
+            self.model = prepare_fsdp(self.model, trainer.accelerator)
+        elif is_deepspeed_zero3_enabled():
+            self.model = prepare_deepspeed(self.model, trainer.accelerator)
+        else:
+            self.moves = True
+
+    @contextmanager
+    def __call__(self) -> Iterator[Callable[..., Any]]:
+        """The forward pass of the model, on the device of the policy."""
+        policy = self.trainer.accelerator.unwrap_model(self.trainer.model)
+
+        def without_adapter(**inputs: Any) -> Any:
+            with use_adapter(policy, "ref" if "ref" in policy.peft_config else None):  # as TRL's reference does
+                return policy(**inputs)
+
+        if isinstance(policy, PeftModel):
+            yield without_adapter
+        elif self.moves:
+            try:
+                yield self.model.to(policy.device)
+            finally:
+                self.model.to("cpu")
+        else:
+            yield self.model
+
+
 class TaskScore(TrainerCallback):
     """Logs greedy and sampled accuracy on a task, and pass@k, at every evaluation.
 
-    With a `reference`, the name of the model at the start and how it is loaded, also divergence from it and entropy of
-    the samples.
+    With the model at the `start` also divergence from it and entropy of the samples.
     """
 
-    def __init__(self, trainer: Any, task: Task, rows: Any, reference: str | None = None, **loaded_as: Any) -> None:
-        self.trainer, self.task, self.rows = trainer, task, list(rows)
-        self.reference = reference and AutoModelForCausalLM.from_pretrained(reference, **loaded_as).eval()
+    def __init__(self, trainer: Any, task: Task, rows: Any, start: StartModel | None = None) -> None:
+        self.trainer, self.task, self.rows, self.start = trainer, task, list(rows), start or nullcontext
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         # Every process generates the same answers: sharded models need all of them to take part
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         given = (model, self.trainer.processing_class, self.task, self.rows)
-        reference = self.reference and self.reference.to(model.device)
-        with self.trainer.accelerator.autocast():  # the reference in the precision of the model
+        with self.trainer.accelerator.autocast(), self.start() as reference:  # both in the same precision
             scores = {"greedy_accuracy": evaluate_accuracy(*given)}
             scores |= evaluate_samples(*given, seed=args.seed, reference=reference)
         log_scores(self.trainer, scores, metrics)

@@ -4,6 +4,7 @@ accelerate 1.15 chooses the engine by the device. On a CPU it makes plain data p
 processes that each train alone. `engines_on_cpu` changes the answer that it gets when it asks for the device.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,12 @@ def engines_on_cpu() -> None:
         return
     # Of a device named cpu:0, as accelerate calls it, torch cannot load an optimizer
     os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
-    if _asked_for("FSDP"):
+    if is_asked_for("FSDP"):
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo")
         # It takes FSDP up under the name of any device but the CPU
         PartialState._prepare_backend = lambda self, cpu=False, *args: ("gloo", DistributedType.MULTI_GPU)
-    elif _asked_for("DEEPSPEED"):
+    elif is_asked_for("DEEPSPEED"):
         prepare = PartialState._prepare_backend
 
         def prepare_backend(self: PartialState, cpu: bool = False, *args: Any) -> Any:
@@ -66,9 +67,28 @@ def check_processes(processes: int) -> None:
         )
 
 
+def check_gpus(args: Any) -> None:
+    """Raise a ValueError where one process sees several GPUs, over which it would split each batch or the model."""
+    if args.n_gpu > 1 and "device_map" not in (args.model_init_kwargs or {}):
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible and one process was started, which trains on one; choose it with "
+            "CUDA_VISIBLE_DEVICES=0, or start a process for each: accelerate launch --config_file "
+            f"recipes/accelerate/ddp.yaml --num_processes {args.n_gpu} -m ceu_rl.cli ..."
+        )
+
+
+def note_batch(args: Any) -> None:
+    """Say how many rows make a step, which grows with the number of processes."""
+    rows, processes, parts = args.per_device_train_batch_size, args.world_size, args.gradient_accumulation_steps
+    note(
+        f"Each step takes {rows * processes * parts} rows: {rows} (per_device_train_batch_size) on {processes} "
+        f"process{'es' * (processes > 1)}, {parts} times (gradient_accumulation_steps)."
+    )
+
+
 def note_unfinished_builds() -> None:
     """Say where DeepSpeed would wait, without a word and without an end, for a build that a killed run has left."""
-    if not _asked_for("DEEPSPEED"):
+    if not is_asked_for("DEEPSPEED"):
         return
     from torch.utils.cpp_extension import get_default_build_root
 
@@ -83,11 +103,28 @@ def note_unfinished_builds() -> None:
 def check_engine(accelerator: Any) -> None:
     """Raise a ValueError for an engine that `accelerate launch` was asked for and that is not used."""
     for name, kind in ENGINES.items():
-        if _asked_for(name) and accelerator.distributed_type != kind:
+        if is_asked_for(name) and accelerator.distributed_type != kind:
             way_out = "set use_cpu to false" if name == "DEEPSPEED" else "call ceu_rl.run.engines.engines_on_cpu first"
             raise ValueError(
                 f"accelerate was asked for {name} and uses {accelerator.distributed_type.value}, as it does on a CPU; "
                 f"{way_out}, or take recipes/accelerate/ddp_cpu.yaml."
+            )
+
+
+class Float32Outputs:
+    """Trainer mixin: FSDP2 in mixed precision returns what the model computed, and sums gradients in float32.
+
+    accelerate rounds what a sharded model returns to the dtype of its forward pass. In bfloat16 the sum of a response's
+    log-probabilities then falls on a grid of two nats from -256 nats down, and margins of DPO are noise. The reference
+    model takes the same policy, and is sharded after this.
+    """
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)  # type: ignore[attr-defined]
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+            plugin.mixed_precision_policy = dataclasses.replace(
+                plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
             )
 
 
@@ -97,5 +134,6 @@ def save_whole(accelerator: Any) -> None:
         accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
 
 
-def _asked_for(engine: str) -> bool:
+def is_asked_for(engine: str) -> bool:
+    """Whether `accelerate launch` was asked for FSDP or DEEPSPEED."""
     return bool(str_to_bool(os.environ.get(f"ACCELERATE_USE_{engine}", "false")))

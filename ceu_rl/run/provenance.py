@@ -19,7 +19,7 @@ PACKAGES = ("ceu-rl", "torch", "transformers", "trl", "accelerate", "datasets", 
 
 
 def environment() -> dict[str, Any]:
-    """The provenance of a result: date, commit of the source tree, package versions and device."""
+    """The provenance of a result: date, commit of the source tree, package versions and the machine's device."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -27,15 +27,37 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     versions["torch"] = torch.__version__  # with its build, which the index leaves out
-    if torch.cuda.is_available():
-        device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    else:
-        device = f"CPU, {os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} threads"
+    has_gpu = torch.cuda.is_available()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "versions": versions,
-        "device": device,
+        **describe_device("cuda" if has_gpu else "cpu", torch.cuda.device_count() if has_gpu else 1),
+    }
+
+
+def describe_device(device: torch.device | str, count: int) -> dict[str, str]:
+    """`device`, and on a GPU its `driver`."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        cores = f"CPU, {os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} threads"
+        return {"device": cores if device.type == "cpu" else device.type}
+    found = {"device": f"{count} x {torch.cuda.get_device_name(device)}"}
+    if nvidia_smi := shutil.which("nvidia-smi"):
+        asked = [nvidia_smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(asked, capture_output=True, text=True).stdout.split()
+        found |= {"driver": driver[0]} if driver else {}
+    return found
+
+
+def describe_run(trainer: Any) -> dict[str, str]:
+    """The device that a run uses, and the precision and attention of its model."""
+    model, accelerator = trainer.model, trainer.accelerator
+    return {
+        **describe_device(accelerator.device, accelerator.num_processes),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "mixed_precision": accelerator.mixed_precision,
+        "attention": model.config._attn_implementation,
     }
 
 
@@ -54,8 +76,26 @@ def _commit() -> str | None:
 
 def peak_memory_gib() -> float:
     """Peak memory of this process in GiB: of the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else _resident_gib()
+
+
+def peak_memory(accelerator: Any) -> dict[str, float]:
+    """Peak memory in GiB of the process that took most of it; every process must call it.
+
+    Returns:
+        `peak_memory_gib`: of tensors on the GPU, and on a CPU what is resident; `peak_host_memory_gib`: what is
+        resident; on a GPU also `peak_reserved_gib`: what its allocator held.
+    """
+    device, resident = accelerator.device, _resident_gib()
+    peaks = {"peak_memory_gib": resident, "peak_host_memory_gib": resident}
+    if device.type == "cuda":
+        peaks["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        peaks["peak_reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
+    largest = accelerator.gather(torch.tensor([list(peaks.values())], device=device)).amax(dim=0).tolist()
+    return {name: round(peak, 3) for name, peak in zip(peaks, largest, strict=True)}
+
+
+def _resident_gib() -> float:
     # Linux counts in KiB, macOS in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 

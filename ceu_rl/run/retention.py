@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 
 from ..data.prompts import PromptFormat
 from ..tasks.score import Batch, evaluate_divergence
-from .callbacks import log_scores
+from .callbacks import StartModel, log_scores
 from .errors import NameCause
 
 ROWS = 50  # of each set, the first ones: a look at every evaluation has to be cheap
@@ -74,28 +74,20 @@ class KeptScore(TrainerCallback):
 
     `eval_world_facts_probability` and `eval_real_authors_probability` are TOFU's: the mean over questions of the right
     answer's length-normalised probability among the options, 0 to 1. `eval_solutions_nll` is in nats per token, the
-    mean over all tokens of all answers with their end, and with a `reference`, the name of the model at the start (and
-    how it is loaded), `eval_solutions_kl` is the mean divergence from it at these tokens, KL(p | p_ref) over the whole
-    vocabulary. What the chat template writes before each answer is not scored.
+    mean over all tokens of all answers with their end. With the model at the `start`, `eval_solutions_kl` is the mean
+    divergence from it at these tokens, KL(p | p_ref) over the whole vocabulary. What the chat template writes before
+    each answer is not scored.
     """
 
     def __init__(
-        self,
-        trainer: Any,
-        rows: Mapping[str, Dataset],
-        form: PromptFormat,
-        reference: str | None = None,
-        **loaded_as: Any,
+        self, trainer: Any, rows: Mapping[str, Dataset], form: PromptFormat, start: StartModel | None = None
     ) -> None:
         from ..models import end_token_ids
         from ..tofu.scoring import check_context, make_answers
 
         tokenizer = trainer.processing_class
         prompt = form.settle(tokenizer)
-        self.trainer = trainer
-        self.reference = None
-        if reference is not None and "solutions" in rows:
-            self.reference = AutoModelForCausalLM.from_pretrained(reference, **loaded_as).eval()
+        self.trainer, self.start = trainer, start
         self.answers = make_answers(rows, tokenizer, prompt, end_token_ids(trainer.model, tokenizer))
         check_context(trainer.model, self.answers)
 
@@ -127,9 +119,10 @@ class KeptScore(TrainerCallback):
             if config == "solutions":
                 total = sum(answer.log_prob * len(answer.completion_ids) for answer in right)
                 found["solutions_nll"] = -total / sum(len(answer.completion_ids) for answer in right)
-                if self.reference is not None:
+                if self.start is not None:
                     batches = [_as_batch(answer, model.device) for answer in right]
-                    found["solutions_kl"] = evaluate_divergence(model, self.reference.to(model.device), batches)["kl"]
+                    with self.start() as reference:
+                        found["solutions_kl"] = evaluate_divergence(model, reference, batches)["kl"]
                 continue
             wrong: dict[int, list[float]] = {}
             for answer in here:

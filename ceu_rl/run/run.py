@@ -37,12 +37,20 @@ from ..models import (
 from ..tasks import articles
 from ..tofu.data import ask, has_questions, is_tofu, load_tofu
 from ..tofu.refusals import to_preferences
-from .callbacks import MetricsFile, Pace, Progress, ProgressLines, TaskScore
+from .callbacks import MetricsFile, Pace, Progress, ProgressLines, StartModel, TaskScore
 from .checkpoints import TRAINER_STATE_NAME, check_resumes, is_json, saved_checkpoints, traces
 from .config import build_configs, classes_of, read_arguments, settings_of
-from .engines import check_engine, check_processes, engines_on_cpu, note_unfinished_builds, save_whole
+from .engines import (
+    check_engine,
+    check_gpus,
+    check_processes,
+    engines_on_cpu,
+    note_batch,
+    note_unfinished_builds,
+    save_whole,
+)
 from .errors import Boundary, NameCause, sentence
-from .provenance import environment, peak_memory_gib, write_json
+from .provenance import describe_run, environment, peak_memory, write_json
 from .retention import KeptScore, load_kept
 
 ASKING = ("sft", "dpo", "unlearn")  # methods that take rows of question and answer
@@ -63,6 +71,7 @@ def run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
     engines_on_cpu()
     script, args, model_config, mixture = build_configs(method, arguments)
     check_processes(args.world_size)
+    check_gpus(args)
     note_unfinished_builds()
     with _FolderLock(args):
         args.resume_from_checkpoint = _resume_from(args.output_dir, args.resume_from_checkpoint)
@@ -72,6 +81,7 @@ def run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
         if args.resume_from_checkpoint:
             check_resumes(args.resume_from_checkpoint, trainer.accelerator.distributed_type)
         trainer.add_callback(_Course(boundary))
+        note_batch(args)
         with ExitStack() as end:
             if method == "grpo":
                 end.callback(trainer.close)  # vLLM's groups of processes go before torch's
@@ -83,6 +93,7 @@ def run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
                 "resumed": args.resume_from_checkpoint is not None,
                 **({"prompt": prompt} if prompt else {}),
                 **provenance,
+                **describe_run(trainer),
             }
             end.enter_context(_RecordDivergence(trainer, record))
             with StopOnSignal(trainer) as stop, _RowsOfTemplate(trainer.train_dataset, trainer.processing_class):
@@ -132,6 +143,8 @@ def _finish(
             f"The evaluation after step {step} met a non-finite loss ({final['eval_loss']}), so that the model in "
             f"{args.output_dir} is of no use; start again with a lower learning_rate."
         )
+    peaks = peak_memory(trainer.accelerator)
+    pace = next(each for each in trainer.callback_handler.callbacks if isinstance(each, Pace))
     if trainer.is_world_process_zero():
         result = {
             **record,
@@ -140,9 +153,9 @@ def _finish(
             "processes": trainer.accelerator.num_processes,
             "metrics": {key: value for key, value in final.items() if key not in ("step", "epoch")},
             **_eval_tokens(method, trainer),
-            **next(each for each in trainer.callback_handler.callbacks if isinstance(each, Pace)).result(),
+            **pace.result(trainer.accelerator.num_processes),
             "wall_time_s": round(time.perf_counter() - start, 1),
-            "peak_memory_gib": round(peak_memory_gib(), 3),
+            **peaks,
         }
         Path(args.output_dir, FAILURE).unlink(missing_ok=True)
         write_json(Path(args.output_dir, "result.json"), result)
@@ -400,12 +413,13 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
         trainer.add_callback(Progress if sys.stderr.isatty() else ProgressLines)
     trainer.add_callback(MetricsFile)
     trainer.add_callback(Pace())
-    start = None if method == "sft" else model_config.model_name_or_path
-    loaded_as = {"revision": model_config.model_revision or "main", "trust_remote_code": args.trust_remote_code}
-    if task is not None and "eval" in datasets:
-        trainer.add_callback(TaskScore(trainer, task, datasets["eval"], start, **loaded_as))
+    scored = datasets.get("eval") if task is not None else None
+    compares = method != "sft" and (scored is not None or "solutions" in kept)
+    start = StartModel(trainer) if compares else None
+    if scored is not None:
+        trainer.add_callback(TaskScore(trainer, task, scored, start))
     if kept:
-        trainer.add_callback(KeptScore(trainer, kept, form, start, **loaded_as))
+        trainer.add_callback(KeptScore(trainer, kept, form, start))
     return trainer, prompt
 
 
