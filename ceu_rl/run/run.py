@@ -143,7 +143,7 @@ def _finish(
             f"The evaluation after step {step} met a non-finite loss ({final['eval_loss']}), so that the model in "
             f"{args.output_dir} is of no use; start again with a lower learning_rate."
         )
-    peaks = peak_memory(trainer.accelerator)
+    peaks = peak_memory(args.device)
     pace = next(each for each in trainer.callback_handler.callbacks if isinstance(each, Pace))
     if trainer.is_world_process_zero():
         result = {
