@@ -174,20 +174,28 @@ def _above_minus_inf(log_probs: torch.Tensor) -> torch.Tensor:
     return log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
 
 
-def npo_loss(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, beta: float = 0.1) -> torch.Tensor:
-    """Negative preference optimization (NPO; Zhang et al. 2024, arXiv 2404.05868, eq. 3), per sequence.
+def log_ratio(log_probs: torch.Tensor, ref_log_probs: torch.Tensor) -> torch.Tensor:
+    """log(p / p_ref) of each token, of any shape, in nats; 0 where both models rule the token out."""
+    ruled_out = log_probs.isneginf() & ref_log_probs.isneginf()
+    return (log_probs - ref_log_probs).masked_fill(ruled_out, 0.0)
 
-        L = -(2 / b) log sigmoid(-b log(p(y|x) / p_ref(y|x)))
+
+def npo_loss(log_ratios: torch.Tensor, beta: float = 0.1) -> torch.Tensor:
+    """Negative preference optimization, of sequences or of tokens, with R = p / p_ref under a reference model.
+
+        L = -(2 / b) log sigmoid(-b log R)        dL/d(log p) = 2 p^b / (p^b + p_ref^b)
+
+    NPO (Zhang et al. 2024, arXiv 2404.05868, eq. 3) takes R of each answer, TNPO (Wang et al. 2025, arXiv 2502.19301)
+    of each token.
 
     Args:
-        log_probs: log p(y|x), summed over the tokens of each answer, in nats; shape (B,).
-        ref_log_probs: the same under the reference model; shape (B,).
-        beta: b > 0; as b -> 0 the gradient becomes that of gradient ascent.
+        log_ratios: log R, in nats, of any shape: `log_ratio`, for NPO summed over the tokens of each answer.
+        beta: b > 0; as b -> 0 the gradient becomes gradient ascent's.
 
     Returns:
-        The loss of each sequence, shape (B,). It is bounded below by 0.
+        The loss of each unit, of the same shape. It is bounded below by 0.
     """
-    return -2 / beta * F.logsigmoid(-beta * (log_probs - ref_log_probs))
+    return -2 / beta * F.logsigmoid(-beta * log_ratios)
 
 
 def simnpo_loss(mean_log_probs: torch.Tensor, beta: float = 4.5, margin: float = 0.0) -> torch.Tensor:

@@ -1,10 +1,10 @@
 """Unlearning: CE-U (arXiv 2503.01224) and its baselines on TRL's `SFTTrainer`.
 
-    loss = forget_weight * forget term, mean over the tokens or the sequences of the forget set
-         + retain_weight * retain term, mean over the tokens of as many rows of the retain set
+    loss = forget_weight * forget term, the mean over the tokens or the sequences of the forget set
+         + retain_weight * retain term, the mean over the tokens of as many rows of the retain set
 
-The formulas of the forget terms are in `losses.py`. Means are over the whole optimizer step: gradient accumulation and
-several processes give the gradient of one large batch.
+The formulas are in `losses.py`. Means are over the whole optimizer step: gradient accumulation and several processes
+give the gradient of one large batch.
 """
 
 import copy
@@ -12,11 +12,12 @@ import functools
 import json
 import math
 import textwrap
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from datasets import Dataset
@@ -25,7 +26,6 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import (
-    FusedCausalLMOutput,
     add_fused_lm_head,
     create_model_from_path,
     get_config_model_id,
@@ -41,6 +41,7 @@ from .losses import (
     cross_entropy_unlearning_loss,
     gradient_ascent_loss,
     kl_loss,
+    log_ratio,
     npo_loss,
     satimp_loss,
     simnpo_loss,
@@ -48,57 +49,36 @@ from .losses import (
     weighted_gradient_ascent_loss,
 )
 from .models import end_token_ids
-from .route import CITATION, check_trl_version, wrap_forward
+from .route import CITATION, check_trl_version
 from .run.checkpoints import WholeCheckpoints
 from .run.checks import StopAtNonFinite, check_language_model, check_numbers, check_reference_is_loaded
 from .run.engines import Float32Outputs
 
 
 class Method(NamedTuple):
-    """What the trainer must know of a forget loss: its unit of averaging, its `beta`, and whether it has a teacher."""
+    """What the trainer must know of a forget loss, and the defaults of its paper or of open-unlearning."""
 
-    unit: str = "tokens"
-    beta: float | None = None  # the default of its paper or of open-unlearning; None: it has no beta
+    unit: str = "tokens"  # what its mean is over
     needs_reference: bool = False
-    ignored: int = 0  # the default of ignore_first_n_answer_tokens
+    beta: float | None = None  # None: it has no beta
+    ignore_first_n_answer_tokens: int = 0
     retain_loss_type: str = "nll"
     retain_weight: float = 1.0
 
 
 METHODS = {
-    "ceu": Method(ignored=1),
+    "ceu": Method(ignore_first_n_answer_tokens=1),
     "grad_ascent": Method(),
     "grad_diff": Method(),
-    "npo": Method("sequences", beta=0.1, needs_reference=True),
+    "npo": Method("sequences", needs_reference=True, beta=0.1),
+    "tnpo": Method(needs_reference=True, beta=1.0),
     "simnpo": Method("sequences", beta=4.5),
     "wga": Method(beta=1.0),
     "satimp": Method(beta=5.0),
-    "undial": Method(beta=10.0, needs_reference=True),
+    "undial": Method(needs_reference=True, beta=10.0),
     "rmu": Method("sequences", retain_loss_type="activations", retain_weight=1200.0),
 }
-
-
-class _Default:
-    """Marks the default of a method, which `dataclasses.replace` with another `loss_type` does not carry over."""
-
-
-class _DefaultFloat(float, _Default):
-    pass
-
-
-class _DefaultInt(int, _Default):
-    pass
-
-
-class _DefaultText(str, _Default):
-    pass
-
-
-def _as_default(value: Any) -> Any:
-    kinds = {float: _DefaultFloat, int: _DefaultInt, str: _DefaultText}
-    return None if value is None else kinds[type(value)](value)
-
-
+OWN_DEFAULTS = ("beta", "ignore_first_n_answer_tokens", "retain_loss_type", "retain_weight")
 RETAIN_LOSSES = ("nll", "kl", "activations")
 COLUMNS = ["input_ids", "labels"]
 
@@ -141,7 +121,8 @@ class UnlearnConfig(SFTConfig):
     beta: float | None = field(
         default=None,
         metadata={
-            "help": "The beta of npo (default 0.1), simnpo (4.5), wga (1), satimp (beta1, 5), undial (strength, 10)."
+            "help": "The beta of npo (default 0.1), tnpo (1), simnpo (4.5), wga (1), satimp (beta1, 5), "
+            "undial (strength, 10)."
         },
     )
     beta2: float = field(default=1.0, metadata={"help": "The second exponent of satimp."})
@@ -184,45 +165,44 @@ class UnlearnConfig(SFTConfig):
         check_trl_version()
         if self.loss_type not in METHODS:
             raise ValueError(f"loss_type is {self.loss_type!r}; use one of {', '.join(METHODS)}.")
-        method = METHODS[self.loss_type]
-        own = {
-            "beta": method.beta,
-            "ignore_first_n_answer_tokens": method.ignored,
-            "retain_loss_type": method.retain_loss_type,
-            "retain_weight": method.retain_weight,
-        }
-        for name, value in own.items():
-            if getattr(self, name) is None or isinstance(getattr(self, name), _Default):
-                setattr(self, name, _as_default(value))
-        if self.retain_loss_type not in RETAIN_LOSSES:
-            raise ValueError(f"retain_loss_type is {self.retain_loss_type!r}; use 'nll' or 'kl'.")
-        if self.retain_loss_type == "activations" and self.loss_type != "rmu":
-            raise ValueError(f"retain_loss_type is 'activations' and loss_type {self.loss_type!r}; use 'nll' or 'kl'.")
+        method = self.method
+        kinds = RETAIN_LOSSES[: 3 if self.loss_type == "rmu" else 2]
+        if method.retain_loss_type not in kinds:
+            raise ValueError(
+                f"retain_loss_type is {method.retain_loss_type!r} and loss_type {self.loss_type!r}; "
+                f"use one of {', '.join(kinds)}."
+            )
         if self.chunk and self.max_length is None:
             raise ValueError("chunk is True and max_length None; set the tokens of a piece.")
-        if self.beta is not None and method.beta is None:
+        if self.beta is not None and METHODS[self.loss_type].beta is None:
             raise ValueError(f"beta is {self.beta}, and loss_type {self.loss_type!r} has none; leave it out.")
         if self.beta is not None and not 0 < self.beta < math.inf:
             raise ValueError(f"beta is {self.beta}; use a finite number above 0.")
         for name in ("beta2", "forget_weight", "retain_weight", "steering_coeff"):
-            if not 0 <= getattr(self, name) < math.inf:
+            if not 0 <= (getattr(self, name) or 0.0) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; use a finite number from 0.")
         if not math.isfinite(self.margin):
             raise ValueError(f"margin is {self.margin}; use a finite number.")
-        if not (isinstance(self.ignore_first_n_answer_tokens, int) and self.ignore_first_n_answer_tokens >= 0):
-            raise ValueError(
-                f"ignore_first_n_answer_tokens is {self.ignore_first_n_answer_tokens}; use a whole number from 0."
-            )
+        skipped = method.ignore_first_n_answer_tokens
+        if not (isinstance(skipped, int) and skipped >= 0):
+            raise ValueError(f"ignore_first_n_answer_tokens is {skipped}; use a whole number from 0.")
         unsupported = ("packing", "padding_free", "use_liger_kernel", "label_smoothing_factor")
         for name in (*unsupported, "dataloader_persistent_workers"):
             if getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)}, which unlearning does not support; leave it out.")
+        self.logging_nan_inf_filter = False  # waits for the device at each batch; `StopAtNonFinite` ends such a run
         super().__post_init__()
+
+    @property
+    def method(self) -> Method:
+        """The method with the settings of this run: its own defaults where a field is None."""
+        given = {name: getattr(self, name) for name in OWN_DEFAULTS if getattr(self, name) is not None}
+        return METHODS[self.loss_type]._replace(**given)
 
     @property
     def needs_reference(self) -> bool:
         """Whether a term compares with the model as it was before unlearning."""
-        return METHODS[self.loss_type].needs_reference or self.retain_loss_type != "nll"
+        return self.method.needs_reference or self.method.retain_loss_type != "nll"
 
 
 class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrainer):
@@ -310,6 +290,8 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
             self.train_dataset = PairedDataset(self.train_dataset, retain, args.seed)
             self.add_callback(EpochOfPairs(self.train_dataset))
         self.ref_model = self._place_reference(reference)
+        self._terms: dict[str, torch.Tensor] = {}  # of this optimizer step, so far
+        self._units: dict[str, torch.Tensor] = {}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As stock; what RMU leaves alone is frozen for that time, so that a later trainer trains all of the model."""
@@ -340,7 +322,7 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
 
     def _spare(self, forget: Any, ends: list[int]) -> Any:
         settings = {
-            "skipped": self.args.ignore_first_n_answer_tokens,
+            "skipped": self.args.method.ignore_first_n_answer_tokens,
             "tokenizer": self._tokenizer,
             "template": self.chat_template,
             "ends": ends,
@@ -365,15 +347,19 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
         return self.accelerator.prepare_model(reference, evaluation_mode=True)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        # The units that the terms of this optimizer step are averaged over, in all micro-batches and processes
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        units = sum((_count_units(batch) for batch in samples), torch.zeros(3)).to(device)
-        tokens, sequences, retained = self.accelerator.reduce(units, reduction="sum").clamp(min=1)
-        forget = tokens if METHODS[self.args.loss_type].unit == "tokens" else sequences
-        self._step_units = {
-            "forget": forget,
-            "retain": sequences if self.args.retain_loss_type == "activations" else retained,
+        # Over all micro-batches and processes of this optimizer step, and never read on the host
+        counts = self.accelerator.reduce(
+            sum((_count_units(batch).to(device) for batch in samples), torch.zeros(4, dtype=torch.long, device=device)),
+            reduction="sum",
+        )
+        units = dict(zip(("tokens", "sequences", "retained"), counts.clamp(min=1), strict=False))
+        method = self.args.method
+        self._units = {
+            "forget": units[method.unit],
+            "retain": units["sequences" if method.retain_loss_type == "activations" else "retained"],
         }
+        self._total_train_tokens = self._total_train_tokens + counts[3]
         return samples, num_items
 
     def compute_loss(
@@ -381,64 +367,78 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
     ) -> Any:
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        forget = {key: value for key, value in inputs.items() if not key.startswith("retain_")}
-        retain = {key.removeprefix("retain_"): value for key, value in inputs.items() if key.startswith("retain_")}
-        total = self._forget_loss(model, forget)
-        tokens, sequences, retained = _count_units(inputs)
-        self._record("forget_loss", total, tokens if METHODS[self.args.loss_type].unit == "tokens" else sequences)
-        loss = self.args.forget_weight * total / self._step_units["forget"]
-        if retain:
-            total = self._retain_loss(model, retain)
-            self._record("retain_loss", total, sequences if self.args.retain_loss_type == "activations" else retained)
-            weight: Any = self.args.retain_weight
-            loss = loss + weight * total / self._step_units["retain"]
-        seen = sum(value.sum() for key, value in inputs.items() if key.endswith("attention_mask"))
-        self._total_train_tokens += self.accelerator.reduce(seen, "sum").item()
-        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        batches: dict[str, dict[str, Any]] = {"forget": {}, "retain": {}}
+        for key, value in inputs.items():
+            batches["retain" if key.startswith("retain_") else "forget"][key.removeprefix("retain_")] = value
+        terms = {"forget": self._forget_loss(model, batches["forget"]) / self._units["forget"]}
+        if batches["retain"]:
+            terms["retain"] = self._retain_loss(model, batches["retain"]) / self._units["retain"]
+        for name, term in terms.items():
+            self._terms[name] = self._terms.get(name, 0.0) + term.detach().float()
+        weights = {"forget": self.args.forget_weight, "retain": self.args.method.retain_weight}
         # Gradients are averaged over the processes, and the units are those of all of them
-        return loss * self.accelerator.num_processes
+        return sum(weights[name] * term for name, term in terms.items()) * self.accelerator.num_processes
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:  # here every process comes by, and a log may be written by one alone
+            names = list(self._terms)
+            terms = self.accelerator.reduce(torch.stack([self._terms.pop(name) for name in names]), reduction="sum")
+            for name, term in zip(names, terms, strict=True):
+                self._metrics["train"][f"{name}_loss"].append(term)
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        for metrics in self._metrics.values():
+            for name, values in metrics.items():
+                metrics[name] = [value.item() if isinstance(value, torch.Tensor) else value for value in values]
+        super().log(logs, *args, **kwargs)
 
     def _forget_loss(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """The forget term, summed over its units."""
-        args: Any = self.args
+        args, beta = self.args, cast(float, self.args.method.beta)
         if args.loss_type == "ceu":
-            return model(**batch, unlearn=True, use_cache=False).loss
+            return model(**batch, inside=ceu_loss)
         if args.loss_type == "rmu":
-            hidden = model(**batch, hidden_of=args.rmu_layer, use_cache=False)
+            hidden = self._activations(model, batch)
             return self._mean_activation_loss(hidden, self._steered(hidden), batch["labels"])
         if args.loss_type == "undial":
-            return undial_loss(*self._logits_of_both(model, batch), args.beta).sum()
+            return undial_loss(*self._logits_of_both(model, batch), beta).sum()
         log_probs = self._log_probs(model, batch)  # zero where a token is not unlearned, which adds zero to each sum
         match args.loss_type:
             case "wga":
-                return weighted_gradient_ascent_loss(log_probs, args.beta).sum()
+                return weighted_gradient_ascent_loss(log_probs, beta).sum()
             case "satimp":
-                return satimp_loss(log_probs, args.beta, args.beta2).sum()
-            case "npo":
+                return satimp_loss(log_probs, beta, args.beta2).sum()
+            case "npo" | "tnpo":
                 with torch.no_grad(), self._reference() as reference:
                     ref_log_probs = self._log_probs(reference, batch)
-                return npo_loss(log_probs.sum(dim=1), ref_log_probs.sum(dim=1), args.beta).sum()
+                ratio = log_ratio(log_probs, ref_log_probs)
+                ratio = ratio.sum(dim=1) if args.loss_type == "npo" else ratio[batch["labels"][:, 1:] != -100]
+                return npo_loss(ratio, beta).sum()
             case "simnpo":
                 lengths = (batch["labels"][:, 1:] != -100).sum(dim=1)
-                return simnpo_loss(log_probs.sum(dim=1) / lengths, args.beta, args.margin).sum()
+                return simnpo_loss(log_probs.sum(dim=1) / lengths, beta, args.margin).sum()
         return gradient_ascent_loss(log_probs).sum()
 
     def _retain_loss(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
-        """The retain term, summed over the tokens."""
-        if self.args.retain_loss_type == "nll":
-            return -self._log_probs(model, batch).sum()
-        if self.args.retain_loss_type == "activations":
-            hidden = model(**batch, hidden_of=self.args.rmu_layer, use_cache=False)
-            with torch.no_grad(), self._reference() as reference:
-                target = reference(**batch, hidden_of=self.args.rmu_layer, use_cache=False)
-            return self._mean_activation_loss(hidden, target, batch["labels"])
-        logits, ref_logits, _ = self._logits_of_both(model, batch)
-        return kl_loss(logits, ref_logits).sum()
+        """The retain term, summed over its units."""
+        match self.args.method.retain_loss_type:
+            case "nll":
+                return -self._log_probs(model, batch).sum()
+            case "kl":
+                logits, ref_logits, _ = self._logits_of_both(model, batch)
+                return kl_loss(logits, ref_logits).sum()
+        hidden = self._activations(model, batch)
+        with torch.no_grad(), self._reference() as reference:
+            target = self._activations(reference, batch)
+        return self._mean_activation_loss(hidden, target, batch["labels"])
 
     def _steered(self, hidden: torch.Tensor) -> torch.Tensor:
         """c u, with a random unit vector u whose entries were drawn from [0, 1): the same for the whole run."""
         vector = torch.rand(hidden.shape[-1], generator=torch.Generator().manual_seed(self.args.seed))
-        return (self.args.steering_coeff * vector / vector.norm()).to(hidden.device)
+        return (self.args.steering_coeff * vector / vector.norm()).to(hidden.device, non_blocking=True)
 
     @staticmethod
     def _mean_activation_loss(hidden: torch.Tensor, target: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -446,19 +446,20 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
         kept = labels != -100
         return ((activation_loss(hidden, target) * kept).sum(dim=1) / kept.sum(dim=1)).sum()
 
+    def _activations(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        return model(**_without_labels(batch), inside=activations, layer=self.args.rmu_layer)
+
     def _log_probs(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         return model(**batch, fused_lm_head=True, use_cache=False).log_probs
 
     def _logits_of_both(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits of the model and of the reference where there is a label, (N, V) each, and the labels, (N,)."""
-        labels = batch["labels"][:, 1:]
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        # Prompt-learning PEFT puts virtual tokens before the sequence
-        kept = (slice(None), slice(-batch["labels"].shape[1], -1))
-        logits = model(**inputs, use_cache=False).logits[kept][labels != -100]
+        labels = batch["labels"][:, 1:].flatten()
+        rows = (labels != -100).nonzero().squeeze(1)
+        given = {**_without_labels(batch), "inside": logits_of_rows, "rows": rows, "tokens": batch["labels"].shape[1]}
         with torch.no_grad(), self._reference() as reference:
-            ref_logits = reference(**inputs, use_cache=False).logits[kept][labels != -100]
-        return logits, ref_logits, labels[labels != -100]
+            ref_logits = reference(**given)
+        return model(**given), ref_logits, labels[rows]
 
     @contextmanager
     def _reference(self) -> Iterator[Any]:
@@ -471,11 +472,6 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
             policy.eval()
             yield self.model
         policy.train(training)
-
-    def _record(self, name: str, total: torch.Tensor, units: torch.Tensor) -> None:
-        pair = torch.stack([total.detach().float(), units.to(total.device)])
-        total, units = self.accelerator.reduce(pair, reduction="sum")
-        self._metrics["train"][name].append((total / units.clamp(min=1)).item())
 
     def describe_rows(self, inputs: Mapping[str, Any]) -> list[str]:
         batch = [
@@ -535,40 +531,54 @@ class PairCollator:
 
 
 def add_unlearning_head(model: PreTrainedModel) -> None:
-    """Make `model(..., labels=labels, unlearn=True)` return the summed CE-U loss of `fused.py`, without the logits.
+    """Make `model(**inputs, inside=f)` return `f(model, **inputs)`.
 
-    And `model(..., hidden_of=n)` the activations after layer n, of shape (batch, tokens, width). Like TRL's fused head
-    it wraps `forward`, inside which FSDP and ZeRO-3 have the parameters at hand.
+    Like TRL's fused head it is a `forward` of this model, inside which FSDP and ZeRO-3 have the parameters at hand.
     """
-    wrap_forward(model, _unlearning_forward)
+    plain = model.forward
+    # A function of the model, so that a copy computes with its own weights
+    bound = isinstance(plain, types.MethodType) and plain.__self__ is model
+    function: Callable[..., Any] = plain.__func__ if bound else lambda self, *args, **kwargs: plain(*args, **kwargs)  # type: ignore[attr-defined]
+
+    @functools.wraps(type(model).forward)  # `generate` and `Trainer` read its signature
+    def forward(self: Any, *args: Any, inside: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
+        return function(self, *args, **kwargs) if inside is None else inside(self, *args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
 
 
-def _unlearning_forward(
-    forward: Callable[..., Any],
-    self: Any,
-    *args: Any,
-    unlearn: bool = False,
-    hidden_of: int | None = None,
-    **kwargs: Any,
-) -> Any:
-    if hidden_of is not None:
-        kwargs.pop("labels", None)
-        return _hidden_after(self, hidden_of, *args, **kwargs)
-    if not unlearn:
-        return forward(self, *args, **kwargs)
-    labels = kwargs.pop("labels")[:, 1:]
-    hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
-    head: Any = self.get_output_embeddings()
+def ceu_loss(model: Any, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """The CE-U loss of `fused.py`, summed over the labels (batch, tokens) that are not -100."""
+    hidden, head = model.base_model(**inputs, use_cache=False).last_hidden_state, model.get_output_embeddings()
+    hidden, labels = (each.to(head.weight.device) for each in (hidden[:, :-1], labels[:, 1:]))
+    options = {"bias": head.bias, "reduction": "sum", **lm_head_options(model)}
     with maybe_gather_lm_head_ctx(head.weight, head.bias):
-        loss = fused_linear_unlearning_loss(
-            hidden.to(head.weight.device),
-            head.weight,
-            labels.to(head.weight.device),
-            bias=head.bias,
-            reduction="sum",
-            **lm_head_options(self),
-        )
-    return FusedCausalLMOutput(loss=loss)
+        return fused_linear_unlearning_loss(hidden, head.weight, labels, **options)
+
+
+def logits_of_rows(model: Any, rows: torch.Tensor, tokens: int, **inputs: Any) -> torch.Tensor:
+    """The logits (N, V) at `rows` (N,) of all positions but the last of each sequence, counted through the batch."""
+    hidden, head = model.base_model(**inputs, use_cache=False).last_hidden_state, model.get_output_embeddings()
+    # Prompt-learning PEFT puts virtual tokens before the sequence
+    kept = hidden[:, -tokens:-1].flatten(0, 1)[rows].to(head.weight.device)
+    options = lm_head_options(model)
+    logits: torch.Tensor = head(kept) * options["logit_scale"]
+    cap = options["softcap"]
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def activations(model: Any, layer: int, **inputs: Any) -> torch.Tensor:
+    """The activations (batch, tokens, width) after a layer, counted from 0; no later layer runs."""
+    found: list[Any] = []
+    layers = _layers(model)
+    handle = layers[layer].register_forward_hook(lambda module, given, out: found.append(out))
+    model.base_model.layers = layers[: layer + 1]
+    try:
+        model.base_model(**inputs, use_cache=False)
+    finally:
+        model.base_model.layers = layers
+        handle.remove()
+    return found[0][0] if isinstance(found[0], tuple) else found[0]
 
 
 @torch.no_grad()
@@ -584,7 +594,7 @@ def _check_head(model: Any) -> None:
     training = model.training
     model.eval()
     try:
-        found = model(input_ids=ids, labels=ids, unlearn=True).loss
+        found = model(input_ids=ids, labels=ids, inside=ceu_loss)
         logits = model(input_ids=ids).logits
     finally:
         model.train(training)
@@ -595,16 +605,6 @@ def _check_head(model: Any) -> None:
             f"loss of a few tokens is {expected.item():.4g}, and {found.item():.4g} so), which unlearning does not "
             "support; use another model."
         )
-
-
-def _hidden_after(model: PreTrainedModel, layer: int, *args: Any, **kwargs: Any) -> torch.Tensor:
-    found: list[Any] = []
-    handle = _layers(model)[layer].register_forward_hook(lambda module, given, out: found.append(out))
-    try:
-        model.base_model(*args, **kwargs)
-    finally:
-        handle.remove()
-    return found[0][0] if isinstance(found[0], tuple) else found[0]
 
 
 def _layers(model: Any) -> Any:
@@ -664,7 +664,7 @@ def _make_reference(
         if not args.needs_reference:
             raise ValueError(
                 f"ref_model is given, and neither loss_type {args.loss_type!r} nor retain_loss_type "
-                f"{args.retain_loss_type!r} compares with a reference; leave it out."
+                f"{args.method.retain_loss_type!r} compares with a reference; leave it out."
             )
         if ref_model is model:
             raise ValueError("ref_model is the model itself, which changes; leave it out, or give a copy.")
@@ -691,9 +691,9 @@ def _check_sets(forget: Any, retain: Any, args: UnlearnConfig) -> None:
             raise ValueError(f"{name}_dataset is a {type(dataset).__name__}; give a datasets.Dataset.")
         if len(dataset) == 0:
             raise ValueError(f"The {name} dataset has no rows; give it at least one.")
-    if retain is None and (args.loss_type == "grad_diff" or args.retain_loss_type != "nll"):
+    if retain is None and (args.loss_type == "grad_diff" or args.method.retain_loss_type != "nll"):
         both = args.loss_type == "grad_diff"
-        what = "loss_type is 'grad_diff'" if both else f"retain_loss_type is {args.retain_loss_type!r}"
+        what = "loss_type is 'grad_diff'" if both else f"retain_loss_type is {args.method.retain_loss_type!r}"
         raise ValueError(f"{what} and retain_dataset is None; give what to retain.")
     if retain is not None and args.loss_type == "grad_ascent":
         raise ValueError(
@@ -775,8 +775,13 @@ def _tools(row: Mapping[str, Any]) -> Any:
     return json.loads(tools) if isinstance(tools, str) else tools
 
 
+def _without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
 def _count_units(batch: Mapping[str, Any]) -> torch.Tensor:
-    """Tokens and sequences of the forget rows, and tokens of the retain rows: shape (3,)."""
-    forget = (batch["labels"][:, 1:] != -100).sum()
-    retain = (batch["retain_labels"][:, 1:] != -100).sum() if "retain_labels" in batch else torch.zeros(())
-    return torch.tensor([forget.item(), len(batch["labels"]), retain.item()])
+    """Tokens and sequences of the forget rows, tokens of the retain rows, and tokens that are read: shape (4,)."""
+    labels = batch["labels"]
+    forget, retain = ((batch.get(key, labels[:, :0])[:, 1:] != -100).sum() for key in ("labels", "retain_labels"))
+    seen = sum(value.sum() for key, value in batch.items() if key.endswith("attention_mask"))
+    return torch.stack([forget, torch.full_like(forget, len(labels)), retain, torch.as_tensor(seen)])

@@ -11,6 +11,7 @@ from ceu_rl.losses import (
     descent_weight,
     gradient_ascent_loss,
     kl_loss,
+    log_ratio,
     npo_loss,
     satimp_loss,
     simnpo_loss,
@@ -334,9 +335,18 @@ def test_npo_by_hand():
 
     The gradient for log p is 2 sigmoid(b log(p / p_ref)): 2 * 1/2 = 1, and 2 * (1/4) / (5/4) = 0.4.
     """
-    value, gradient = with_gradient(npo_loss, torch.full((2,), LOG_HALF, dtype=torch.float64), beta=2.0)
+    reference = torch.full((2,), LOG_HALF, dtype=torch.float64)
+    value, gradient = with_gradient(lambda log_probs: npo_loss(log_ratio(log_probs, reference), beta=2.0))
     assert value == pytest.approx([0.69314718, 0.22314355])
     assert gradient == pytest.approx([1.0, 0.4])
+
+
+def test_a_token_that_both_models_rule_out_has_no_ratio():
+    log_probs = torch.tensor([-math.inf, -math.inf, -1.0, -2.0], requires_grad=True)
+    ratio = log_ratio(log_probs, torch.tensor([-math.inf, -1.0, -math.inf, -2.0]))
+    assert ratio.tolist() == [0.0, -math.inf, math.inf, 0.0]
+    npo_loss(ratio[[0, 1, 3]]).sum().backward()
+    assert log_probs.grad.tolist() == [0.0, 0.0, 0.0, 1.0]
 
 
 def test_simnpo_by_hand():

@@ -17,7 +17,6 @@ from trl import DPOTrainer, KTOConfig, KTOTrainer
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from ceu_rl.route import route_descent
-from ceu_rl.unlearn import add_unlearning_head
 
 
 class ToyHead(torch.nn.Module):
@@ -218,20 +217,17 @@ COPIES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "a second trainer's", "unlearning"])
+@pytest.mark.parametrize("kind", ["full", "lora", "a second trainer's"])
 @pytest.mark.parametrize("how", COPIES)
 def test_a_copy_has_its_own_weights_head_and_route(tiny_model, tokenizer, how, kind):
     model = tiny_model()
     add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
-    if kind == "unlearning":
-        add_unlearning_head(model)
-    elif kind == "a second trainer's":
+    if kind == "a second trainer's":
         route_descent(model, coef=0.1)
         add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
     elif kind == "lora":
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
-    if kind != "unlearning":
-        route = route_descent(model, 0.5, 2.0, 3.0)
+    route = route_descent(model, 0.5, 2.0, 3.0)
     other = COPIES[how](model)
     plain = tiny_model(1)
     plain = get_peft_model(plain, LoraConfig(r=2, target_modules=["q_proj"])) if kind == "lora" else plain
@@ -247,11 +243,6 @@ def test_a_copy_has_its_own_weights_head_and_route(tiny_model, tokenizer, how, k
     expected = expected[:, :-1].gather(-1, labels.clamp(min=0)[..., None])[..., 0].masked_fill(labels == -100, 0)
     torch.testing.assert_close(outputs.log_probs, expected, rtol=1e-4, atol=1e-4)
     assert outputs.entropy is not None
-    if kind == "unlearning":
-        del batch["fused_lm_head"]
-        add_unlearning_head(plain)
-        assert torch.equal(other(**batch, unlearn=True).loss, plain(**batch, unlearn=True).loss)
-        return
     outputs.log_probs.sum().backward()
     base = other.get_base_model() if kind == "lora" else other
     assert base._descent_route.coefficients == (0.5, 2.0, 3.0)
