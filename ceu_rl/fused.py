@@ -14,19 +14,25 @@ p - q = p_y (e_y - q), so one masked softmax serves both:
 
 No difference of nearly equal numbers occurs, so nothing is lost as p_y -> 0 or p_y -> 1. The loss is a scalar, so the
 gradients are formed in the forward pass, chunk by chunk of tokens: three matrix products, nothing recomputed.
+
+Two ways compute it. The exact one keeps the logits in float32, with torch alone. The one for a GPU, where Triton is
+installed, keeps them in bfloat16 or float32 and reads them twice, in the kernel of `fused_kernels.py`.
 """
 
-import functools
 import importlib.util
-from collections.abc import Callable
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, Partial
 from torch.nn import functional as F
 
-# Logits held at a time: each chunk reads the whole weight, so few chunks are fast and small ones lean
-_LOGITS_PER_CHUNK = {"cpu": 2**25, "cuda": 2**27}
+# Bytes of logits held at a time: each chunk reads the whole weight, so few chunks are fast and small ones lean
+_CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**29, "kernels": 2**32}
 _LOGITS_IN_CACHE = 2**20
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -43,17 +49,20 @@ def fused_linear_unlearning_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_size: int | None = None,
+    num_items_in_batch: torch.Tensor | float | None = None,
+    exact: bool = False,
 ) -> torch.Tensor:
-    """Cross entropy where the mask is False and CE-U where it is True, exact at any label probability.
+    """Cross entropy where the mask is False and CE-U where it is True.
 
     The value equals `losses.cross_entropy_unlearning_loss` (CE-U: Yang 2025, arXiv 2503.01224) and
     `torch.nn.functional.cross_entropy` on `logits`, where
 
         logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)
 
-    A chunk of the logits is held at a time, besides one float32 gradient for each input that requires one. Under
-    autocast the matrix products run in its dtype, else in that of `hidden`; the softmax, the loss and the sum of the
-    weight's gradient over the chunks are in float32 (float64 for float64 input).
+    A chunk of the logits is held at a time, besides one gradient for each input that requires one. Under autocast the
+    matrix products run in its dtype, else in that of `hidden`; the loss, and sums over chunks, are in float32 (float64
+    for float64 input). So is the softmax, exact at any label probability. On a GPU with Triton the logits of other
+    tokens than the label are rounded to bfloat16 where `hidden` is; `exact=True` keeps them in float32.
 
     Under FSDP2 the weight may be a sharded DTensor: it is gathered, and its gradient averaged over the ranks. Under
     ZeRO-3 the caller gathers it, with `trl.trainer.utils.maybe_gather_lm_head_ctx` around this call and inside the
@@ -68,7 +77,11 @@ def fused_linear_unlearning_loss(
         ignore_index: Label of the positions that contribute nothing; they cost nothing either.
         reduction: `"mean"` over the positions that are not ignored, or `"sum"`.
         softcap, logit_scale: As in `logits` above; `lm_head_options(model)` reads them from a model.
-        chunk_size: Tokens per chunk. Default: as many as make 2**25 logits (2**27 on a GPU), 128 MiB in float32.
+        chunk_size: Tokens per chunk. Default: as many as make 128 MiB of logits, 512 MiB on a GPU, or 4 GiB there with
+            Triton.
+        num_items_in_batch: What `"mean"` divides by instead, a number or a scalar tensor that is not read on the host.
+            Backward then has nothing to do where the gradient of the loss is 1.
+        exact: Whether to keep the logits in float32 on a GPU with Triton too.
 
     Returns:
         The loss in nats, a scalar in float32 (float64 for float64 input). Without any position that counts it is a
@@ -81,74 +94,92 @@ def fused_linear_unlearning_loss(
     """
     _check(hidden, weight, labels, unlearn_mask, bias, reduction, softcap, chunk_size)
     kept = labels != ignore_index
-    _check_labels(labels, kept, weight.shape[0], ignore_index)
     unlearned = kept if unlearn_mask is None else kept & unlearn_mask
+    outside = kept & ((labels < 0) | (labels >= weight.shape[0]))
+    # The one read on the host
+    many, first, wrong = torch.stack([kept.sum(), unlearned.sum(), outside.sum()]).tolist()
+    if wrong:
+        raise ValueError(
+            f"label {labels[outside][0].item()} is outside the vocabulary of {weight.shape[0]} entries; "
+            f"use 0 to {weight.shape[0] - 1}, or ignore_index ({ignore_index}) for positions to leave out."
+        )
     # Unlearned tokens first: only their rows need the entropy of q, and the count tells where they end
-    order = [unlearned.flatten().nonzero(), (kept & ~unlearned).flatten().nonzero()]
-    rows = torch.cat(order).squeeze(-1)
+    rows = (2 - kept.int() - unlearned.int()).flatten().argsort(stable=True)[:many]
     inputs = (hidden.reshape(-1, hidden.shape[-1])[rows], _gather(weight), None if bias is None else _gather(bias))
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    form = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
+    kernels = None if exact else _kernels(device, dtype)
     if chunk_size is None:
-        chunk_size = max(1, _LOGITS_PER_CHUNK.get(device, _LOGITS_PER_CHUNK["cpu"]) // weight.shape[0])
+        size = dtype.itemsize if kernels else max(4, dtype.itemsize)
+        budget = _CHUNK_BYTES["kernels" if kernels else device if device in _CHUNK_BYTES else "cpu"]
+        chunk_size = _equal_chunks(many, budget // (size * weight.shape[0]))
+    divisor = 1.0 if reduction == "sum" else max(many, 1) if num_items_in_batch is None else num_items_in_batch
+    scale = torch.ones((), device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32) / divisor
+    plan = _Plan(
+        labels.flatten()[rows],
+        first,
+        scale,
+        dtype,
+        [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs],
+        softcap,
+        logit_scale,
+        chunk_size,
+        kernels,
+    )
     with torch.autocast(device, enabled=False):
-        total = _FusedLoss.apply(
-            *inputs, labels.flatten()[rows], len(order[0]), dtype, form, softcap, logit_scale, chunk_size
-        )
-        return total if reduction == "sum" else total / max(len(rows), 1)
+        return _FusedLoss.apply(*inputs, plan)
+
+
+def _kernels(device: str, dtype: torch.dtype) -> ModuleType | None:
+    """The module of kernels, where they can run: not float16, whose range is too small for the gradient of a logit."""
+    if dtype not in (torch.bfloat16, torch.float32) or not importlib.util.find_spec("triton"):
+        return None
+    if device != "cuda" and not os.environ.get("TRITON_INTERPRET"):
+        return None
+    from . import fused_kernels
+
+    return fused_kernels if device == "cuda" or fused_kernels.INTERPRETED else None
+
+
+def _equal_chunks(rows: int, limit: int) -> int:
+    """The length of equal chunks of at most `limit` rows, a multiple of 256 where the limit is above."""
+    step = 256 if limit >= 256 else 1
+    limit = max(1, limit // step * step)
+    chunks = max(1, math.ceil(rows / limit))
+    return max(1, math.ceil(rows / chunks / step) * step)
+
+
+@dataclass
+class _Plan:
+    labels: torch.Tensor
+    unlearned: int  # the first so many labels are CE-U
+    scale: torch.Tensor
+    dtype: torch.dtype  # of the products
+    form: list[bool]  # which gradients
+    softcap: float | None
+    logit_scale: float
+    chunk_size: int
+    kernels: ModuleType | None
+
+    def chunks(self, rows: int) -> Iterator[tuple[slice, int]]:
+        """Each chunk, and how many of its rows are CE-U."""
+        for start in range(0, rows, self.chunk_size):
+            stop = min(start + self.chunk_size, rows)
+            yield slice(start, stop), max(0, min(self.unlearned, stop) - start)
 
 
 class _FusedLoss(torch.autograd.Function):
-    """The sum of the losses; `backward` only scales the gradients that `forward` has formed."""
+    """The sum of the losses times a scale; `backward` only scales the gradients that `forward` has formed."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        labels: torch.Tensor,
-        unlearned: int,
-        dtype: torch.dtype,
-        form: list[bool],
-        softcap: float | None,
-        logit_scale: float,
-        chunk_size: int,
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: _Plan
     ) -> torch.Tensor:
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        exact = torch.float32 if dtype in _HALF else dtype
-        losses = hidden.new_zeros(len(hidden), dtype=exact)
-        gradients = [
-            torch.zeros_like(tensor, dtype=exact) if wanted and tensor is not None else None
-            for tensor, wanted in zip((hidden, weight, bias), form, strict=True)
-        ]
-        grad_hidden, grad_weight, grad_bias = gradients
-        logits = hidden.new_empty((min(chunk_size, len(hidden)), len(weight)), dtype=exact)
-        for start in range(0, len(hidden), chunk_size):
-            chunk = slice(start, start + chunk_size)
-            h, index = hidden[chunk], labels[chunk].unsqueeze(-1)
-            z = logits[: len(h)]
-            _product(h, weight.t(), z)
-            if bias is not None:
-                z += bias
-            slope = _transform(z, logit_scale, softcap, keep_slope=any(form))
-            losses[chunk], coefficient = _softmax_of_others(z, index, max(0, min(unlearned - start, len(h))))
-            if not any(form):
-                continue
-            if slope is not None:
-                z *= slope
-            coefficient *= logit_scale
-            if grad_bias is not None:
-                grad_bias.addmv_(z.t(), coefficient)
-            if grad_weight is not None:
-                _add_product(grad_weight, z.t(), h * coefficient.unsqueeze(-1), dtype)
-            if grad_hidden is not None:
-                _add_product(grad_hidden[chunk], z, weight, dtype)
-                grad_hidden[chunk] *= coefficient.unsqueeze(-1)
-        ctx.gradients = gradients
-        return losses.sum()
+        ctx.kernels = plan.kernels
+        compute = _with_kernels if plan.kernels else _exactly
+        losses, ctx.gradients = compute(hidden.to(plan.dtype), weight.to(plan.dtype), bias, plan, ctx.dtypes)
+        return losses.sum() * plan.scale
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -160,11 +191,94 @@ class _FusedLoss(torch.autograd.Function):
             )
         # Handed over, not copied: the gradient of the weight is the largest tensor here
         gradients, ctx.gradients = ctx.gradients, None
-        scaled = [
-            None if gradient is None else gradient.mul_(grads[0]).to(dtype)
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-        ]
-        return (*scaled, *(None,) * 7)
+        scaled: list[torch.Tensor | None] = []
+        for gradient, dtype in zip(gradients, ctx.dtypes, strict=True):
+            if gradient is None:
+                scaled.append(None)
+            elif ctx.kernels and gradient.dtype == dtype:
+                scaled.append(ctx.kernels.multiply_(gradient, grads[0]))
+            else:
+                scaled.append(gradient.mul_(grads[0]).to(dtype))
+        return (*scaled, None)
+
+
+Gradients = list[torch.Tensor | None]
+
+
+def _with_kernels(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: _Plan, dtypes: list[torch.dtype]
+) -> tuple[torch.Tensor, Gradients]:
+    """The losses of the rows, and the gradients of their sum times the scale; the logits are in the products' dtype."""
+    losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+    new = torch.empty if len(hidden) else torch.zeros  # the first product overwrites what is there
+    kinds = (dtypes[0], dtypes[1] if plan.chunk_size >= len(hidden) else torch.float32, torch.float32)
+    gradients = [
+        new(tensor.shape, dtype=kind, device=hidden.device) if wanted and tensor is not None else None
+        for tensor, kind, wanted in zip((hidden, weight, bias), kinds, plan.form, strict=True)
+    ]
+    grad_hidden, grad_weight, grad_bias = gradients
+    # The products of a GPU read aligned rows; some of a CPU compute with what lies between them
+    padded = math.ceil(len(weight) / 64) * 64 if hidden.is_cuda else len(weight)
+    logits = hidden.new_empty(min(plan.chunk_size, len(hidden)), padded)[:, : len(weight)]
+    for chunk, unlearned in plan.chunks(len(hidden)):
+        h, labels, z = hidden[chunk], plan.labels[chunk], logits[: chunk.stop - chunk.start]
+        torch.mm(h, weight.t(), out=z)
+        log_odds, entropy = plan.kernels.softmax_of_others_(  # type: ignore[union-attr]
+            z, h, weight, bias, labels, unlearned, plan.scale, plan.logit_scale, plan.softcap, any(plan.form)
+        )
+        losses[chunk] = _losses(log_odds, entropy, unlearned)
+        if grad_hidden is not None:
+            _product(z, weight, grad_hidden[chunk])
+        if grad_weight is not None:
+            _product(z.t(), h, grad_weight, add=chunk.start > 0)
+        if grad_bias is not None:
+            sums = z.sum(dim=0, dtype=torch.float32)
+            grad_bias.copy_(grad_bias + sums if chunk.start else sums)
+    return losses, gradients
+
+
+def _exactly(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: _Plan, dtypes: list[torch.dtype]
+) -> tuple[torch.Tensor, Gradients]:
+    """The same with torch alone, and the logits in float32 (float64 for float64 input)."""
+    exact = torch.float32 if plan.dtype in _HALF else plan.dtype
+    losses = hidden.new_zeros(len(hidden), dtype=exact)
+    gradients = [
+        torch.zeros_like(tensor, dtype=exact) if wanted and tensor is not None else None
+        for tensor, wanted in zip((hidden, weight, bias), plan.form, strict=True)
+    ]
+    grad_hidden, grad_weight, grad_bias = gradients
+    logits = hidden.new_empty((min(plan.chunk_size, len(hidden)), len(weight)), dtype=exact)
+    for chunk, unlearned in plan.chunks(len(hidden)):
+        h, index = hidden[chunk], plan.labels[chunk].unsqueeze(-1)
+        z = logits[: len(h)]
+        _product(h, weight.t(), z)
+        if bias is not None:
+            z += bias
+        slope = _transform(z, plan.logit_scale, plan.softcap, keep_slope=any(plan.form))
+        losses[chunk], coefficient = _softmax_of_others(z, index, unlearned)
+        if not any(plan.form):
+            continue
+        if slope is not None:
+            z *= slope
+        coefficient *= plan.logit_scale * plan.scale
+        if grad_bias is not None:
+            grad_bias.addmv_(z.t(), coefficient)
+        if grad_weight is not None:
+            _add_exact_product(grad_weight, z.t(), h * coefficient.unsqueeze(-1), plan.dtype)
+        if grad_hidden is not None:
+            _add_exact_product(grad_hidden[chunk], z, weight, plan.dtype)
+            grad_hidden[chunk] *= coefficient.unsqueeze(-1)
+    return losses, gradients
+
+
+def _losses(log_odds: torch.Tensor, entropy: torch.Tensor, unlearned: int) -> torch.Tensor:
+    """The losses (n,) of rows, the first `unlearned` of which are CE-U, the others cross entropy."""
+    sign = torch.ones_like(log_odds)
+    sign[:unlearned] = -1.0
+    losses = -F.logsigmoid(sign * log_odds)
+    losses[:unlearned] += entropy[:unlearned]
+    return losses
 
 
 def _softmax_of_others(z: torch.Tensor, index: torch.Tensor, unlearned: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,21 +288,19 @@ def _softmax_of_others(z: torch.Tensor, index: torch.Tensor, unlearned: int) -> 
     """
     label_logit = z.gather(1, index)
     z.scatter_(1, index, float("-inf"))
-    softmax_, block = _softmax_for(z)
-    parts = [softmax_(part, n * block < unlearned) for n, part in enumerate(z.split(block))]
+    # A CPU takes rows that fit its cache through all passes; one scratch, or each would leave a hole in the heap
+    block = max(1, len(z) if z.is_cuda else _LOGITS_IN_CACHE // z.shape[1])
+    scratch = torch.empty_like(z[:block])
+    parts = [_softmax_(part, n * block < unlearned, scratch) for n, part in enumerate(z.split(block))]
     log_normalizer, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
     z.scatter_(1, index, -1.0)
     log_odds = label_logit.squeeze(1) - log_normalizer
-    sign = torch.ones_like(log_odds)
-    sign[:unlearned] = -1.0
-    losses = -F.logsigmoid(sign * log_odds)
-    losses[:unlearned] += entropy[:unlearned]
-    return losses, sign * torch.sigmoid(-sign * log_odds)
+    coefficient = torch.sigmoid(-log_odds)
+    coefficient[:unlearned] = -torch.sigmoid(log_odds[:unlearned])
+    return _losses(log_odds, entropy, unlearned), coefficient
 
 
-def _softmax_(
-    z: torch.Tensor, with_entropy: bool, scratch: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _softmax_(z: torch.Tensor, with_entropy: bool, scratch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Overwrite logits (n, V) by their softmax; return its log-normalizer (n,) and, if wanted, its entropy (n,)."""
     largest = z.amax(dim=1, keepdim=True)
     z -= largest
@@ -196,7 +308,7 @@ def _softmax_(
     if with_entropy:
         # exp is 0 from here on, in float64 too, and 0 * -1e4 is 0 where 0 * -inf would be NaN
         z.clamp_(min=-1e4)
-        unnormalized = torch.exp(z, out=None if scratch is None else scratch[: len(z)])
+        unnormalized = torch.exp(z, out=scratch[: len(z)])
         shift = z.mul_(unnormalized).sum(dim=1, keepdim=True)
         z.copy_(unnormalized)
     else:
@@ -205,27 +317,6 @@ def _softmax_(
     z /= total
     # H = log S - sum_i p_i (z_i - max) with S = sum_i exp(z_i - max): two terms that are never negative
     return (largest + total.log()).squeeze(1), (total.log() - shift / total).squeeze(1)
-
-
-_Softmax = Callable[[torch.Tensor, bool], tuple[torch.Tensor, torch.Tensor]]
-
-
-def _softmax_for(z: torch.Tensor) -> tuple[_Softmax, int]:
-    """The softmax to use for these logits, and the rows to give it at a time.
-
-    Compiled on a GPU, where its passes become two. A CPU takes rows that fit its cache through the same passes, which
-    measures as fast as the compiled form without the seconds that compiling takes.
-    """
-    if z.is_cuda:
-        return _compiled_softmax() if importlib.util.find_spec("triton") else _softmax_, max(1, len(z))
-    block = max(1, _LOGITS_IN_CACHE // z.shape[1])
-    # One scratch for all blocks: one for each would leave holes in the heap, which grows by the size of the chunk
-    return functools.partial(_softmax_, scratch=torch.empty_like(z[:block])), block
-
-
-@functools.cache
-def _compiled_softmax() -> _Softmax:
-    return torch.compile(_softmax_, dynamic=True, fullgraph=True)
 
 
 def _transform(z: torch.Tensor, logit_scale: float, softcap: float | None, keep_slope: bool) -> torch.Tensor | None:
@@ -240,28 +331,28 @@ def _transform(z: torch.Tensor, logit_scale: float, softcap: float | None, keep_
     return slope
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    """`out = a @ b`: a float32 `out` from half-precision factors is not rounded to half where the device can."""
-    if out.dtype == a.dtype:
+def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
+    """`out = a @ b`, or `out += a @ b`: what reaches a float32 `out` is not rounded to half where the device can."""
+    if out.is_cuda and out.dtype != a.dtype:
+        if add:
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif add:
+        out.addmm_(a.to(out.dtype), b.to(out.dtype))
+    elif out.dtype == a.dtype:
         torch.mm(a, b, out=out)
-    elif a.is_cuda:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         out.copy_(a @ b)
 
 
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> None:
-    """`total += a @ b` for a float32 `total`, which is not rounded to half precision on the way.
-
-    A GPU takes factors in `dtype`. A CPU takes them in float32, so it casts a `b` of half precision block by block.
-    """
+def _add_exact_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> None:
+    """`total += a @ b` with `a` in float32: a GPU takes factors in `dtype`, a CPU casts `b` block by block."""
     if dtype in _HALF and total.is_cuda:
-        torch.addmm(total, a.to(dtype), b.to(dtype), out_dtype=total.dtype, out=total)
-    elif b.dtype == total.dtype:
-        total.addmm_(a, b)
+        _product(a.to(dtype), b.to(dtype), total, add=True)
     else:
         for left, right in zip(a.split(4096, dim=1), b.split(4096), strict=True):
-            total.addmm_(left, right.to(total.dtype))
+            _product(left, right, total, add=True)
 
 
 def _gather(parameter: torch.Tensor) -> torch.Tensor:
@@ -336,13 +427,3 @@ def _check(
         raise ValueError(f"softcap is {softcap}; use a number above 0, or None for no cap.")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; use at least 1 token.")
-
-
-def _check_labels(labels: torch.Tensor, kept: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Raise a ValueError for the first kept label outside the vocabulary."""
-    outside = kept & ((labels < 0) | (labels >= vocabulary))
-    if outside.any():
-        raise ValueError(
-            f"label {labels[outside][0].item()} is outside the vocabulary of {vocabulary} entries; "
-            f"use 0 to {vocabulary - 1}, or ignore_index ({ignore_index}) for positions to leave out."
-        )

@@ -355,9 +355,11 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
         )
         units = dict(zip(("tokens", "sequences", "retained"), counts.clamp(min=1), strict=False))
         method = self.args.method
+        # Gradients are averaged over the processes, and so are the logs
         self._units = {
-            "forget": units[method.unit],
-            "retain": units["sequences" if method.retain_loss_type == "activations" else "retained"],
+            "forget": units[method.unit] / self.accelerator.num_processes,
+            "retain": units["sequences" if method.retain_loss_type == "activations" else "retained"]
+            / self.accelerator.num_processes,
         }
         self._total_train_tokens = self._total_train_tokens + counts[3]
         return samples, num_items
@@ -370,20 +372,23 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
         batches: dict[str, dict[str, Any]] = {"forget": {}, "retain": {}}
         for key, value in inputs.items():
             batches["retain" if key.startswith("retain_") else "forget"][key.removeprefix("retain_")] = value
-        terms = {"forget": self._forget_loss(model, batches["forget"]) / self._units["forget"]}
+        units = self._units["forget"]
+        if self.args.loss_type == "ceu":  # which forms its gradient with its value
+            terms = {"forget": model(**batches["forget"], inside=ceu_loss, num_items_in_batch=units)}
+        else:
+            terms = {"forget": self._forget_loss(model, batches["forget"]) / units}
         if batches["retain"]:
             terms["retain"] = self._retain_loss(model, batches["retain"]) / self._units["retain"]
         for name, term in terms.items():
             self._terms[name] = self._terms.get(name, 0.0) + term.detach().float()
         weights = {"forget": self.args.forget_weight, "retain": self.args.method.retain_weight}
-        # Gradients are averaged over the processes, and the units are those of all of them
-        return sum(weights[name] * term for name, term in terms.items()) * self.accelerator.num_processes
+        return sum(weights[name] * term for name, term in terms.items())
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:  # here every process comes by, and a log may be written by one alone
             names = list(self._terms)
-            terms = self.accelerator.reduce(torch.stack([self._terms.pop(name) for name in names]), reduction="sum")
+            terms = self.accelerator.reduce(torch.stack([self._terms.pop(name) for name in names]), reduction="mean")
             for name, term in zip(names, terms, strict=True):
                 self._metrics["train"][f"{name}_loss"].append(term)
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
@@ -398,8 +403,6 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
     def _forget_loss(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """The forget term, summed over its units."""
         args, beta = self.args, cast(float, self.args.method.beta)
-        if args.loss_type == "ceu":
-            return model(**batch, inside=ceu_loss)
         if args.loss_type == "rmu":
             hidden = self._activations(model, batch)
             return self._mean_activation_loss(hidden, self._steered(hidden), batch["labels"])
@@ -415,8 +418,9 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
                 with torch.no_grad(), self._reference() as reference:
                     ref_log_probs = self._log_probs(reference, batch)
                 ratio = log_ratio(log_probs, ref_log_probs)
-                ratio = ratio.sum(dim=1) if args.loss_type == "npo" else ratio[batch["labels"][:, 1:] != -100]
-                return npo_loss(ratio, beta).sum()
+                if args.loss_type == "npo":
+                    return npo_loss(ratio.sum(dim=1), beta).sum()
+                return (npo_loss(ratio, beta) * (batch["labels"][:, 1:] != -100)).sum()
             case "simnpo":
                 lengths = (batch["labels"][:, 1:] != -100).sum(dim=1)
                 return simnpo_loss(log_probs.sum(dim=1) / lengths, beta, args.margin).sum()
@@ -547,11 +551,13 @@ def add_unlearning_head(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
 
 
-def ceu_loss(model: Any, labels: torch.Tensor, **inputs: Any) -> torch.Tensor:
-    """The CE-U loss of `fused.py`, summed over the labels (batch, tokens) that are not -100."""
+def ceu_loss(
+    model: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None, **inputs: Any
+) -> torch.Tensor:
+    """The mean CE-U loss of `fused.py` over the labels (batch, tokens) that are not -100."""
     hidden, head = model.base_model(**inputs, use_cache=False).last_hidden_state, model.get_output_embeddings()
     hidden, labels = (each.to(head.weight.device) for each in (hidden[:, :-1], labels[:, 1:]))
-    options = {"bias": head.bias, "reduction": "sum", **lm_head_options(model)}
+    options = {"bias": head.bias, "num_items_in_batch": num_items_in_batch, **lm_head_options(model)}
     with maybe_gather_lm_head_ctx(head.weight, head.bias):
         return fused_linear_unlearning_loss(hidden, head.weight, labels, **options)
 
@@ -598,7 +604,7 @@ def _check_head(model: Any) -> None:
         logits = model(input_ids=ids).logits
     finally:
         model.train(training)
-    expected = cross_entropy_unlearning_loss(logits[0, :-1].float(), ids[0, 1:], reduction="sum")
+    expected = cross_entropy_unlearning_loss(logits[0, :-1].float(), ids[0, 1:])
     if torch.isfinite(expected) and not torch.isclose(found.float(), expected, rtol=0.02, atol=1e-2):
         raise ValueError(
             f"{type(model).__name__} makes its logits in another way than by its head from its last hidden states (the "

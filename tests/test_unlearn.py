@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 import re
+import traceback
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,16 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch.nn import functional as F
-from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
+from transformers import Gemma2Config, Gemma2ForCausalLM, MixtralConfig, MixtralForCausalLM, TrainerCallback
+from trl.trainer.utils import add_fused_lm_head
 
 from ceu_rl import UnlearnConfig, UnlearnTrainer
 from ceu_rl.models import build_model, build_tokenizer
-from ceu_rl.unlearn import METHODS
+from ceu_rl.unlearn import METHODS, activations, add_unlearning_head, ceu_loss
 
 from .conftest import TINY
 from .templates import CHATML, GEMMA, LLAMA3, QWEN3, with_template
+from .test_fused import HostReads
 
 
 def answers(pairs):
@@ -239,6 +242,132 @@ def test_rmu_is_that_of_plain_hidden_states(make_trainer, tiny_model, updated, c
         assert log[name] == pytest.approx(value.item(), rel=1e-4), name
     expected = {name: p.grad for name, p in plain.named_parameters() if name in names}
     assert_close_gradients([expected], [found], rtol=1e-3)
+
+
+class OurHostReads(HostReads):
+    """Those of this package alone: the innermost line that is not torch's is in it."""
+
+    def note(self):
+        frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
+        inner = next(frame for frame in reversed(frames) if "/tests/" not in frame.filename)
+        self.count += "/ceu_rl/" in inner.filename
+
+
+@pytest.mark.parametrize("kind", ["nll", "kl"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_micro_batch_reads_nothing_on_the_host(make_trainer, tiny_model, monkeypatch, method, kind):
+    """But the number of rows that are selected, once for each term that selects them."""
+    if kind == "kl" and method in ("grad_ascent", "rmu"):
+        pytest.skip("it has no such retain term")
+    rmu = {"rmu_layer": 1} if method == "rmu" else {"retain_loss_type": kind}
+    trainer = make_trainer(method, **rmu, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=2)
+    reads, found = OurHostReads(), []
+    monkeypatch.setattr(torch.Tensor, "tolist", reads.to_list(torch.Tensor.tolist))
+    step, batches = trainer.training_step, trainer.get_batch_samples
+
+    def watched(work):
+        def watch(*args, **kwargs):
+            reads.count = 0
+            with reads:
+                result = work(*args, **kwargs)
+            found.append(reads.count)
+            return result
+
+        return watch
+
+    trainer.training_step, trainer.get_batch_samples = watched(step), watched(batches)
+    trainer.train()
+    selecting = (method in ("ceu", "undial")) + (kind == "kl")
+    assert found == [0, selecting, selecting] * 2
+
+
+def test_rmu_runs_no_layer_after_its_own(make_trainer, tiny_model):
+    model = tiny_model(1, num_hidden_layers=4)
+    trainer = make_trainer("rmu", model=model, rmu_layer=1)
+    ran = []
+    for each in (model, trainer.ref_model):
+        for place, layer in enumerate(each.model.layers):
+            layer.register_forward_hook(lambda *given, place=place: ran.append(place))
+    trainer.train()
+    assert set(ran) == {0, 1} and len(model.model.layers) == 4
+
+
+@pytest.mark.parametrize("method", ["undial", "kl"])
+def test_two_models_make_logits_of_the_answers_alone(make_trainer, tokenizer, method):
+    """Of Gemma too, which caps them."""
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16, final_logit_softcapping=0.5, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight *= 20
+    plain, plain_ref = copy.deepcopy(model).double(), copy.deepcopy(model).double()
+    given = {"loss_type": "undial"} if method == "undial" else {"retain_loss_type": "kl"}
+    trainer = make_trainer(**given, model=model, max_steps=1)
+    sizes = []
+    for each in (model, trainer.ref_model):
+        each.lm_head.register_forward_hook(lambda module, given, logits: sizes.append(logits.shape))
+    batches, compute = [], trainer.compute_loss
+    trainer.compute_loss = lambda model, inputs, *a, **k: (batches.append(inputs), compute(model, inputs, *a, **k))[1]
+    trainer.train()
+    batch, log = batches[0], trainer.state.log_history[0]
+    prefix = "" if method == "undial" else "retain_"
+    labels = batch[f"{prefix}labels"]
+    assert sizes == [(int((labels[:, 1:] != -100).sum()), len(tokenizer))] * 2
+    found = [m(batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"]).logits for m in (plain, plain_ref)]
+    if method == "undial":
+        expected = plain_forget_loss("undial", *found, labels)
+        assert log["forget_loss"] == pytest.approx(expected.item(), rel=1e-4)
+    else:  # as long as the two are the same model
+        assert log["retain_loss"] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["npo", "tnpo"])
+def test_a_token_that_both_models_rule_out_counts_nothing(make_trainer, tiny_model, method):
+    """Before, the loss of its row was NaN; the gradients of the other tokens are as without it."""
+    trainer = make_trainer(method, model=tiny_model(1), ref_model=tiny_model(2), retain=None, max_steps=1)
+    compute = trainer._log_probs
+    trainer._log_probs = lambda model, batch: compute(model, batch).index_fill(1, torch.tensor([5]), -math.inf)
+    (found,) = gradients_of(trainer)
+    assert math.isfinite(trainer.state.log_history[0]["forget_loss"])
+    assert all(value.isfinite().all() for value in found.values())
+
+
+@pytest.mark.parametrize(
+    "given", [{"loss_type": "npo"}, {"retain_loss_type": "kl"}, {"loss_type": "rmu", "rmu_layer": 1}]
+)
+def test_the_reference_of_a_model_that_was_trained_before_is_its_own(make_trainer, tiny_model, given):
+    """A copy of a model with heads: they are bound to the model that they were put on."""
+    model = make_trainer("ceu").model
+    trainer = make_trainer(**given, model=model, max_steps=3, learning_rate=1e-2)
+    fresh = make_trainer(**given, model=tiny_model(1), max_steps=3, learning_rate=1e-2)
+    logs = []
+    for each in (trainer, fresh):
+        each.train()
+        logs.append(
+            [(log["forget_loss"], log["retain_loss"]) for log in each.state.log_history if "forget_loss" in log]
+        )
+    assert logs[0] == logs[1] and logs[0][0] != logs[0][2]
+
+
+def test_a_copy_unlearns_with_its_own_weights(tiny_model):
+    model = tiny_model(0)
+    add_fused_lm_head(model)
+    add_unlearning_head(model)
+    other, plain = copy.deepcopy(model), tiny_model(1)
+    other.load_state_dict(plain.state_dict())
+    add_fused_lm_head(plain)
+    add_unlearning_head(plain)
+    ids = torch.arange(12).view(2, 6)
+    for given in ({"inside": ceu_loss}, {"inside": activations, "layer": 0}, {"fused_lm_head": True}):
+        found, expected, first = (
+            each(input_ids=ids, **given, **({} if given.get("inside") is activations else {"labels": ids}))
+            for each in (other, plain, model)
+        )
+        if "fused_lm_head" in given:
+            found, expected, first = found.log_probs, expected.log_probs, first.log_probs
+        assert torch.equal(found, expected) and not torch.equal(found, first)
 
 
 def test_rmu_has_the_defaults_of_its_paper(make_trainer, tiny_model):

@@ -141,21 +141,29 @@ class StopAtNonFinite:
             precision gradients overflow as part of loss scaling, so there only the loss is checked.
     """
 
-    _step_inputs: list[Mapping[str, Any]]  # the micro-batches since the last optimizer step
+    _micro_batches: list[tuple[Mapping[str, Any], torch.Tensor]] = []  # and their losses, since the last step
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._step_inputs = [*getattr(self, "_step_inputs", []), inputs]
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        if not torch.isfinite(loss).all():
-            self._stop(f"loss ({loss.item()})", [inputs])
+        self._micro_batches = [*self._micro_batches, (inputs, loss)]
+        if self.is_deepspeed_enabled:  # type: ignore[attr-defined]  # its backward pass may already step
+            self._check_losses()
         return loss
+
+    def _check_losses(self) -> None:
+        # Together: to read each would make the host wait for the device at each micro-batch
+        finite = torch.stack([torch.isfinite(loss).all() for _, loss in self._micro_batches])
+        if not finite.all():
+            inputs, loss = self._micro_batches[int(finite.int().argmin())]
+            self._stop(f"loss ({loss.item()})", [inputs])
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         # Called once before each optimizer step, whether or not gradients are clipped
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        self._check_losses()
         if self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(grad_norm)).all():  # type: ignore[attr-defined]
-            self._stop(f"gradient (norm {float(grad_norm)})", self._step_inputs)
-        self._step_inputs = []
+            self._stop(f"gradient (norm {float(grad_norm)})", [inputs for inputs, _ in self._micro_batches])
+        self._micro_batches = []
         return grad_norm
 
     def _stop(self, what: str, inputs: list[Mapping[str, Any]]) -> None:

@@ -1,0 +1,178 @@
+"""The fused loss through its Triton kernels: on a CUDA device, or in Triton's interpreter, in a process of its own."""
+
+import math
+import os
+import subprocess
+import sys
+
+import mpmath
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ceu_rl import fused
+from ceu_rl.fused import fused_linear_unlearning_loss
+
+from .test_fused import OPTIONS, HostReads, batch, error, exact, on_logits
+from .test_losses import LOG_ODDS, logits_with
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+kernels = pytest.mark.skipif(
+    not fused._kernels(DEVICE, torch.bfloat16), reason="needs Triton, and a CUDA device or its interpreter"
+)
+
+
+def test_in_the_interpreter():
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET"):
+        pytest.skip("runs in it")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0 and " passed, 1 skipped" in result.stdout, result.stdout[-3000:]
+
+
+def with_gradients(function, inputs, labels, mask, upstream=1.0, **options):
+    """The value and the gradients of hidden, weight and, if it is given, bias."""
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    value = function(*inputs[:2], labels, mask, *inputs[2:], **options)
+    return [value, *torch.autograd.grad(value, inputs, torch.tensor(upstream, device=value.device).to(value.dtype))]
+
+
+@kernels
+@pytest.mark.parametrize("unlearn", [True, False], ids=["ce-u", "cross entropy"])
+@pytest.mark.parametrize("log_odds", LOG_ODDS)
+def test_float32_is_exact_at_any_probability(log_odds, unlearn):
+    logits = logits_with(log_odds, torch.float32)
+    value, gradient = exact(logits, 2, unlearn)
+    # A hidden state (1, 0) makes the first column of the weight the logits, with no rounding
+    weight = torch.stack([logits, torch.linspace(0.5, 1.5, 5)], dim=1).to(DEVICE)
+    inputs = torch.tensor([[1.0, 0.0]], device=DEVICE), weight, torch.zeros(5, device=DEVICE)
+    labels, mask = torch.tensor([2], device=DEVICE), torch.tensor([unlearn], device=DEVICE)
+    loss, _, by_weight, by_bias = with_gradients(fused_linear_unlearning_loss, inputs, labels, mask)
+
+    def relative(found, truth):
+        return max(abs((mpmath.mpf(f) - t) / t) for f, t in zip(found, truth, strict=True))
+
+    assert relative([loss.item()], [value]) <= 1e-5
+    assert relative(by_bias.tolist(), gradient) <= 1e-5
+    assert relative(by_weight[:, 0].tolist(), gradient) <= 1e-5
+
+
+@kernels
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(("chunk_size", "vocabulary"), [(7, 1009), (None, 5001)])
+def test_float32_equals_the_losses_on_logits(options, chunk_size, vocabulary):
+    """With rows of several blocks and a rest, an upstream gradient, and labels that are ignored."""
+    hidden, weight, labels, mask, bias = (tensor.to(DEVICE) for tensor in batch(vocabulary=vocabulary))
+    given = (hidden, weight, bias), labels, mask, 3.0
+    found = with_gradients(fused_linear_unlearning_loss, *given, chunk_size=chunk_size, **options)
+    doubled = [tensor.double() for tensor in given[0]]
+    truth = with_gradients(on_logits, doubled, labels, mask, 3.0, **options)
+    for ours, expected in zip(found, truth, strict=True):
+        assert ours.dtype == torch.float32 and error(ours, expected) <= 1e-5
+    assert (found[1][labels == -100] == 0).all()
+
+
+@kernels
+def test_tokens_that_the_bias_forbids_count_nothing():
+    hidden, weight, labels, mask, bias = (tensor.to(DEVICE) for tensor in batch(vocabulary=12))
+    labels = labels.masked_fill(labels >= 9, 3)
+    forbidding = bias.detach().index_fill(0, torch.arange(9, 12, device=DEVICE), float("-inf"))
+    found = with_gradients(fused_linear_unlearning_loss, (hidden, weight, forbidding), labels, mask)
+    expected = with_gradients(on_logits, (hidden, weight[:9], bias[:9]), labels, mask)
+    torch.testing.assert_close(found[:2], expected[:2])
+    torch.testing.assert_close(found[2][:9], expected[2])
+    assert (found[2][9:] == 0).all() and (found[3][9:] == 0).all()
+
+
+@kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_nothing_to_learn_is_zero(dtype):
+    inputs = [torch.randn(*shape, device=DEVICE, dtype=dtype) for shape in ((2, 3, 4), (7, 4), (7,))]
+    labels = torch.full((2, 3), -100, device=DEVICE)
+    for value in with_gradients(fused_linear_unlearning_loss, inputs, labels, None):
+        assert (value == 0).all()
+
+
+def with_log_odds(log_odds, tokens=12, size=32, vocabulary=4999):
+    """Hidden states, a weight and labels in bfloat16: every label has these log-odds, other logits are at most 5."""
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, size).bfloat16()
+    weight = (torch.randn(vocabulary, size) / size**0.5).bfloat16()
+    labels = torch.randperm(vocabulary)[:tokens]
+    logits = hidden.double() @ weight.double().T
+    assert logits.abs().max() < 8
+    others = logits.scatter(1, labels[:, None], -math.inf).logsumexp(1)
+    own = logits.gather(1, labels[:, None])[:, 0]
+    # A feature of its own moves the logit of each label
+    hidden, weight = F.pad(hidden, (0, tokens)), F.pad(weight, (0, tokens))
+    hidden[:, size:] = torch.eye(tokens)
+    weight[labels, size + torch.arange(tokens)] = (others + log_odds - own).bfloat16()
+    return hidden.to(DEVICE), weight.to(DEVICE), labels.to(DEVICE)
+
+
+@kernels
+@pytest.mark.parametrize("chunk_size", [5, None])
+@pytest.mark.parametrize("unlearn", [True, False], ids=["ce-u", "cross entropy"])
+@pytest.mark.parametrize("log_odds", [-60.0, 0.0, 60.0])
+def test_the_error_of_bfloat16_logits(log_odds, unlearn, chunk_size):
+    """Value and gradients are within 1 % of the exact way's in float64, from p = 1e-26 to 1 - p = 1e-26.
+
+    The interpreter cuts bfloat16 off where a GPU rounds, which is twice the error.
+    """
+    hidden, weight, labels = with_log_odds(log_odds)
+    mask = torch.full(labels.shape, unlearn, device=DEVICE)
+    found = with_gradients(fused_linear_unlearning_loss, (hidden, weight), labels, mask, chunk_size=chunk_size)
+    truth = with_gradients(fused_linear_unlearning_loss, (hidden.double(), weight.double()), labels, mask)
+    for ours, expected in zip(found, truth, strict=True):
+        assert error(ours, expected) < 0.01
+    assert found[1].dtype == found[2].dtype == torch.bfloat16
+
+
+@kernels
+@pytest.mark.parametrize("upstream", [1.0, 0.25])
+def test_a_number_of_items_divides(upstream):
+    hidden, weight, labels, mask, bias = (tensor.to(DEVICE) for tensor in batch())
+    given = (hidden, weight, bias), labels, mask
+    number = torch.tensor(40.0, device=DEVICE)
+    found = with_gradients(fused_linear_unlearning_loss, *given, upstream, num_items_in_batch=number)
+    expected = with_gradients(fused_linear_unlearning_loss, *given, upstream / 40, reduction="sum")
+    torch.testing.assert_close(found[0] * 40, expected[0])
+    for one, other in zip(found[1:], expected[1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
+
+
+@kernels
+def test_master_weights_in_float32_under_autocast():
+    hidden, weight, labels, mask, bias = (tensor.to(DEVICE) for tensor in batch())
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = with_gradients(fused_linear_unlearning_loss, (hidden, weight, bias), labels, mask)
+    doubled = [tensor.double() for tensor in (hidden, weight, bias)]
+    truth = with_gradients(on_logits, doubled, labels, mask)
+    assert [value.dtype for value in found] == [torch.float32] * 4
+    assert all(error(ours, expected) < 0.03 for ours, expected in zip(found, truth, strict=True))
+
+
+@kernels
+def test_one_read_on_the_host(monkeypatch):
+    hidden, weight, labels, mask, bias = (tensor.to(DEVICE) for tensor in batch())
+    reads, compute = HostReads(), fused._with_kernels
+    monkeypatch.setattr(torch.Tensor, "tolist", reads.to_list(torch.Tensor.tolist))
+
+    def unwatched(*given):  # the interpreter reads each number of a row
+        before = reads.count
+        result = compute(*given)
+        reads.count = before
+        return result
+
+    if DEVICE == "cpu":
+        monkeypatch.setattr(fused, "_with_kernels", unwatched)
+    with reads:
+        fused_linear_unlearning_loss(hidden, weight, labels, mask, bias)
+    assert reads.count == 1
+
+
+@kernels
+def test_float16_takes_the_exact_way():
+    assert fused._kernels(DEVICE, torch.float16) is None and fused._kernels(DEVICE, torch.float64) is None
