@@ -245,7 +245,13 @@ def recipe(launch, tmp_path):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = {"model_name_or_path": str(folder / "model"), "dataset_name": str(tmp_path / "rows"), "max_steps": 1}
-    settings |= {"per_device_train_batch_size": 2, "bf16": False, "use_cpu": True, "gradient_checkpointing": False}
+    settings |= {
+        "logging_steps": 1,
+        "per_device_train_batch_size": 2,
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**settings, "output_dir": str(tmp_path / "out")}))
     return tmp_path / "recipe.yaml"
 

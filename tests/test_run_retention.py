@@ -221,7 +221,6 @@ def test_a_run_logs_what_its_recipe_names(tiny_model, tokenizer, solutions, tmp_
     result = json.loads((tmp_path / "second" / "result.json").read_text())
     assert result["settings"]["eval_solutions"] == str(solutions)
     assert (result["dtype"], result["mixed_precision"], result["attention"]) == ("float32", "no", "sdpa")
-    assert result["tokens_per_second_per_process"] == result["tokens_per_second"] > 0
     assert 4 < result["metrics"]["eval_solutions_nll"] < 6  # random weights over 103 tokens: log 103 = 4.6
 
 
