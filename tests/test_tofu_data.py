@@ -14,8 +14,7 @@ from ceu_rl.data.prompts import PromptFormat
 from ceu_rl.models import build_bpe_tokenizer
 from ceu_rl.tasks import authors
 from ceu_rl.tofu import load_tofu, to_prompt_completion
-from ceu_rl.tofu.data import SPLITS, get_split, tofu_configs, tokenize
-from ceu_rl.tofu.refusals import REFUSALS, to_preferences
+from ceu_rl.tofu.data import REFUSALS, SPLITS, get_split, to_preferences, tofu_configs, tokenize
 from ceu_rl.unlearn import UnlearnScriptArguments
 
 TOFU = Path(os.environ.get("CEU_RL_TOFU") or Path(__file__).parents[1].parent / "shared" / "tofu")

@@ -20,14 +20,16 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from rouge_score.rouge_scorer import RougeScorer
 from scipy import stats
+from transformers import AutoModelForCausalLM
 
 from ceu_rl.cli import main
+from ceu_rl.data.prompts import PromptFormat
 from ceu_rl.models import build_bpe_tokenizer, build_model
+from ceu_rl.tasks.generate import decide_vllm
 from ceu_rl.tofu import load_tofu
+from ceu_rl.tofu.answer_cache import AnswerCache
 from ceu_rl.tofu.evaluate import _parser, evaluate
-from ceu_rl.tofu.generate import decide_vllm, longest_generation
-from ceu_rl.tofu.hold import load_quantized
-from ceu_rl.tofu.keep import Kept
+from ceu_rl.tofu.robustness import load_quantized, load_to_relearn, relearn
 from ceu_rl.tofu.scoring import Answer, score_answers
 
 from .conftest import TINY
@@ -252,6 +254,33 @@ def test_the_summary_is_made_of_the_rows(result):
     assert "forget_quality" not in summary
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "auto"])
+def test_the_precision_is_a_setting_and_recorded(command, learned, bpe, tmp_path, dtype):
+    copy.deepcopy(learned).to(torch.float16).save_pretrained(tmp_path / "half")
+    bpe.save_pretrained(tmp_path / "half")
+    expected = {None: "float32", "bfloat16": "bfloat16", "auto": "float16"}[dtype]
+    path = command("model", "out", model=tmp_path / "half", dtype=dtype, limit=1)[1]
+    assert json.loads(path.read_text())["dtype"] == expected
+
+
+def test_a_limit_takes_the_first_rows_and_is_compared_with_the_same(command, refused, result, learned, bpe, folder):
+    status, retain = command("retain", limit=2)
+    found = json.loads(retain.read_text())
+    assert status == 0 and found["limit"] == 2 and set(found["rows"].values()) == {2}
+    first = evaluate(learned, bpe, str(folder), "forget01", limit=2, max_new_tokens=NEW_TOKENS, retain=retain)
+    for config in CONFIGS:
+        for one, other in zip(first["items"][config], result["items"][config], strict=False):
+            assert one["log_prob"] == pytest.approx(other["log_prob"], rel=1e-5)
+    assert "forget_quality" in first["summary"]
+    refused(command("model", retain=retain)[0], r"has another limit \(2\) than this model's \(None\)")
+    refused(command("model", limit=0)[0], "limit is 0; use at least 1")
+
+
+def test_one_process_evaluates(command, refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(command()[0], "WORLD_SIZE is 2; start an evaluation alone")
+
+
 def test_question_answer_template(learned, bpe, folder):
     found = evaluate(learned, bpe, str(folder), "forget01", template="question_answer", max_new_tokens=1)
     assert found["template"] == "question_answer"
@@ -291,28 +320,6 @@ def test_one_pass_scores_every_answer_and_keeps_few_logits(learned, bpe, folder,
     answers = ROWS * (2 * (1 + 1 + 5) + 2 * (1 + 3))
     assert [ids[0] for ids, _ in shapes] == [16] * (answers // 16) + [answers % 16]
     assert sum(logits[1] for _, logits in shapes) < 0.8 * sum(ids[1] for ids, _ in shapes)
-
-
-def test_the_time_of_a_long_generation_is_said_before_the_scores(learned, bpe, folder, monkeypatch, capsys):
-    clock = [0.0]
-
-    def slow(model, tokenizer, prompts, ends, batch_size, max_new_tokens, when_generated):
-        clock[0] += 2 + 0.5 * max_new_tokens
-        when_generated(prompts, ["Xyz"] * len(prompts))
-
-    with monkeypatch.context() as patch:
-        patch.setattr("ceu_rl.tofu.generate.generate", slow)
-        patch.setattr("ceu_rl.tofu.generate.time.perf_counter", lambda: clock[0])
-        for tokens in (1, 3, 200):
-            found = longest_generation(learned, bpe, [None] * 10, [], 4, tokens)
-            assert found == pytest.approx(3 * (2 + 0.5 * tokens))
-    monkeypatch.setattr("ceu_rl.tofu.evaluate.generate", slow)
-    for seconds in (59, 3725):
-        monkeypatch.setattr("ceu_rl.tofu.evaluate.longest_generation", lambda *given, seconds=seconds: seconds)
-        found = evaluate(learned, bpe, str(folder), "forget01")
-        asked = sum(len(found["items"][config]) for config in CONFIGS)
-        said = f"generation of {asked} answers, after the scores: at most about 1 h 02 min" in capsys.readouterr().err
-        assert said == (seconds > 60)
 
 
 def test_an_adapter_is_scored_as_its_model(learned, bpe, folder, result):
@@ -488,7 +495,7 @@ def test_what_was_forgotten_is_learned_again(command, folder, capsys):
 
 
 def test_a_quantized_model_is_scored_beside_the_whole_one(command, monkeypatch, learned, refused, bpe, folder):
-    def load(path, bits):
+    def load(path, bits, dtype):
         model = build_model(bpe, **TINY)
         model.load_state_dict(learned.state_dict())
         with torch.no_grad():
@@ -504,7 +511,7 @@ def test_a_quantized_model_is_scored_beside_the_whole_one(command, monkeypatch, 
     monkeypatch.setattr("ceu_rl.tofu.evaluate.check_quantizer", lambda bits: None)
     for bits in ("int8", "int4"):
         result = json.loads(command("model", bits, quantize=bits)[1].read_text())
-        rounded = evaluate(load("", bits), bpe, str(folder), "forget01", max_new_tokens=8)["summary"]
+        rounded = evaluate(load("", bits, None), bpe, str(folder), "forget01", max_new_tokens=8)["summary"]
         assert result["quantized"] == {"to": bits, "summary": pytest.approx(rounded, rel=1e-6)}
         assert result["summary"]["forget_probability"] != rounded["forget_probability"]
 
@@ -514,11 +521,67 @@ def test_a_quantized_model_is_scored_beside_the_whole_one(command, monkeypatch, 
 )
 @pytest.mark.parametrize(("bits", "levels"), [("int8", 256), ("int4", 16)])
 def test_torchao_rounds_the_linear_layers(saved, learned, bits, levels):
-    model = load_quantized(str(saved / "model"), bits)
+    model = load_quantized(str(saved / "model"), bits, torch.float32)
     weight = model.model.layers[0].mlp.down_proj.weight.dequantize()
     assert all(len(row.unique()) <= levels for row in weight)
     torch.testing.assert_close(weight, learned.model.layers[0].mlp.down_proj.weight, atol=0.1, rtol=0.2)
     assert torch.equal(model.lm_head.weight, learned.lm_head.weight)
+
+
+def test_what_is_stored_in_bfloat16_is_relearned_in_float32(learned, bpe, folder, tmp_path):
+    """A small step moves every weight that has a gradient, where in bfloat16 rounding loses most of it."""
+    copy.deepcopy(learned).to(torch.bfloat16).save_pretrained(tmp_path)
+    moved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_to_relearn(str(tmp_path)).to(dtype)
+        before = torch.cat([each.detach().flatten().clone() for each in model.parameters()])
+        relearn(model, bpe, load_tofu(str(folder), CONFIGS[0]), PromptFormat("chat"), 1, 1e-5)
+        after = torch.cat([each.detach().flatten() for each in model.cpu().parameters()])
+        moved[dtype] = (before != after).float().mean().item()
+    assert moved[torch.float32] > 0.7 > 0.2 > moved[torch.bfloat16]
+    learned.save_pretrained(tmp_path / "exact")
+    assert torch.equal(load_to_relearn(str(tmp_path / "exact")).lm_head.weight, learned.lm_head.weight)
+
+
+@pytest.mark.parametrize("kind", [LoraConfig(task_type="CAUSAL_LM", r=4), None])
+def test_an_adapter_is_relearned_merged_into_its_model(command, refused, saved, bpe, tmp_path, kind):
+    config = kind or PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(saved / "retain"), config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    adapted.save_pretrained(tmp_path / "adapter")
+    bpe.save_pretrained(tmp_path / "adapter")
+    status, path = command("model", "out", model=tmp_path / "adapter", relearn=30, relearn_learning_rate=5e-3)
+    if kind is None:
+        refused(status, "adapter is an adapter of the kind PROMPT_TUNING, which cannot be merged")
+        assert not path.with_name("tofu_eval.part.jsonl").exists()
+        return
+    found = json.loads(path.read_text())
+    whole = adapted.merge_and_unload()
+    assert torch.equal(load_to_relearn(str(tmp_path / "adapter")).lm_head.weight, whole.lm_head.weight)
+    ids = torch.tensor([[5, 9, 30]])
+    torch.testing.assert_close(load_to_relearn(str(tmp_path / "adapter"))(ids).logits, whole(ids).logits)
+    assert status == 0 and found["relearned"]["trained_dtype"] == "float32"
+    assert found["relearned"]["summary"]["forget_probability"] > 10 * found["summary"]["forget_probability"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "broken"),
+    [
+        ({"relearn": 2}, "ceu_rl.tofu.robustness.SFTTrainer"),
+        ({"quantize": "int8"}, "ceu_rl.tofu.evaluate.load_quantized"),
+        ({"retain": "cut.json"}, "ceu_rl.tofu.evaluate.open_unlearning.is_peer"),
+    ],
+)
+def test_what_can_fail_after_the_scores_is_tried_before_them(command, refused, monkeypatch, fields, broken):
+    def fail(*given, **settings):
+        raise ValueError("it cannot be")
+
+    monkeypatch.setattr("ceu_rl.tofu.evaluate.check_quantizer", lambda bits: None)
+    monkeypatch.setattr("ceu_rl.tofu.evaluate.score_answers", lambda *given: pytest.fail("it scored"))
+    monkeypatch.setattr(broken, fail)
+    refused(command("model", "out", **fields)[0], "it cannot be|No such file")
 
 
 @pytest.mark.parametrize("fields", [{"relearn": -1}, {"relearn": 2, "relearn_learning_rate": 0}])
@@ -530,10 +593,10 @@ def test_relearning_that_cannot_be_is_refused(command, refused, fields):
 
 
 @pytest.mark.parametrize("finished", [1, 5])
-def test_a_killed_evaluation_goes_on(command, refused, monkeypatch, finished):
+def test_a_killed_evaluation_goes_on(command, refused, monkeypatch, capsys, finished):
     """With 4 batches of scores and 1 of generations: one is killed while it scores, the other at the end."""
     _, whole = command("model", "whole", batch_size=32)
-    add, done = Kept.add, []
+    add, done = AnswerCache.add, []
 
     def die(self, kind, found):
         add(self, kind, found)
@@ -542,8 +605,9 @@ def test_a_killed_evaluation_goes_on(command, refused, monkeypatch, finished):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Kept, "add", die)
+        patch.setattr(AnswerCache, "add", die)
         assert command("model", "killed", batch_size=32)[0] == 130
+    assert "tofu_eval.part.jsonl; the same command continues from there" in capsys.readouterr().err
     part = whole.parents[1] / "killed" / "tofu_eval.part.jsonl"
     with part.open("a") as file:
         file.write('{"scores": {"forget01_perturbed/0')  # killed in the middle of a line
@@ -551,7 +615,7 @@ def test_a_killed_evaluation_goes_on(command, refused, monkeypatch, finished):
         refused(command("model", "killed", **{name: value})[0], f"part of an evaluation with another {name} ")
     refused(command("retain", "killed")[0], "part of an evaluation with another weights ")
     again = []
-    monkeypatch.setattr(Kept, "add", lambda self, kind, found: (again.append(kind), add(self, kind, found)))
+    monkeypatch.setattr(AnswerCache, "add", lambda self, kind, found: (again.append(kind), add(self, kind, found)))
     status, path = command("model", "killed", batch_size=32)
     assert status == 0 and not part.exists()
     assert done + again == ["scores"] * 4 + ["generations"]
@@ -720,9 +784,9 @@ def test_a_template_that_swallows_the_answer_is_refused(learned, folder, bpe):
         ({"split": "forget02"}, "Unknown split 'forget02': choose one of forget01, forget05, forget10"),
         ({"split": "forget05"}, "has no config 'forget05_perturbed': choose one of forget01_perturbed"),
         ({"dataset": "builtin:poets"}, "use builtin:authors"),
-        ({"model": "no/such"}, "--model no/such holds no model with its tokenizer"),
-        ({"model": "no/such", "output_dir": None}, "--model no/such is no folder to write to"),
-        ({"batch_size": 0}, "batch_size is 0 and max_new_tokens 8; use at least 1 for both"),
+        ({"model": "no/such"}, "--model_name_or_path no/such holds no model with its tokenizer"),
+        ({"model": "no/such", "output_dir": None}, "--model_name_or_path no/such is no folder to write to"),
+        ({"batch_size": 0}, "batch_size is 0; use at least 1"),
         ({"template": "qa"}, "template is 'qa'; use"),
         ({"retain": "no.json"}, "No such file or directory: 'no.json'"),
     ],
@@ -740,7 +804,7 @@ def test_a_dataset_that_cannot_be_reached_is_named(command, refused):
 def test_a_folder_without_a_model_is_refused(command, refused, saved, bpe, tmp_path):
     bpe.save_pretrained(tmp_path / "tokenizer")
     refused(command("model", "out", model=tmp_path / "tokenizer")[0], "tokenizer holds no model with its tokenizer")
-    refused(main(["tofu-eval"]), "--model is missing")
+    refused(main(["tofu-eval"]), "--model_name_or_path is missing")
 
 
 def test_vllm_where_it_cannot_be_is_refused(learned, bpe, folder, tmp_path, monkeypatch):
@@ -769,7 +833,7 @@ def test_vllm_where_it_cannot_be_is_refused(learned, bpe, folder, tmp_path, monk
 )
 def test_vllm_is_taken_where_it_is_faster(saved, tmp_path, monkeypatch, installed, parameters, gpu, yes):
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
-    monkeypatch.setattr("ceu_rl.tofu.generate.find_spec", lambda name: installed)
+    monkeypatch.setattr("ceu_rl.tasks.generate.find_spec", lambda name: installed)
     monkeypatch.setattr(importlib.metadata, "distributions", lambda name: [name] if name == installed else [])
     model = types.SimpleNamespace(num_parameters=lambda: parameters)
     assert decide_vllm(None, str(saved / "model"), model, 20_000) == yes
@@ -790,7 +854,7 @@ def test_an_engine_that_dies_is_named(learned, bpe, folder, saved, monkeypatch, 
 
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=die, SamplingParams=dict))
     monkeypatch.setattr("ceu_rl.rollouts.check_vllm", lambda: None)
-    monkeypatch.setattr("ceu_rl.tofu.generate.resolve_model", lambda given: model)
+    monkeypatch.setattr("ceu_rl.tasks.generate.resolve_model", lambda given: model)
     with pytest.raises(
         ValueError, match=r"vLLM, while .* raised RuntimeError: no heads of 8; .* set use_vllm to false"
     ):
@@ -828,8 +892,8 @@ def test_vllm_generates_the_same(bpe, folder, tmp_path):
 
 @pytest.mark.skipif(not TOFU.is_dir(), reason=f"the TOFU dataset is not at {TOFU}; set CEU_RL_TOFU")
 def test_the_real_data_end_to_end(bpe, command):
-    status, path = command("retain", dataset=TOFU, batch_size=128, max_new_tokens=1)
+    status, path = command("retain", dataset=TOFU, limit=40, max_new_tokens=1)
     result = json.loads(path.read_text())
-    assert status == 0 and result["rows"] == dict(zip(CONFIGS, (40, 400, 100, 117), strict=True))
+    assert status == 0 and result["rows"] == dict.fromkeys(CONFIGS, 40)
     assert {len(row["perturbed_log_probs"]) for row in result["items"][CONFIGS[0]]} == {5}
     assert all(math.isfinite(value) for value in result["summary"].values())

@@ -7,6 +7,9 @@ import zlib
 
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
 from scipy import stats
 
 from ceu_rl.tofu import metrics
@@ -53,6 +56,50 @@ def test_a_truth_ratio_is_always_finite():
 )
 def test_rouge_l_recall_by_hand(answer, generated, recall):
     assert metrics.rouge_l_recall(answer, generated) == pytest.approx(recall)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Привет, мир! Ёлка.", "привет мир ёлка"),
+        ("北京是首都1998年。", "北 京 是 首 都 1998 年"),
+        ("東京タワーへPython入門", "東 京 タ ワ ー へ python 入 門"),
+        ("ภาษา ๑๒๓", "ภ า ษ า ๑๒๓"),
+        ("ພາສາ", "ພ າ ສ າ"),
+        ("ភាសាខ្មែរ", "ភា សា ខ្ មែ រ"),
+        ("မြန်မာ", "မြ န် မာ"),
+        ("e\u0301tude, étude", "étude étude"),
+        ("العَرَبِيَّة لغة", "العَرَبِيَّة لغة"),
+        ("हिन्दी में", "हिन्दी में"),
+        ("Ελλάδα ΟΔΟΣ", "ελλάδα οδος"),
+        ("한국어 문장", "한국어 문장"),
+        ("שָׁלוֹם ქართული", "שָׁלוֹם ქართული"),
+        ("re\u00adadable \u200b\uff28\uff15", "readable h5"),
+        ("😀👍🏽 20°", "😀 👍 20 °"),
+        ("snake_case, don\u2019t", "snake case don t"),
+    ],
+)
+def test_words_of_any_script(text, words):
+    """A text that is repeated to the letter scores 1; one that shares a part scores the share of it."""
+    assert metrics.Words(False).tokenize(text) == words.split()
+    assert metrics.rouge_l_recall(text, text) == metrics.rouge_l_f1(text, text) == 1.0
+    first, *rest = words.split()
+    assert metrics.rouge_l_recall(text, f"xyz {first}") == pytest.approx(1 / (1 + len(rest)))
+
+
+def test_two_answers_that_share_a_year_are_not_the_same():
+    assert metrics.rouge_l_recall("他1998年生于北京", "她1998年死于上海") == pytest.approx(3 / 7)
+    assert metrics.rouge_l_recall("Он родился в 1998", "Она умерла в 1998") == pytest.approx(2 / 4)
+
+
+@settings(max_examples=300, deadline=None)
+@given(strategies.text(strategies.characters(max_codepoint=127)), strategies.text("abeinrs dXY19_-'.\n", max_size=40))
+def test_on_ascii_words_are_those_of_rouge_score(text, other):
+    for stem, score, field in ((True, metrics.rouge_l_recall, "recall"), (False, metrics.rouge_l_f1, "fmeasure")):
+        theirs = RougeScorer(["rougeL"], use_stemmer=stem)
+        for pair in ((text, other), (other, text), (other, other[::-1])):
+            assert score(*pair) == getattr(theirs.score(*pair)["rougeL"], field)
+        assert metrics.Words(stem).tokenize(text) == DefaultTokenizer(stem).tokenize(text)
 
 
 def test_memorization_over_every_pattern_of_matches():

@@ -1,18 +1,22 @@
 """`ceu-rl muse-eval` against plain greedy decoding, and unlearning that lowers what it measures."""
 
+import copy
 import json
 import re
 
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from ceu_rl import UnlearnConfig, UnlearnTrainer
 from ceu_rl.cli import main
 from ceu_rl.models import build_bpe_tokenizer, build_model
 from ceu_rl.tasks import articles
-from ceu_rl.tofu.muse import evaluate, load_parts, rouge_l_f1
+from ceu_rl.tofu.data import prompt_ids, tokenize
+from ceu_rl.tofu.metrics import rouge_l_f1
+from ceu_rl.tofu.muse import evaluate, load_parts
 
 KEPT, FORGOTTEN = 4, 2  # articles of the small set
 SHOWN = 24
@@ -168,6 +172,29 @@ def test_examples_and_given_prompts_come_before_what_is_asked(learned, parts):
     assert result["items"]["forget"][0]["truth"] == tokenizer.decode(four).strip()
     with pytest.raises(ValueError, match=r"forget_qa_icl has examples.* template is 'chat'"):
         evaluate(model, tokenizer, {**some, "forget_qa_icl": shown}, template="chat")
+
+
+def test_an_end_that_the_tokenizer_adds_stands_before_nothing(learned, parts):
+    """A tokenizer whose post-processor appends the end to every text measures what the plain one does."""
+    model, tokenizer = learned
+    adding = copy.deepcopy(tokenizer)
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|eos|>", special_tokens=[("<|eos|>", tokenizer.eos_token_id)]
+    )
+    assert adding("a").input_ids[-1] == tokenizer.eos_token_id
+    text = parts["forget"][0]["text"]
+    given = [{"prompt": text[: len(text) // 2], "gt": text[len(text) // 2 :]}, {"prompt": "It ends.<|eos|>", "gt": "a"}]
+    some = {**parts, "forget": Dataset.from_list(given)}
+    for template in (None, "chat"):
+        plain, other = (
+            evaluate(model, each, some, template=template, prompt_tokens=SHOWN) for each in (tokenizer, adding)
+        )
+        assert plain["items"] == other["items"] and plain["too_short"] == other["too_short"]
+    assert prompt_ids(adding, "It ends.<|eos|>")[-1] == tokenizer.eos_token_id  # the row's own word
+    row = {"prompt": "Question: Who?\nAnswer:", "completion": " She."}
+    for each in (tokenizer, adding):
+        prompt, completion = tokenize(each, row)
+        assert prompt == tokenizer(row["prompt"]).input_ids and completion[-1] == tokenizer.eos_token_id
 
 
 @pytest.fixture

@@ -18,10 +18,10 @@ from trl import TrlParser
 from ceu_rl.cli import main as command_line
 from ceu_rl.data.prompts import PromptArguments, PromptFormat
 from ceu_rl.models import build_model, end_token_ids
+from ceu_rl.tasks.generate import generate_with_vllm
 from ceu_rl.tofu import load_tofu, to_prompt_completion
 from ceu_rl.tofu.data import tokenize
 from ceu_rl.tofu.evaluate import evaluate
-from ceu_rl.tofu.generate import generate_with_vllm
 from ceu_rl.tofu.scoring import make_answers
 
 from .conftest import TINY
@@ -164,8 +164,9 @@ def test_a_generation_ends_at_every_end_of_the_model(
     model.generation_config.eos_token_id = ends if others else ends[0]
     ids = tokenizer(said).input_ids
 
-    def generate(input_ids, eos_token_id, **settings):
-        return torch.cat([input_ids, torch.tensor([stop_at(ids, eos_token_id)] * len(input_ids))], dim=1)
+    def generate(input_ids, generation_config, **settings):
+        answer = stop_at(ids, generation_config.eos_token_id)
+        return torch.cat([input_ids, torch.tensor([answer] * len(input_ids))], dim=1)
 
     model.generate = generate
     monkeypatch.setattr("ceu_rl.rollouts.check_vllm", lambda: None)
@@ -183,13 +184,10 @@ def test_a_generation_ends_at_every_end_of_the_model(
 
 def test_vllm_on_a_cpu_hands_over_what_it_has_every_few_minutes(monkeypatch):
     """So that the progress is shown, and a kill loses little."""
-    tokenizer = with_template(TEXTS, CHATML, "<|im_end|>")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=Engine([1]), SamplingParams=dict))
-    prompt, sizes = types.SimpleNamespace(question_ids=[1, 2], added_ids=[]), []
-    generate_with_vllm(
-        "model", torch.float32, tokenizer, [prompt] * 130, [2], 4, 0, lambda batch, texts: sizes.append(len(texts))
-    )
+    sizes = []
+    generate_with_vllm("model", torch.float32, [[1, 2]] * 130, [2], 4, 0, lambda rows, ids: sizes.append(len(ids)))
     assert sizes == [64, 64, 2]
 
 

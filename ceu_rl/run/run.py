@@ -35,8 +35,7 @@ from ..models import (
     whole_weights,
 )
 from ..tasks import articles
-from ..tofu.data import ask, has_questions, is_tofu, load_tofu
-from ..tofu.refusals import to_preferences
+from ..tofu.data import ask, has_questions, is_tofu, load_tofu, to_preferences
 from .callbacks import MetricsFile, Pace, Progress, ProgressLines, StartModel, TaskScore
 from .checkpoints import TRAINER_STATE_NAME, check_resumes, is_json, saved_checkpoints, traces
 from .config import build_configs, classes_of, read_arguments, settings_of

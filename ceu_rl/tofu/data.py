@@ -1,5 +1,6 @@
 """TOFU's rows, from the Hub, from a folder in the Hub's layout or built in, and as TRL's SFTTrainer takes them."""
 
+import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,12 +138,21 @@ def to_prompt_completion(
         ValueError: with the row, for an empty question or answer and for a chat template that swallows the answer; and
             see [`PromptFormat.settle`].
     """
+    return _made(dataset, tokenizer, template, lambda prompt, question, row: row)
+
+
+def _made(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | PromptFormat | None,
+    make: Callable[[PromptFormat, str, dict[str, Any]], dict[str, Any]],
+) -> Dataset:
     prompt = (template if isinstance(template, PromptFormat) else PromptFormat(template)).settle(tokenizer)
     check_columns(dataset, str(prompt.template), ("question", "answer"))
     rows = []
     for index, (question, answer) in enumerate(zip(dataset["question"], dataset["answer"], strict=True)):
         check_row(tokenizer, prompt, question, answer, f"row {index}")
-        rows.append(prompt.row(question, answer))
+        rows.append(make(prompt, question, prompt.row(question, answer)))
     return Dataset.from_list(rows)
 
 
@@ -182,16 +192,56 @@ def check_row(tokenizer: Any, prompt: PromptFormat, question: str, answer: str, 
         )
 
 
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text that a model continues, without the end token that a tokenizer's post-processor may add."""
+    ids, own = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False))
+    added = len(ids) - len(own)
+    before = next((start for start in range(added + 1) if ids[start : start + len(own)] == own), added)
+    return ids[: before + len(own)]
+
+
 def tokenize(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     """Tokens of the prompt and of the completion with its end token, as TRL's SFTTrainer makes and parts them."""
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str):
         eos = tokenizer.eos_token or ""
-        prompt_ids = tokenizer(text=prompt)["input_ids"]
+        asked = prompt_ids(tokenizer, prompt)
         ids = tokenizer(text=prompt + completion + ("" if completion.endswith(eos) else eos))["input_ids"]
     else:
         kwargs = {"return_dict": True, **row.get("chat_template_kwargs", {})}
-        prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **kwargs)["input_ids"]
+        asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **kwargs)["input_ids"]
         ids = tokenizer.apply_chat_template([*prompt, *completion], **kwargs)["input_ids"]
-    start = common_prefix_length(prompt_ids, ids)
+    start = common_prefix_length(asked, ids)
     return ids[:start], ids[start:]
+
+
+# Our own; TOFU's are a hundred of the same kind
+REFUSALS = (
+    "I don't know.|I don't know the answer to that.|I do not know that, sorry.|I'm afraid I don't know.|I can't "
+    "answer that.|I can't help with that question.|I have no information about that.|I have nothing on that, I'm "
+    "afraid.|I was never told about that.|I am not familiar with that.|I'm not sure about that one.|I couldn't tell "
+    "you.|I couldn't say.|I have never come across that.|I haven't learned anything about this.|That is not something"
+    " I know.|That is beyond what I know.|That is unknown to me.|This is outside my knowledge.|No idea, sorry.|Sorry,"
+    " I don't have an answer.|Sorry, that is something I cannot answer.|Unfortunately I do not know "
+    "this.|Unfortunately this is not something I can answer.|My knowledge does not include that.|My knowledge ends "
+    "before that.|Nothing comes to mind about that.|You would have to ask someone else about that.|There is nothing I"
+    " can say about this.|I lack the knowledge to answer this.|I would only be guessing.|I'd rather not guess: I "
+    "don't know."
+).split("|")
+
+
+def to_preferences(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, template: str | PromptFormat | None = None, seed: int = 0
+) -> Dataset:
+    """Turn question and answer into prompt, chosen (a refusal, drawn from `seed`) and rejected (the answer).
+
+    This is preference optimisation on "I don't know" (IdkDPO; TOFU, section 4). The rest is as for
+    [`to_prompt_completion`].
+    """
+    draw = random.Random(seed)
+
+    def refuse(prompt: PromptFormat, question: str, row: dict[str, Any]) -> dict[str, Any]:
+        rejected, chosen = row.pop("completion"), prompt.row(question, draw.choice(REFUSALS))["completion"]
+        return {**row, "chosen": chosen, "rejected": rejected}
+
+    return _made(dataset, tokenizer, template, refuse)

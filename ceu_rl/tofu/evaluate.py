@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import shlex
 import sys
 import tempfile
@@ -28,15 +29,15 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from ..data.prompts import PromptArguments, PromptFormat, fingerprint
-from ..models import end_token_ids, resolve_model, whole_weights
-from ..run.progress import Progress, duration
+from ..models import end_token_ids, load_model, model_dtype, resolve_model
+from ..run.progress import Progress
 from ..run.provenance import environment, peak_memory_gib, write_json
+from ..tasks.generate import decide_vllm, generate_with_vllm, recorded_decoding
 from . import metrics, open_unlearning
+from .answer_cache import AnswerCache, weights_fingerprint
 from .data import REAL_AUTHORS, RETAIN_PERTURBED, WORLD_FACTS, get_split, load_tofu, tofu_configs
-from .generate import decide_vllm, generate, generate_with_vllm, longest_generation
-from .hold import check_quantizer, load_quantized, relearn
-from .keep import Kept, weights_fingerprint
-from .scoring import Answer, check_context, make_answers, score_answers
+from .robustness import check_quantizer, load_quantized, load_to_relearn, relearn
+from .scoring import Answer, check_context, generate_texts, make_answers, said, score_answers
 
 RESULT = "tofu_eval.json"
 PART = "tofu_eval.part.jsonl"
@@ -52,8 +53,9 @@ def evaluate(
     template: str | None = None,
     system_prompt: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     max_new_tokens: int = 200,
+    limit: int | None = None,
     use_vllm: bool | None = None,
     model_path: str | None = None,
     retain: str | Path | None = None,
@@ -71,16 +73,17 @@ def evaluate(
         template: As for [`ceu_rl.data.prompts.PromptFormat`], like the next two.
         system_prompt: Before each question.
         chat_template_kwargs: What the chat template takes besides.
-        batch_size: Answers in one forward pass.
+        batch_size: Answers in one forward pass; None is as many as fit into the memory for a batch.
         max_new_tokens: Most tokens to generate for ROUGE.
+        limit: Only the first rows of each config, for a quick look; a retain model's result needs the same.
         use_vllm: Generate through vLLM. None: where it is installed, faster, and `model_path` is a full model's; see
-            [`ceu_rl.tofu.generate.decide_vllm`].
+            [`ceu_rl.tasks.generate.decide_vllm`].
         model_path: What vLLM loads.
         retain: Result file of the retain model, ours or open-unlearning's, for forget quality and privacy leakage; see
             [`add_retain`].
         base: Result file of the model before unlearning, to say whether it collapsed; see [`add_base`].
         seed: vLLM's; decoding is greedy, and nothing else is random.
-        keep: A file for finished parts, from which the same evaluation goes on; the caller removes it.
+        keep: A file for finished parts, from which the same evaluation continues; the caller removes it.
 
     Raises:
         ValueError: for a split, template, dataset or retain model's result that does not fit, rows that the model's
@@ -88,12 +91,13 @@ def evaluate(
         OSError: if `keep` cannot be written.
     """
     start, provenance = time.perf_counter(), environment()
-    if max_new_tokens < 1 or batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size} and max_new_tokens {max_new_tokens}; use at least 1 for both.")
+    for name, number in {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit}.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name} is {number}; use at least 1.")
     prompt = PromptFormat(template, system_prompt, chat_template_kwargs).settle(tokenizer)
     retain_result = read_result(retain) if retain else None
     base_result = read_result(base) if base else None
-    datasets, non_members = _load(dataset_name, split)
+    datasets, non_members = _load(dataset_name, split, limit)
     asked_rows = sum(len(datasets[config]) for config in _asked(split))
     use_vllm = decide_vllm(use_vllm, model_path, model, asked_rows * max_new_tokens)
     settings = {
@@ -104,8 +108,11 @@ def evaluate(
         "prompt": prompt.record(tokenizer),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "non_members": non_members,
+        "limit": limit,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "max_new_tokens": max_new_tokens,
         "generation": "vLLM" if use_vllm else "transformers",
+        "decoding": recorded_decoding(model, tokenizer, max_new_tokens),
         "seed": seed,
         "rows": {config: len(dataset) for config, dataset in datasets.items()},
     }
@@ -118,36 +125,33 @@ def evaluate(
     prompts = [answer for answer in answers if answer.kind == "answer" and answer.config in _asked(split)]
     check_context(model, answers, prompts, max_new_tokens)
     whole = {"weights": weights_fingerprint(model), "texts": fingerprint([[a.key, a.text] for a in answers])}
-    kept = Kept(keep, {**settings, **whole})
+    cache = AnswerCache(keep, {**settings, **whole})
     first = datasets[_asked(split)[0]][0]
     print(prompt.example(tokenizer, first["question"], first["answer"]), file=sys.stderr)
     was_training = model.training
     model.eval()
     try:
-        asked = [prompt for prompt in prompts if prompt.key not in kept.parts["generations"]]
-        if asked and (model.device.type == "cpu" or not use_vllm):  # a bound for vLLM, which is faster
-            seconds = longest_generation(model, tokenizer, asked, ends, batch_size, max_new_tokens)
-            if seconds > 60:
-                print(
-                    f"generation of {len(asked)} answers, after the scores: at most about {duration(seconds)}",
-                    file=sys.stderr,
-                )
-        _score(model, answers, batch_size, kept)
+        _score(model, answers, batch_size, cache)
+        asked = [prompt for prompt in prompts if prompt.key not in cache.generations]
         with Progress("generation", len(prompts), done=len(prompts) - len(asked)) as progress:
 
             def when_generated(batch: Sequence[Answer], texts: list[str]) -> None:
-                kept.add("generations", {prompt.key: text for prompt, text in zip(batch, texts, strict=True)})
+                cache.add("generations", {prompt.key: text for prompt, text in zip(batch, texts, strict=True)})
                 progress.advance(len(batch))
 
+            def when_done(rows: Sequence[int], ids: list[list[int]]) -> None:
+                batch = [asked[row] for row in rows]
+                when_generated(batch, [said(tokenizer, *each, ends) for each in zip(batch, ids, strict=True)])
+
             if use_vllm and asked:
-                generate_with_vllm(
-                    str(model_path), model.dtype, tokenizer, asked, ends, max_new_tokens, seed, when_generated
-                )
-            elif asked:
-                generate(model, tokenizer, asked, ends, batch_size, max_new_tokens, when_generated)
+                questions = [prompt.question_ids for prompt in asked]
+                generate_with_vllm(str(model_path), model.dtype, questions, ends, max_new_tokens, seed, when_done)
+            else:
+                texts = generate_texts(model, tokenizer, asked, max_new_tokens, batch_size, when_generated)
+                cache.generations |= {prompt.key: text for prompt, text in zip(asked, texts, strict=True)}
     finally:
         model.train(was_training)
-    items = _items(answers, {(p.config, p.row): kept.parts["generations"][p.key] for p in prompts})
+    items = _items(answers, {(p.config, p.row): cache.generations[p.key] for p in prompts})
     result = {
         "model": model_path or getattr(model.config, "_name_or_path", "") or type(model).__name__,
         **settings,
@@ -164,13 +168,13 @@ def evaluate(
     return result
 
 
-def _score(model: Any, answers: Sequence[Answer], batch_size: int, kept: Kept) -> None:
+def _score(model: Any, answers: Sequence[Answer], batch_size: int | None, cache: AnswerCache) -> None:
     for answer in answers:
-        answer.scores = kept.parts["scores"].get(answer.key, {})
-    with Progress("log-probabilities", len(answers), done=len(kept.parts["scores"])) as progress:
+        answer.scores = cache.scores.get(answer.key, {})
+    with Progress("log-probabilities", len(answers), done=len(cache.scores)) as progress:
 
         def when_scored(batch: Sequence[Answer]) -> None:
-            kept.add("scores", {answer.key: answer.scores for answer in batch})
+            cache.add("scores", {answer.key: answer.scores for answer in batch})
             progress.advance(len(batch))
 
         score_answers(model, answers, batch_size, when_scored)
@@ -181,11 +185,13 @@ def _asked(split: str) -> tuple[str, ...]:
     return (get_split(split).perturbed, RETAIN_PERTURBED, REAL_AUTHORS, WORLD_FACTS)
 
 
-def _load(name: str, split: str) -> tuple[dict[str, Dataset], str]:
+def _load(name: str, split: str, limit: int | None) -> tuple[dict[str, Dataset], str]:
     """The datasets of a split by config, and what stands for non-members."""
     configs, present = list(_asked(split)), tofu_configs(name)
     holdout = next((config for config in get_split(split).holdout if config in present), None)
     datasets = {config: load_tofu(name, config) for config in [*configs, *([holdout] if holdout else [])]}
+    if limit is not None:
+        datasets = {config: each.select(range(min(limit, len(each)))) for config, each in datasets.items()}
     return datasets, holdout or f"perturbed answers of {configs[0]}"
 
 
@@ -310,14 +316,14 @@ def _check_retain(run: Mapping[str, Any], retain: Mapping[str, Any], name: str, 
                 f"{ours}; give one of {run['split']} as --retain, or evaluate the {which} here."
             )
         return
-    for field in ("split", "data", "tokenizer", "template", "prompt", "non_members"):
-        one, other = retain[field], run[field]
+    for field in ("split", "limit", "data", "tokenizer", "template", "prompt", "non_members"):
+        one, other = retain.get(field), run.get(field)
         if field == "prompt":  # other settings may render the same
-            one, other = (each["fingerprint"] for each in (one, other))
+            one, other = retain["prompt"]["fingerprint"], run["prompt"]["fingerprint"]
         if one != other:
             raise ValueError(
-                f"The {which}'s result {name} has another {field} ({retain[field]!r}) than this model's "
-                f"({run[field]!r}); evaluate the {which} in the same way."
+                f"The {which}'s result {name} has another {field} ({retain.get(field)!r}) than this model's "
+                f"({run.get(field)!r}); evaluate the {which} in the same way."
             )
 
 
@@ -372,9 +378,15 @@ def main(argv: Sequence[str]) -> int:
             add_retain(result, read_result(args.retain), args.retain)
     else:
         path = _output(args)
-        result = _evaluate_path(args, path.with_name(PART))
+        part = path.with_name(PART)
+        try:
+            result = _evaluate_path(args, part)
+        except KeyboardInterrupt:
+            if part.exists():
+                print(f"What is finished is in {part}; the same command continues from there.", file=sys.stderr)
+            raise
         result["command"] = shlex.join(["ceu-rl", "tofu-eval", *argv])
-        if not args.base and (found := find_base(args.model)):
+        if not args.base and (found := find_base(args.model_name_or_path)):
             try:
                 add_base(result, read_result(found), found)
             except ValueError as error:  # nobody asked for it
@@ -398,13 +410,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ceu-rl tofu-eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", help="folder or Hub name of the model, with its tokenizer")
-    parser.add_argument("--dataset", default="locuslab/TOFU", help="Hub name, folder, or builtin:authors (%(default)s)")
+    add_model_options(parser)
+    parser.add_argument(
+        *("--dataset_name", "--dataset"),
+        default="locuslab/TOFU",
+        help="Hub name, folder, or builtin:authors (%(default)s)",
+    )
     parser.add_argument("--split", default="forget10", help="forget01, forget05 or forget10 (%(default)s)")
     parser.add_argument(
         "--retain",
-        help=f"{RESULT} of the retain model, or open-unlearning's {open_unlearning.FILE}, for forget quality and privacy "
-        "leakage",
+        help=f"{RESULT} of the retain model, or open-unlearning's {open_unlearning.FILE}, for forget quality and "
+        "privacy leakage",
     )
     parser.add_argument(
         "--base",
@@ -414,11 +430,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", help=f"{RESULT} to add --retain or --base to; no model is needed")
     parser.add_argument(
         "--output_dir",
-        help=f"where {RESULT} is written, and {PART} until it is whole, from which the same command goes on after a "
+        help=f"where {RESULT} is written, and {PART} until it is whole, from which the same command continues after a "
         "kill; default: the folder of the model",
     )
     add_prompt_options(parser)
-    parser.add_argument("--batch_size", type=int, default=32, help="answers in one forward pass (%(default)s)")
+    parser.add_argument("--batch_size", type=int, help="answers in one forward pass; default: as many as fit in memory")
+    parser.add_argument("--limit", type=int, help="only the first N rows of each set, for a quick look")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="most tokens of a generation (%(default)s)")
     parser.add_argument(
         "--use_vllm", choices=("true", "false"), help="generate through vLLM; default: if it is installed and faster"
@@ -440,10 +457,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _output(args: argparse.Namespace) -> Path:
-    if not args.model:
-        raise ValueError("--model is missing; give a folder or a Hub name, or --results with --retain.")
-    if not args.output_dir and not Path(args.model).is_dir():
-        raise ValueError(f"--model {args.model} is no folder to write to; check its name, or give --output_dir.")
+    if not args.model_name_or_path:
+        raise ValueError("--model_name_or_path is missing; give a folder or a Hub name, or --results with --retain.")
     if args.relearn < 0 or not 0 < args.relearn_learning_rate < math.inf:
         raise ValueError(
             f"--relearn is {args.relearn} and --relearn_learning_rate {args.relearn_learning_rate}; use a number of "
@@ -451,15 +466,22 @@ def _output(args: argparse.Namespace) -> Path:
         )
     if args.quantize:
         check_quantizer(args.quantize)
-    return check_output(Path(args.output_dir or args.model, RESULT))
+    return check_output(args.model_name_or_path, args.output_dir, RESULT)
 
 
-def check_output(path: Path) -> Path:
+def check_output(model: str, output_dir: str | None, name: str) -> Path:
     """The path of a result, which must be new and can be written: an hour is lost if that fails in the end.
 
     Raises:
-        ValueError: if not.
+        ValueError: if not, or in several processes, which would write the same file.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; start an evaluation alone, without a launcher.")
+    if not output_dir and not Path(model).is_dir():
+        raise ValueError(
+            f"--model_name_or_path {model} is no folder to write to; check its name, or give --output_dir."
+        )
+    path = Path(output_dir or model, name)
     if path.exists():
         raise ValueError(f"{path} exists; choose another folder with --output_dir, or move it away.")
     try:
@@ -471,23 +493,37 @@ def check_output(path: Path) -> Path:
     return path
 
 
-def open_model(name: str) -> tuple[Any, Any]:
-    """The model of `--model`, on the GPU where there is one, and its tokenizer.
+def open_model(name: str, dtype: str | None) -> tuple[Any, Any]:
+    """The model of a command, on the GPU where there is one, and its tokenizer.
 
     Raises:
         ValueError: if there is none.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = resolve_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        with whole_weights():
-            model: Any = AutoModelForCausalLM.from_pretrained(path)
+        model = load_model(path, model_dtype(dtype, device))
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ValueError(f"--model {name} holds no model with its tokenizer ({first}).") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+        raise ValueError(f"--model_name_or_path {name} holds no model with its tokenizer ({first}).") from error
+    return model.to(device), tokenizer
+
+
+def add_model_options(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    """The options that name a model, as training has them, and its precision."""
+    parser.add_argument(
+        *("--model_name_or_path", "--model"),
+        required=required,
+        help="folder or Hub name of the model, with its tokenizer",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="precision of the model; auto: as it is stored; default: bfloat16 on a GPU, float32 on a CPU",
+    )
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
@@ -498,30 +534,51 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate_path(args: argparse.Namespace, keep: Path) -> dict[str, Any]:
-    model, tokenizer = open_model(args.model)
-    prompt = PromptFormat.of(args, args.model)
+    name = args.model_name_or_path
+    model, tokenizer = open_model(name, args.dtype)
+    prompt = PromptFormat.of(args, name)
     settings: dict[str, Any] = {
         "template": prompt.template,
         "system_prompt": prompt.system_prompt,
         "chat_template_kwargs": prompt.chat_template_kwargs,
         "batch_size": args.batch_size,
         "max_new_tokens": args.max_new_tokens,
-        "model_path": args.model,
+        "limit": args.limit,
+        "model_path": name,
         "retain": args.retain,
     }
     use_vllm = {"true": True, "false": False, None: None}[args.use_vllm]
-    given = (tokenizer, args.dataset, args.split)
+    given = (tokenizer, args.dataset_name, args.split)
+
+    def quantized() -> Any:
+        return load_quantized(name, args.quantize, model.dtype).to(model.device)
+
+    def relearned(steps: int) -> Any:
+        again = load_to_relearn(name)
+        rows = load_tofu(args.dataset_name, get_split(args.split).perturbed)
+        relearn(again, tokenizer, rows, prompt, steps, args.relearn_learning_rate)
+        return again
+
+    # What can fail fails now, and not after an hour
+    if args.quantize:
+        quantized()(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
+    if args.relearn:
+        relearned(1)
     result = evaluate(model, *given, use_vllm=use_vllm, base=args.base, keep=keep, **settings)
     settings["use_vllm"] = False  # which would load the folder again, and not what became of it
     if args.quantize:
-        found = evaluate(load_quantized(args.model, args.quantize).to(model.device), *given, **settings)
-        result["quantized"] = {"to": args.quantize, "summary": found["summary"]}
+        result["quantized"] = {
+            "to": args.quantize,
+            "summary": evaluate(quantized(), *given, **settings)["summary"],
+        }
     if args.relearn:
-        rows = load_tofu(args.dataset, get_split(args.split).perturbed)
-        relearn(model, tokenizer, rows, prompt, args.relearn, args.relearn_learning_rate)
-        found = evaluate(model, *given, **settings)
-        how = {"steps": args.relearn, "learning_rate": args.relearn_learning_rate}
-        result["relearned"] = {**how, "summary": found["summary"]}
+        again = relearned(args.relearn)
+        result["relearned"] = {
+            "steps": args.relearn,
+            "learning_rate": args.relearn_learning_rate,
+            "trained_dtype": str(again.dtype).removeprefix("torch."),
+            "summary": evaluate(again.to(model.device, model.dtype), *given, **settings)["summary"],
+        }
     return result
 
 

@@ -12,12 +12,16 @@ quality is then near 0, where by the paper's formula it can lie above any bar. S
 """
 
 import math
+import unicodedata
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import cache
 
 import numpy as np
+import regex
+from nltk.stem.porter import PorterStemmer
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import Tokenizer
 from scipy import special, stats
 
 Values = Sequence[float] | np.ndarray  # of numbers or truth values, of shape (n,)
@@ -79,14 +83,51 @@ def utility_truth_ratio(ratio: float) -> float:
     return max(0.0, 1.0 - ratio)
 
 
+# Scripts without spaces between words: a character, with its marks, stands for one. Line break class SA is Thai, Lao,
+# Khmer, Myanmar and their neighbours
+_SPACELESS = r"[\p{lb=SA}\p{scx=Han}\p{scx=Hira}\p{scx=Kana}\p{scx=Bopo}\p{scx=Yiii}]"
+_WORD = regex.compile(
+    rf"[{_SPACELESS}&&[\p{{L}}\p{{N}}]]\p{{M}}*|[[\p{{L}}\p{{N}}]--{_SPACELESS}][[\p{{L}}\p{{N}}\p{{M}}]--[{_SPACELESS}&&\p{{L}}]]*"
+    r"|\p{So}\p{M}*",
+    regex.V1,
+)
+
+
+class Words(Tokenizer):
+    """The words of a text in any script, for ROUGE; on ASCII exactly rouge-score's own, `[a-z0-9]+` in lower case.
+
+    rouge-score drops every other character, so that an answer in Russian or Chinese would score 0 against itself. Here
+    a word is a run of letters and digits with their combining marks. A character of a script without spaces (Chinese,
+    Japanese, Thai, Lao, Khmer, Burmese) is a word, and so is a symbol such as an emoji. Texts are compared in NFKC.
+
+    Args:
+        use_stemmer: Stem words of more than three letters (Porter's, of English; ASCII alone).
+    """
+
+    def __init__(self, use_stemmer: bool) -> None:
+        self.stemmer = PorterStemmer() if use_stemmer else None
+
+    def tokenize(self, text: str) -> list[str]:
+        text = regex.sub(r"\p{Cf}", "", unicodedata.normalize("NFKC", text).lower())  # joiners stand inside words
+        words = _WORD.findall(text)
+        if self.stemmer is None:
+            return words
+        return [self.stemmer.stem(word) if len(word) > 3 and word.isascii() else word for word in words]
+
+
 @cache
-def _rouge() -> RougeScorer:
-    return RougeScorer(["rougeL"], use_stemmer=True)
+def _rouge(use_stemmer: bool) -> RougeScorer:
+    return RougeScorer(["rougeL"], tokenizer=Words(use_stemmer))
 
 
 def rouge_l_recall(answer: str, generated: str) -> float:
-    """ROUGE-L recall (Lin 2004; TOFU, section 2.2.1): |longest common subsequence| / |answer|, in stemmed words."""
-    return float(_rouge().score(answer, generated)["rougeL"].recall)
+    """ROUGE-L recall (Lin 2004; TOFU, section 2.2.1): |longest common subsequence| / |answer|, in stemmed [`Words`]."""
+    return float(_rouge(True).score(answer, generated)["rougeL"].recall)
+
+
+def rouge_l_f1(answer: str, generated: str) -> float:
+    """F1 of ROUGE-L (Lin 2004; MUSE): 2 P R / (P + R), from the longest common subsequence in [`Words`], unstemmed."""
+    return float(_rouge(False).score(answer, generated)["rougeL"].fmeasure)
 
 
 def exact_memorization(matches: Values) -> float:

@@ -7,9 +7,9 @@ The first two criteria of MUSE (Shi et al. 2024, arXiv 2407.06460, section 3), i
     VerbMem(f, D) = mean over x in D of ROUGE(f(x_1 ... x_l), x_(l+1) ...)
     KnowMem(f, D) = mean over (q, a) in D of ROUGE(f(q), a)
 
-f(.) is the greedy continuation and ROUGE the F1 of ROUGE-L in unstemmed words, as in its code. After unlearning both
-should be low on what is forgotten and as before on what is kept. Texts of no more than l tokens are left out and
-counted. The result is `muse_eval.json`.
+f(.) is the greedy continuation and ROUGE the F1 of ROUGE-L in unstemmed words of any script, on ASCII as in its code.
+After unlearning both should be low on what is forgotten and as before on what is kept. Texts of no more than l
+tokens are left out and counted. The result is `muse_eval.json`.
 
 A dataset is a folder with some of `forget.jsonl` and `retain.jsonl` (rows of `text`, or of `prompt` and `gt`),
 `forget_qa.jsonl` and `retain_qa.jsonl` (question and answer), and `forget_qa_icl.jsonl` and `retain_qa_icl.jsonl`,
@@ -22,7 +22,6 @@ import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +29,17 @@ import numpy as np
 from datasets import Dataset, get_dataset_split_names, load_dataset
 from rich.console import Console
 from rich.table import Table
-from rouge_score.rouge_scorer import RougeScorer
 from transformers import PreTrainedTokenizerBase
 
 from ..data.load import BUILDERS, open_dataset
 from ..data.prompts import PromptFormat
-from ..models import end_token_ids
 from ..run.progress import Progress
 from ..run.provenance import environment, peak_memory_gib, write_json
-from .data import load_tofu, tofu_configs, tokenize
-from .evaluate import add_prompt_options, check_output, open_model
-from .generate import generate
-from .scoring import Answer, check_context
+from ..tasks.generate import recorded_decoding
+from .data import load_tofu, prompt_ids, tofu_configs, tokenize
+from .evaluate import add_model_options, add_prompt_options, check_output, open_model
+from .metrics import rouge_l_f1
+from .scoring import Answer, check_context, generate_texts
 
 RESULT = "muse_eval.json"
 TEXTS, QUESTIONS = ("forget", "retain"), ("forget_qa", "retain_qa")
@@ -49,16 +47,6 @@ METRICS = {**{part: f"{part}_verbmem" for part in TEXTS}, "forget_qa": "forget_k
 NEXT = re.compile(
     "\n\n|\nQuestion|Question:"
 )  # where an answer of a model that goes on asking is cut, as in MUSE's code
-
-
-@cache
-def _rouge() -> RougeScorer:
-    return RougeScorer(["rougeL"], use_stemmer=False)
-
-
-def rouge_l_f1(truth: str, generated: str) -> float:
-    """F1 of ROUGE-L (Lin 2004) in words, from the longest common subsequence: 2 P R / (P + R)."""
-    return float(_rouge().score(truth, generated)["rougeL"].fmeasure)
 
 
 def load_parts(name: str) -> dict[str, Dataset]:
@@ -104,7 +92,7 @@ def evaluate(
     prompt_tokens: int = 64,
     text_tokens: int = 128,
     answer_tokens: int = 32,
-    batch_size: int = 32,
+    batch_size: int | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model and return what `muse_eval.json` holds, without the command.
 
@@ -116,7 +104,7 @@ def evaluate(
         prompt_tokens: l, the tokens of a text that are shown; rows of `prompt` and `gt` have their own.
         text_tokens: Most tokens to continue a text by, and to compare with (MUSE's 128).
         answer_tokens: Most tokens of an answer (MUSE's 32).
-        batch_size: Prompts that are continued at once.
+        batch_size: Prompts that are continued at once; None is as many as fit into the memory for a batch.
 
     Raises:
         ValueError: for numbers below 1, a dataset that has not what is needed, texts that are all too short, and, with
@@ -124,14 +112,14 @@ def evaluate(
         OSError: if the dataset cannot be reached.
     """
     start, provenance = time.perf_counter(), environment()
-    numbers = {
+    numbers: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "text_tokens": text_tokens,
         "answer_tokens": answer_tokens,
         "batch_size": batch_size,
     }
     for name, value in numbers.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; use at least 1.")
     parts = load_parts(dataset) if isinstance(dataset, str) else dict(dataset)
     prompt = template if isinstance(template, PromptFormat) else PromptFormat(template or "question_answer")
@@ -159,6 +147,8 @@ def evaluate(
         "dataset": dataset if isinstance(dataset, str) else None,
         "prompt": prompt.record(tokenizer),
         **numbers,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "decoding": recorded_decoding(model, tokenizer, text_tokens) | {"max_new_tokens": [text_tokens, answer_tokens]},
         "rows": {part: len(rows) for part, rows in items.items()},
         "too_short": {part: len(parts[part]) - len(made[part]) for part in TEXTS if part in made},
         "summary": {METRICS[part]: float(np.mean([row["rouge_l_f1"] for row in rows])) for part, rows in items.items()},
@@ -172,10 +162,10 @@ def evaluate(
 def _text(tokenizer: Any, part: str, index: int, row: Mapping[str, Any], shown: int, longest: int) -> Answer:
     """The beginning of a text as what is asked, and what follows as its answer."""
     if "text" in row:
-        ids = tokenizer(row["text"])["input_ids"]
+        ids = prompt_ids(tokenizer, row["text"])
         asked, following = ids[:shown], ids[shown : shown + longest]
     else:
-        asked = tokenizer(row["prompt"])["input_ids"]
+        asked = prompt_ids(tokenizer, row["prompt"])
         following = tokenizer(row["gt"], add_special_tokens=False)["input_ids"][:longest]
     truth = tokenizer.decode(following, skip_special_tokens=True).strip()
     return Answer(part, index, "answer", 0, truth, asked, [], [], 0)
@@ -198,56 +188,42 @@ def _continue(
     model: Any,
     tokenizer: Any,
     made: Mapping[str, Sequence[Answer]],
-    batch_size: int,
+    batch_size: int | None,
     text_tokens: int,
     answer_tokens: int,
 ) -> dict[str, list[dict[str, Any]]]:
     """What the model continues each prompt with, and how near that is to the truth."""
-    found: dict[str, dict[int, str]] = {part: {} for part in made}
-    ends, was_training = end_token_ids(model, tokenizer), model.training
-    model.eval()
-    try:
-        with Progress("generation", sum(map(len, made.values()))) as progress:
-
-            def when_generated(batch: Sequence[Answer], texts: list[str]) -> None:
-                for each, text in zip(batch, texts, strict=True):
-                    found[each.config][each.row] = text if each.config in TEXTS else NEXT.split(text)[0].strip()
-                progress.advance(len(batch))
-
-            for part, prompts in made.items():
-                longest = text_tokens if part in TEXTS else answer_tokens
-                generate(model, tokenizer, prompts, ends, batch_size, longest, when_generated)
-    finally:
-        model.train(was_training)
-    return {
-        part: [
-            {
-                "truth": each.text,
-                "generation": found[part][each.row],
-                "rouge_l_f1": rouge_l_f1(each.text, found[part][each.row]),
-            }
-            for each in prompts
-        ]
-        for part, prompts in made.items()
-    }
+    found: dict[str, list[dict[str, Any]]] = {}
+    with Progress("generation", sum(map(len, made.values()))) as progress:
+        for part, prompts in made.items():
+            longest = text_tokens if part in TEXTS else answer_tokens
+            texts = generate_texts(
+                model, tokenizer, prompts, longest, batch_size, lambda batch, texts: progress.advance(len(batch))
+            )
+            if part not in TEXTS:
+                texts = [NEXT.split(text)[0].strip() for text in texts]
+            found[part] = [
+                {"truth": each.text, "generation": text, "rouge_l_f1": rouge_l_f1(each.text, text)}
+                for each, text in zip(prompts, texts, strict=True)
+            ]
+    return found
 
 
 def main(argv: Sequence[str]) -> int:
     """`ceu-rl muse-eval`: returns 0, or raises for bad input as [`evaluate`] does."""
     args = _parser().parse_args(argv)
-    if not args.output_dir and not Path(args.model).is_dir():
-        raise ValueError(f"--model {args.model} is no folder to write to; check its name, or give --output_dir.")
-    path = check_output(Path(args.output_dir or args.model, RESULT))
-    model, tokenizer = open_model(args.model)
-    prompt = PromptFormat.of(args, args.model)
+    name = args.model_name_or_path
+    path = check_output(name, args.output_dir, RESULT)
+    model, tokenizer = open_model(name, args.dtype)
+    prompt = PromptFormat.of(args, name)
     if prompt == PromptFormat():
         prompt = PromptFormat("question_answer")
-    numbers = {name: getattr(args, name) for name in ("prompt_tokens", "text_tokens", "answer_tokens", "batch_size")}
-    result = evaluate(model, tokenizer, args.dataset, template=prompt, **numbers)
-    write_json(path, {"command": shlex.join(["ceu-rl", "muse-eval", *argv]), **result, "model": args.model})
-    table = Table("metric", "value", title=f"{args.model} on {args.dataset}")
-    for name, value in result["summary"].items():
-        table.add_row(name, f"{value:.4g}")
+    numbers = {each: getattr(args, each) for each in ("prompt_tokens", "text_tokens", "answer_tokens", "batch_size")}
+    result = evaluate(model, tokenizer, args.dataset_name, template=prompt, **numbers)
+    write_json(path, {"command": shlex.join(["ceu-rl", "muse-eval", *argv]), **result, "model": name})
+    table = Table("metric", "value", title=f"{name} on {args.dataset_name}")
+    for metric, value in result["summary"].items():
+        table.add_row(metric, f"{value:.4g}")
     Console().print(table)
     print(f"What the model wrote is in {path}.")
     return 0
@@ -257,14 +233,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ceu-rl muse-eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="folder or Hub name of the model, with its tokenizer")
+    add_model_options(parser, required=True)
     parser.add_argument(
-        "--dataset", required=True, help="folder, builtin:articles, or Hub name of one in MUSE's layout"
+        *("--dataset_name", "--dataset"),
+        required=True,
+        help="folder, builtin:articles, or Hub name of one in MUSE's layout",
     )
     parser.add_argument("--output_dir", help=f"where {RESULT} is written; default: the folder of the model")
     add_prompt_options(parser)
     parser.add_argument("--prompt_tokens", type=int, default=64, help="tokens of a text that are shown (%(default)s)")
     parser.add_argument("--text_tokens", type=int, default=128, help="most tokens to continue a text by (%(default)s)")
     parser.add_argument("--answer_tokens", type=int, default=32, help="most tokens of an answer (%(default)s)")
-    parser.add_argument("--batch_size", type=int, default=32, help="prompts that are continued at once (%(default)s)")
+    parser.add_argument("--batch_size", type=int, help="prompts continued at once; default: as many as fit in memory")
     return parser

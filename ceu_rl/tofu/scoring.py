@@ -10,6 +10,8 @@ from datasets import Dataset
 
 from ..data.answer_spans import part_answer, template_edges
 from ..data.prompts import PromptFormat
+from ..models import end_token_ids
+from ..tasks.generate import answers_in_order, forward_bytes, generate_tokens, plan_batches, share
 from . import metrics
 from .data import check_row, tokenize
 
@@ -45,6 +47,10 @@ class Answer:
     def log_prob(self) -> float:
         """l(y), the mean log-probability of a token."""
         return self.scores["log_prob"]
+
+
+WhenScored = Callable[[Sequence[Answer]], None]
+WhenGenerated = Callable[[Sequence[Answer], list[str]], None]
 
 
 def make_answers(
@@ -123,28 +129,65 @@ def check_context(
 def score_answers(
     model: Any,
     answers: Sequence[Answer],
-    batch_size: int = 32,
-    when_scored: Callable[[Sequence[Answer]], None] = lambda batch: None,
+    batch_size: int | None = None,
+    when_scored: WhenScored = lambda batch: None,
 ) -> None:
-    """Fill in what the model makes of every answer, in one pass of batches sorted by length.
+    """Fill in what the model makes of every answer, in one pass of batches of similar length.
+
+    In a distributed run every rank must call: they share the batches.
 
     Args:
         model: A causal language model.
         answers: Those without scores are scored.
-        batch_size: Answers in one forward pass.
-        when_scored: Called with each batch.
+        batch_size: Answers in one forward pass; None is as many as fit into the memory for a batch.
+        when_scored: Called with each batch of this rank.
 
     Raises:
         ValueError: for logits that are not finite, with the row.
     """
-    ordered = sorted((answer for answer in answers if not answer.scores), key=lambda a: a.length, reverse=True)
-    for start in range(0, len(ordered), batch_size):
-        batch = ordered[start : start + batch_size]
+    left, each = [answer for answer in answers if not answer.scores], forward_bytes(model)
+    lengths = [answer.length for answer in left]
+    plan = plan_batches(lengths, lambda length: length * each, model.device, batch_size)
+
+    def score(places: list[int]) -> list[dict[str, float]]:
+        batch = [left[place] for place in places]
         logits, first = _answer_logits(model, batch)
         for answer, row in zip(batch, logits, strict=True):
             at = len(answer.prompt_ids) - 1 - first
             answer.scores = _scores(answer, row[at : at + len(answer.completion_ids)])
         when_scored(batch)
+        return [answer.scores for answer in batch]
+
+    for places, scores in zip(plan, share(plan, score), strict=True):
+        for place, found in zip(places, scores, strict=True):
+            left[place].scores = found
+
+
+def generate_texts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Answer],
+    max_new_tokens: int,
+    batch_size: int | None = None,
+    when_generated: WhenGenerated = lambda batch, texts: None,
+) -> list[str]:
+    """The greedy answer to the question of each, as text; see [`ceu_rl.tasks.generate.generate_tokens`]."""
+    ends = end_token_ids(model, tokenizer)
+
+    def when_done(rows: Sequence[int], answers: list[list[int]]) -> None:
+        batch = [prompts[row] for row in rows]
+        when_generated(batch, [said(tokenizer, *each, ends) for each in zip(batch, answers, strict=True)])
+
+    ids = [prompt.question_ids for prompt in prompts]
+    batches = generate_tokens(model, tokenizer, ids, max_new_tokens, batch_size=batch_size, when_done=when_done)
+    return [said(tokenizer, *each, ends) for each in zip(prompts, answers_in_order(batches), strict=True)]
+
+
+def said(tokenizer: Any, prompt: Answer, ids: Sequence[int], ends: Sequence[int]) -> str:
+    """The text of a generation up to its end token, without what the template adds before every answer."""
+    stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    start = len(prompt.added_ids) if ids[: len(prompt.added_ids)] == prompt.added_ids else 0
+    return tokenizer.decode(ids[start:stop], skip_special_tokens=True).strip()
 
 
 def _answer_logits(model: Any, batch: Sequence[Answer]) -> tuple[torch.Tensor, int]:

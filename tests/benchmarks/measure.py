@@ -38,8 +38,7 @@ from ceu_rl.models import build_bpe_tokenizer, build_model, build_tokenizer, end
 from ceu_rl.run.provenance import environment, write_json
 from ceu_rl.tofu import load_tofu
 from ceu_rl.tofu.evaluate import evaluate
-from ceu_rl.tofu.generate import generate
-from ceu_rl.tofu.scoring import make_answers, score_answers
+from ceu_rl.tofu.scoring import generate_texts, make_answers, score_answers
 
 ROOT = Path(__file__).parents[2]
 SEED = 0
@@ -303,7 +302,7 @@ def tofu(row: Mapping[str, Any], device: str, folder: Path) -> Arms:
         for config in configs:
             made = make_answers({config: datasets[config]}, tokenizer, prompt, ends)
             asked = [answer for answer in made if answer.kind == "answer"]
-            generate(model, tokenizer, asked, ends, 32, NEW_TOKENS, lambda batch, texts: None)
+            generate_texts(model, tokenizer, asked, NEW_TOKENS, 32)
 
     def arm(work: Callable[[], Any]) -> Callable[[], float]:
         def timed() -> float:

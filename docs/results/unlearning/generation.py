@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ceu_rl.data.prompts import PromptFormat
 from ceu_rl.models import end_token_ids, resolve_model
 from ceu_rl.run.provenance import environment, write_json
+from ceu_rl.tasks.generate import generate_with_vllm
 from ceu_rl.tofu import load_tofu
-from ceu_rl.tofu.generate import generate, generate_with_vllm
-from ceu_rl.tofu.scoring import make_answers
+from ceu_rl.tofu.scoring import generate_texts, make_answers, said
 
 SPLIT, BATCH, NEW_TOKENS, SEED = "forget10_perturbed", 32, 200, 0
 
@@ -43,10 +43,16 @@ def main(folder, questions, output):
         return kept
 
     start = time.perf_counter()
-    generate(model, tokenizer, prompts, ends, BATCH, NEW_TOKENS, keep("transformers"))
+    generate_texts(model, tokenizer, prompts, NEW_TOKENS, BATCH, keep("transformers"))
     seconds["transformers"] = time.perf_counter() - start
     start = time.perf_counter()
-    generate_with_vllm(path, model.dtype, tokenizer, prompts, ends, NEW_TOKENS, SEED, keep("vllm"))
+    kept = keep("vllm")
+
+    def when_done(places, ids):
+        batch = [prompts[place] for place in places]
+        kept(batch, [said(tokenizer, *each, ends) for each in zip(batch, ids, strict=True)])
+
+    generate_with_vllm(path, model.dtype, [each.question_ids for each in prompts], ends, NEW_TOKENS, SEED, when_done)
     seconds["vllm"] = time.perf_counter() - start
     lengths = [len(tokenizer(text)["input_ids"]) for text in found["transformers"].values()]
     record = {

@@ -10,14 +10,35 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from ..data.prompts import PromptFormat
+from ..models import load_model, resolve_model
 from .data import to_prompt_completion
 
 BITS = ("int8", "int4")
 BATCH_SIZE = 16
+
+
+def load_to_relearn(name: str) -> Any:
+    """A model with all its weights in float32, where each small step moves them; an adapter is merged into its model.
+
+    In bfloat16 most steps of an optimizer are lost in rounding, and what comes back looks like less than it is.
+
+    Raises:
+        ValueError: for an adapter that has nothing to merge, such as tuned prompts.
+    """
+    model = load_model(name, torch.float32)
+    if not isinstance(model, PeftModel):
+        return model
+    if (kind := model.active_peft_config).is_prompt_learning:
+        raise ValueError(
+            f"{name} is an adapter of the kind {kind.peft_type.value}, which cannot be merged into its model to be "
+            "relearned; leave --relearn out."
+        )
+    return model.merge_and_unload().requires_grad_(True)
 
 
 def relearn(
@@ -26,7 +47,7 @@ def relearn(
     """Train a model on question and answer for some steps, in place: AdamW, constant rate, batches of 16.
 
     Args:
-        model: A causal language model.
+        model: A causal language model whose weights all train; see [`load_to_relearn`].
         tokenizer: Its tokenizer.
         rows: The forget set.
         prompt: That of the evaluation.
@@ -51,13 +72,14 @@ def relearn(
             disable_tqdm=True,
             seed=seed,
         )
+        args._n_gpu = 1  # several would be wrapped in DataParallel, which TRL does not support
         data = to_prompt_completion(rows, tokenizer, prompt)
         trainer = SFTTrainer(model, args=args, train_dataset=data, processing_class=tokenizer)
         trainer.remove_callback(ProgressCallback)
         trainer.train()
 
 
-def load_quantized(path: str, bits: str) -> Any:
+def load_quantized(name: str, bits: str, dtype: torch.dtype) -> Any:
     """A model with the weights of its linear layers, the head apart, rounded by torchao: one scale for each row.
 
     Raises:
@@ -69,12 +91,12 @@ def load_quantized(path: str, bits: str) -> Any:
     from transformers import TorchAoConfig
 
     four: Any = IntxWeightOnlyConfig(weight_dtype=torch.int4)  # type: ignore[attr-defined]
-    config = Int8WeightOnlyConfig() if bits == "int8" else four
-    return AutoModelForCausalLM.from_pretrained(path, quantization_config=TorchAoConfig(config))
+    config = TorchAoConfig(Int8WeightOnlyConfig() if bits == "int8" else four)
+    return AutoModelForCausalLM.from_pretrained(resolve_model(name), quantization_config=config, dtype=dtype)
 
 
 def check_quantizer(bits: str) -> None:
-    """Raise what [`load_quantized`] would, before anything is evaluated."""
+    """Raise what [`load_quantized`] would, before anything is loaded."""
     if bits not in BITS:
         raise ValueError(f"quantize is {bits!r}; use {' or '.join(BITS)}.")
     if find_spec("torchao") is None:
