@@ -155,7 +155,7 @@ class TaskScore(TrainerCallback):
         self.trainer, self.task, self.rows, self.start = trainer, task, list(rows), start or nullcontext
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        # Every process generates the same answers: sharded models need all of them to take part
+        # Every process takes part, and gets the scores of all
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         given = (model, self.trainer.processing_class, self.task, self.rows)
         with self.trainer.accelerator.autocast(), self.start() as reference:  # both in the same precision

@@ -10,7 +10,8 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from ..data.prompts import PromptFormat
-from ..tasks.score import Batch, evaluate_divergence
+from ..tasks.generate import make_batches
+from ..tasks.score import evaluate_divergence
 from .callbacks import StartModel, log_scores
 from .errors import NameCause
 
@@ -92,7 +93,7 @@ class KeptScore(TrainerCallback):
         check_context(trainer.model, self.answers)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        # Every process scores the same answers: sharded models need all of them to take part
+        # Every process takes part, and gets the scores of all
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         with self.trainer.accelerator.autocast():  # the reference in the precision of the model
             scores = self.score(model)
@@ -120,7 +121,7 @@ class KeptScore(TrainerCallback):
                 total = sum(answer.log_prob * len(answer.completion_ids) for answer in right)
                 found["solutions_nll"] = -total / sum(len(answer.completion_ids) for answer in right)
                 if self.start is not None:
-                    batches = [_as_batch(answer, model.device) for answer in right]
+                    batches = make_batches(model, [(answer.prompt_ids, answer.completion_ids) for answer in right])
                     with self.start() as reference:
                         found["solutions_kl"] = evaluate_divergence(model, reference, batches)["kl"]
                 continue
@@ -131,8 +132,3 @@ class KeptScore(TrainerCallback):
             values = [option_probability(answer.log_prob, wrong[answer.row]) for answer in right]
             found[f"{config.removesuffix('_perturbed')}_probability"] = sum(values) / len(values)
         return found
-
-
-def _as_batch(answer: Any, device: torch.device) -> Batch:
-    prompt, completion = (torch.tensor([ids], device=device) for ids in (answer.prompt_ids, answer.completion_ids))
-    return Batch(prompt, torch.ones_like(prompt), completion[None], torch.ones_like(completion)[None])
