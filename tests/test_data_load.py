@@ -72,6 +72,120 @@ def test_layouts_that_say_the_same_are_understood(kind, row, expected, stream):
     assert found == [expected, expected]
 
 
+TEXTS, ANSWERS = {"chosen": "3", "rejected": "4"}, {"chosen": [SAID], "rejected": [OTHER]}
+SYSTEM = {"role": "system", "content": "Add."}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "row", "expected", "noted"),
+    [
+        *[
+            ("preference", {name: "1+2=", **TEXTS}, TEXT, name)
+            for name in ("question", "instruction", "query", "input")
+        ],
+        ("preference", {"instruction": "1+2=", "input": "", **TEXTS}, TEXT, "input"),
+        ("preference", {"instruction": "1", "input": "+2", **TEXTS}, {"prompt": "1\n\n+2", **TEXTS}, "input"),
+        ("preference", {"question": "1+2=", **ANSWERS}, CHAT, "question"),
+        ("preference", {"question": "1+2=", **WHOLE}, CHAT, "question"),
+        ("preference", {"question": [USER], **TEXTS}, CHAT, "question"),
+        ("preference", {"question": "1+2=", "chosen": "1+2=3", "rejected": "1+2=4"}, TEXT, "question"),
+        ("preference", {"messages": [USER], **TEXTS}, CHAT, "messages"),
+        ("preference", {"messages": [USER, SAID], **TEXTS}, CHAT, "messages"),
+        ("preference", {"messages": [USER, SAID], **WHOLE}, CHAT, "messages"),
+        ("preference", {"system": "Add.", **TEXT}, {**TEXT, "prompt": "Add.\n\n1+2="}, "system"),
+        ("preference", {"system_prompt": "Add.", **CHAT}, {**CHAT, "prompt": [SYSTEM, USER]}, "system_prompt"),
+        ("preference", {"system": None, **CHAT}, CHAT, "system"),
+        (
+            "preference",
+            {"system": "Add.", **CHAT, "prompt": [SYSTEM, USER]},
+            {**CHAT, "prompt": [SYSTEM, USER]},
+            "system",
+        ),
+        (
+            "preference",
+            {"system": "Add.", **WHOLE},
+            {name: [SYSTEM, *turns] for name, turns in WHOLE.items()},
+            "system",
+        ),
+        (
+            "preference",
+            {"system": "Add.", "question": "1+2=", **ANSWERS},
+            {**CHAT, "prompt": [SYSTEM, USER]},
+            "question",
+        ),
+        ("sft", {"query": "1+2=", "completion": "3"}, {"prompt": "1+2=", "completion": "3"}, "query"),
+        ("sft", {"system": "Add.", "messages": [USER, SAID]}, {"messages": [SYSTEM, USER, SAID]}, "system"),
+        (
+            "sft",
+            {"system": "Add.", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+            {
+                "conversations": [
+                    *({"from": "system", "value": "Add."}, {"from": "human", "value": "a"}),
+                    {"from": "gpt", "value": "b"},
+                ]
+            },
+            "system",
+        ),
+        (
+            "prompt",
+            {"question": "1+2=", "answer": "3"},
+            {"prompt": "1+2=", "question": "1+2=", "answer": "3"},
+            "question",
+        ),
+        ("prompt", {"messages": [USER]}, {"prompt": [USER], "messages": [USER]}, "messages"),
+        ("prompt", {"system": "Add.", "prompt": [USER]}, {"prompt": [SYSTEM, USER], "system": "Add."}, "system"),
+    ],
+)
+def test_columns_that_hold_the_prompt_are_understood_and_said(kind, row, expected, noted, stream, caplog):
+    with caplog.at_level("INFO", "ceu_rl"):
+        (found,) = check_layout(made([row], stream), "train", kind)
+    read = (*expected, "prompt", "completion", "chosen", "rejected", "messages", "conversations")
+    assert {name: value for name, value in found.items() if name in read} == expected
+    assert f"'{noted}'" in caplog.text and "train dataset" in caplog.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "row", "named"),
+    [
+        *[("preference", {**TEXT, name: "Be brief."}, name) for name in ("question", "input", "context", "history")],
+        ("preference", {**CHAT, "messages": [{**USER, "content": "5+5="}, SAID]}, "messages"),
+        ("preference", {**CHAT, "history": [["Hi.", "Hello."]]}, "history"),
+        ("preference", {**TEXT, "system": "Add.", "system_prompt": "Subtract."}, "system_prompt"),
+        ("preference", {"system": "Add.", "chosen": "ab", "rejected": "ac"}, "system"),
+        ("preference", {"question": "", **TEXTS}, "question"),
+        ("preference", {"question": None, **TEXTS}, "question"),
+        ("preference", {"question": 3, **TEXTS}, "question"),
+        ("preference", {"instruction": "1", "input": 3, **TEXTS}, "input"),
+        ("preference", {"question": "a", "query": "b", **TEXTS}, "query"),
+        ("preference", {"system": 3, **TEXT}, "system"),
+        ("preference", {**CHAT, "system": "Subtract.", "prompt": [SYSTEM, USER]}, "system"),
+        ("preference", {"problem": "What is 1+2?", "chosen": "It is 3", "rejected": "It is 4"}, "problem"),
+        ("preference", {"problem": "What is 1+2?", **ANSWERS}, "problem"),
+        ("sft", {"prompt": "a", "completion": "b", "context": "Of old."}, "context"),
+        ("sft", {"text": "a", "instruction": "Of old."}, "instruction"),
+        ("sft", {"text": "a", "system": "Of old."}, "system"),
+        ("sft", {"messages": [USER, SAID], "history": [["Hi.", "Hello."]]}, "history"),
+        ("prompt", {"messages": [USER, SAID]}, "messages"),
+        ("prompt", {"question": " "}, "question"),
+    ],
+)
+def test_a_column_that_would_be_left_unread_is_named(kind, row, named, stream):
+    with pytest.raises(ValueError, match=f"train dataset has .*'{named}'"):
+        list(check_layout(made([row], stream), "train", kind))
+
+
+def test_columns_about_a_row_are_left_alone(caplog):
+    ultra = {"prompt": "1+2=", "prompt_id": "a1", "messages": [USER, SAID], **WHOLE, "score_chosen": 1.0}
+    found = check_layout(made([ultra, ultra]), "train", "preference")
+    assert set(found.column_names) == {*TEXT, "prompt_id", "score_chosen"}  # TRL may judge the layout by messages
+    hh = {"chosen": "Human: Hi Assistant: A", "rejected": "Human: Hi Assistant: B", "source": "hh", "n": 1}
+    with caplog.at_level("INFO", "ceu_rl"):
+        found = check_layout(made([hh]), "train", "preference")
+    assert found.to_list() == [hh] and "['n', 'source'] is not read" in caplog.text
+
+
 def test_a_dataset_in_trls_own_layout_is_not_copied():
     dataset = made([CHAT, CHAT])
     assert check_layout(dataset, "train", "preference") is dataset
@@ -178,7 +292,7 @@ def test_a_row_that_cannot_be_learned_from_is_named(kind, row, message, stream):
         ("sft", {"prompt": "a", "messages": []}, "'prompt' beside 'messages'"),
         ("prompt", {"prompts": "a"}, "column 'prompts', which is what the trainer itself passes"),
         ("prompt", {"prompt": "a", "completions": "b"}, "column 'completions', which is what the trainer itself"),
-        ("prompt", {"question": "a"}, "no column 'prompt'"),
+        ("prompt", {"asked": "a"}, "no column 'prompt'"),
     ],
 )
 def test_a_missing_column_is_named(kind, row, message, stream):

@@ -14,7 +14,7 @@ from ceu_rl.data.prompts import PromptFormat
 from ceu_rl.models import build_bpe_tokenizer
 from ceu_rl.tasks import authors
 from ceu_rl.tofu import load_tofu, to_prompt_completion
-from ceu_rl.tofu.data import REFUSALS, SPLITS, get_split, to_preferences, tofu_configs, tokenize
+from ceu_rl.tofu.data import REFUSALS, SPLITS, ask, get_split, to_preferences, tofu_configs, tokenize
 from ceu_rl.unlearn import UnlearnScriptArguments
 
 TOFU = Path(os.environ.get("CEU_RL_TOFU") or Path(__file__).parents[1].parent / "shared" / "tofu")
@@ -196,6 +196,18 @@ def test_empty_texts_are_refused(bpe, column, empty):
 def test_no_rows_are_refused(bpe):
     with pytest.raises(ValueError, match="has no rows"):
         to_prompt_completion(Dataset.from_list([]), bpe)
+
+
+def test_a_column_beside_question_and_answer_is_read_or_named(bpe):
+    ask(
+        {"train": Dataset.from_list([{**ROWS[0], "context": "are you?", "system": None, "id": "a b"}])},
+        bpe,
+        PromptFormat(),
+    )
+    for column in ("context", "system", "instruction", "history"):
+        rows = Dataset.from_list([ROWS[0], {**ROWS[1], column: "Zoë moved."}])
+        with pytest.raises(ValueError, match=f"Row 1 of the train dataset has '{column}' .'Zoë moved.'., which is in"):
+            ask({"train": rows}, bpe, PromptFormat())
 
 
 # refusals

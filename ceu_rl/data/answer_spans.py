@@ -1,10 +1,11 @@
 """Where an answer begins and ends among the tokens that a template writes around it.
 
     <|im_start|>assistant\\n | <think>\\n\\n</think>\\n\\n | In Oslo. | <|im_end|> | \\n
-    prompt                  | added before              | content  | end        | added after
+    prompt                  | added before              | answer   | end        | added after
 
-What the template adds to every answer is not content. It is found by the same conversation with other answers: what
-they begin and end with alike. An answer ends after its first end token.
+What the template adds to every answer is no part of it. It is found by the same conversation with other answers, their
+content, reasoning and tool calls changed alike: what they begin and end with alike. An answer ends after its first end
+token.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 from trl.data_utils import common_prefix_length
 
 PROBES = ("0", "Z")  # two answers that share no beginning and no end
+KEPT = ("role", "type", "id", "tool_call_id")  # what of a message is no part of the answer
 
 
 class Parts(NamedTuple):
@@ -37,18 +39,33 @@ def template_edges(
     """
     if isinstance(prompt, str) or isinstance(completion, str):
         return [], []
-    first, last = ([*completion] for _ in range(2))
     found = []
-    for edge, place in ((first, 0), (last, -1)):
+    for place in (0, len(completion) - 1):
         rendered = []
-        for probe in PROBES:
-            edge[place] = {**completion[place], "content": probe}
-            rendered.append(tokenizer.apply_chat_template([*prompt, *edge], return_dict=True, **kwargs)["input_ids"])
+        for message in _others(completion[place]):
+            messages = [*prompt, *completion[:place], message, *completion[place + 1 :]]
+            rendered.append(tokenizer.apply_chat_template(messages, return_dict=True, **kwargs)["input_ids"])
         found.append(rendered)
-    (one, other), (last_one, last_other) = found
-    head = one[: common_prefix_length(one, other)]
-    tail = common_prefix_length(last_one[::-1], last_other[::-1])
-    return head, last_one[len(last_one) - tail :]
+    (one, *others), (last, *last_others) = found
+    head = min(common_prefix_length(one, other) for other in others)
+    tail = min(common_prefix_length(last[::-1], other[::-1]) for other in last_others)
+    return one[:head], last[len(last) - tail :]
+
+
+def _others(message: Mapping[str, Any]) -> list[Any]:
+    """Other answers in the form of this one, and a plain one: what a template writes around a call is the call's."""
+    one, other = (_probed(message, probe) for probe in PROBES)
+    plain = {"role": message["role"], "content": PROBES[0]}
+    return [one, other] if one == plain else [one, other, plain]
+
+
+def _probed(value: Any, probe: str) -> Any:
+    """A message that says the probe wherever it says something: content, reasoning, names and arguments of calls."""
+    if isinstance(value, Mapping):
+        return {name: each if name in KEPT else _probed(each, probe) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_probed(each, probe) for each in value]
+    return probe if isinstance(value, str) and value else value
 
 
 def part_answer(

@@ -3,7 +3,6 @@
 `StopAtNonFinite` is mixed into the trainers; the functions are called by their constructors.
 """
 
-import difflib
 import logging
 import math
 from collections.abc import Mapping
@@ -20,18 +19,6 @@ from transformers.integrations import is_fsdp_enabled
 from .checkpoints import saved_checkpoints
 
 logger = logging.getLogger(__name__)
-
-
-def check_columns(dataset: Dataset | IterableDataset, name: str, required: tuple[str, ...]) -> None:
-    """Raise a ValueError if the dataset has no rows or lacks one of the required columns."""
-    row = next(iter(dataset), None)
-    if row is None:
-        raise ValueError(f"The {name} dataset has no rows; give it at least one.")
-    for column in required:
-        if column not in row:
-            close = difflib.get_close_matches(column, row, n=1)
-            fix = f"rename {close[0]!r} to {column!r}" if close else f"add {column!r}, or rename the one that holds it"
-            raise ValueError(f"The {name} dataset has no column {column!r} among {sorted(row)}; {fix}.")
 
 
 POSITIVE = (

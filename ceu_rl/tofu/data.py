@@ -11,7 +11,8 @@ from trl.data_utils import common_prefix_length
 
 from ..data.load import open_dataset
 from ..data.prompts import PromptFormat
-from ..run.checks import check_columns, note
+from ..data.rows import check_columns, check_questions
+from ..run.checks import note
 from ..tasks import articles, authors
 
 
@@ -169,6 +170,8 @@ def ask(
     make = make or to_prompt_completion
     prompt = prompt.settle(tokenizer)
     asked = {name: one for name, one in datasets.items() if has_questions(one)}
+    for name, one in asked.items():
+        check_questions(one, name)
     first = next(iter(next(iter(asked.values()))))
     note(prompt.example(tokenizer, first["question"], first["answer"]))
     made = {name: make(one, tokenizer, prompt) for name, one in asked.items()}
