@@ -205,7 +205,7 @@ def test_a_column_beside_question_and_answer_is_read_or_named(bpe):
         PromptFormat(),
     )
     for column in ("context", "system", "instruction", "history"):
-        rows = Dataset.from_list([ROWS[0], {**ROWS[1], column: "Zoë moved."}])
+        rows = Dataset.from_list([{**ROWS[0], column: None}, {**ROWS[1], column: "Zoë moved."}])
         with pytest.raises(ValueError, match=f"Row 1 of the train dataset has '{column}' .'Zoë moved.'., which is in"):
             ask({"train": rows}, bpe, PromptFormat())
 
