@@ -13,6 +13,7 @@ _PUBLIC = {
     "CEUDPOTrainer": "dpo",
     "CEUGRPOConfig": "grpo",
     "CEUGRPOTrainer": "grpo",
+    "OfflineGRPOTrainer": "offline_grpo",
     "UnlearnConfig": "unlearn",
     "UnlearnTrainer": "unlearn",
 }
@@ -23,6 +24,7 @@ __all__ = [
     "CEUDPOTrainer",
     "CEUGRPOConfig",
     "CEUGRPOTrainer",
+    "OfflineGRPOTrainer",
     "UnlearnConfig",
     "UnlearnTrainer",
 ]

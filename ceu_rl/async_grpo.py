@@ -53,7 +53,7 @@ class CEUAsyncGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Flo
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         bound = inspect.signature(AsyncGRPOTrainer.__init__).bind(self, *args, **kwargs)
         given = bound.arguments
-        given["args"] = config = CEUAsyncGRPOConfig.adopt(given.get("args"), given["model"])
+        given["args"] = config = CEUAsyncGRPOConfig.given(given.get("args"), given["model"])
         check_numbers(vars(config))
         check_language_model(given["model"], config.trust_remote_code)
         super().__init__(*bound.args[1:], **bound.kwargs)

@@ -1,4 +1,4 @@
-"""DPO with CE-U in the place of the gradient ascent on rejected responses."""
+"""DPO whose push on rejected responses fades as their tokens fall."""
 
 import functools
 import inspect
@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 
 from .data.load import COMPLETIONS, FirstRow, check_dataset, check_layout
-from .route import CITATION, DescentConfig, DescentTrainer
+from .route import CITATION, DescentConfig, DescentTrainer, Scored
 from .run.checkpoints import WholeCheckpoints
 from .run.checks import (
     StopAtNonFinite,
@@ -25,6 +26,8 @@ from .run.checks import (
 )
 from .run.engines import Float32Outputs
 
+# What is kept of a held-out pair: sums of log-probabilities in nats, of the policy and of the reference, and tokens
+PAIR = ("chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_tokens", "rejected_tokens")
 CHOICES = {
     "loss_type": (
         *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
@@ -37,25 +40,27 @@ CHOICES = {
 
 @dataclass
 class CEUDPOConfig(DescentConfig, DPOConfig):
-    """`trl.DPOConfig` and the three coefficients of the descent weight, of which half is CE-U by default.
+    """`trl.DPOConfig` and the rule of the descending tokens, by default half of CE-U's weight.
 
     Half of the weight (`ceu_coef` 0.5) ended with the best samples on two toy tasks, and on a real model learned the
     preference between sums, which the whole weight (1) did not, but not that between worded solutions, which stock did;
     the whole weight keeps greedy answers up to larger rates (docs/results/dpo.md, docs/results/dpo-real-model.md).
 
     Raises:
-        ValueError: for a coefficient outside its range, or `use_liger_kernel`.
+        ValueError: for an unknown rule, a parameter out of range or one that the rule does not read, or
+            `use_liger_kernel`.
         ImportError: for a version of TRL that this package was not tested with.
     """
 
 
 class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32Outputs, DPOTrainer):
-    """`trl.DPOTrainer` whose descending tokens get the CE-U weight; nothing else changes (arXiv 2503.01224).
+    """`trl.DPOTrainer` whose descending tokens get the weight of a rule; nothing else changes (arXiv 2503.01224).
 
-    It takes the same arguments. After TRL's constructor it attaches `routing.route_descent` to the policy, with the
-    coefficients of `args`; a plain `trl.DPOConfig` becomes a `CEUDPOConfig` with the defaults, where it stands
-    (`DescentConfig.adopt`). With `ceu_coef` 0 it trains the same weights as `trl.DPOTrainer`, bit for bit. It logs
-    what `routing.descent_metrics` names.
+    It takes the same arguments, and a `CEUDPOConfig`. After TRL's constructor it attaches the rule to the policy
+    (`route.route_descent`). The anchor of a rule is the reference's probability of the same token, from the forward
+    that TRL makes anyway, or kept beside the sums with `precompute_ref_log_probs`. With `ceu_coef` 0 it trains the same
+    weights as `trl.DPOTrainer`, bit for bit. It logs what `route.descent_metrics` names, and `held_out` keeps each
+    pair of the last evaluation.
 
     Raises:
         ValueError: before any step, for a dataset without rows, a column that is missing, an empty completion, rows
@@ -64,6 +69,8 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32Ou
     """
 
     args: CEUDPOConfig
+    held_out: dict[str, list[dict[str, float]]]  # by evaluation ("eval"): sums of log-probabilities of each pair
+    _pairs: list[torch.Tensor] | None = None  # of the evaluation that runs
     _tag_names = ["trl", "dpo", "ceu"]
     _name = "CE-U DPO"
     # Both, and no "method introduced in": neither paper has this trainer
@@ -73,7 +80,7 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32Ou
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         bound = inspect.signature(DPOTrainer.__init__).bind(self, *args, **kwargs)
         given = bound.arguments
-        given["args"] = config = CEUDPOConfig.adopt(given.get("args"), given["model"])
+        given["args"] = config = CEUDPOConfig.given(given.get("args"), given["model"])
         if given.get("train_dataset") is not None:
             check_dataset(given["train_dataset"], "train", "preference")
             check_shared_cache(given["train_dataset"], config.world_size if config.precompute_ref_log_probs else 1)
@@ -84,10 +91,79 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32Ou
         check_language_model(given["model"], config.trust_remote_code)
         adapts = given.get("peft_config") is not None or isinstance(given["model"], PeftModel)
         check_reference_is_loaded(needs_reference=not adapts)
+        self.held_out = {}
         with FirstRow("train"):
             super().__init__(*bound.args[1:], **bound.kwargs)
         check_language_model(self.model)
         self.attach_route()
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:
+        anchor = None
+        if self.precompute_ref_logps and self.args.needs_anchor:
+            inputs, anchor = self._part_reference(inputs)
+        with self.descent_route.collect() as forwards:
+            loss = super()._compute_loss(model, inputs, return_outputs)
+        policy, *references = forwards
+        policy.anchor = references[0].log_probs if anchor is None and references else anchor
+        if policy.anchor is None and self.args.needs_anchor:
+            raise RuntimeError("The reference's forward did not reach the route; build this trainer again.")
+        if self._pairs is not None:
+            self._pairs.append(self._scores(policy, inputs))
+        return loss
+
+    def _scores(self, policy: Scored, inputs: Any) -> torch.Tensor:
+        """One row (6,) for each pair of a batch, of all processes: see [`PAIR`]."""
+        if policy.anchor is not None:
+            reference = policy.anchor.float().sum(dim=1)
+        else:
+            reference = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        each = (policy.log_probs.float().sum(dim=1), reference, policy.mask.sum(dim=1).float())
+        scores: torch.Tensor = torch.stack([half for values in each for half in values.chunk(2)], dim=1)
+        return self.accelerator.gather_for_metrics(scores).cpu()
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        self._pairs = []
+        try:
+            output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        finally:
+            pairs, self._pairs = self._pairs, None
+        rows = torch.cat(pairs).tolist() if pairs else []
+        self.held_out[kwargs.get("metric_key_prefix", "eval")] = [dict(zip(PAIR, row, strict=True)) for row in rows]
+        return output
+
+    # Beside the sums of a reference, an anchor needs its tokens: TRL's gather, cache, columns and collator carry both
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        if self.args.needs_anchor and isinstance(dataset, Dataset):
+            longest = max(len(ids) for column in ("chosen_ids", "rejected_ids") for ids in dataset[column])
+            self._width = min(longest, self.args.max_length or longest)
+            if not isinstance(self._precompute_model_hash, tuple):  # another cache file than that of the sums alone
+                self._precompute_model_hash = (self._precompute_model_hash, "tokens")
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+        if not self.args.needs_anchor:
+            return super().compute_ref_log_probs(model, inputs)
+        kept: list[torch.Tensor] = []
+        hook = model.register_forward_hook(lambda _, args, outputs: kept.append(outputs.log_probs), prepend=True)
+        try:
+            sums = super().compute_ref_log_probs(model, inputs)
+        finally:
+            hook.remove()
+        mask = inputs["completion_mask"][:, 1:].bool()
+        tokens = kept[0].new_zeros(len(mask), self._width)
+        tokens = tokens.masked_scatter(_first(mask.sum(dim=1), self._width), kept[0][:, -mask.size(1) :][mask])
+        return torch.cat([torch.cat(sums)[:, None], tokens], dim=1).chunk(2)
+
+    @staticmethod
+    def _part_reference(inputs: Any) -> tuple[dict[str, Any], torch.Tensor]:
+        """The inputs as TRL has them, and the reference's log-probabilities at the tokens of the batch."""
+        columns = ("ref_chosen_logps", "ref_rejected_logps")
+        tokens = torch.cat([inputs[column] for column in columns])[:, 1:]
+        mask = inputs["completion_mask"][:, 1:].bool()
+        anchor = tokens.new_zeros(mask.shape)
+        anchor = anchor.masked_scatter(mask, tokens[_first(mask.sum(dim=1), tokens.size(1))])
+        return {**inputs, **{column: inputs[column][:, 0] for column in columns}}, anchor
 
     def _prepare_dataset(
         self, dataset: Dataset | IterableDataset, processing_class: Any, args: DPOConfig, dataset_name: str
@@ -104,7 +180,7 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32Ou
     def _leaves_ties_out(args: Any, name: str) -> bool:
         # On equal answers stock's two gradients cancel; weighed on one side they would train on the answer. Nothing is
         # trained in an evaluation, whose scores are to be those of the same rows as stock's
-        return name == "train" and (args.ceu_coef > 0 or args.drop_descending)
+        return name == "train" and args.ceu_coef > 0
 
     def _without_ties(self, prepared: Dataset, args: DPOConfig, name: str, rows: int) -> Dataset:
         """Leave out the pairs whose answers are the same, and say what became of the rows."""
@@ -151,6 +227,11 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32Ou
             f"row {numbers.get(ids, 'unknown')} ({textwrap.shorten(text, 60)!r})"
             for ids, text in zip(batch, texts, strict=True)
         ]
+
+
+def _first(counts: torch.Tensor, width: int) -> torch.Tensor:
+    """A mask (B, width) of the first tokens of each row."""
+    return torch.arange(width, device=counts.device) < counts[:, None]
 
 
 def mean_response_tokens(dataset: Any, args: DPOConfig) -> dict[str, float]:

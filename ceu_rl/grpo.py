@@ -1,4 +1,4 @@
-"""GRPO with CE-U in the place of the gradient ascent on completions with a negative advantage."""
+"""GRPO whose push on completions with a negative advantage fades as their tokens fall."""
 
 import functools
 import inspect
@@ -16,26 +16,19 @@ from transformers import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 
 from .data.load import check_layout
-from .offline_grpo import (
-    COLUMNS,
-    PREFIX,
-    LoggedRollouts,
-    check_tokens,
-    has_log_probs,
-    is_logged,
-    logged,
-    take_logged,
-)
+from .losses import log_ratio
 from .rollouts import ReloadingVLLMGeneration, check_rewards, check_vllm, drift_by_sign, name_vllm_settings
-from .route import CITATION, DescentConfig, DescentTrainer
+from .route import ANCHORED, CITATION, DescentConfig, DescentTrainer, Scored, Weight, descent_rule
 from .run.checkpoints import WholeCheckpoints
 from .run.checks import (
+    RolloutError,
     StopAtNonFinite,
     check_choices,
     check_language_model,
     check_numbers,
     check_reference_is_loaded,
     note,
+    note_once,
 )
 from .run.engines import Float32Outputs
 
@@ -50,14 +43,15 @@ CHOICES = {
 
 @dataclass
 class CEUGRPOConfig(DescentConfig, GRPOConfig):
-    """`trl.GRPOConfig` and the three coefficients of the descent weight, of which half is CE-U by default.
+    """`trl.GRPOConfig` and the rule of the descending tokens, by default half of CE-U's weight.
 
     With the whole weight (`ceu_coef` 1) GRPO learned more slowly than stock wherever stock learned, with half of it
     about as fast on-policy (docs/results/grpo.md).
 
     Raises:
-        ValueError: for a coefficient outside its range, `use_liger_kernel`, or a `weight_sync_steps` below 1, without
-            vLLM or with its sleep mode.
+        ValueError: for an unknown rule, a parameter out of range or one that the rule does not read, settings that
+            would count an importance ratio twice, `use_liger_kernel`, or a `weight_sync_steps` below 1, without vLLM or
+            with its sleep mode.
         ImportError: for a version of TRL that this package was not tested with.
     """
 
@@ -84,21 +78,49 @@ class CEUGRPOConfig(DescentConfig, GRPOConfig):
                 f"weight_sync_steps is {steps} and vllm_enable_sleep_mode is True, which discards the engine's weights "
                 "after each generation; set one of the two to its default."
             )
+        if self.bdpo_lambda is not None:
+            raise ValueError(f"bdpo_lambda is {self.bdpo_lambda}, and sequence_ratio is TOPR in GRPO; leave it out.")
+        if self.ceu_coef == 0 or self.descent_rule not in ANCHORED:
+            return
+        # The rule takes the place of TRL's importance weight, which it must know
+        for name, value, allowed in (
+            ("importance_sampling_level", self.importance_sampling_level, ("token",)),
+            ("loss_type", self.loss_type, ("grpo", "bnpo", "dr_grpo", "dapo")),
+            ("beta", self.beta, (0.0,)),
+        ):
+            if value not in allowed:
+                raise ValueError(
+                    f"{name} is {value!r}, and descent_rule {self.descent_rule!r} takes the place of TRL's importance "
+                    f"weight of a token, which it knows for {' or '.join(map(repr, allowed))} alone; use that."
+                )
+
+    def weight(self) -> Weight:
+        """The weight function of the rule; sequence_ratio is TOPR's."""
+        return super().weight() if self.descent_rule != "sequence_ratio" else descent_rule("truncated_sequence_ratio")
+
+    @property
+    def cuts_distribution(self) -> bool:
+        """Whether vLLM samples from a part of the distribution, whose probabilities are not the policy's."""
+        return self.use_vllm and (self.top_p < 1 or (self.top_k or 0) > 0 or bool(self.min_p))
 
 
 class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32Outputs, GRPOTrainer):
-    """`trl.GRPOTrainer` whose descending tokens get the CE-U weight; nothing else changes (arXiv 2503.01224).
+    """`trl.GRPOTrainer` whose descending tokens get the weight of a rule; nothing else changes (arXiv 2503.01224).
 
     A token descends where the loss lowers its log-probability: in completions with a negative advantage, unless
     clipping or the KL term says otherwise. With `ceu_coef` 0 it trains the same weights as `trl.GRPOTrainer`, bit for
-    bit: the route then only looks on. It takes the same arguments, and logs what `routing.descent_metrics` returns, and
-    with vLLM `rollout/age_mean`, `rollout/age_max` (steps between the weights that generated and those that learn) and
-    `rollout/sync_seconds`. Where the log-probabilities of what generated are known, it logs how far the policy has
-    moved from it, apart for tokens of positive and of negative advantage: `rollout/ratio_positive`,
-    `rollout/ratio_negative`, `rollout/mismatch_positive` and `rollout/mismatch_negative` (`rollouts.drift_by_sign`).
+    bit: the route then only looks on. It takes the same arguments, and a `CEUGRPOConfig`.
 
-    A train dataset with `completions` and `rewards` (and `log_probs`) is learned from offline, without generating, as
-    `logged.py` says. `reward_funcs` then score evaluations on prompts alone, and may be left out.
+    The anchor of a rule is the token's probability under what generated it: vLLM's, else that of the policy when the
+    rollouts came. A rule that measures against it (anchored, token_ratio, sequence_ratio) takes the place of TRL's
+    importance weight: descending tokens get the rule's, ascending ones 1. TRL's clip and masks still decide which
+    tokens have a gradient.
+
+    It logs what `route.descent_metrics` returns, and with vLLM `rollout/age_mean`, `rollout/age_max` (steps between the
+    weights that generated and those that learn) and `rollout/sync_seconds`. Where the log-probabilities of what
+    generated are known, it logs how far the policy has moved from it, apart for tokens of positive and of negative
+    advantage: `rollout/ratio_positive`, `rollout/ratio_negative`, `rollout/mismatch_positive` and
+    `rollout/mismatch_negative` (`rollouts.drift_by_sign`).
 
     Raises:
         ValueError: before any step, for a dataset without rows or without `prompt`, or a model without a
@@ -118,37 +140,28 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         bound = inspect.signature(GRPOTrainer.__init__).bind(self, *args, **kwargs)
         given = bound.arguments
-        given["args"] = config = CEUGRPOConfig.adopt(given.get("args"), given["model"])
-        self._offline = "completions" in (getattr(given.get("train_dataset"), "column_names", None) or [])
+        given["args"] = config = CEUGRPOConfig.given(given.get("args"), given["model"])
         for role in ("train", "eval"):
-            generations = config.num_generations if role == "train" else config.num_generations_eval
-            check = functools.partial(
-                _check_rows,
-                prompted=given.get("environment_factory") is None,
-                generations=(generations or config.num_generations) if self._offline else None,
-            )
+            check = functools.partial(self._check_rows, config=config, prompted=not given.get("environment_factory"))
             if isinstance(dataset := given.get(f"{role}_dataset"), dict):
                 given[f"{role}_dataset"] = {name: check(one, name) for name, one in dataset.items()}
             elif dataset is not None:
                 given[f"{role}_dataset"] = check(dataset, role)
         _check_prompts(given.get("train_dataset"), config)
         check_numbers(vars(config))
-        self.rollout_rows: Any = []  # those that are being answered
-        if self._offline:
-            _check_offline(given)
-            rewards = given.get("reward_funcs") or []
-            given["reward_funcs"] = [logged, *(rewards if isinstance(rewards, list) else [rewards])]
-            weights = config.reward_weights
-            if weights is not None and len(weights) != len(given["reward_funcs"]):
-                raise ValueError(
-                    f"reward_weights is {weights}; give {len(given['reward_funcs'])} numbers, the first for the logged "
-                    "rewards and one for each of reward_funcs."
-                )
-            if isinstance(given.get("reward_processing_classes"), list):
-                given["reward_processing_classes"] = [None, *given["reward_processing_classes"]]
-            given["rollout_func"] = LoggedRollouts()
         check_choices(config, CHOICES)
         _check_generation(config)
+        if config.needs_anchor and not self._knows_behaviour(given):
+            raise ValueError(
+                f"descent_rule {config.descent_rule!r} measures a token against what generated it, and these rollouts "
+                "are as new as the policy, so every weight would be 1; set use_vllm to True, raise "
+                "steps_per_generation, or choose another rule."
+            )
+        if config.needs_anchor and config.cuts_distribution:
+            note(
+                "top_p, top_k or min_p cuts what vLLM samples from, so its probabilities are no anchor; the policy's "
+                "when the rollouts came are taken where TRL computes them."
+            )
         check_language_model(given["model"], config.trust_remote_code)
         adapts = given.get("peft_config") is not None or isinstance(given["model"], PeftModel)
         check_reference_is_loaded(needs_reference=config.beta != 0 and not adapts)
@@ -170,10 +183,27 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
                     "remove the column, or rename it."
                 )
         self.attach_route(observe=True)
-        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        for name, dataset in {"train": self.train_dataset, **held_out}.items():
-            if is_logged(dataset):
-                check_tokens(dataset, name, self)
+
+    def _check_rows(self, dataset: Any, name: str, config: CEUGRPOConfig, prompted: bool) -> Any:
+        """The layout check, which spares a dataset without prompts where an environment's `reset` gives them."""
+        columns = getattr(dataset, "column_names", None) or ["prompt"]
+        if "completions" in columns and name == "train":
+            raise ValueError(
+                "The train dataset brings 'completions', and this trainer generates its own; use "
+                "ceu_rl.OfflineGRPOTrainer, or remove the column."
+            )
+        if prompted or "prompt" in columns:
+            return check_layout(dataset, name, "prompt", blank_user=not prompted)
+        if isinstance(dataset, Dataset) and len(dataset) == 0:
+            raise ValueError(f"The {name} dataset has no rows; give it at least one.")
+        return dataset
+
+    @staticmethod
+    def _knows_behaviour(given: dict[str, Any]) -> bool:
+        """Whether TRL keeps the log-probabilities of what generates the completions."""
+        config: CEUGRPOConfig = given["args"]
+        aligned = config.gradient_accumulation_steps % (config.steps_per_generation * config.num_iterations) == 0
+        return config.use_vllm or not aligned or given.get("rollout_func") is not None
 
     @property
     def _is_training(self) -> bool:
@@ -186,48 +216,43 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
             self._ages.append(self.state.global_step - self.vllm_generation.rollout_step)
         return inputs
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        self._log_probs = outputs[0].detach()
-        return outputs
-
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
-        loss: torch.Tensor = super()._compute_loss(model, inputs)
+        with self.descent_route.collect() as forwards:
+            loss: torch.Tensor = super()._compute_loss(model, inputs)
+        policy = forwards[0]
         generated = inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps"))
+        if self.args.needs_anchor:
+            self._set_anchor(policy, inputs)
+        log_probs = policy.log_probs[:, -inputs["completion_ids"].size(1) :]
         # A `rollout_func` need not know the probabilities, and may give something in their place
-        if self._is_training and generated is not None and generated.shape == self._log_probs.shape:
+        if self._is_training and generated is not None and generated.shape == log_probs.shape:
             mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-            sums = drift_by_sign(self._log_probs, generated, inputs["advantages"], mask)
+            sums = drift_by_sign(log_probs, generated, inputs["advantages"], mask)
             sums = self.accelerator.reduce(sums, reduction="sum")
             for sign, (count, ratio, mismatch) in zip(("positive", "negative"), sums.tolist(), strict=True):
                 self._metrics["train"][f"rollout/ratio_{sign}"].append(ratio / count if count else math.nan)
                 self._metrics["train"][f"rollout/mismatch_{sign}"].append(mismatch / count if count else math.nan)
-        del self._log_probs
         return loss
 
-    def _generate(self, prompts: list[Any]) -> Any:
-        given = self.rollout_func
-        if self._offline and not is_logged(self.rollout_rows):  # an evaluation by generating
-            self.rollout_func = None
-        try:
-            return super()._generate(prompts)
-        finally:
-            self.rollout_func = given
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
-        self.rollout_rows = inputs
-        outputs = super()._generate_and_score_completions(inputs)
-        if self._offline and is_logged(inputs):
-            # The ratio is that to what wrote the completions, and without log-probabilities of the policy it is 1
-            outputs.pop("old_per_token_logps", None)
-            if "sampling_per_token_logps" in outputs:
-                outputs["old_per_token_logps"] = outputs["sampling_per_token_logps"]
-        return outputs
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        columns: list[str] = self._signature_columns or []
-        self._signature_columns: Any = [*columns, *({PREFIX + column for column in COLUMNS} - set(columns))]
+    def _set_anchor(self, policy: Scored, inputs: Any) -> None:
+        """Give the rule its anchor, and what takes TRL's own importance weight out of the gradient."""
+        sampled, old = inputs.get("sampling_per_token_logps"), inputs.get("old_per_token_logps")
+        anchor = old if sampled is None or (self.args.cuts_distribution and old is not None) else sampled
+        log_probs = policy.log_probs[:, -inputs["completion_ids"].size(1) :]
+        if anchor is None:
+            note_once("The probabilities of what generated these rollouts are not known, so every weight is 1.")
+            anchor = log_probs
+        if anchor.shape != log_probs.shape:
+            raise RolloutError(
+                f"The log-probabilities of the rollouts have shape {tuple(anchor.shape)}, and their tokens "
+                f"{tuple(log_probs.shape)}; give one for each token."
+            )
+        policy.anchor = anchor
+        if self.args.descent_rule in ANCHORED:
+            log_weight = torch.zeros_like(log_probs) if old is None else log_ratio(log_probs, old)
+            if self.args.use_vllm and self.args.vllm_importance_sampling_correction:
+                log_weight = log_weight + inputs["importance_sampling_ratio"].log()
+            policy.scale = (-log_weight).nan_to_num(nan=0.0).clamp(max=80).exp()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._is_training and self._ages:
@@ -251,8 +276,6 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
             reward if isinstance(reward, Module) else check_rewards(reward, name)
             for reward, name in zip(given, self.reward_func_names, strict=True)
         ]
-        if self._offline and is_logged(self.rollout_rows):  # logged completions have their rewards
-            self.reward_funcs[1:] = [_no_rewards] * (len(given) - 1)
         try:
             return super()._calculate_rewards(*args, **kwargs)
         finally:
@@ -268,10 +291,6 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
         return [f"row {number} ({textwrap.shorten(prompt, 60)!r})" for prompt, number in prompts.items()]
 
 
-def _no_rewards(prompts: list[Any], **kwargs: Any) -> list[float | None]:
-    return [None] * len(prompts)
-
-
 def _check_generation(config: GRPOConfig) -> None:
     """Refuse what generation would only meet in the first step."""
     for name in ("chat_template_kwargs", "generation_kwargs"):
@@ -280,44 +299,6 @@ def _check_generation(config: GRPOConfig) -> None:
     for name in ("num_return_sequences", "n"):
         if name in (config.generation_kwargs or {}):
             raise ValueError(f"generation_kwargs has {name}, which num_generations sets; set that, and leave it out.")
-
-
-def _check_offline(given: dict[str, Any]) -> None:
-    """Refuse what cannot be honoured where completions are logged."""
-    config = given["args"]
-    for name in ("rollout_func", "environment_factory", "tools"):
-        if given.get(name):
-            raise ValueError(f"{name} is given, and the train dataset brings its completions; leave one of them out.")
-    if config.use_vllm:
-        raise ValueError(
-            "use_vllm is True, and the train dataset brings its completions, so nothing is generated; set it to False."
-        )
-    held_out = given.get("eval_dataset")
-    sets = list(held_out.values()) if isinstance(held_out, dict) else [held_out]
-    if not given.get("reward_funcs") and not all(rows is None or is_logged(rows) for rows in sets):
-        raise ValueError(
-            "The eval dataset has no 'completions', so they are generated, and nothing scores them; give reward_funcs, "
-            "or completions and rewards."
-        )
-    if config.off_policy_mask_threshold is not None and not has_log_probs(given["train_dataset"]):
-        raise ValueError(
-            f"off_policy_mask_threshold is {config.off_policy_mask_threshold}, and the train dataset has no "
-            "'log_probs', without which it is not known how far the policy has moved; add them, or leave it out."
-        )
-
-
-def _check_rows(dataset: Any, name: str, prompted: bool, generations: int | None) -> Any:
-    """The layout check, which spares a dataset without prompts where an environment's `reset` gives them.
-
-    With `generations` the dataset may bring as many completions for each row.
-    """
-    if generations is not None:
-        dataset = take_logged(dataset, name, generations)
-    if prompted or "prompt" in (getattr(dataset, "column_names", None) or ["prompt"]):
-        return check_layout(dataset, name, "prompt", blank_user=not prompted)
-    if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise ValueError(f"The {name} dataset has no rows; give it at least one.")
-    return dataset
 
 
 def _check_prompts(dataset: Any, args: GRPOConfig) -> None:

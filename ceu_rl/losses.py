@@ -4,6 +4,8 @@ Symbols: logits z over a vocabulary of V tokens at one position, p = softmax(z),
 e_y its one-hot vector, q = softmax(z with z_y = -inf), odds = p_y / (1 - p_y).
 """
 
+import math
+
 import torch
 from torch.nn import functional as F
 
@@ -114,13 +116,96 @@ def descent_weight(
 def check_descent_coefficients(ceu_coef: float, ceu_scale: float, ceu_max_weight: float) -> None:
     """Raise a ValueError that names the first coefficient of `descent_weight` outside its range (NaN included)."""
     if not (isinstance(ceu_coef, int | float) and 0 <= ceu_coef <= 1):
-        raise ValueError(f"ceu_coef is {ceu_coef}; use a number from 0 (stock gradient ascent) to 1 (CE-U alone).")
+        raise ValueError(f"ceu_coef is {ceu_coef}; use a number from 0 (stock gradient ascent) to 1 (the rule alone).")
     if not (isinstance(ceu_scale, int | float) and 0 < ceu_scale <= 1e30):  # what float32 holds
         raise ValueError(
             f"ceu_scale is {ceu_scale}; use a finite number above 0 and up to 1e30 (1 is CE-U's own scale)."
         )
     if not (isinstance(ceu_max_weight, int | float) and ceu_max_weight > 0):
         raise ValueError(f"ceu_max_weight is {ceu_max_weight}; use a number above 0 (1 is bounded, inf is no cap).")
+
+
+# Rules that measure a token, or its response, against an anchor: its probability where the data were judged
+
+
+def log_ratio(log_probs: torch.Tensor, anchor_log_probs: torch.Tensor) -> torch.Tensor:
+    """x = log(p / p_a) of each token, detached, at least in float32; 0 where the anchor is not known (NaN)."""
+    dtype = torch.promote_types(log_probs.dtype, torch.float32)
+    return (log_probs.detach().to(dtype) - anchor_log_probs.detach().to(dtype)).nan_to_num(nan=0.0)
+
+
+def anchored_weight(log_probs: torch.Tensor, anchor_log_probs: torch.Tensor) -> torch.Tensor:
+    """Weight of each token by its own anchor, the probability p_a that it had where the data were judged.
+
+        w = min(1, p / p_a)
+
+    At the start w = 1, which is gradient ascent. As the token falls, its push is (p / p_a)(e_y - p), the gradient of
+    p / p_a: CE-U's bounded push in units of the anchor. It is the gradient of stock's log-ratio x = log(p / p_a) with
+
+        phi(x) = x for x >= 0, e^x - 1 for x < 0
+
+    in its place, so that no token pays more than one nat. A token that chosen and rejected responses share is neutral
+    at or above its anchor, as with stock, and is drawn back to it from below.
+
+    Args:
+        log_probs: log p of each token, in nats, of any shape.
+        anchor_log_probs: log p_a, of the same shape; NaN where it is not known, and the weight is 1.
+
+    Returns:
+        The weights, detached, of the same shape, in float32 (float64 for float64 input).
+    """
+    return log_ratio(log_probs, anchor_log_probs).clamp(max=0).exp()
+
+
+def token_ratio_weight(log_probs: torch.Tensor, anchor_log_probs: torch.Tensor, beta: float = 1.0) -> torch.Tensor:
+    """TNPO's weight of each token (Wang et al. 2025, arXiv 2502.19301): w = 2 p^b / (p^b + p_a^b) = 2 sigmoid(b x).
+
+    Arguments and result as for [`anchored_weight`]; b > 0. It lies between 0 and 2, and is 1 at the anchor.
+    """
+    return 2 * torch.sigmoid(beta * log_ratio(log_probs, anchor_log_probs))
+
+
+def sequence_ratio_weight(
+    log_probs: torch.Tensor, anchor_log_probs: torch.Tensor, mask: torch.Tensor, mixture: float | None = None
+) -> torch.Tensor:
+    """Weight of a whole response by the ratio R = prod p / p_a over its tokens.
+
+        w = l R / (l R + 1 - l)        with the mixture l: BDPO (arXiv 2506.12725), whose policy is l p + (1 - l) p_a
+        w = min(1, R)                  without a mixture: TOPR (arXiv 2503.14286)
+
+    Args:
+        log_probs: (B, T), log p of each token, in nats.
+        anchor_log_probs: (B, T), log p_a; NaN where it is not known.
+        mask: (B, T), True at the tokens of the response.
+        mixture: l between 0 and 1, or None.
+
+    Returns:
+        The weights, detached, of shape (B, 1), in float32 (float64 for float64 input).
+    """
+    log_sequence = (log_ratio(log_probs, anchor_log_probs) * mask).sum(dim=-1, keepdim=True)
+    if mixture is None:
+        return log_sequence.clamp(max=0).exp()
+    return torch.sigmoid(log_sequence + math.log(mixture) - math.log1p(-mixture))
+
+
+def gate_weight(
+    log_probs: torch.Tensor, mask: torch.Tensor, slope: float = 100.0, threshold: float = 0.05
+) -> torch.Tensor:
+    """Gate-DPO's weight of a whole response (arXiv 2605.02626): w = sigmoid(a (p_10 - t)).
+
+    p_10 is the tenth percentile of the probabilities of its tokens. The defaults of a and t are ours.
+
+    Args:
+        log_probs: (B, T), log p of each token, in nats.
+        mask: (B, T), True at the tokens of the response.
+        slope, threshold: a > 0, and t from 0 to 1.
+
+    Returns:
+        The weights, detached, of shape (B, 1), in float32 (float64 for float64 input).
+    """
+    dtype = torch.promote_types(log_probs.dtype, torch.float32)
+    low = log_probs.detach().to(dtype).exp().masked_fill(~mask, math.nan).nanquantile(0.1, dim=-1, keepdim=True)
+    return torch.sigmoid(slope * (low - threshold)).nan_to_num(nan=1.0)
 
 
 def gradient_ascent_loss(log_probs: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Logged completions: GRPO from a dataset that brings its completions and rewards, offline and for several epochs.
+"""Offline GRPO: from a dataset that brings its completions and rewards, for several epochs.
 
     prompt       text, or messages
     completions  num_generations answers to it: texts, assistant messages, or token ids
@@ -9,17 +9,136 @@ TRL's trainer asks a `rollout_func` for completions, and this one answers from t
 importance ratios are those to what wrote the completions; where they are not, every ratio is 1.
 """
 
+import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
+from trl import GRPOTrainer
 
+from .grpo import CEUGRPOConfig, CEUGRPOTrainer
+from .route import ANCHORED
 from .run.checks import note
 
 COLUMNS = ("completions", "rewards", "log_probs")
 PREFIX = "logged_"  # TRL hands reward functions an argument `completions` of its own
 LARGEST = 1e18  # of rewards, whose squares are summed in float32
 LEAST = -100.0  # of log-probabilities: what is less likely than exp(-100) is never written
+
+
+class OfflineGRPOTrainer(CEUGRPOTrainer):
+    """`CEUGRPOTrainer` that learns from the completions and rewards of its train dataset, and generates none.
+
+    `reward_funcs` score evaluations on prompts alone, and may be left out. Where the rows have `log_probs`, TRL's
+    importance ratios and clip are relative to them, and so is the anchor of a rule; a rule that measures against it
+    takes the place of both. Where they have none, every ratio is 1.
+
+    Raises:
+        ValueError: as `CEUGRPOTrainer`, and with row and column for completions, rewards or log-probabilities that
+            cannot be learned from, or for settings that ask for other rollouts.
+    """
+
+    @functools.wraps(GRPOTrainer.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        bound = inspect.signature(GRPOTrainer.__init__).bind(self, *args, **kwargs)
+        given = bound.arguments
+        given["args"] = config = CEUGRPOConfig.given(given.get("args"), given["model"])
+        self.rollout_rows: Any = []  # those that are being answered
+        _check_offline(given)
+        rewards = given.get("reward_funcs") or []
+        given["reward_funcs"] = [logged, *(rewards if isinstance(rewards, list) else [rewards])]
+        weights = config.reward_weights
+        if weights is not None and len(weights) != len(given["reward_funcs"]):
+            raise ValueError(
+                f"reward_weights is {weights}; give {len(given['reward_funcs'])} numbers, the first for the logged "
+                "rewards and one for each of reward_funcs."
+            )
+        if isinstance(given.get("reward_processing_classes"), list):
+            given["reward_processing_classes"] = [None, *given["reward_processing_classes"]]
+        given["rollout_func"] = LoggedRollouts()
+        super().__init__(*bound.args[1:], **bound.kwargs)
+        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for name, dataset in {"train": self.train_dataset, **held_out}.items():
+            if is_logged(dataset):
+                check_tokens(dataset, name, self)
+
+    def _check_rows(self, dataset: Any, name: str, config: CEUGRPOConfig, prompted: bool) -> Any:
+        generations = config.num_generations if name == "train" else config.num_generations_eval
+        dataset = take_logged(dataset, name, generations or config.num_generations)
+        return super()._check_rows(dataset, name, config, prompted)
+
+    @staticmethod
+    def _knows_behaviour(given: dict[str, Any]) -> bool:
+        return has_log_probs(given["train_dataset"])
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        given = self.rollout_func
+        if not is_logged(self.rollout_rows):  # an evaluation by generating
+            self.rollout_func = None
+        try:
+            return super()._generate(prompts)
+        finally:
+            self.rollout_func = given
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
+        self.rollout_rows = inputs
+        outputs = super()._generate_and_score_completions(inputs)
+        if is_logged(inputs):
+            # The ratio is to what wrote the completions, and 1 where that is not known or a rule takes its place
+            outputs.pop("old_per_token_logps", None)
+            replaced = self.args.ceu_coef and self.args.descent_rule in ANCHORED
+            if "sampling_per_token_logps" in outputs and not replaced:
+                outputs["old_per_token_logps"] = outputs["sampling_per_token_logps"]
+        return outputs
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: list[str] = self._signature_columns or []
+        self._signature_columns: Any = [*columns, *({PREFIX + column for column in COLUMNS} - set(columns))]
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
+        given: list[Any] = self.reward_funcs
+        if is_logged(self.rollout_rows):  # logged completions have their rewards
+            self.reward_funcs = [given[0], *[_no_rewards] * (len(given) - 1)]
+        try:
+            return super()._calculate_rewards(*args, **kwargs)
+        finally:
+            self.reward_funcs = given
+
+
+def _no_rewards(prompts: list[Any], **kwargs: Any) -> list[float | None]:
+    return [None] * len(prompts)
+
+
+def _check_offline(given: dict[str, Any]) -> None:
+    """Refuse what cannot be honoured where completions are logged."""
+    config = given["args"]
+    for name in ("rollout_func", "environment_factory", "tools"):
+        if given.get(name):
+            raise ValueError(f"{name} is given, and the train dataset brings its completions; leave one of them out.")
+    if config.use_vllm:
+        raise ValueError(
+            "use_vllm is True, and the train dataset brings its completions, so nothing is generated; set it to False."
+        )
+    columns = getattr(given.get("train_dataset"), "column_names", None) or []
+    if "completions" not in columns:
+        raise ValueError(
+            f"The train dataset has no column 'completions' among {sorted(columns)}; add them, or use CEUGRPOTrainer."
+        )
+    held_out = given.get("eval_dataset")
+    sets = list(held_out.values()) if isinstance(held_out, dict) else [held_out]
+    scored = all(rows is None or "completions" in (getattr(rows, "column_names", None) or []) for rows in sets)
+    if not given.get("reward_funcs") and not scored:
+        raise ValueError(
+            "The eval dataset has no 'completions', so they are generated, and nothing scores them; give reward_funcs, "
+            "or completions and rewards."
+        )
+    if config.off_policy_mask_threshold is not None and "log_probs" not in columns:
+        raise ValueError(
+            f"off_policy_mask_threshold is {config.off_policy_mask_threshold}, and the train dataset has no "
+            "'log_probs', without which it is not known how far the policy has moved; add them, or leave it out."
+        )
 
 
 def take_logged(dataset: Any, name: str, generations: int) -> Any:

@@ -1,21 +1,24 @@
-"""The backward route: CE-U in the place of gradient ascent, inside TRL's own trainers.
+"""The backward route: another weight on the tokens that a step would lower, inside TRL's own trainers.
 
-TRL's trainers read per-token log-probabilities from a fused LM head that `trl.trainer.utils.add_fused_lm_head` wraps
-around `model.forward`. The route wraps `forward` once more and changes the backward pass only. With g the gradient
-that reaches the log-probability of one token, and w = `losses.descent_weight`:
+TRL's trainers read per-token log-probabilities from a fused LM head (`trl.trainer.utils.add_fused_lm_head`). The route
+is a forward hook on the policy, and changes the backward pass only. With g the gradient that reaches the
+log-probability of one token, and w the weight of a rule (`losses.py`):
 
-    g > 0  (the step lowers the log-probability):  g -> g * w(p_y)
+    g > 0  (the step lowers the log-probability):  g -> g w
     g <= 0 (the step raises it):                   g -> g
 
-The forward value is untouched, so losses, rewards, KL terms and importance ratios equal the stock ones to the last bit.
+The forward value is untouched, so losses, rewards, KL terms and importance ratios equal stock's to the last bit.
 """
 
 import functools
+import importlib
 import inspect
 import math
 import textwrap
 import types
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +26,11 @@ import torch
 import trl
 from packaging.specifiers import SpecifierSet
 from peft import PeftModel
+from torch.nn import functional as F
 from transformers import PreTrainedModel
-from trl.trainer.utils import add_fused_lm_head, get_config_model_id
+from trl.trainer.utils import get_config_model_id
 
-from .losses import check_descent_coefficients, descent_weight
+from .losses import anchored_weight, descent_weight, gate_weight, sequence_ratio_weight, token_ratio_weight
 
 SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
 RECORD = 10  # numbers that a route keeps of what it met
@@ -38,41 +42,209 @@ CITATION = textwrap.dedent("""\
         eprint = {arXiv:2503.01224},
     }""")
 
+# weight(log_probs, anchor_log_probs or None, descending, mask) -> the weights of the tokens, all of shape (B, T), or
+# what broadcasts to it; 1 where a gradient is left alone
+Weight = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor], torch.Tensor]
+Tokens = torch.Tensor
+
+
+# the rules by name: functions of log-probabilities, anchor, and mask, and of the fields of `DescentConfig`
+
+
+def _ceu(
+    log_probs: Tokens, anchor: Tokens, mask: Tokens, ceu_scale: float = 1.0, ceu_max_weight: float = 1.0
+) -> Tokens:
+    return descent_weight(log_probs, 1.0, ceu_scale, ceu_max_weight)
+
+
+def _constant(log_probs: Tokens, anchor: Tokens, mask: Tokens, constant_weight: float) -> Tokens:
+    return torch.full_like(log_probs, constant_weight)
+
+
+def _anchored(log_probs: Tokens, anchor: Tokens, mask: Tokens) -> Tokens:
+    return anchored_weight(log_probs, anchor)
+
+
+def _token_ratio(log_probs: Tokens, anchor: Tokens, mask: Tokens, tnpo_beta: float = 1.0) -> Tokens:
+    return token_ratio_weight(log_probs, anchor, tnpo_beta)
+
+
+def _sequence_ratio(log_probs: Tokens, anchor: Tokens, mask: Tokens, bdpo_lambda: float = 0.5) -> Tokens:
+    return sequence_ratio_weight(log_probs, anchor, mask, bdpo_lambda)
+
+
+def _truncated_sequence_ratio(log_probs: Tokens, anchor: Tokens, mask: Tokens) -> Tokens:
+    return sequence_ratio_weight(log_probs, anchor, mask)
+
+
+def _gate(log_probs: Tokens, anchor: Tokens, mask: Tokens, gate_alpha: float = 100.0, gate_tau: float = 0.05) -> Tokens:
+    return gate_weight(log_probs, mask, gate_alpha, gate_tau)
+
+
+RULES: dict[str, Callable[..., Tokens]] = {
+    "ceu": _ceu,
+    "anchored": _anchored,
+    "constant": _constant,
+    "token_ratio": _token_ratio,
+    "sequence_ratio": _sequence_ratio,
+    "gate": _gate,
+    "truncated_sequence_ratio": _truncated_sequence_ratio,  # what sequence_ratio is in GRPO
+}
+ANCHORED = (
+    "anchored",
+    "token_ratio",
+    "sequence_ratio",
+    "truncated_sequence_ratio",
+)  # rules that measure against an anchor
+RANGES = {  # of the parameters: above or from the first number, up to the second
+    "ceu_scale": (0, 1e30, False),
+    "ceu_max_weight": (0, math.inf, False),
+    "constant_weight": (0, 1e30, True),
+    "tnpo_beta": (0, 1e30, False),
+    "bdpo_lambda": (0, 1 - 1e-6, False),
+    "gate_alpha": (0, 1e30, False),
+    "gate_tau": (0, 1, True),
+}
+
+
+def descent_rule(name: str = "ceu", **parameters: Any) -> Weight:
+    """The weight function of a rule, for [`route_descent`].
+
+    Args:
+        name: A rule of `RULES`, or the dotted path of a weight function of your own (`module.function`).
+        parameters: Of the rule: ceu_scale and ceu_max_weight; constant_weight; tnpo_beta; bdpo_lambda; gate_alpha and
+            gate_tau. None is the default.
+
+    Raises:
+        ValueError: for an unknown rule, a parameter that the rule does not read, or one out of range.
+    """
+    given = {key: value for key, value in parameters.items() if value is not None}
+    if "." in name:
+        if given:
+            raise ValueError(f"{next(iter(given))} is given, and descent_rule {name} does not read it; leave it out.")
+        return _import(name)
+    if name not in RULES:
+        raise ValueError(
+            f"descent_rule is {name!r}; use one of {', '.join(RULES)}, or the dotted path of a function of your own."
+        )
+    reads = {key: each for key, each in inspect.signature(RULES[name]).parameters.items() if key in RANGES}
+    for key, value in given.items():
+        if key not in reads:
+            reader = next(rule for rule, weight in RULES.items() if key in inspect.signature(weight).parameters)
+            raise ValueError(
+                f"{key} is {value}, and descent_rule {name!r} does not read it; leave it out, or set descent_rule to "
+                f"{reader!r}."
+            )
+        low, high, includes = RANGES[key]
+        fits = isinstance(value, int | float) and (low <= value if includes else low < value) and value <= high
+        if not fits:
+            raise ValueError(f"{key} is {value}; use a number {'from' if includes else 'above'} {low:g} to {high:g}.")
+    for key, parameter in reads.items():
+        if parameter.default is inspect.Parameter.empty and key not in given:
+            raise ValueError(f"{key} is missing, which descent_rule {name!r} needs; give a number.")
+    return functools.partial(_on_descending, name, given)
+
+
+def _on_descending(
+    name: str, parameters: dict[str, Any], log_probs: Tokens, anchor: Tokens | None, descending: Tokens, mask: Tokens
+) -> Tokens:
+    if anchor is None and name in ANCHORED:
+        raise ValueError(
+            f"descent_rule {name!r} measures each token against an anchor, and this trainer knows none; use ceu, "
+            "constant or gate."
+        )
+    return torch.where(descending, RULES[name](log_probs, anchor, mask, **parameters), 1.0)
+
+
+def _import(path: str) -> Weight:
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise ValueError(f"descent_rule names {path!r}, and {module} cannot be imported ({error}).") from error
+    if not callable(found):
+        raise ValueError(f"descent_rule names {path!r}, which is no function; give module.function.")
+    weight: Weight = found
+    return weight
+
+
+# the route
+
+
+@dataclass
+class Scored:
+    """One forward of TRL's fused head: what the backward pass and an evaluation need of it."""
+
+    log_probs: torch.Tensor  # (B, T), detached
+    mask: torch.Tensor  # (B, T), True at the tokens that are scored
+    anchor: torch.Tensor | None = None  # (B, up to T), the last tokens; NaN where it is not known
+    scale: torch.Tensor | None = None  # (B, up to T), what the weights are multiplied by
+
 
 class DescentRoute:
-    """The coefficients of one attached route, and what it met in the backward passes since it was last read."""
+    """A rule on one model: its forward hook, and what it met in the backward passes since it was last read.
 
-    def __init__(self, coef: float, scale: float, max_weight: float, drop: bool = False, observe: bool = False) -> None:
-        check_descent_coefficients(coef, scale, max_weight)
-        self.coefficients = (coef, scale, max_weight)
-        self.drop = drop
-        self.is_attached = self.weighs or observe
+    Args:
+        weight: The weight function of the rule; None leaves every gradient as it is.
+        coef: Share of the rule; the rest is stock, whose weight is 1.
+        observe: Record what the backward passes meet without a rule as well.
+    """
+
+    def __init__(self, weight: Weight | None, coef: float = 1.0, observe: bool = False) -> None:
+        self.weight, self.coef, self.observe = weight, coef, observe
+        self._forwards: list[Scored] | None = None
         self._record: torch.Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_forwards": None, "_record": None}  # a copy has its own
+
     @property
-    def weighs(self) -> bool:
-        """Whether it changes gradients."""
-        return self.drop or self.coefficients[0] != 0
+    def records(self) -> bool:
+        """Whether gradients pass through it."""
+        return self.observe or self.weight is not None
 
-    def weigh(self, grad: torch.Tensor, log_probs: torch.Tensor, label_mask: torch.Tensor) -> torch.Tensor:
-        """Return `grad` (shape of `log_probs`) with the weight on its descending tokens, and record them.
+    @contextmanager
+    def collect(self) -> Iterator[list[Scored]]:
+        """The forwards of one loss: those of the policy, and of a reference that [`attach_reference`] has seen."""
+        self._forwards = forwards = []
+        try:
+            yield forwards
+        finally:
+            self._forwards = None
 
-        With coef 0 it is `grad` itself. Recording stays on the device, so a step never waits for it.
+    @torch.compiler.disable  # dynamo would keep what the hook appends
+    def __call__(self, module: Any, args: Any, kwargs: Any, outputs: Any) -> None:
+        if not kwargs.get("fused_lm_head"):
+            return
+        scored = Scored(outputs.log_probs.detach(), outputs.label_mask)
+        if self.records and torch.is_grad_enabled() and outputs.log_probs.requires_grad:
+            outputs.log_probs.register_hook(functools.partial(self.weigh, scored))
+        if self._forwards is not None:
+            self._forwards.append(scored)
+
+    def weigh(self, scored: Scored, grad: torch.Tensor) -> torch.Tensor | None:
+        """Return `grad` (B, T) times its weights, or None to leave it, and record what it met.
+
+        Recording stays on the device, so a step never waits for it.
         """
-        weight = torch.zeros_like(log_probs) if self.drop else descent_weight(log_probs, *self.coefficients)
-        descending = (grad > 0) & label_mask
-        weights = weight.masked_fill(~descending, 0.0)
-        weighed = grad
-        if self.weighs:
-            weighed = torch.where(descending, grad * weight.to(grad.dtype), grad)
+        log_probs, mask = scored.log_probs, scored.mask
+        descending = (grad > 0) & mask
+        weighed, weights = grad, torch.ones_like(log_probs)
+        if self.weight is not None:
+            weights = self.weight(log_probs, _aligned(scored.anchor, log_probs, math.nan), descending, mask)
+            if scored.scale is not None:
+                weights = weights * _aligned(scored.scale, log_probs, 1.0)
+            weights = ((1.0 - self.coef) + self.coef * weights).expand_as(grad)
+            weighed = grad * torch.where(mask, weights, 1.0).to(grad.dtype)
+        descended = weights.masked_fill(~descending, 0.0)
         rare, sure = log_probs < math.log(0.01), log_probs > math.log(0.99)
-        groups = torch.stack([label_mask, descending, descending & rare, descending & sure]).flatten(1).float()
+        groups = torch.stack([mask, descending, descending & rare, descending & sure]).flatten(1).float()
         norms = weighed.abs().float() * -torch.expm1(log_probs).clamp(max=0).float()
-        largest = weights.max() if weights.numel() else weights.sum()
-        over_weights = torch.stack([weights.sum(), largest]).float()
+        largest = descended.max() if descended.numel() else descended.sum()
+        over_weights = torch.stack([descended.sum(), largest]).float()
         record = torch.cat([groups.sum(dim=1), (groups * norms.flatten()).sum(dim=1), over_weights])
         self._record = merge_records([record] if self._record is None else [self._record, record])
-        return weighed
+        return None if self.weight is None else weighed
 
     def pop_record(self) -> torch.Tensor | None:
         """What this process met since the last call, for `merge_records` and `descent_metrics`, or None."""
@@ -83,6 +255,76 @@ class DescentRoute:
         """`descent_metrics` of what this process met since the last call; empty if no backward pass went through."""
         record = self.pop_record()
         return {} if record is None else descent_metrics(record)
+
+
+def _aligned(values: torch.Tensor | None, log_probs: torch.Tensor, fill: float) -> torch.Tensor | None:
+    """Values of the last tokens, for all: a prompt and the virtual tokens of prompt tuning stand before them."""
+    if values is None or values.size(-1) == log_probs.size(-1):
+        return values
+    return F.pad(values, (log_probs.size(-1) - values.size(-1), 0), value=fill)
+
+
+class ReferenceHook:
+    """Forward hook of a reference model: its fused forwards join those that the route of the policy collects."""
+
+    def __init__(self, route: DescentRoute) -> None:
+        self.route = route
+
+    @torch.compiler.disable
+    def __call__(self, module: Any, args: Any, kwargs: Any, outputs: Any) -> None:
+        if kwargs.get("fused_lm_head") and self.route._forwards is not None:
+            self.route._forwards.append(Scored(outputs.log_probs.detach(), outputs.label_mask))
+
+
+def route_descent(model: PreTrainedModel, weight: Weight | None = None, coef: float = 1.0) -> DescentRoute:
+    """Attach a rule to a model that has TRL's fused LM head.
+
+    Our trainers do it after TRL's constructor. To try a rule under another TRL trainer that reads `log_probs` from the
+    fused head (RLOO, KTO), call it on `trainer.model` before `trainer.train()`. A model has one route: an earlier one
+    is taken off. The reference model stays stock.
+
+    Args:
+        model: The policy as the trainer calls it (the `PeftModel` under PEFT), after `add_fused_lm_head`.
+        weight: `weight(log_probs, anchor_log_probs, descending, mask)`, the weights of the tokens: 1 where a gradient
+            is left alone, so that a rule may scale the ascending side too. All are tensors of shape (B, T), where
+            `descending` tells which log-probabilities the step would lower, and `mask` which are scored;
+            `anchor_log_probs` is None where the trainer knows no anchor. Default: `descent_rule("ceu")`.
+        coef: Share of the rule from 0 to 1; the rest is stock.
+
+    Returns:
+        The route, whose `pop_metrics` tells what it met.
+
+    Raises:
+        ValueError: if coef is out of range or the model has no fused head.
+        ImportError: if TRL is of another version than the one whose fused head this was written for.
+    """
+    check_trl_version()
+    check_coef(coef)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if "fused_lm_head" not in inspect.signature(base.forward, follow_wrapped=False).parameters:
+        raise ValueError(
+            f"{type(base).__name__}.forward takes no fused_lm_head, so there are no log-probabilities to route; "
+            "call trl.trainer.utils.add_fused_lm_head(model) first, as TRL's trainers do."
+        )
+    route = DescentRoute((weight or descent_rule()) if coef else None, coef)
+    _attach(model, route)
+    return route
+
+
+def _attach(model: Any, hook: DescentRoute | ReferenceHook, prepend: bool = False) -> None:
+    """Register a hook in place of those that earlier trainers left on this model or on one inside it."""
+    for module in model.modules():
+        for key, earlier in list(module._forward_hooks.items()):
+            if isinstance(earlier, DescentRoute | ReferenceHook):
+                del module._forward_hooks[key]
+                module._forward_hooks_with_kwargs.pop(key, None)
+    model.register_forward_hook(hook, with_kwargs=True, prepend=prepend)
+
+
+def check_coef(coef: float) -> None:
+    """Raise a ValueError unless a share of the rule is a number from 0 to 1 (NaN is none)."""
+    if not (isinstance(coef, int | float) and 0 <= coef <= 1):
+        raise ValueError(f"ceu_coef is {coef}; use a number from 0 (stock gradient ascent) to 1 (the rule alone).")
 
 
 def merge_records(records: list[torch.Tensor]) -> torch.Tensor:
@@ -119,145 +361,19 @@ def descent_metrics(record: torch.Tensor) -> dict[str, float]:
     }
 
 
-class _Route(torch.autograd.Function):
-    """Identity forward; the descent weight on the descending tokens backward."""
-
-    @staticmethod
-    def forward(ctx: Any, log_probs: torch.Tensor, label_mask: torch.Tensor, route: DescentRoute) -> torch.Tensor:
-        ctx.save_for_backward(log_probs, label_mask)
-        ctx.route = route
-        return log_probs.view_as(log_probs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        log_probs, label_mask = ctx.saved_tensors
-        return ctx.route.weigh(grads[0], log_probs, label_mask), None, None
-
-
-def route_descent(
-    model: PreTrainedModel,
-    coef: float = 1.0,
-    scale: float = 1.0,
-    max_weight: float = 1.0,
-    drop: bool = False,
-    observe: bool = False,
-) -> DescentRoute:
-    """Attach the route to a model that has TRL's fused LM head.
-
-    Our trainers call it after TRL's constructor. To try it under another TRL trainer that reads `log_probs` from the
-    fused head (RLOO, KTO), call it on `trainer.model` before `trainer.train()`. The reference model stays stock. A copy
-    of the model (`copy.deepcopy`, pickle, `torch.save`) has its own weights, head and route.
-
-    Args:
-        model: The policy, after `trl.trainer.utils.add_fused_lm_head`; a PEFT model is routed at its base model, where
-            TRL puts the head.
-        coef, scale, max_weight: a, s and M of `losses.descent_weight`. With coef 0 nothing is attached, unless:
-        drop: Descending tokens get no gradient at all, whatever the coefficients: the weight with a = 1 and M -> 0.
-        observe: Attach with coef 0 as well: the route then returns each gradient untouched, and tells what it met.
-
-    Returns:
-        The route, whose `pop_metrics` tells what it met.
-
-    Raises:
-        ValueError: if a coefficient is out of range, the model has no fused head, or it is routed already.
-        ImportError: if TRL is of another version than the one whose fused head this was written for.
-    """
-    check_trl_version()
-    route = DescentRoute(coef, scale, max_weight, drop, observe)
-    if isinstance(model, PeftModel):
-        model = model.get_base_model()
-    if getattr(model.forward, "ceu_wrapper", None) is _routed_forward:
-        raise ValueError(f"{type(model).__name__} has a descent route already; attach it once.")
-    if "fused_lm_head" not in inspect.signature(model.forward, follow_wrapped=False).parameters:
-        raise ValueError(
-            f"{type(model).__name__}.forward takes no fused_lm_head, so there are no log-probabilities to route; "
-            "call trl.trainer.utils.add_fused_lm_head(model) first, as TRL's trainers do."
-        )
-    if route.is_attached:
-        model._descent_route = route  # type: ignore[assignment]
-        wrap_forward(model, _routed_forward)
-    return route
-
-
-def _routed_forward(
-    forward: Callable[..., Any], self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any
-) -> Any:
-    outputs = forward(self, *args, fused_lm_head=fused_lm_head, **kwargs)
-    if fused_lm_head and torch.is_grad_enabled() and outputs.log_probs.requires_grad:
-        outputs.log_probs = _Route.apply(outputs.log_probs, outputs.label_mask, self._descent_route)
-    return outputs
-
-
 def wrap_forward(model: PreTrainedModel, wrapper: Callable[..., Any]) -> None:
-    """Put `wrapper(forward, self, *args, **kwargs)` in the place of `model.forward`, on the model and on its copies.
+    """Make `model.forward` the function `wrapper(forward, self, *args, **kwargs)`, on the instance, as TRL does."""
+    original = model.forward
 
-    On the instance, as TRL does: PEFT calls its `forward` directly, so a module hook would be skipped. But TRL's head
-    keeps the bound forward of the model it was put on, with which a copy would score by the weights of the original,
-    and pickle forgets what was put on an instance. So the `forward` that the wrapper gets is a function of the model,
-    and a copy that came without its head and wrappers gets them again.
-
-    Args:
-        model: A model with or without TRL's fused head.
-        wrapper: A function of a module, which pickle finds by its name.
-    """
-    forward, head = _function_of(model.forward, model), None
-    closure = inspect.getclosurevars(forward).nonlocals if inspect.isfunction(forward) else {}
-    if "original_forward" in closure:
-        fused, plain = forward, _function_of(closure["original_forward"], model)
-        head = {name: closure[name] for name in inspect.signature(add_fused_lm_head).parameters if name in closure}
-
-        def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-            if fused_lm_head:
-                return fused(self, *args, fused_lm_head=True, **kwargs)
-            return plain(self, *args, **kwargs)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
 
     # Keep the original signature: `generate` and `Trainer` validate their arguments against it
     @functools.wraps(type(model).forward)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         return wrapper(forward, self, *args, **kwargs)
 
-    wrapped.ceu_wrapper = wrapper  # type: ignore[attr-defined]
-    # A head that was put on above earlier wrappers hides them
-    earlier = vars(model).get("_ceu_wrappers", {}) if head is None else {}
-    vars(model)["_ceu_wrappers"] = {"head": head, "wrappers": (), **earlier}
-    vars(model)["_ceu_wrappers"]["wrappers"] += (wrapper,)
-    vars(model)["__reduce_ex__"] = types.MethodType(_reduce, model)
     model.forward = types.MethodType(wrapped, model)  # type: ignore[method-assign]
-
-
-def _function_of(forward: Callable[..., Any], model: Any) -> Callable[..., Any]:
-    """The `forward` of a model as a function of it, so that it runs on a copy with the copy's weights."""
-    if isinstance(forward, types.MethodType) and forward.__self__ is model:
-        return forward.__func__
-    if isinstance(forward, functools.partial) and forward.args == (model,):  # the hooks of accelerate
-        return forward.func
-    return lambda self, *args, **kwargs: forward(*args, **kwargs)
-
-
-def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    """How `copy` and `pickle` take a wrapped model apart: `__reduce_ex__` of the instance."""
-    state = {name: value for name, value in vars(self).items() if name != "__reduce_ex__"}
-    return _blank, (type(self),), state
-
-
-def _blank(kind: Any) -> Any:
-    model = kind.__new__(kind)
-    vars(model)["__setstate__"] = types.MethodType(_restore, model)
-    return model
-
-
-def _restore(self: Any, state: dict[str, Any]) -> None:
-    del vars(self)["__setstate__"]
-    type(self).__setstate__(self, state)
-    vars(self)["__reduce_ex__"] = types.MethodType(_reduce, self)
-    # `copy` binds the wrapped function to the copy; `pickle` knows a bound method by its name, and finds the class's
-    if getattr(self.forward, "__func__", None) is type(self).forward:
-        kept = vars(self).pop("_ceu_wrappers")
-        del vars(self)["forward"]
-        if kept["head"] is not None:
-            add_fused_lm_head(self, **kept["head"])
-        for wrapper in kept["wrappers"]:
-            wrap_forward(self, wrapper)
 
 
 def check_trl_version() -> None:
@@ -269,35 +385,50 @@ def check_trl_version() -> None:
         )
 
 
+# the config and the trainer
+
+
 @dataclass
 class DescentConfig:
-    """The fields that our configs add to their TRL parent; see `losses.descent_weight`."""
+    """The fields that our configs add to their TRL parent: the rule, its share, and its parameters."""
 
-    ceu_coef: float = field(
-        default=0.5,
+    descent_rule: str = field(
+        default="ceu",
         metadata={
-            "help": "Share of the CE-U weight in the gradient of tokens whose log-probability is lowered, from 0 "
-            "(stock gradient ascent, bit for bit TRL's trainer) to 1 (CE-U alone)."
+            "help": "Rule that weighs the gradient of tokens whose log-probability is lowered: ceu (the token's own "
+            "probability), anchored (its probability relative to its anchor), constant, token_ratio (TNPO), "
+            "sequence_ratio (BDPO; in GRPO TOPR), gate (Gate-DPO), or the dotted path of a weight function."
         },
     )
-    ceu_scale: float = field(
-        default=1.0,
-        metadata={"help": "Scale s > 0 of the CE-U weight: larger pushes rare tokens harder. 1 is CE-U's own."},
+    ceu_coef: float = field(
+        default=0.5,
+        metadata={"help": "Share of the rule, from 0 (stock, bit for bit TRL's trainer) to 1 (the rule alone)."},
     )
-    ceu_max_weight: float = field(
-        default=1.0,
+    ceu_scale: float | None = field(
+        default=None,
+        metadata={"help": "Scale s > 0 of rule ceu (default 1, CE-U's own): larger pushes rare tokens harder."},
+    )
+    ceu_max_weight: float | None = field(
+        default=None,
         metadata={
-            "help": "Soft cap M > 0 on the CE-U weight. With M <= 1 the only balance of a token that chosen and "
+            "help": "Soft cap M > 0 of rule ceu (default 1). With M <= 1 the only balance of a token that chosen and "
             "rejected responses share is at probability 1; `inf` is CE-U as published, which drives it to 1/2."
         },
     )
-
+    constant_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight of rule constant; 0 trains on positives only, the control for every other rule."},
+    )
+    tnpo_beta: float | None = field(default=None, metadata={"help": "b > 0 of rule token_ratio (default 1)."})
+    bdpo_lambda: float | None = field(
+        default=None, metadata={"help": "Mixture between 0 and 1 of rule sequence_ratio in DPO (default 0.5)."}
+    )
+    gate_alpha: float | None = field(default=None, metadata={"help": "Slope > 0 of rule gate (default 100)."})
+    gate_tau: float | None = field(
+        default=None, metadata={"help": "Probability at which rule gate is half open (default 0.05)."}
+    )
     drop_descending: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether tokens whose log-probability the step would lower get no gradient at all, whatever the "
-            "ceu_* fields: training on positives only, the control for every claim about the weight."
-        },
+        default=False, metadata={"help": "Old name of descent_rule constant with constant_weight 0 and ceu_coef 1."}
     )
 
     def __post_init__(self) -> None:
@@ -305,65 +436,50 @@ class DescentConfig:
         super().__post_init__()  # type: ignore[misc]
 
     def check(self) -> None:
-        """Raise a ValueError for a coefficient out of range or a setting that the route cannot honour."""
+        """Raise a ValueError for a rule or parameter that cannot be honoured."""
         check_trl_version()
-        check_descent_coefficients(self.ceu_coef, self.ceu_scale, self.ceu_max_weight)
-        check_no_liger(self)
+        if self.drop_descending:
+            warnings.warn(
+                "drop_descending is deprecated; use descent_rule='constant', constant_weight=0, ceu_coef=1.",
+                FutureWarning,
+                stacklevel=4,
+            )
+            self.descent_rule, self.constant_weight, self.ceu_coef = "constant", 0.0, 1.0
+            self.drop_descending = False
+        check_coef(self.ceu_coef)
+        self.weight()
+        if getattr(self, "use_liger_kernel", False):
+            raise ValueError(
+                "use_liger_kernel is True, and Liger's kernels replace the forward that the route reads; leave it out, "
+                "or use the Hub kernels with model_init_kwargs={'use_kernels': True}."
+            )
+
+    def weight(self) -> Weight:
+        """The weight function of the rule."""
+        return descent_rule(self.descent_rule, **{name: getattr(self, name) for name in RANGES})
+
+    @property
+    def needs_anchor(self) -> bool:
+        """Whether the rule measures against an anchor; a function of the user's may."""
+        return self.ceu_coef != 0 and (self.descent_rule in ANCHORED or "." in self.descent_rule)
 
     @classmethod
-    def adopt(cls, args: Any, model: Any) -> Any:
-        """Return `args` as this config: the object that was given, so that later changes of it have their effect.
-
-        A config of the TRL parent becomes one of this class where it stands, with the defaults of our fields, so that
-        switching the class of the trainer is enough. One of a subclass of the parent becomes one of a class that
-        inherits from both, whose methods are those of the subclass. None gives a default config, which writes to the
-        folder that TRL's trainer would write to.
+    def given(cls, args: Any, model: Any) -> Any:
+        """Return `args`, or, where there are none, a default config that writes where TRL's trainer would.
 
         Raises:
-            ValueError: for an object that is no config of the parent, or one with a setting that is not honoured.
+            ValueError: for a config of another class, TRL's own included.
         """
-        config_class: Any = cls
-        parent = cls.__bases__[1]
+        parent = cls.__mro__[2].__name__
         if args is None:
-            config: Any = getattr(model, "config", None)
-            name = model if isinstance(model, str) else get_config_model_id(config)
-            return config_class(f"{name.split('/')[-1]}-{parent.__name__.removesuffix('Config')}")
-        if not isinstance(args, parent):
-            raise ValueError(f"args is a {type(args).__name__}; give a {cls.__name__} or a {parent.__name__}.")
+            name = model if isinstance(model, str) else get_config_model_id(getattr(model, "config", None))
+            return cls(f"{name.split('/')[-1]}-{parent.removesuffix('Config')}")  # type: ignore[call-arg]
         if not isinstance(args, cls):
-            check_no_liger(args)
-            given: Any = type(args)
-            args.__class__ = _joined(config_class, given)
-        config_class.check(args)
+            raise ValueError(
+                f"args is a {type(args).__name__}; give a {cls.__name__}, which takes what a {parent} takes."
+            )
+        args.check()
         return args
-
-
-@functools.cache
-def _joined(cls: Any, given: Any) -> Any:
-    """`cls` if it inherits from `given`, else a class that inherits from `given` and then from `cls`."""
-    if issubclass(cls, given):
-        return cls
-    methods = {"__reduce_ex__": _reduce_joined, "__module__": given.__module__, "__doc__": given.__doc__}
-    joined: Any = type(given.__name__, (given, cls), methods)
-    return dataclass(init="__dataclass_fields__" in vars(given), repr=False, eq=False)(joined)
-
-
-def _reduce_joined(self: Any, protocol: Any) -> tuple[Any, ...]:
-    given, cls = type(self).__bases__  # pickle finds these by their names, and not the class that joins them
-    return _blank_joined, (cls, given), dict(vars(self))
-
-
-def _blank_joined(cls: Any, given: Any) -> Any:
-    return object.__new__(_joined(cls, given))
-
-
-def check_no_liger(args: Any) -> None:
-    """Raise a ValueError for `use_liger_kernel`."""
-    if getattr(args, "use_liger_kernel", False):
-        raise ValueError(
-            "use_liger_kernel is True, and Liger's kernels replace the forward that the CE-U route wraps; leave it "
-            "out, or use the Hub kernels with model_init_kwargs={'use_kernels': True}."
-        )
 
 
 class DescentTrainer:
@@ -373,26 +489,25 @@ class DescentTrainer:
     _descent_record: torch.Tensor | None = None  # of all processes, since the last log
 
     def attach_route(self, observe: bool = False) -> None:
-        """Attach the route to the policy with the coefficients of `self.args`."""
-        args: Any = self.args  # type: ignore[attr-defined]
-        self.descent_route = route_descent(
-            self.model,  # type: ignore[attr-defined]
-            args.ceu_coef,
-            args.ceu_scale,
-            args.ceu_max_weight,
-            args.drop_descending,
-            observe,
-        )
+        """Attach the rule of `self.args` to the policy, and see the forwards of a reference model."""
+        trainer: Any = self
+        args: DescentConfig = trainer.args
+        self.descent_route = DescentRoute(args.weight() if args.ceu_coef else None, args.ceu_coef, observe)
+        _attach(trainer.model, self.descent_route)
+        if getattr(trainer, "ref_model", None) is not None:
+            # Before the hook of FSDP2, which rounds outputs
+            reference = trainer.accelerator.unwrap_model(trainer.ref_model, keep_torch_compile=False)
+            _attach(reference, ReferenceHook(self.descent_route), prepend=True)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
         accelerator: Any = self.accelerator  # type: ignore[attr-defined]
         # Here, where every process comes by: a callback may log on one of them alone
-        if accelerator.sync_gradients and self.descent_route.is_attached:
+        if accelerator.sync_gradients and self.descent_route.records:
             record = self.descent_route.pop_record()
             record = torch.full((RECORD,), -1.0, device=loss.device) if record is None else record
             records = accelerator.gather(record).view(-1, RECORD)
-            if (records < 0).all() and self.descent_route.weighs:  # in every process, so that all of them end
+            if (records < 0).all() and self.descent_route.weight is not None:  # in every process, so that all end
                 raise ValueError(
                     "No gradient of this step went through the descent route: another trainer was built on this model "
                     "after this one, and its head or route took the place; build this trainer again."

@@ -181,5 +181,15 @@ def note(message: str) -> None:
         logger.info(message)
 
 
+_said: set[str] = set()
+
+
+def note_once(message: str) -> None:
+    """[`note`], the first time that a process meets the message."""
+    if message not in _said:
+        _said.add(message)
+        note(message)
+
+
 class RolloutError(ValueError):
     """A rollout or its reward cannot be used; the message names the cause and the row or function."""

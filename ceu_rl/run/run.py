@@ -397,6 +397,8 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
         brings_rewards = "completions" in (datasets["train"].column_names or ())
         given["reward_funcs"] = _load_rewards(script, needed=not brings_rewards)
     _, _, trainer_class = classes_of(method)
+    if method == "grpo" and brings_rewards:
+        from ..offline_grpo import OfflineGRPOTrainer as trainer_class
     targets = model_config.lora_target_modules
     if isinstance(targets, str) and targets.isidentifier():  # TRL unpacks a list of one, and peft reads a pattern
         model_config.lora_target_modules = [targets]
