@@ -24,8 +24,8 @@ $(BASE)/result.json: | install
 	$(BIN)/ceu-rl sft --config recipes/dpo/addition/base.yaml --output_dir $(BASE)
 
 demo: install $(BASE)/result.json
-	$(BIN)/ceu-rl compare recipes/dpo/addition/stock.yaml recipes/dpo/addition/ceu.yaml \
-		recipes/dpo/addition/paper.yaml --output_dir runs/demo
+	$(BIN)/ceu-rl compare recipes/dpo/addition/stock.yaml recipes/dpo/addition/ceu-1.yaml \
+		recipes/dpo/addition/ceu-published.yaml --output_dir runs/demo
 
 # A real model: it is converted once, then a base and two runs of 60 steps
 SMOLLM2 := runs/smollm2-chain-sum/base

@@ -28,8 +28,8 @@ RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 TRAINING = ("sft", "dpo", "grpo", "unlearn")
 STANDS_FOR = {  # what a command leaves to the reader
-    "RECIPE.yaml": "recipes/dpo/addition/ceu.yaml",
-    "F": "recipes/dpo/addition/ceu.yaml",
+    "RECIPE.yaml": "recipes/dpo/addition/ceu-1.yaml",
+    "F": "recipes/dpo/addition/ceu-1.yaml",
     "RATE": "1e-4",
     "A": "0.5",
     "S": "1",

@@ -26,13 +26,13 @@ def test_every_recipe_is_listed_with_what_it_is_and_its_hardware():
 
 def test_list(capsys):
     assert main(["recipes"]) == 0
-    assert "dpo/addition/ceu.yaml" in capsys.readouterr().out
+    assert "dpo/addition/ceu-1.yaml" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("name", "files"),
     [
-        ("dpo/addition/ceu.yaml", ["ceu.yaml"]),
+        ("dpo/addition/ceu-1.yaml", ["ceu.yaml"]),
         ("dpo/smollm2-chain-sum/base.yaml", ["base.yaml", "chat_template.jinja"]),
         ("accelerate", sorted(p.name for p in (ROOT / "recipes/accelerate").iterdir())),
     ],

@@ -2,7 +2,7 @@
 
     ceu-rl recipes                          list them
     ceu-rl recipes dpo/addition             copy a folder of them to recipes/dpo/addition
-    ceu-rl recipes dpo/addition/ceu.yaml    copy one
+    ceu-rl recipes dpo/addition/ceu-1.yaml    copy one
     ceu-rl recipes dpo/addition DEST        copy to DEST/dpo/addition
 
 With the default DEST the command in the header of each recipe holds as it stands.

@@ -1,6 +1,6 @@
 """Other rules for DPO, between what stock learns and what the whole weight keeps: `ceu-rl compare` over them.
 
-    python docs/results/dpo-real-model/variants.py study recipes/dpo/smollm2-chain-sum/ceu.yaml --learning_rate 1e-5 \\
+    python docs/results/dpo-real-model/variants.py study recipes/dpo/smollm2-chain-sum/ceu-1.yaml --learning_rate 1e-5 \\
         --seed 0 1 [--any_field value ...]
 
 Calling it again goes on. ARM,ARM after `study:` takes these of the arms alone, the first of which is the baseline.

@@ -1,7 +1,7 @@
 """Variants of the descent rule that are tried in GRPO: `ceu-rl grpo` with another weight on each token's gradient.
 
     python docs/results/grpo/variants.py VARIANT --config recipes/grpo/maze/ceu.yaml [--any_field value ...]
-    python docs/results/grpo/variants.py study STUDY recipes/grpo/addition/ceu.yaml --seed 0 1 2 3 4 [--any_field v ...]
+    python docs/results/grpo/variants.py study STUDY recipes/grpo/addition/ceu-0.5.yaml --seed 0 1 2 3 4 [--any_field v ...]
 
 The second is `ceu-rl compare` over the arms of a study, each the recipe with other settings; calling it again goes on.
 STUDY:ARM,ARM is a study with these of its arms alone, the first of which is the baseline.
