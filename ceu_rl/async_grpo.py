@@ -1,4 +1,4 @@
-"""Asynchronous GRPO with CE-U in the place of the gradient ascent; experimental, as TRL's trainer is.
+"""Asynchronous GRPO whose push on falling tokens fades; experimental, as TRL's trainer is.
 
 Rollouts come from a server that works while the trainer learns, and are up to `max_staleness` syncs of weights old. TRL
 folds the rollouts of a step into a prefix trie, in which a token that several completions share is forwarded once; the
@@ -10,7 +10,10 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from .route import CITATION, DescentConfig, DescentTrainer, check_trl_version
+import torch
+
+from .losses import log_ratio
+from .route import ANCHORED, CITATION, DescentConfig, DescentTrainer, check_trl_version
 from .run.checkpoints import WholeCheckpoints
 from .run.checks import StopAtNonFinite, check_language_model, check_numbers
 from .run.engines import Float32Outputs
@@ -21,18 +24,28 @@ from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer  # noq
 
 @dataclass
 class CEUAsyncGRPOConfig(DescentConfig, AsyncGRPOConfig):
-    """`trl.experimental.async_grpo.AsyncGRPOConfig` and the coefficients of the descent weight, half CE-U by default.
+    """`trl.experimental.async_grpo.AsyncGRPOConfig` and the rule of the descending tokens, by default half of CE-U's.
 
-    `weight_sync_steps` is TRL's own.
+    `weight_sync_steps` is TRL's own. Rules of a whole response (sequence_ratio, gate) are refused: in TRL's trie of
+    rollouts a token belongs to several.
 
     Raises:
-        ValueError: for a coefficient outside its range, or `use_liger_kernel`.
+        ValueError: for an unknown rule, a parameter out of range or one that the rule does not read, or
+            `use_liger_kernel`.
         ImportError: for a version of TRL that this package was not tested with.
     """
 
+    def check(self) -> None:
+        super().check()
+        if self.ceu_coef and self.descent_rule in ("sequence_ratio", "gate"):
+            raise ValueError(
+                f"descent_rule is {self.descent_rule!r}, which weighs whole responses, and asynchronous GRPO folds "
+                "them into a trie; use ceu, anchored, token_ratio or constant."
+            )
+
 
 class CEUAsyncGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32Outputs, AsyncGRPOTrainer):
-    """TRL's experimental `AsyncGRPOTrainer` whose descending tokens get the CE-U weight (arXiv 2503.01224).
+    """TRL's experimental `AsyncGRPOTrainer` whose descending tokens get the weight of a rule (arXiv 2503.01224).
 
     It takes the same arguments; its kernel and its own worker need a GPU and a vLLM server. It logs
     `ceu/descending_fraction`, `ceu/weight_mean` and `ceu/weight_max`. With `ceu_coef` 0 it trains the same weights as
@@ -58,6 +71,19 @@ class CEUAsyncGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Flo
         check_language_model(given["model"], config.trust_remote_code)
         super().__init__(*bound.args[1:], **bound.kwargs)
         self.attach_route(observe=True)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.descent_route.collect() as forwards:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.args.needs_anchor:
+            # A token that several rollouts share stands once in the trie, with what one of them was sampled from
+            selected = inputs["token_index"] >= 0
+            anchor = torch.full_like(forwards[0].log_probs, torch.nan).flatten()
+            anchor[inputs["token_index"][selected]] = inputs["old_log_probs"][selected].to(anchor.dtype)
+            forwards[0].anchor = anchor = anchor.view_as(forwards[0].log_probs)
+            if self.args.descent_rule in ANCHORED:  # in place of TRL's ratio
+                forwards[0].scale = (-log_ratio(forwards[0].log_probs, anchor)).clamp(max=80).exp()
+        return loss
 
     def describe_rows(self, inputs: Any) -> list[str]:
         # The trie holds each token of the batch once, so that rows cannot be told apart

@@ -188,10 +188,12 @@ class DescentRoute:
         weight: The weight function of the rule; None leaves every gradient as it is.
         coef: Share of the rule; the rest is stock, whose weight is 1.
         observe: Record what the backward passes meet without a rule as well.
+        always: Act on every fused forward; else inside [`collect`] alone, so that other trainers of the model stay
+            what they are.
     """
 
-    def __init__(self, weight: Weight | None, coef: float = 1.0, observe: bool = False) -> None:
-        self.weight, self.coef, self.observe = weight, coef, observe
+    def __init__(self, weight: Weight | None, coef: float = 1.0, observe: bool = False, always: bool = False) -> None:
+        self.weight, self.coef, self.observe, self.always = weight, coef, observe, always
         self._forwards: list[Scored] | None = None
         self._record: torch.Tensor | None = None
 
@@ -214,7 +216,7 @@ class DescentRoute:
 
     @torch.compiler.disable  # dynamo would keep what the hook appends
     def __call__(self, module: Any, args: Any, kwargs: Any, outputs: Any) -> None:
-        if not kwargs.get("fused_lm_head"):
+        if not kwargs.get("fused_lm_head") or (self._forwards is None and not self.always):
             return
         scored = Scored(outputs.log_probs.detach(), outputs.label_mask)
         if self.records and torch.is_grad_enabled() and outputs.log_probs.requires_grad:
@@ -306,19 +308,14 @@ def route_descent(model: PreTrainedModel, weight: Weight | None = None, coef: fl
             f"{type(base).__name__}.forward takes no fused_lm_head, so there are no log-probabilities to route; "
             "call trl.trainer.utils.add_fused_lm_head(model) first, as TRL's trainers do."
         )
-    route = DescentRoute((weight or descent_rule()) if coef else None, coef)
-    _attach(model, route)
-    return route
-
-
-def _attach(model: Any, hook: DescentRoute | ReferenceHook, prepend: bool = False) -> None:
-    """Register a hook in place of those that earlier trainers left on this model or on one inside it."""
     for module in model.modules():
         for key, earlier in list(module._forward_hooks.items()):
-            if isinstance(earlier, DescentRoute | ReferenceHook):
+            if isinstance(earlier, DescentRoute) and earlier.always:
                 del module._forward_hooks[key]
                 module._forward_hooks_with_kwargs.pop(key, None)
-    model.register_forward_hook(hook, with_kwargs=True, prepend=prepend)
+    route = DescentRoute((weight or descent_rule()) if coef else None, coef, always=True)
+    model.register_forward_hook(route, with_kwargs=True)
+    return route
 
 
 def check_coef(coef: float) -> None:
@@ -493,11 +490,11 @@ class DescentTrainer:
         trainer: Any = self
         args: DescentConfig = trainer.args
         self.descent_route = DescentRoute(args.weight() if args.ceu_coef else None, args.ceu_coef, observe)
-        _attach(trainer.model, self.descent_route)
+        trainer.model.register_forward_hook(self.descent_route, with_kwargs=True)
         if getattr(trainer, "ref_model", None) is not None:
             # Before the hook of FSDP2, which rounds outputs
             reference = trainer.accelerator.unwrap_model(trainer.ref_model, keep_torch_compile=False)
-            _attach(reference, ReferenceHook(self.descent_route), prepend=True)
+            reference.register_forward_hook(ReferenceHook(self.descent_route), with_kwargs=True, prepend=True)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
@@ -509,8 +506,8 @@ class DescentTrainer:
             records = accelerator.gather(record).view(-1, RECORD)
             if (records < 0).all() and self.descent_route.weight is not None:  # in every process, so that all end
                 raise ValueError(
-                    "No gradient of this step went through the descent route: another trainer was built on this model "
-                    "after this one, and its head or route took the place; build this trainer again."
+                    "No gradient of this step went through the descent route: the model was wrapped or replaced after "
+                    "this trainer was built; build it again."
                 )
             earlier = [] if self._descent_record is None else [self._descent_record]
             self._descent_record = merge_records([*earlier, *records.clamp(min=0)])

@@ -1,23 +1,22 @@
 """CE-U DPO against the imported `trl.DPOTrainer`, and against float64 gradients from plain logits."""
 
 import copy
-import dataclasses
 import inspect
 import json
 import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PromptTuningConfig
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer, KTOConfig
+from trl.trainer.dpo_trainer import use_adapter
 
 from ceu_rl import CEUDPOConfig, CEUDPOTrainer
 from ceu_rl.dpo import CHOICES, mean_response_tokens
@@ -69,6 +68,7 @@ class KeepGradients(TrainerCallback):
 @pytest.fixture
 def make_trainer(tiny_model, tokenizer, preferences, tmp_path):
     def make(trainer_class, *, model=None, ref_model=None, train_dataset=None, peft_config=None, **settings):
+        eval_dataset = settings.pop("eval_dataset", None)
         config_class = CEUDPOConfig if trainer_class is CEUDPOTrainer else DPOConfig
         folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
@@ -89,9 +89,10 @@ def make_trainer(tiny_model, tokenizer, preferences, tmp_path):
             defaults["ceu_coef"] = 1.0  # the weight that the references are written for
         return trainer_class(
             model or tiny_model(1),
-            None if peft_config else ref_model or tiny_model(0),
+            None if peft_config or ref_model is False else ref_model or tiny_model(0),
             args=config_class(**{**defaults, **settings}),
             train_dataset=train_dataset or preferences,
+            eval_dataset=eval_dataset,
             processing_class=tokenizer,
             peft_config=peft_config,
         )
@@ -172,19 +173,126 @@ def test_default_differs_from_stock_and_logs_what_it_met(make_trainer):
     assert stock.state.log_history[0]["loss"] == log["loss"]
 
 
-def test_a_stock_config_means_the_defaults(make_trainer, tokenizer, tiny_model, preferences):
-    ours = make_trainer(CEUDPOTrainer, ceu_coef=0.5)
-    adopted = CEUDPOTrainer(
-        tiny_model(1),
-        tiny_model(0),
-        make_trainer(DPOTrainer).args,
-        train_dataset=preferences,
-        processing_class=tokenizer,
-    )
-    assert isinstance(adopted.args, CEUDPOConfig)
-    ours.train()
-    adopted.train()
-    assert_same_weights(ours, adopted)
+def reference_probabilities(trainer, batch):
+    """p of each label under the reference, in float64 from its plain logits."""
+    plain = copy.deepcopy(trainer.ref_model).double()
+    del plain.forward
+    logits = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    return logits.softmax(-1).gather(-1, batch["input_ids"][:, 1:].unsqueeze(-1)).squeeze(-1).detach()
+
+
+ANCHORS = ("sigmoid", "two losses", "ipo", "forward_kl", "ld_alpha", "wpo", "precomputed", "gradient checkpointing")
+
+
+@pytest.mark.parametrize("rule", ["anchored", "token_ratio"])
+@pytest.mark.parametrize("name", [*ANCHORS, "cut at the start", "cut at the end", "precomputed and cut"])
+def test_the_anchor_is_the_references_probability_of_the_same_token(make_trainer, name, rule):
+    cut = {"max_length": 8, "truncation_mode": "keep_start" if "start" in name else "keep_end"}
+    settings = {**SETTINGS.get(name, {}), **(cut if "cut" in name else {})}
+    settings |= {"precompute_ref_log_probs": True} if "precomputed" in name else {}
+    stock = make_trainer(DPOTrainer, **{**settings, "precompute_ref_log_probs": False})
+    ours = make_trainer(CEUDPOTrainer, descent_rule=rule, **settings)
+    batch, ours_batch = first_batch(stock), first_batch(ours)
+    kept = keep_log_probs(stock)
+    stock_loss = stock.compute_loss(stock.model, batch)
+    stock_loss.backward()
+    anchor = reference_probabilities(stock, batch)
+
+    def weight(p):
+        return (p / anchor).clamp(max=1) if rule == "anchored" else 2 * p / (p + anchor)
+
+    expected, descending = routed_gradients(stock, kept, batch["input_ids"], batch["attention_mask"], weight)
+    our_loss = ours.compute_loss(ours.model, ours_batch)
+    our_loss.backward()
+    assert descending and torch.equal(our_loss, stock_loss)
+    assert_gradients_follow(ours.model, expected)
+    assert distance(stock.model, expected) > 0.01
+
+
+def test_at_the_start_an_anchored_step_is_stocks(make_trainer, tiny_model):
+    trainers = [
+        make_trainer(trainer_class, model=tiny_model(0), max_steps=1, **settings)
+        for trainer_class, settings in ((DPOTrainer, {}), (CEUDPOTrainer, {"descent_rule": "anchored"}))
+    ]
+    for trainer in trainers:
+        trainer.train()
+    assert_same_weights(*trainers)
+
+
+@pytest.mark.parametrize("kind", ["a new adapter", "an adapter of before", "prompt tuning"])
+@pytest.mark.parametrize("precompute", [False, True])
+def test_the_anchor_of_an_adapted_policy_is_the_model_without_it(make_trainer, tiny_model, kind, precompute):
+    """Or with the adapter that it began with, of which TRL keeps a copy: the first step is then stock's again."""
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    prompt = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    given = {"peft_config": prompt if kind == "prompt tuning" else lora}
+    if kind == "an adapter of before":
+        given = {"model": get_peft_model(tiny_model(0), lora, autocast_adapter_dtype=False), "ref_model": False}
+    ours = make_trainer(CEUDPOTrainer, precompute_ref_log_probs=precompute, descent_rule="anchored", **given)
+    batch = first_batch(ours)
+    ours.compute_loss(ours.model, batch).backward()
+    with torch.no_grad(), use_adapter(ours.model, "ref" if kind == "an adapter of before" else None):
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        expected = ours.model(**inputs, labels=labels, fused_lm_head=True).log_probs
+    policy = ours.model(**inputs, labels=labels, fused_lm_head=True)
+    width = expected.size(1)
+    p, mask = policy.log_probs[:, -width:].detach(), policy.label_mask[:, -width:]
+    weights = ours.descent_route.pop_metrics()
+    half = len(p) // 2  # the rejected responses descend
+    expected = (p - expected).clamp(max=0).exp()[half:][mask[half:]]
+    assert weights["ceu/weight_mean"] == pytest.approx(expected.mean().item(), rel=1e-4)
+    assert (expected.mean() < 0.999) == (kind != "an adapter of before")
+
+
+def test_an_anchor_adds_no_forward(make_trainer):
+    calls = {}
+    for rule in ("ceu", "anchored"):
+        trainer = make_trainer(CEUDPOTrainer, descent_rule=rule, max_steps=2)
+        for name, model in (("policy", trainer.model), ("reference", trainer.ref_model)):
+            model.register_forward_hook(lambda *_, key=(rule, name): calls.update({key: calls.get(key, 0) + 1}))
+        trainer.train()
+    assert set(calls.values()) == {2} and len(calls) == 4
+
+
+def test_each_held_out_pair_is_kept(make_trainer, preferences):
+    """Also of a last batch that is smaller than the others, with the sums that TRL averages over."""
+    held_out = preferences.select(range(11))
+    for settings in ({"ceu_coef": 0.0}, {"descent_rule": "anchored"}, {"precompute_ref_log_probs": True}):
+        trainer = make_trainer(CEUDPOTrainer, eval_dataset=held_out, per_device_eval_batch_size=4, **settings)
+        found = trainer.evaluate()
+        rows = trainer.held_out["eval"]
+        assert len(rows) == 11
+        one = make_trainer(DPOTrainer, eval_dataset=held_out, per_device_eval_batch_size=1)
+        expected = one.evaluate()  # its mean over batches is the mean over pairs
+        for name in ("chosen", "rejected"):
+            mean = sum(row[name] for row in rows) / len(rows)
+            assert mean == pytest.approx(expected[f"eval_logps/{name}"], rel=1e-4)
+        margins = [row["chosen"] - row["ref_chosen"] - row["rejected"] + row["ref_rejected"] for row in rows]
+        assert 0.1 * sum(margins) / 11 == pytest.approx(expected["eval_rewards/margins"], rel=1e-3)
+        assert sum(m > 0 for m in margins) / 11 == pytest.approx(expected["eval_rewards/accuracies"])
+        assert found["eval_loss"] is not None and all(row["chosen_tokens"] >= 1 for row in rows)
+
+
+def test_a_stock_config_is_refused_by_the_name_of_ours(make_trainer, tokenizer, tiny_model, preferences):
+    args = make_trainer(DPOTrainer).args
+    with pytest.raises(ValueError, match="args is a DPOConfig; give a CEUDPOConfig"):
+        CEUDPOTrainer(tiny_model(), args=args, train_dataset=preferences, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"descent_rule": "anchored", "ceu_scale": 2.0}, ["ceu_scale", "anchored"]),
+        ({"descent_rule": "nearest"}, ["descent_rule", "nearest"]),
+        ({"descent_rule": "constant"}, ["constant_weight"]),
+        ({"ceu_coef": 1.5}, ["ceu_coef is 1.5"]),
+    ],
+)
+def test_a_rule_that_cannot_be_honoured_is_refused_by_the_config(settings, parts, tmp_path):
+    with pytest.raises(ValueError) as caught:
+        CEUDPOConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
+    assert all(part in str(caught.value) for part in parts)
 
 
 def test_the_model_card_cites_both_papers(make_trainer):
@@ -193,51 +301,6 @@ def test_the_model_card_cites_both_papers(make_trainer):
     card = Path(trainer.args.output_dir, "README.md").read_text()
     assert "Cite CE-U DPO as:" in card and "trained with CE-U DPO." in card
     assert "@article{yang2025ceu," in card and "@inproceedings{rafailov2023direct," in card
-
-
-@dataclass
-class OwnConfig(DPOConfig):
-    """A user's config: a field and a method of its own, and one of TRL's methods changed."""
-
-    shrink: float = 2.0
-
-    def check(self):
-        return "the user's"
-
-    def get_warmup_steps(self, num_training_steps):
-        return int(num_training_steps // self.shrink)
-
-
-class PlainSubclass(DPOConfig):
-    """Without the decorator, and with its own constructor."""
-
-    def __init__(self, folder):
-        super().__init__(folder, max_steps=3, use_cpu=True, bf16=False, report_to="none", save_strategy="no")
-
-
-@pytest.mark.parametrize("config_class", [DPOConfig, OwnConfig, PlainSubclass, CEUDPOConfig])
-def test_args_stay_the_object_that_was_given(config_class, tiny_model, tokenizer, preferences, tmp_path):
-    """Later changes of it have their effect, its methods are called, and it is written with the checkpoint."""
-    settings = {} if config_class is PlainSubclass else {"use_cpu": True, "bf16": False}
-    args = config_class(str(tmp_path), **settings)
-    models = {"model": tiny_model(1), "ref_model": tiny_model(0)}
-    trainer = CEUDPOTrainer(**models, args=args, train_dataset=preferences, processing_class=tokenizer)
-    assert trainer.args is args and isinstance(args, config_class) and isinstance(args, CEUDPOConfig)
-    args.max_steps, args.save_strategy, args.save_steps = 4, "steps", 2
-    if config_class is OwnConfig:
-        assert args.check() == "the user's" and args.get_warmup_steps(8) == 4
-        args.shrink = 4.0
-        assert trainer.args.get_warmup_steps(8) == 2 and args.to_dict()["shrink"] == 4.0
-    args.seed = 7
-    trainer.train()
-    assert trainer.state.global_step == 4
-    saved = torch.load(tmp_path / "checkpoint-2" / "training_args.bin", weights_only=False)
-    for other in (saved, copy.copy(args), copy.deepcopy(args)):
-        assert isinstance(other, config_class) and isinstance(other, CEUDPOConfig)
-        assert (other.seed, other.max_steps, other.ceu_coef) == (7, 4, 0.5)
-    assert args.to_dict()["ceu_max_weight"] == 1.0
-    if config_class is not PlainSubclass:
-        assert dataclasses.replace(args, ceu_coef=0.25, seed=3).ceu_coef == 0.25
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -255,16 +318,8 @@ def test_no_args_write_where_stock_writes(named, tiny_model, tokenizer, preferen
 
 @pytest.mark.parametrize("args", [KTOConfig("x", bf16=False), {"output_dir": "x"}])
 def test_args_of_another_kind_are_refused(args, tiny_model, preferences, tokenizer):
-    with pytest.raises(ValueError, match=f"args is a {type(args).__name__}; give a CEUDPOConfig or a DPOConfig"):
+    with pytest.raises(ValueError, match=f"args is a {type(args).__name__}; give a CEUDPOConfig"):
         CEUDPOTrainer(tiny_model(), args=args, train_dataset=preferences, processing_class=tokenizer)
-
-
-def test_liger_is_refused_and_leaves_the_args_as_they_were(tiny_model, preferences, tokenizer, tmp_path):
-    args = DPOConfig(str(tmp_path), use_cpu=True, bf16=False)
-    args.use_liger_kernel = True
-    with pytest.raises(ValueError, match="use_liger_kernel is True"):
-        CEUDPOTrainer(tiny_model(), args=args, train_dataset=preferences, processing_class=tokenizer)
-    assert type(args) is DPOConfig
 
 
 def test_eval_logs_hold_no_training_metrics(make_trainer, preferences):
@@ -608,14 +663,18 @@ def test_an_evaluation_keeps_the_ties_that_training_leaves_out(make_trainer, pre
 
 
 @pytest.mark.parametrize("later", [DPOTrainer, CEUDPOTrainer])
-def test_a_trainer_whose_route_a_later_one_took_is_refused(make_trainer, tiny_model, later):
-    model = tiny_model(1)
-    first = make_trainer(CEUDPOTrainer, model=model)
-    make_trainer(later, model=model)
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="another trainer was built on this model"):
-        first.train()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+def test_trainers_of_one_model_leave_each_other_alone(make_trainer, tiny_model, later):
+    """A later trainer of stock's is stock, and does not see the rule of the first, which still has its own."""
+    model, settings = tiny_model(1), {} if later is DPOTrainer else {"descent_rule": "constant", "constant_weight": 0.2}
+    first, second = make_trainer(CEUDPOTrainer, model=model), make_trainer(later, model=model, **settings)
+    for trainer, alone in ((first, make_trainer(CEUDPOTrainer)), (second, make_trainer(later, **settings))):
+        batch = first_batch(alone)
+        for each in (trainer, alone):
+            each.model.zero_grad()
+            each.compute_loss(each.model, batch).backward()
+        for name, parameter in trainer.model.named_parameters():
+            assert torch.equal(parameter.grad, alone.model.get_parameter(name).grad)
+    first.train()
 
 
 @pytest.mark.parametrize("form", ["torch", "numpy"])

@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from ceu_rl import CEUGRPOConfig, CEUGRPOTrainer
 from ceu_rl.grpo import CHOICES
-from ceu_rl.rollouts import ReloadingVLLMGeneration
+from ceu_rl.rollouts import ReloadingVLLMGeneration, RolloutError
 
 from .reference import assert_gradients_follow, distance, keep_log_probs, routed_gradients
 from .stand_in_engine import StandInClient, StandInEngine
@@ -168,8 +168,94 @@ def test_loss_equals_stock_and_gradient_follows_the_rule(make_trainer, name, off
 
 
 def default_weight(p):
-    config = CEUGRPOConfig
-    return (1 - config.ceu_coef) + config.ceu_coef / ((1 - p) / (config.ceu_scale * p) + 1 / config.ceu_max_weight)
+    return 0.5 + 0.5 * p
+
+
+def log_prob_gradient(trainer, batch):
+    """What reaches the policy's log-probabilities, of shape (B, T), and these."""
+    seen = {}
+
+    def see(module, args, outputs):
+        seen["log_probs"] = outputs.log_probs.detach()
+        outputs.log_probs.register_hook(lambda grad: seen.update(grad=grad))
+
+    handle = trainer.model.register_forward_hook(see)
+    trainer.compute_loss(trainer.model, copy.deepcopy(batch)).backward()
+    handle.remove()
+    width = batch["completion_ids"].size(1)
+    return seen["grad"][:, -width:], seen["log_probs"][:, -width:]
+
+
+RATIOS = {
+    "anchored": lambda ratio, mask: ratio.clamp(max=1),
+    "token_ratio": lambda ratio, mask: 2 * ratio / (1 + ratio),
+    "sequence_ratio": lambda ratio, mask: torch.where(mask, ratio, 1).prod(1, keepdim=True).clamp(max=1),
+}
+
+
+@pytest.mark.parametrize("known", ["old", "vLLM", "vLLM uncorrected", "cut distribution"])
+@pytest.mark.parametrize("rule", RATIOS)
+def test_an_anchored_rule_takes_the_place_of_trls_importance_weight(make_trainer, rule, known):
+    """Descending tokens have the rule's weight, ascending ones 1, and what TRL clips has no gradient with either."""
+    stock, ours = (
+        make_trainer(trainer_class, steps_per_generation=2, **settings)
+        for trainer_class, settings in (
+            (GRPOTrainer, {}),
+            (CEUGRPOTrainer, {"descent_rule": rule, "ceu_coef": 1.0, "top_k": 5 if known == "cut distribution" else 0}),
+        )
+    )
+    batch = stock._prepare_inputs([stock.train_dataset[i // 4] for i in range(16)])
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    with torch.no_grad():
+        log_probs, _, _ = stock._get_per_token_logps_and_entropies(
+            stock.model, ids, attention, batch["completion_ids"].size(1)
+        )
+    torch.manual_seed(0)
+    batch["advantages"] = torch.tensor([1.0, -1.0] * (len(batch["advantages"]) // 2))
+    batch["old_per_token_logps"] = anchor = log_probs + 0.1 * torch.randn_like(log_probs)
+    if known != "old":
+        anchor = anchor + 0.5 * torch.randn_like(log_probs)
+        batch["sampling_per_token_logps"] = anchor
+        batch["importance_sampling_ratio"] = (batch["old_per_token_logps"] - anchor).exp().clamp(max=1.5)
+        for trainer in (stock, ours):
+            trainer.use_vllm = True
+        ours.args.use_vllm = True
+        for trainer in (stock, ours):
+            correction = known != "vLLM uncorrected"
+            trainer.vllm_importance_sampling_correction = correction
+            trainer.args.vllm_importance_sampling_correction = correction
+        if known == "cut distribution":
+            anchor = batch["old_per_token_logps"]
+    g, p = log_prob_gradient(stock, batch)
+    weighed, _ = log_prob_gradient(ours, batch)
+    mask = batch["completion_mask"].bool()
+    trl_weight = (p - batch["old_per_token_logps"]).exp()
+    if known in ("vLLM", "cut distribution"):
+        trl_weight = trl_weight * batch["importance_sampling_ratio"]
+    ratio = (p - anchor).exp()
+    expected = g / trl_weight * torch.where(g > 0, RATIOS[rule](ratio, mask), 1.0)
+    assert (g > 0).any() and (g < 0).any()
+    torch.testing.assert_close(weighed * mask, expected * mask, rtol=1e-4, atol=1e-7)
+
+
+def test_a_missing_anchor_is_said_once_or_refused(make_trainer, caplog):
+    with pytest.raises(ValueError, match=r"descent_rule 'anchored'.*use_vllm"):
+        make_trainer(CEUGRPOTrainer, descent_rule="anchored")
+    for name, value in (("beta", 0.1), ("loss_type", "cispo"), ("importance_sampling_level", "sequence")):
+        with pytest.raises(ValueError, match=f"{name} is {value!r}"):
+            make_trainer(CEUGRPOTrainer, descent_rule="anchored", steps_per_generation=2, **{name: value})
+    trainer = make_trainer(CEUGRPOTrainer, descent_rule="anchored", steps_per_generation=2)
+    batch = trainer._prepare_inputs([trainer.train_dataset[i // 4] for i in range(16)])
+    batch.pop("old_per_token_logps")
+    with caplog.at_level("INFO", "ceu_rl"):
+        for _ in range(2):
+            trainer.compute_loss(trainer.model, copy.deepcopy(batch)).backward()
+    assert sum("not known" in record.message for record in caplog.records) <= 1
+    assert trainer.descent_route.pop_metrics()["ceu/weight_mean"] == 1
+    batch["sampling_per_token_logps"] = torch.zeros(16, 3)
+    with pytest.raises(RolloutError, match="shape"):
+        trainer.compute_loss(trainer.model, batch)
 
 
 def test_clipped_tokens_are_not_descended(make_trainer):

@@ -96,7 +96,7 @@ def test_metrics_tell_rare_and_sure_tokens_apart(rule):
     """Their shares of the gradient are those of its L1 norm on the logits, which are the toy's parameters."""
     p = torch.tensor([0.001, 0.009, 0.02, 0.5, 0.98, 0.995, 0.9999, 0.001], dtype=torch.float64)
     toy = ToyHead(torch.stack([p, 0.7 * (1 - p), 0.3 * (1 - p)], dim=-1).log())
-    route = DescentRoute(rule, observe=True)
+    route = DescentRoute(rule, observe=True, always=True)
     toy.register_forward_hook(route, with_kwargs=True)
     g = torch.tensor([1.0, 2, 1, 1, 1, 3, 1, -1])
     (toy(torch.zeros(8, dtype=torch.long), fused_lm_head=True).log_probs * g).sum().backward()
@@ -114,7 +114,7 @@ def test_a_route_that_observes_leaves_the_gradient():
     logits, labels, g = 3 * torch.randn(4, 6, 9), torch.randint(0, 9, (4, 6)), torch.randn(4, 6)
     labels[0, :2] = -100
     plain, observed = ToyHead(logits.clone()), ToyHead(logits.clone())
-    route = DescentRoute(None, observe=True)
+    route = DescentRoute(None, observe=True, always=True)
     observed.register_forward_hook(route, with_kwargs=True)
     for toy in (plain, observed):
         (toy(labels, fused_lm_head=True).log_probs * g).sum().backward()

@@ -1,4 +1,4 @@
-"""Logged completions: GRPO offline, against what stock does with the same rollouts, and what is refused."""
+"""GRPO offline, from logged completions: against what stock does with the same rollouts, and what is refused."""
 
 import copy
 import json
@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from ceu_rl import CEUGRPOConfig, CEUGRPOTrainer
+from ceu_rl import CEUGRPOConfig, CEUGRPOTrainer, OfflineGRPOTrainer
 from ceu_rl.cli import main
 
 SUMS = [(a, b) for a in range(4) for b in range(4)]
@@ -28,7 +28,9 @@ CHATS = [
 
 @pytest.fixture
 def make_trainer(tiny_model, tokenizer, tmp_path):
-    def make(rows, trainer_class=CEUGRPOTrainer, reward_funcs=None, eval_dataset=None, rollout_func=None, **settings):
+    def make(
+        rows, trainer_class=OfflineGRPOTrainer, reward_funcs=None, eval_dataset=None, rollout_func=None, **settings
+    ):
         defaults = {
             "output_dir": str(tmp_path / f"run{len(list(tmp_path.iterdir()))}"),
             "per_device_train_batch_size": 8,
@@ -43,7 +45,7 @@ def make_trainer(tiny_model, tokenizer, tmp_path):
             "save_strategy": "no",
             "max_steps": 3,
         }
-        config_class = CEUGRPOConfig if trainer_class is CEUGRPOTrainer else GRPOConfig
+        config_class = CEUGRPOConfig if issubclass(trainer_class, CEUGRPOTrainer) else GRPOConfig
         return trainer_class(
             tiny_model(1),
             reward_funcs,
@@ -142,6 +144,45 @@ def test_known_log_probabilities_are_what_the_ratio_is_to(make_trainer, tokenize
     assert ends.any(dim=1).all() if end else not ends.any()
     trainer.train()
     assert trainer.state.log_history[0]["clip_ratio/region_mean"] > 0
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_anchored_rule_takes_the_place_of_ratio_and_clip(make_trainer, tokenizer, known):
+    """The gradient on a log-probability is the advantage's, times min(1, p / p_logged) where it descends."""
+    rows = [{**row, "completions": [text or "0" for text in row["completions"]]} for row in TEXTS]
+    if not known:
+        with pytest.raises(ValueError, match="descent_rule 'anchored'"):
+            make_trainer(rows, descent_rule="anchored")
+        return
+    rows = with_log_probs(rows, tokenizer)
+    trainers = [make_trainer(rows, **extra) for extra in ({"descent_rule": "anchored", "ceu_coef": 1}, {"ceu_coef": 0})]
+    for trainer in trainers:
+        _, batch = first_batch(trainer)
+        with trainer.descent_route.collect():  # stock's own ratio is left out by hand
+            batch.pop("old_per_token_logps", None)
+        batch["sampling_per_token_logps"] = (
+            -0.1 * torch.arange(1, 9).expand(8, -1)[:, : batch["completion_ids"].shape[1]]
+        )
+        trainer.model.zero_grad()
+        grads = {}
+        handle = trainer.model.register_forward_hook(
+            lambda module, args, outputs, grads=grads: (
+                outputs.log_probs.register_hook(
+                    lambda grad: grads.update(grad=grad, log_probs=outputs.log_probs.detach())
+                )
+                and None
+            )
+        )
+        trainer.compute_loss(trainer.model, batch).backward()
+        handle.remove()
+        trainer.seen = grads
+    ours, stock = (trainer.seen for trainer in trainers)
+    width = batch["completion_ids"].shape[1]
+    ratio = (stock["log_probs"][:, -width:] - batch["sampling_per_token_logps"]).exp()
+    g = stock["grad"][:, -width:]
+    expected = torch.where(g > 0, g * ratio.clamp(max=1), g)
+    assert ((g > 0) & (ratio < 0.5)).any()
+    torch.testing.assert_close(ours["grad"][:, -width:], expected, rtol=1e-4, atol=1e-7)
 
 
 def test_token_ids_are_taken_as_they_are_and_cut_at_the_longest_completion(make_trainer):
@@ -259,3 +300,12 @@ def test_a_recipe_needs_no_reward_function(tiny_model, tokenizer, tmp_path):
     argv = [word for key, value in words.items() for word in (f"--{key}", str(value))]
     assert main(["grpo", *argv]) == 0
     assert json.loads((tmp_path / "out" / "result.json").read_text())["steps"] == 1
+
+
+def test_each_trainer_names_the_other(make_trainer):
+    with pytest.raises(ValueError, match="OfflineGRPOTrainer"):
+        make_trainer(
+            TEXTS, trainer_class=CEUGRPOTrainer, reward_funcs=lambda completions, **_: [0.0] * len(completions)
+        )
+    with pytest.raises(ValueError, match=r"no column 'completions'.*CEUGRPOTrainer"):
+        make_trainer([{"prompt": "1+1="}])
