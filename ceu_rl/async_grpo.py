@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .losses import log_ratio
+from .losses import anchor_log_ratio
 from .route import ANCHORED, CITATION, DescentConfig, DescentTrainer, check_trl_version
 from .run.checkpoints import WholeCheckpoints
 from .run.checks import StopAtNonFinite, check_language_model, check_numbers
@@ -82,7 +82,7 @@ class CEUAsyncGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Flo
             anchor[inputs["token_index"][selected]] = inputs["old_log_probs"][selected].to(anchor.dtype)
             forwards[0].anchor = anchor = anchor.view_as(forwards[0].log_probs)
             if self.args.descent_rule in ANCHORED:  # in place of TRL's ratio
-                forwards[0].scale = (-log_ratio(forwards[0].log_probs, anchor)).clamp(max=80).exp()
+                forwards[0].scale = (-anchor_log_ratio(forwards[0].log_probs, anchor)).clamp(max=80).exp()
         return loss
 
     def describe_rows(self, inputs: Any) -> list[str]:

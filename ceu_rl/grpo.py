@@ -16,7 +16,7 @@ from transformers import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 
 from .data.load import check_layout
-from .losses import log_ratio
+from .losses import anchor_log_ratio
 from .rollouts import ReloadingVLLMGeneration, check_rewards, check_vllm, drift_by_sign, name_vllm_settings
 from .route import ANCHORED, CITATION, DescentConfig, DescentTrainer, Scored, Weight, descent_rule
 from .run.checkpoints import WholeCheckpoints
@@ -249,7 +249,7 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
             )
         policy.anchor = anchor
         if self.args.descent_rule in ANCHORED:
-            log_weight = torch.zeros_like(log_probs) if old is None else log_ratio(log_probs, old)
+            log_weight = torch.zeros_like(log_probs) if old is None else anchor_log_ratio(log_probs, old)
             if self.args.use_vllm and self.args.vllm_importance_sampling_correction:
                 log_weight = log_weight + inputs["importance_sampling_ratio"].log()
             policy.scale = (-log_weight).nan_to_num(nan=0.0).clamp(max=80).exp()

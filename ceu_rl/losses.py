@@ -128,10 +128,10 @@ def check_descent_coefficients(ceu_coef: float, ceu_scale: float, ceu_max_weight
 # Rules that measure a token, or its response, against an anchor: its probability where the data were judged
 
 
-def log_ratio(log_probs: torch.Tensor, anchor_log_probs: torch.Tensor) -> torch.Tensor:
+def anchor_log_ratio(log_probs: torch.Tensor, anchor_log_probs: torch.Tensor) -> torch.Tensor:
     """x = log(p / p_a) of each token, detached, at least in float32; 0 where the anchor is not known (NaN)."""
     dtype = torch.promote_types(log_probs.dtype, torch.float32)
-    return (log_probs.detach().to(dtype) - anchor_log_probs.detach().to(dtype)).nan_to_num(nan=0.0)
+    return log_ratio(log_probs.detach().to(dtype), anchor_log_probs.detach().to(dtype)).nan_to_num(nan=0.0)
 
 
 def anchored_weight(log_probs: torch.Tensor, anchor_log_probs: torch.Tensor) -> torch.Tensor:
@@ -154,7 +154,7 @@ def anchored_weight(log_probs: torch.Tensor, anchor_log_probs: torch.Tensor) -> 
     Returns:
         The weights, detached, of the same shape, in float32 (float64 for float64 input).
     """
-    return log_ratio(log_probs, anchor_log_probs).clamp(max=0).exp()
+    return anchor_log_ratio(log_probs, anchor_log_probs).clamp(max=0).exp()
 
 
 def token_ratio_weight(log_probs: torch.Tensor, anchor_log_probs: torch.Tensor, beta: float = 1.0) -> torch.Tensor:
@@ -162,7 +162,7 @@ def token_ratio_weight(log_probs: torch.Tensor, anchor_log_probs: torch.Tensor, 
 
     Arguments and result as for [`anchored_weight`]; b > 0. It lies between 0 and 2, and is 1 at the anchor.
     """
-    return 2 * torch.sigmoid(beta * log_ratio(log_probs, anchor_log_probs))
+    return 2 * torch.sigmoid(beta * anchor_log_ratio(log_probs, anchor_log_probs))
 
 
 def sequence_ratio_weight(
@@ -182,7 +182,7 @@ def sequence_ratio_weight(
     Returns:
         The weights, detached, of shape (B, 1), in float32 (float64 for float64 input).
     """
-    log_sequence = (log_ratio(log_probs, anchor_log_probs) * mask).sum(dim=-1, keepdim=True)
+    log_sequence = (anchor_log_ratio(log_probs, anchor_log_probs) * mask).sum(dim=-1, keepdim=True)
     if mixture is None:
         return log_sequence.clamp(max=0).exp()
     return torch.sigmoid(log_sequence + math.log(mixture) - math.log1p(-mixture))

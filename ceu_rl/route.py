@@ -15,7 +15,6 @@ import importlib
 import inspect
 import math
 import textwrap
-import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -356,21 +355,6 @@ def descent_metrics(record: torch.Tensor) -> dict[str, float]:
         "ceu/weight_mean": total / max(descending, 1.0),
         "ceu/weight_max": largest,
     }
-
-
-def wrap_forward(model: PreTrainedModel, wrapper: Callable[..., Any]) -> None:
-    """Make `model.forward` the function `wrapper(forward, self, *args, **kwargs)`, on the instance, as TRL does."""
-    original = model.forward
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return original(*args, **kwargs)
-
-    # Keep the original signature: `generate` and `Trainer` validate their arguments against it
-    @functools.wraps(type(model).forward)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return wrapper(forward, self, *args, **kwargs)
-
-    model.forward = types.MethodType(wrapped, model)  # type: ignore[method-assign]
 
 
 def check_trl_version() -> None:
