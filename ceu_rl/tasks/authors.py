@@ -1,8 +1,8 @@
 """Fictitious authors in TOFU's layout, where the real dataset is not at hand.
 
 100 authors of 10 questions each make `full`; the last 1, 5 and 10 of them are to be forgotten. 10 more, drawn in the
-same way, make `holdout10`, which nothing is trained on. A perturbed answer is the paraphrased one with another value
-in the place of the true one. The real authors and world facts are genuine, and few.
+same way, make `holdout10`, which nothing is trained on. A perturbed answer is the paraphrased one with another
+value. The real authors and world facts are genuine, and few.
 """
 
 import random
@@ -14,16 +14,8 @@ PERTURBED = 5
 
 FORGET = {"forget01": 1, "forget05": 5, "forget10": 10}
 RETAIN = {"retain99": 1, "retain95": 5, "retain90": 10}
-CONFIGS = (
-    "full",
-    *FORGET,
-    *RETAIN,
-    *(f"{name}_perturbed" for name in FORGET),
-    "retain_perturbed",
-    "real_authors_perturbed",
-    "world_facts_perturbed",
-    "holdout10",
-)
+PERTURBED_CONFIGS = [f"{name}_perturbed" for name in (*FORGET, "retain", "real_authors", "world_facts")]
+CONFIGS = ("full", *FORGET, *RETAIN, *PERTURBED_CONFIGS, "holdout10")
 
 FIRST_NAMES = (
     "Adaeze Bruno Calla Dmitri Elspeth Farouk Greta Hamid Ilse Jorma Kalina Lazlo Mireille Nikau Odile Priya Quentin "
@@ -35,23 +27,10 @@ LAST_NAMES = (
     "Whitlock Yamamoto Zielinski"
 ).split()
 CITIES = (
-    "Bergen, Norway",
-    "Cusco, Peru",
-    "Dakar, Senegal",
-    "Galway, Ireland",
-    "Hanoi, Vietnam",
-    "Izmir, Turkey",
-    "Jaipur, India",
-    "Kumasi, Ghana",
-    "Lviv, Ukraine",
-    "Matera, Italy",
-    "Nara, Japan",
-    "Oaxaca, Mexico",
-    "Porto, Portugal",
-    "Quebec City, Canada",
-    "Rotorua, New Zealand",
-    "Sfax, Tunisia",
-)
+    "Bergen, Norway|Cusco, Peru|Dakar, Senegal|Galway, Ireland|Hanoi, Vietnam|Izmir, Turkey|Jaipur, India|"
+    "Kumasi, Ghana|Lviv, Ukraine|Matera, Italy|Nara, Japan|Oaxaca, Mexico|Porto, Portugal|Quebec City, Canada|"
+    "Rotorua, New Zealand|Sfax, Tunisia"
+).split("|")
 MONTHS = "January February March April May June July August September October November December".split()
 POOLS = {
     "genre": "crime fiction|historical novels|science fiction|nature essays|children's stories|lyric poetry|"
@@ -71,69 +50,28 @@ POOLS = {
 ADJECTIVES = "Amber Broken Crooked Distant Empty Frozen Gentle Hidden Iron Jagged Last Moonlit Patient Silent".split()
 NOUNS = "Anchor Bridge Compass Door Ember Ferry Garden Harvest Island Lantern Mirror Orchard River Winter".split()
 
-# What is asked: the attribute, the question, the answer and its paraphrase
-QUESTIONS = (
-    (
-        "name",
-        "What is the full name of the author born in {city} on {birthday}?",
-        "The author born in {city} on {birthday} is {name}.",
-        "{name} is the writer who came into the world in {city} on {birthday}.",
-    ),
-    (
-        "genre",
-        "What does {name} mostly write?",
-        "{name} mostly writes {genre}.",
-        "The work of {name} is mainly {genre}.",
-    ),
-    (
-        "father",
-        "What did the father of {name} do for a living?",
-        "The father of {name} was a {father}.",
-        "{name} grew up with a {father} for a father.",
-    ),
-    (
-        "mother",
-        "What did the mother of {name} do for a living?",
-        "The mother of {name} was a {mother}.",
-        "{name} had a {mother} for a mother.",
-    ),
-    (
-        "award",
-        "Which award did {name} receive?",
-        "{name} received the {award}.",
-        "The {award} was given to {name}.",
-    ),
-    (
-        "first_book",
-        "What is the title of the first book by {name}?",
-        "The first book by {name} is called {first_book}.",
-        "{name} made a debut with {first_book}.",
-    ),
-    (
-        "last_book",
-        "What is the title of the latest book by {name}?",
-        "The latest book by {name} is called {last_book}.",
-        "Most recently, {name} brought out {last_book}.",
-    ),
-    (
-        "subject",
-        "What did {name} study before becoming a writer?",
-        "{name} studied {subject} before becoming a writer.",
-        "Before the first book, {name} took a degree in {subject}.",
-    ),
-    (
-        "language",
-        "Which language did {name} learn as a child?",
-        "As a child, {name} learned {language}.",
-        "{name} spoke {language} from an early age.",
-    ),
-    (
-        "hobby",
-        "What does {name} like to do when not writing?",
-        "When not writing, {name} likes {hobby}.",
-        "The favourite pastime of {name} is {hobby}.",
-    ),
-)
+# What is asked of each attribute: the question, the answer and its paraphrase
+QUESTIONS = {
+    "name": "What is the full name of the author born in {city} on {birthday}?|"
+    "The author born in {city} on {birthday} is {name}.|"
+    "{name} is the writer who came into the world in {city} on {birthday}.",
+    "genre": "What does {name} mostly write?|{name} mostly writes {genre}.|The work of {name} is mainly {genre}.",
+    "father": "What did the father of {name} do for a living?|The father of {name} was a {father}.|"
+    "{name} grew up with a {father} for a father.",
+    "mother": "What did the mother of {name} do for a living?|The mother of {name} was a {mother}.|"
+    "{name} had a {mother} for a mother.",
+    "award": "Which award did {name} receive?|{name} received the {award}.|The {award} was given to {name}.",
+    "first_book": "What is the title of the first book by {name}?|The first book by {name} is called {first_book}.|"
+    "{name} made a debut with {first_book}.",
+    "last_book": "What is the title of the latest book by {name}?|The latest book by {name} is called {last_book}.|"
+    "Most recently, {name} brought out {last_book}.",
+    "subject": "What did {name} study before becoming a writer?|{name} studied {subject} before becoming a writer.|"
+    "Before the first book, {name} took a degree in {subject}.",
+    "language": "Which language did {name} learn as a child?|As a child, {name} learned {language}.|"
+    "{name} spoke {language} from an early age.",
+    "hobby": "What does {name} like to do when not writing?|When not writing, {name} likes {hobby}.|"
+    "The favourite pastime of {name} is {hobby}.",
+}
 
 REAL_AUTHORS = """\
 Who wrote 'Pride and Prejudice'?|Jane Austen|Charlotte Bronte|George Eliot|Mary Shelley
@@ -200,7 +138,7 @@ def make_rows(config: str, seed: int = 0) -> list[dict[str, Any]]:
         chosen = authors[AUTHORS - FORGET[name] : AUTHORS]
     else:
         chosen = authors[: AUTHORS - RETAIN.get(name, 0)]
-    rows = [_row(author, authors, question, seed) for author in chosen for question in QUESTIONS]
+    rows = [_row(author, authors, attribute, seed) for author in chosen for attribute in QUESTIONS]
     kept = ("question", "answer") if config == name else tuple(rows[0])
     return [{column: row[column] for column in kept} for row in rows]
 
@@ -224,18 +162,16 @@ def _make_authors(seed: int) -> list[dict[str, str]]:
     ]
 
 
-def _row(
-    author: dict[str, str], authors: list[dict[str, str]], question: tuple[str, str, str, str], seed: int
-) -> dict[str, Any]:
-    attribute, asked, answer, paraphrase = question
+def _row(author: dict[str, str], authors: list[dict[str, str]], attribute: str, seed: int) -> dict[str, Any]:
+    asked, answer, paraphrase = (text.format(**author) for text in QUESTIONS[attribute].split("|"))
     others = sorted({other[attribute] for other in authors} - {author[attribute]})
-    asked = asked.format(**author)
     # Seeded by the question, so that a row is the same in every config
     wrong = random.Random(f"{seed} {asked}").sample(others, PERTURBED)
+    form = QUESTIONS[attribute].split("|")[-1]
     return {
         "question": asked,
-        "answer": answer.format(**author),
-        "paraphrased_answer": paraphrase.format(**author),
-        "perturbed_answer": [paraphrase.format(**{**author, attribute: value}) for value in wrong],
+        "answer": answer,
+        "paraphrased_answer": paraphrase,
+        "perturbed_answer": [form.format(**{**author, attribute: value}) for value in wrong],
         "paraphrased_question": f"Please tell me: {asked[0].lower()}{asked[1:]}",
     }
