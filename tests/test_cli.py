@@ -116,7 +116,9 @@ def test_sft_and_dpo_on_the_builtin_task(tmp_path):
         path = tmp_path / f"{method}.yaml"
         path.write_text(yaml.safe_dump(fields))
         assert main([method, "--config", str(path)]) == 0
-        metrics = json.loads(Path(fields["output_dir"], "result.json").read_text())["metrics"]
+        result = json.loads(Path(fields["output_dir"], "result.json").read_text())
+        metrics, decoding = result["metrics"], result["decoding"]
+        assert not decoding["greedy"]["do_sample"] and decoding["sampled"]["top_k"] == 0
         assert metrics["eval_greedy_accuracy"] == metrics["eval_sampled_accuracy"] == 0
 
 

@@ -421,50 +421,31 @@ def test_every_wrong_solution_makes_a_pair_with_a_right_one_or_the_human_one(tmp
     assert pairs[0]["prompt"] == [{"role": "user", "content": "Problem 0?"}]
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"question": "?"}', "3", '{"question": "?", "6b_finetuning": 1}'])
-def test_a_file_that_is_not_the_published_one_is_named_with_the_problem(line, tmp_path, capsys):
-    (tmp_path / "in.jsonl").write_text(f"{json.dumps(solved(0))}\n{line}\n")
-    assert main(["gsm8k", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]) == 2
-    error = capsys.readouterr().err
-    assert "in.jsonl is not as published: problem 2 is no JSON object with question" in error
-    assert error.count("\n") == 1 and not (tmp_path / "out.jsonl").exists()
-
-
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("content", "message"),
     [
-        ({"6b_finetuning": {"is_correct": "false", "solution": "a"}}, "is_correct is 'false'"),
-        ({"6b_finetuning": {"is_correct": False, "solution": None}}, "None is no text"),
-        ({"ground_truth": None}, "None is no text"),
-        ({"question": 3}, "3 is no text"),
-        ({"question": " "}, "' ' is no text"),
+        *(
+            (f"{json.dumps(solved(0))}\n{line}\n", "problem 2 is no JSON object with question")
+            for line in ("{", "[]", '{"question": "?"}', "3", '{"question": "?", "6b_finetuning": 1}')
+        ),
+        (json.dumps({**solved(0), "6b_finetuning": {"is_correct": "false", "solution": "a"}}), "is_correct is 'false'"),
+        (json.dumps({**solved(0), "6b_finetuning": {"is_correct": False, "solution": None}}), "None is no text"),
+        (json.dumps({**solved(0), "ground_truth": None}), "None is no text"),
+        (json.dumps({**solved(0), "question": " "}), "' ' is no text"),
+        ("\n\n", "has no wrong solution to reject"),
+        (json.dumps(solved(0, *gsm8k.MODELS)), "has no wrong solution to reject"),
+        (json.dumps(solved(0)).encode("utf-16"), "in.jsonl is not UTF-8"),
     ],
 )
-def test_a_field_of_another_type_makes_no_pair(change, message, tmp_path, capsys):
-    (tmp_path / "in.jsonl").write_text(json.dumps({**solved(0), **change}))
-    assert main(["gsm8k", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]) == 2
-    assert message in capsys.readouterr().err and not (tmp_path / "out.jsonl").exists()
-
-
-def test_a_file_without_pairs_or_in_another_encoding(tmp_path, capsys):
-    for content, message in (
-        (b"\n\n", "has no wrong solution to reject"),
-        (json.dumps(solved(0, *gsm8k.MODELS)).encode(), "has no wrong solution to reject"),
-        (json.dumps(solved(0)).encode("utf-16"), "in.jsonl is not UTF-8"),
-    ):
-        (tmp_path / "in.jsonl").write_bytes(content)
-        assert main(["gsm8k", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]) == 2
-        assert message in capsys.readouterr().err and not (tmp_path / "out.jsonl").exists()
+def test_a_file_that_is_not_the_published_one_is_named_with_the_problem(content, message, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    argv = ["gsm8k", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "out.jsonl").exists()
     (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(solved(0)).encode())
-    assert main(["gsm8k", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]) == 0
-
-
-def test_pairs_are_not_written_over(tmp_path, capsys):
-    for name in ("in.jsonl", "out.jsonl"):
-        (tmp_path / name).write_text(json.dumps(solved(0)))
-    assert main(["gsm8k", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]) == 2
+    assert main(argv) == 0 and main(argv) == 2
     assert "out.jsonl exists; choose another name" in capsys.readouterr().err
-    assert main(["gsm8k", str(tmp_path / "none.jsonl"), str(tmp_path / "other.jsonl")]) == 2
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])

@@ -281,16 +281,6 @@ def test_one_process_evaluates(command, refused, monkeypatch):
     refused(command()[0], "WORLD_SIZE is 2; start an evaluation alone")
 
 
-def test_question_answer_template(learned, bpe, folder):
-    found = evaluate(learned, bpe, str(folder), "forget01", template="question_answer", max_new_tokens=1)
-    assert found["template"] == "question_answer"
-    model = build_model(bpe, **TINY)
-    model.load_state_dict(learned.state_dict())
-    for item, row in zip(found["items"][CONFIGS[0]], load_tofu(str(folder), CONFIGS[0]), strict=True):
-        plain = Reference(model, bpe, f"Question: {row['question']}\nAnswer:", f" {row['answer']}")
-        assert item["log_prob"] == pytest.approx(plain.mean, rel=2e-4)
-
-
 @pytest.mark.parametrize("batch_size", [1, 64])
 def test_batching_changes_nothing_and_leaves_no_trace(learned, bpe, folder, result, batch_size):
     learned.train()
@@ -435,13 +425,6 @@ def test_a_result_of_open_unlearning_is_written_and_taken_for_the_retain_model(c
     refused(
         main(["tofu-eval", "--results", str(theirs), "--retain", str(retain)]), "is open-unlearning's; give it as --ret"
     )
-
-
-def test_a_model_against_itself_is_indistinguishable(command):
-    _, path = command("retain")
-    status, again = command("retain", "again", retain=path)
-    summary = json.loads(again.read_text())["summary"]
-    assert (status, summary["forget_quality"], summary["privacy_leakage"]) == (0, 1.0, 0.0)
 
 
 @pytest.mark.parametrize(("times", "collapsed"), [(9.9, False), (10.1, True)])
@@ -709,25 +692,10 @@ def test_a_result_that_was_cut_short_is_refused(command, refused, tmp_path):
         refused(main(["tofu-eval", "--results", str(path), "--retain", str(short)]), message)
         refused(main(["tofu-eval", "--results", str(short), "--retain", str(path)]), message)
     assert path.read_text() == text
+    refused(command()[0], "model/tofu_eval.json exists; choose another folder with --output_dir")
+    assert path.read_text() == text
     refused(main(["tofu-eval", "--results", str(path)]), "--results needs --retain")
     refused(main(["tofu-eval", "--results", str(path), "--retain", str(tmp_path / "no.json")]), "No such file.*no.json")
-
-
-def test_nothing_saved_is_overwritten(command, refused, saved, tmp_path):
-    _, path = command()
-    before = path.read_text()
-    refused(command()[0], "model/tofu_eval.json exists; choose another folder with --output_dir")
-    assert path.read_text() == before
-
-
-def test_logits_that_are_nan_name_the_row(bpe, folder, saved, command, refused, tmp_path):
-    broken = build_model(bpe, **TINY)
-    torch.nn.init.constant_(broken.lm_head.weight, math.nan)
-    broken.save_pretrained(tmp_path / "broken")
-    bpe.save_pretrained(tmp_path / "broken")
-    status, path = command("model", "out", model=tmp_path / "broken")
-    refused(status, r"logits are not finite in row \d of \w+_perturbed, .* log-probability of nan; take an earlier")
-    assert not path.exists()
 
 
 def test_nan_for_one_row_alone_names_that_row(bpe, folder, tmp_path):
@@ -736,7 +704,8 @@ def test_nan_for_one_row_alone_names_that_row(bpe, folder, tmp_path):
     bad = copy_folder(folder, tmp_path, CONFIGS[3], rows)
     model = build_model(bpe, **TINY)
     model.get_input_embeddings().weight.data[bpe.convert_tokens_to_ids("<|system|>")] = math.nan
-    with pytest.raises(ValueError, match="not finite in row 3 of world_facts_perturbed"):
+    message = "logits are not finite in row 3 of world_facts_perturbed, .* log-probability of nan; take an earlier"
+    with pytest.raises(ValueError, match=message):
         evaluate(model, bpe, str(bad), "forget01", max_new_tokens=1)
 
 
@@ -771,19 +740,13 @@ def test_rows_that_cannot_be_scored_are_named(learned, bpe, folder, tmp_path, ch
         evaluate(learned, bpe, str(copy_folder(folder, tmp_path, "retain_perturbed", rows)), "forget01")
 
 
-def test_a_template_that_swallows_the_answer_is_refused(learned, folder, bpe):
-    swallowing = copy.deepcopy(bpe)
-    swallowing.chat_template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
-    with pytest.raises(ValueError, match="template swallows the answer of row 0 of forget01_perturbed"):
-        evaluate(learned, swallowing, str(folder), "forget01")
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"split": "forget02"}, "Unknown split 'forget02': choose one of forget01, forget05, forget10"),
         ({"split": "forget05"}, "has no config 'forget05_perturbed': choose one of forget01_perturbed"),
         ({"dataset": "builtin:poets"}, "use builtin:authors"),
+        ({"dataset": "nobody/nothing"}, "nobody/nothing"),
         ({"model": "no/such"}, "--model_name_or_path no/such holds no model with its tokenizer"),
         ({"model": "no/such", "output_dir": None}, "--model_name_or_path no/such is no folder to write to"),
         ({"batch_size": 0}, "batch_size is 0; use at least 1"),
@@ -795,10 +758,6 @@ def test_a_command_that_cannot_work_is_refused(command, refused, fields, message
     status, path = command("model", "out", **fields)
     refused(status, message)
     assert not path.exists()
-
-
-def test_a_dataset_that_cannot_be_reached_is_named(command, refused):
-    refused(command("model", "out", dataset="nobody/nothing")[0], "nobody/nothing")
 
 
 def test_a_folder_without_a_model_is_refused(command, refused, saved, bpe, tmp_path):

@@ -18,7 +18,6 @@ from trl import TrlParser
 from ceu_rl.cli import main as command_line
 from ceu_rl.data.prompts import PromptArguments, PromptFormat
 from ceu_rl.models import build_model, end_token_ids
-from ceu_rl.tasks.generate import generate_with_vllm
 from ceu_rl.tofu import load_tofu, to_prompt_completion
 from ceu_rl.tofu.data import tokenize
 from ceu_rl.tofu.evaluate import evaluate
@@ -180,15 +179,6 @@ def test_a_generation_ends_at_every_end_of_the_model(
         for item, row in zip(found["items"][config], load_tofu(str(folder), config), strict=True):
             assert item["generation"] == "Xyz"
             assert item["rouge_l_recall"] == rouge.score(row["answer"], "Xyz")["rougeL"].recall
-
-
-def test_vllm_on_a_cpu_hands_over_what_it_has_every_few_minutes(monkeypatch):
-    """So that the progress is shown, and a kill loses little."""
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=Engine([1]), SamplingParams=dict))
-    sizes = []
-    generate_with_vllm("model", torch.float32, [[1, 2]] * 130, [2], 4, 0, lambda rows, ids: sizes.append(len(ids)))
-    assert sizes == [64, 64, 2]
 
 
 # What is recorded, compared and refused

@@ -14,6 +14,7 @@ from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
 
 from ..tasks import Task, evaluate_accuracy, evaluate_samples
+from ..tasks.generate import recorded_decoding
 from . import progress
 from .checks import check_reference_is_loaded
 
@@ -162,3 +163,9 @@ class TaskScore(TrainerCallback):
             scores = {"greedy_accuracy": evaluate_accuracy(*given)}
             scores |= evaluate_samples(*given, seed=args.seed, reference=reference)
         log_scores(self.trainer, scores, metrics)
+
+    def result(self) -> dict[str, Any]:
+        """`decoding`, how the greedy and the sampled answers were generated."""
+        given = (self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.processing_class)
+        kinds = {"greedy": False, "sampled": True}
+        return {"decoding": {kind: recorded_decoding(*given, sample=sample) for kind, sample in kinds.items()}}

@@ -143,7 +143,9 @@ def _finish(
             f"{args.output_dir} is of no use; start again with a lower learning_rate."
         )
     peaks = peak_memory(args.device)
-    pace = next(each for each in trainer.callback_handler.callbacks if isinstance(each, Pace))
+    callbacks = trainer.callback_handler.callbacks
+    pace = next(each for each in callbacks if isinstance(each, Pace))
+    score = next((each for each in callbacks if isinstance(each, TaskScore)), None)
     if trainer.is_world_process_zero():
         result = {
             **record,
@@ -153,6 +155,7 @@ def _finish(
             "metrics": {key: value for key, value in final.items() if key not in ("step", "epoch")},
             **_eval_tokens(method, trainer),
             **pace.result(trainer.accelerator.num_processes),
+            **(score.result() if score else {}),
             "wall_time_s": round(time.perf_counter() - start, 1),
             **peaks,
         }

@@ -55,7 +55,7 @@ class Batch:
         return Batch(*(each[places] for each in prompts), *(each[places, :samples] for each in answers))
 
 
-def decoding_config(ends: Tokens, pad: int, max_new_tokens: int, sample: bool = False) -> GenerationConfig:
+def decoding_config(ends: Tokens, pad: int, max_new_tokens: int | None, sample: bool = False) -> GenerationConfig:
     """The whole generation config of a measurement: greedy, or samples from p itself, up to an end token.
 
     What is not set here has no effect in transformers, unless a model's own config fills it in: see [`decode_by`].
@@ -85,7 +85,9 @@ def decode_by(model: Any, config: GenerationConfig) -> Iterator[None]:
             each.generation_config = before
 
 
-def recorded_decoding(model: Any, tokenizer: Any, max_new_tokens: int, sample: bool = False) -> dict[str, Any]:
+def recorded_decoding(
+    model: Any, tokenizer: Any, max_new_tokens: int | None = None, sample: bool = False
+) -> dict[str, Any]:
     """What a result says of its decoding: each field of [`decoding_config`] that is set; all others have no effect."""
     config = decoding_config(end_token_ids(model, tokenizer), _padding(model, tokenizer), max_new_tokens, sample)
     return {name: value for name, value in config.to_diff_dict().items() if name != "transformers_version"}
@@ -137,6 +139,11 @@ def forward_bytes(model: Any) -> int:
     return text.vocab_size * (model.dtype.itemsize + 4) + layer * model.dtype.itemsize
 
 
+def world_size() -> int:
+    """How many ranks take part: 1 where nothing is distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def share(parts: Sequence[Part], work: Callable[[Part], Found]) -> list[Found]:
     """`work` of each part, shared among the ranks of a distributed run: every rank must call, and gets all of it.
 
@@ -145,7 +152,7 @@ def share(parts: Sequence[Part], work: Callable[[Part], Found]) -> list[Found]:
     Raises:
         ValueError: on every rank, what `work` raises on one.
     """
-    if not (dist.is_available() and dist.is_initialized()) or (world := dist.get_world_size()) == 1:
+    if (world := world_size()) == 1:
         return [work(part) for part in parts]
     mine: list[Any] = []
     for start in range(0, len(parts), world):
@@ -205,8 +212,8 @@ def generate_tokens(
             inputs["past_key_values"] = read_prompts(model, *read, samples)
         number = random.Random(f"{seed} {rows[0]}").getrandbits(63)
         with seeded_rng(number, model.device), decode_by(model, config):
-            synced = {"synced_gpus": True} if dist.is_initialized() and dist.get_world_size() > 1 else {}
-            tokens = model.generate(**inputs, generation_config=config, **synced)
+            # A rank that is done takes part in the forwards of the others
+            tokens = model.generate(**inputs, generation_config=config, synced_gpus=world_size() > 1)
         answers = tokens[:, width:].unflatten(0, (-1, samples)).cpu()
         ended = torch.isin(answers, torch.tensor(ends)).long()
         kept = (ended.cumsum(dim=-1) - ended == 0).long()

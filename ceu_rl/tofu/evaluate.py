@@ -466,6 +466,8 @@ def _output(args: argparse.Namespace) -> Path:
         )
     if args.quantize:
         check_quantizer(args.quantize)
+    for other in filter(None, (args.retain, args.base)):
+        read_result(other)
     return check_output(args.model_name_or_path, args.output_dir, RESULT)
 
 

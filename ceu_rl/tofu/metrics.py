@@ -88,7 +88,7 @@ def utility_truth_ratio(ratio: float) -> float:
 _SPACELESS = r"[\p{lb=SA}\p{scx=Han}\p{scx=Hira}\p{scx=Kana}\p{scx=Bopo}\p{scx=Yiii}]"
 _WORD = regex.compile(
     rf"[{_SPACELESS}&&[\p{{L}}\p{{N}}]]\p{{M}}*|[[\p{{L}}\p{{N}}]--{_SPACELESS}][[\p{{L}}\p{{N}}\p{{M}}]--[{_SPACELESS}&&\p{{L}}]]*"
-    r"|\p{So}\p{M}*",
+    r"|[\p{S}--\p{ASCII}]\p{M}*",
     regex.V1,
 )
 
@@ -98,7 +98,8 @@ class Words(Tokenizer):
 
     rouge-score drops every other character, so that an answer in Russian or Chinese would score 0 against itself. Here
     a word is a run of letters and digits with their combining marks. A character of a script without spaces (Chinese,
-    Japanese, Thai, Lao, Khmer, Burmese) is a word, and so is a symbol such as an emoji. Texts are compared in NFKC.
+    Japanese, Thai, Lao, Khmer, Burmese) is a word, and so is a symbol beyond ASCII, such as an emoji. Texts are
+    compared in NFKC.
 
     Args:
         use_stemmer: Stem words of more than three letters (Porter's, of English; ASCII alone).
