@@ -163,7 +163,7 @@ def test_an_anchored_rule_takes_the_place_of_ratio_and_clip(make_trainer, tokeni
         batch["sampling_per_token_logps"] = (
             -0.1 * torch.arange(1, 9).expand(8, -1)[:, : batch["completion_ids"].shape[1]]
         )
-        trainer.model.zero_grad()
+        trainer.current_gradient_accumulation_steps = 1
         grads = {}
         handle = trainer.model.register_forward_hook(
             lambda module, args, outputs, grads=grads: (
@@ -173,7 +173,7 @@ def test_an_anchored_rule_takes_the_place_of_ratio_and_clip(make_trainer, tokeni
                 and None
             )
         )
-        trainer.compute_loss(trainer.model, batch).backward()
+        trainer.compute_loss(trainer.model, copy.deepcopy(batch)).backward()
         handle.remove()
         trainer.seen = grads
     ours, stock = (trainer.seen for trainer in trainers)

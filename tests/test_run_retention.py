@@ -49,8 +49,10 @@ def test_the_scores_are_those_of_each_answer_alone(
     tiny_model, tokenizer, preferences, solutions, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(keeps, "ROWS", 5)
-    rows = load_kept(KeptArguments(eval_facts="builtin:authors", eval_solutions=str(solutions)))
-    assert set(rows) == {WORLD_FACTS, REAL_AUTHORS, "solutions"}
+    rows = load_kept(
+        KeptArguments(eval_facts="builtin:authors", eval_solutions=str(solutions), eval_foreign=str(solutions))
+    )
+    assert set(rows) == {WORLD_FACTS, REAL_AUTHORS, "solutions", "foreign"}
     args = CEUDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     given = {"args": args, "train_dataset": preferences, "processing_class": tokenizer}
     start = tiny_model(seed=1)
@@ -70,6 +72,7 @@ def test_the_scores_are_those_of_each_answer_alone(
     assert len({len(one) for one in tokens}) == 3  # a mean over tokens is not one over answers
     nll = -math.fsum(itertools.chain(*tokens)) / sum(map(len, tokens))
     assert found["solutions_nll"] == pytest.approx(nll, rel=1e-4)
+    assert found["foreign_nll"] == found["solutions_nll"] and found["foreign_kl"] == found["solutions_kl"]
     divergences = []
     for row in rows["solutions"]:
         prompt, full = tokens_of(tokenizer, row["question"], row["answer"])

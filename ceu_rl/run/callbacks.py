@@ -58,6 +58,28 @@ class MetricsFile(TrainerCallback):
                 file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
 
+class HeldOutFile(TrainerCallback):
+    """Appends the pairs of each evaluation to `held_out.jsonl`: sums of log-probabilities in nats, see `dpo.PAIR`."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        path = Path(args.output_dir, "held_out.jsonl")
+        if state.is_world_process_zero and path.is_file():  # a resumed run evaluates again what came after its step
+            rows = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            path.write_text("".join(line for line in rows if json.loads(line)["step"] <= state.global_step))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        held_out, self.trainer.held_out = self.trainer.held_out, {}
+        if state.is_world_process_zero:
+            with open(Path(args.output_dir, "held_out.jsonl"), "a") as file:
+                for name, rows in held_out.items():
+                    for number, row in enumerate(rows):
+                        entry = {"step": state.global_step, "dataset": name, "row": number, **row}
+                        file.write(json.dumps(entry) + "\n")
+
+
 class Pace(TrainerCallback):
     """Measures tokens per second of the training steps, rollouts and the optimizer included, evaluations not."""
 

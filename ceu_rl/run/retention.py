@@ -17,6 +17,7 @@ from .errors import NameCause
 
 ROWS = 50  # of each set, the first ones: a look at every evaluation has to be cheap
 BATCH = 8
+TEXTS = ("solutions", "foreign")  # sets whose likelihood and divergence are scored
 
 
 @dataclass
@@ -34,8 +35,12 @@ class KeptArguments:
         default=None,
         metadata={
             "help": "A file or dataset with the columns question and answer, such as GSM8K's test.jsonl: each "
-            "evaluation logs the negative log-likelihood of the first 50 answers, in nats per token."
+            "evaluation logs the negative log-likelihood of the first 50 answers, in nats per token, and the "
+            "divergence from the model at the start."
         },
+    )
+    eval_foreign: str | None = field(
+        default=None, metadata={"help": "The same for text that the run does not train on, as eval_foreign_*."}
     )
 
 
@@ -58,15 +63,15 @@ def load_kept(script: Any) -> dict[str, Dataset]:
     if script.eval_facts:
         with NameCause(f"Reading eval_facts {script.eval_facts}", "give TOFU's name on the Hub, or its folder."):
             found |= {name: load_tofu(script.eval_facts, name) for name in (WORLD_FACTS, REAL_AUTHORS)}
-    if script.eval_solutions:
-        splits = open_dataset(script.eval_solutions, None, field="eval_solutions")
-        rows = splits["test"] if "test" in splits else next(iter(splits.values()))
-        if not {"question", "answer"} <= set(rows.column_names):
-            raise ValueError(
-                f"eval_solutions {script.eval_solutions} has the columns {', '.join(rows.column_names)}; give question "
-                "and answer."
-            )
-        found["solutions"] = rows
+    for name in TEXTS:
+        if source := getattr(script, f"eval_{name}"):
+            splits = open_dataset(source, None, field=f"eval_{name}")
+            rows = splits["test"] if "test" in splits else next(iter(splits.values()))
+            if not {"question", "answer"} <= set(rows.column_names):
+                raise ValueError(
+                    f"eval_{name} {source} has the columns {', '.join(rows.column_names)}; give question and answer."
+                )
+            found[name] = rows
     return {name: rows.select(range(min(ROWS, len(rows)))) for name, rows in found.items()}
 
 
@@ -74,10 +79,10 @@ class KeptScore(TrainerCallback):
     """Logs at every evaluation what the model makes of the rows of [`load_kept`].
 
     `eval_world_facts_probability` and `eval_real_authors_probability` are TOFU's: the mean over questions of the right
-    answer's length-normalised probability among the options, 0 to 1. `eval_solutions_nll` is in nats per token, the
-    mean over all tokens of all answers with their end. With the model at the `start`, `eval_solutions_kl` is the mean
-    divergence from it at these tokens, KL(p | p_ref) over the whole vocabulary. What the chat template writes before
-    each answer is not scored.
+    answer's length-normalised probability among the options, 0 to 1. `eval_solutions_nll` and `eval_foreign_nll` are in
+    nats per token, the mean over all tokens of all answers with their end. With the model at the `start`,
+    `eval_solutions_kl` and `eval_foreign_kl` are the mean divergence from it at these tokens, KL(p | p_ref) over the
+    whole vocabulary. What the chat template writes before each answer is not scored.
     """
 
     def __init__(
@@ -117,13 +122,13 @@ class KeptScore(TrainerCallback):
         for config in dict.fromkeys(answer.config for answer in self.answers):
             here = [answer for answer in self.answers if answer.config == config]
             right = [answer for answer in here if answer.kind == "answer"]
-            if config == "solutions":
+            if config in TEXTS:
                 total = sum(answer.log_prob * len(answer.completion_ids) for answer in right)
-                found["solutions_nll"] = -total / sum(len(answer.completion_ids) for answer in right)
+                found[f"{config}_nll"] = -total / sum(len(answer.completion_ids) for answer in right)
                 if self.start is not None:
                     batches = make_batches(model, [(answer.prompt_ids, answer.completion_ids) for answer in right])
                     with self.start() as reference:
-                        found["solutions_kl"] = evaluate_divergence(model, reference, batches)["kl"]
+                        found[f"{config}_kl"] = evaluate_divergence(model, reference, batches)["kl"]
                 continue
             wrong: dict[int, list[float]] = {}
             for answer in here:

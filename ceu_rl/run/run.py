@@ -36,7 +36,7 @@ from ..models import (
 )
 from ..tasks import articles
 from ..tofu.data import ask, has_questions, is_tofu, load_tofu, to_preferences
-from .callbacks import MetricsFile, Pace, Progress, ProgressLines, StartModel, TaskScore
+from .callbacks import HeldOutFile, MetricsFile, Pace, Progress, ProgressLines, StartModel, TaskScore
 from .checkpoints import TRAINER_STATE_NAME, check_resumes, is_json, saved_checkpoints, traces
 from .config import build_configs, classes_of, read_arguments, settings_of
 from .engines import (
@@ -416,6 +416,8 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress if sys.stderr.isatty() else ProgressLines)
     trainer.add_callback(MetricsFile)
+    if method == "dpo":
+        trainer.add_callback(HeldOutFile(trainer))
     trainer.add_callback(Pace())
     scored = datasets.get("eval") if task is not None else None
     compares = method != "sft" and (scored is not None or "solutions" in kept)
