@@ -166,7 +166,7 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
         adapts = given.get("peft_config") is not None or isinstance(given["model"], PeftModel)
         check_reference_is_loaded(needs_reference=config.beta != 0 and not adapts)
         if config.use_vllm:
-            check_vllm(adapts)
+            check_vllm(adapts, config)
         with name_vllm_settings():
             super().__init__(*bound.args[1:], **bound.kwargs)
         if config.use_vllm:

@@ -218,14 +218,14 @@ def name_vllm_settings() -> Iterator[None]:
         raise ValueError(str(error)) from error
 
 
-def check_vllm(adapts: bool = False) -> None:
+def check_vllm(adapts: bool = False, args: Any = None) -> None:
     """Refuse a vLLM that is missing or untested, and what was never tested with it.
 
     Raises:
         ImportError: unless vLLM is installed in a version that this package was tested with.
-        ValueError: for an adapter under FSDP, whose shards would be merged one by one.
+        ValueError: for an adapter under FSDP (by `accelerate launch` or `args`), merged shard by shard.
     """
-    if adapts and is_asked_for("FSDP"):
+    if adapts and (is_asked_for("FSDP") or getattr(args, "fsdp_plugin_args", None) is not None):
         raise ValueError(
             "use_vllm is True with an adapter under FSDP, which was never tested; leave out one of use_vllm, use_peft "
             "and FSDP (recipes/accelerate/ddp.yaml)."

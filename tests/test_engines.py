@@ -11,9 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 from transformers import AutoModelForCausalLM
 
 from ceu_rl.run import engines
@@ -300,6 +302,28 @@ def test_fewer_processes_than_asked_for(recipe, tmp_path, launch_with, given, st
     assert result.returncode == status, result.stderr[-3000:]
     assert message in result.stderr
     assert (tmp_path / "out" / "result.json").exists() == (status == 0)
+
+
+def test_fsdp2_returns_what_the_model_computed_and_sums_gradients_in_float32():
+    class Trainer:
+        def create_accelerator_and_postprocess(self):
+            self.accelerator = SimpleNamespace(state=state)
+
+    class Ours(engines.Float32Outputs, Trainer):
+        pass
+
+    half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.bfloat16}
+    plugin = SimpleNamespace(
+        fsdp_version=2, mixed_precision_policy=MixedPrecisionPolicy(**half, output_dtype=torch.bfloat16)
+    )
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    Ours().create_accelerator_and_postprocess()
+    assert plugin.mixed_precision_policy == MixedPrecisionPolicy(torch.bfloat16, torch.float32, None)
+    first = SimpleNamespace(fsdp_version=1, mixed_precision_policy=MixedPrecision(**half))
+    for other in (first, SimpleNamespace(fsdp_version=2, mixed_precision_policy=None), None):
+        before, state.fsdp_plugin = vars(other).copy() if other else None, other
+        Ours().create_accelerator_and_postprocess()
+        assert other is None or vars(other) == before
 
 
 class TestWhatWasAskedFor:

@@ -26,6 +26,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import get_callable_name, is_async_callable
 
+from ceu_rl import CEUGRPOConfig
 from ceu_rl.rollouts import ReloadingVLLMGeneration, RolloutError, check_rewards, check_vllm, drift_by_sign
 from ceu_rl.tasks.addition import accuracy
 
@@ -202,12 +203,19 @@ def test_vllm_of_another_version_or_none_is_refused(monkeypatch):
         check_vllm()
 
 
-def test_an_adapter_under_fsdp_is_refused_with_vllm(monkeypatch):
-    check_vllm(adapts=True)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    check_vllm()
+@pytest.mark.parametrize("by", ["launcher", "args"])
+def test_an_adapter_under_fsdp_is_refused_with_vllm(monkeypatch, tmp_path, by):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.31.0")
+    args = CEUGRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+    check_vllm(True, args)
+    if by == "launcher":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    else:
+        args = CEUGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, fsdp=True)
+    check_vllm(False, args)
     with pytest.raises(ValueError, match="use_vllm is True with an adapter under FSDP"):
-        check_vllm(adapts=True)
+        check_vllm(True, args)
 
 
 def generation(mode, **given):
@@ -473,6 +481,7 @@ import os, signal, socket, subprocess, sys
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.generation import vllm_client
+from ceu_rl import CEUGRPOConfig
 from ceu_rl.rollouts import ReloadingVLLMGeneration, RolloutError
 
 with socket.socket() as free:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from ceu_rl.cli import main
-from ceu_rl.stability import compare, report
+from ceu_rl.stability import compare, launchers, report
 
 # Trains for two seconds, with a checkpoint at each step; a killed one goes on from the last of them
 STAND_IN = """
@@ -184,3 +184,15 @@ def test_ctrl_c_ends_the_runs_wherever_they_are(launch, request, tmp_path, launc
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_each_job_gets_one_of_the_visible_gpus(at_once, monkeypatch):
+    """A run that sees several is refused, a comparison of one job at a time too."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    devices = [launchers._variables(slot, at_once)["CUDA_VISIBLE_DEVICES"] for slot in range(at_once)]
+    assert devices == ["0", "1", "0"][:at_once]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert launchers._variables(0, at_once)["CUDA_VISIBLE_DEVICES"] == "5"

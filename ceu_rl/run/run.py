@@ -420,7 +420,7 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
         trainer.add_callback(HeldOutFile(trainer))
     trainer.add_callback(Pace())
     scored = datasets.get("eval") if task is not None else None
-    compares = method != "sft" and (scored is not None or "solutions" in kept)
+    compares = method != "sft" and (scored is not None or bool({"solutions", "foreign"} & set(kept)))
     start = StartModel(trainer) if compares else None
     if scored is not None:
         trainer.add_callback(TaskScore(trainer, task, scored, start))

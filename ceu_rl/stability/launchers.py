@@ -179,13 +179,12 @@ class LocalLauncher:
 
 
 def _variables(slot: int, at_once: int) -> dict[str, str]:
-    """Jobs at the same time share the cores, and take the visible GPUs in turn."""
+    """Jobs at the same time share the cores, and take the visible GPUs in turn, each job one."""
     import torch
 
     variables = dict(os.environ)
-    if at_once == 1:
-        return variables
-    variables.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
+    if at_once > 1:
+        variables.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
     if torch.cuda.is_available():
         visible = variables.get("CUDA_VISIBLE_DEVICES")
         devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]

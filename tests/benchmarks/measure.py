@@ -35,7 +35,7 @@ from ceu_rl.data.prompts import PromptFormat
 from ceu_rl.fused import fused_linear_unlearning_loss
 from ceu_rl.losses import descent_weight
 from ceu_rl.models import build_bpe_tokenizer, build_model, build_tokenizer, end_token_ids, resolve_model
-from ceu_rl.run.provenance import environment, write_json
+from ceu_rl.run.provenance import describe_device, environment, write_json
 from ceu_rl.tofu import load_tofu
 from ceu_rl.tofu.evaluate import evaluate
 from ceu_rl.tofu.scoring import generate_texts, make_answers, score_answers
@@ -346,7 +346,7 @@ def main(words: Iterable[str] | None = None) -> None:
     rows = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
     for row in ROWS[args.device]:
         if row["subject"] in args.subject:
-            found = {**measure(row, args.device), **environment()}
+            found = {**measure(row, args.device), **environment(), **describe_device(args.device, 1)}
             print(json.dumps(found), flush=True)
             rows = [each for each in rows if not row.items() <= each.items()] + [found]
             rows = [each for known in ROWS[args.device] for each in rows if known.items() <= each.items()]
