@@ -82,17 +82,32 @@ def test_the_scores_are_those_of_each_answer_alone(
     assert found["solutions_kl"] == pytest.approx(sum(divergences) / len(divergences), rel=1e-4)
 
 
+@pytest.fixture
+def saved(tiny_model, tokenizer, tmp_path):
+    """A model stored in bfloat16, which TRL trains in float32."""
+    tiny_model().bfloat16().save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    return str(tmp_path / "start")
+
+
 def reward(completions, **kwargs):
     return [float(place) for place in range(len(completions))]
 
 
-def dpo(path, settings, rows, **given):
-    return CEUDPOTrainer(path, args=CEUDPOConfig(**settings), train_dataset=rows, **given)
+def settings(path, **given):
+    plain = {"output_dir": f"{path}/out", "use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1}
+    return {**plain, **given}
 
 
-def grpo(path, settings, rows, **given):
-    args = CEUGRPOConfig(**settings, num_generations=2, per_device_train_batch_size=2, max_completion_length=4)
-    return CEUGRPOTrainer(path, reward, args, train_dataset=rows.select_columns("prompt"), **given)
+def dpo(path, rows, peft_config=None, **given):
+    args = CEUDPOConfig(**settings(path, **given))
+    return CEUDPOTrainer(path, args=args, train_dataset=rows, peft_config=peft_config)
+
+
+def grpo(path, rows, **given):
+    few = {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 4}
+    args = CEUGRPOConfig(**settings(path, **few, **given))
+    return CEUGRPOTrainer(path, reward, args, train_dataset=rows.select_columns("prompt"))
 
 
 LORA = {"peft_config": LoraConfig(target_modules=["q_proj", "v_proj"])}
@@ -101,23 +116,16 @@ STARTS = {
     "dpo": (dpo, {}, False),
     "dpo-lora": (dpo, LORA, False),
     "grpo": (grpo, {}, True),
-    "grpo-kl": (grpo, {}, False),
+    "grpo-kl": (grpo, {"beta": 0.1}, False),
 }
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("name", STARTS)
-def test_at_step_0_the_divergence_is_0_and_then_it_is_not(
-    tiny_model, tokenizer, preferences, solutions, tmp_path, name, bf16
-):
-    """Of a model stored in bfloat16, which TRL trains in float32; under autocast both are scored in one precision."""
+def test_at_step_0_the_divergence_is_0_and_then_it_is_not(saved, preferences, solutions, name, bf16):
+    """Whatever the dtype that the model is stored in; under autocast both are scored in one precision."""
     make, given, loads = STARTS[name]
-    tiny_model().bfloat16().save_pretrained(tmp_path / "start")
-    tokenizer.save_pretrained(tmp_path / "start")
-    settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": bf16, "report_to": "none", "max_steps": 1}
-    if name == "grpo-kl":
-        settings["beta"] = 0.1
-    trainer, logged = make(str(tmp_path / "start"), settings, preferences, **given), {}
+    trainer, logged = make(saved, preferences, bf16=bf16, **given), {}
     assert trainer.model.dtype == torch.float32
     start = StartModel(trainer)
     assert start.moves == loads
@@ -139,13 +147,9 @@ def test_at_step_0_the_divergence_is_0_and_then_it_is_not(
 
 
 def test_a_start_that_is_loaded_is_loaded_as_the_policy_and_leaves_its_device_after_use(
-    tiny_model, tokenizer, preferences, tmp_path, monkeypatch
+    saved, tiny_model, preferences, monkeypatch
 ):
-    asked, placed = [], []
-    tiny_model().save_pretrained(tmp_path / "start")
-    tokenizer.save_pretrained(tmp_path / "start")
-    settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
-    trainer = grpo(str(tmp_path / "start"), settings, preferences)
+    asked, placed, trainer = [], [], grpo(saved, preferences)
 
     def loaded(name, **how):
         asked.append((name, how))
@@ -157,7 +161,7 @@ def test_a_start_that_is_loaded_is_loaded_as_the_policy_and_leaves_its_device_af
     trainer.args.model_init_kwargs = {"revision": "v1", "dtype": "bfloat16"}
     start = StartModel(trainer)
     how = {"attn_implementation": "sdpa", "trust_remote_code": False, "device_map": None}
-    assert asked == [(str(tmp_path / "start"), {**trainer.args.model_init_kwargs, **how})]
+    assert asked == [(saved, {**trainer.args.model_init_kwargs, **how})]
     with start() as reference:
         assert reference is start.model and placed == ["cpu"]
     policy = SimpleNamespace(device="cuda:1")
@@ -167,19 +171,13 @@ def test_a_start_that_is_loaded_is_loaded_as_the_policy_and_leaves_its_device_af
     assert placed[2:] == ["cuda:1", "cpu"]
 
 
-def test_a_reference_that_follows_the_policy_is_not_the_start(tiny_model, tokenizer, preferences, tmp_path):
-    tiny_model().save_pretrained(tmp_path / "start")
-    tokenizer.save_pretrained(tmp_path / "start")
-    settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
-    trainer = dpo(str(tmp_path / "start"), {**settings, "sync_ref_model": True}, preferences)
+def test_a_reference_that_follows_the_policy_is_not_the_start(saved, preferences):
+    trainer = dpo(saved, preferences, sync_ref_model=True)
     assert StartModel(trainer).model is not trainer.ref_model
 
 
-def test_a_start_that_fsdp_would_leave_empty_is_refused(tiny_model, tokenizer, preferences, tmp_path, monkeypatch):
-    tiny_model().save_pretrained(tmp_path / "start")
-    tokenizer.save_pretrained(tmp_path / "start")
-    settings = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
-    trainer = grpo(str(tmp_path / "start"), settings, preferences)
+def test_a_start_that_fsdp_would_leave_empty_is_refused(saved, preferences, monkeypatch):
+    trainer = grpo(saved, preferences)
     monkeypatch.setattr(checks, "is_fsdp_enabled", lambda: True)
     with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading is true"):
         StartModel(trainer)
