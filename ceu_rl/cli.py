@@ -8,7 +8,7 @@
     ceu-rl gsm8k example_model_solutions.jsonl PAIRS.jsonl
     ceu-rl env
 
-`ceu-rl COMMAND --help` shows the command's own options. The same under accelerate:
+`ceu-rl COMMAND --help` shows a command's options; `--help-all` all that TRL has for it. The same under accelerate:
 `accelerate launch -m ceu_rl.cli dpo --config RECIPE.yaml`. Parsing, script arguments, model and PEFT helpers are TRL's.
 A run leaves the model in `output_dir`, its log in `metrics.jsonl`, and its result with provenance in `result.json`.
 
@@ -16,12 +16,23 @@ Exit status: 0; 1 for a run that was stopped or failed; 2 for bad input, before 
 for SIGTERM, with a checkpoint to go on from. `CEU_RL_TRACEBACK=1` keeps the traceback of every error.
 """
 
+import importlib
 import logging
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from .run.errors import Boundary
+
+TRAINING = ("sft", "dpo", "grpo", "unlearn")
+OTHERS = {
+    "compare": "stability.compare",
+    "tofu-eval": "tofu.evaluate",
+    "muse-eval": "tofu.muse",
+    "recipes": "run.recipes",
+    "gsm8k": "tasks.gsm8k",
+}
+COMMANDS = (*TRAINING, *OTHERS, "env")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,87 +45,89 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Boundary(f"ceu-rl {command}" if command in COMMANDS else "ceu-rl") as boundary:
         if command not in COMMANDS:
             raise ValueError(f"unknown command {command!r}; use one of {', '.join(COMMANDS)}.")
-        boundary.status = COMMANDS[command](rest, boundary)
+        if command in TRAINING:
+            boundary.status = _train(command, rest, boundary)
+        elif command == "env":
+            boundary.status = _print_environment(rest)
+        else:
+            boundary.status = importlib.import_module(f".{OTHERS[command]}", __package__).main(rest)
     return boundary.status
 
 
-def _train(method: str) -> Callable[[list[str], Boundary], int]:
-    def command(argv: list[str], boundary: Boundary) -> int:
-        from .run.run import run
+def _train(method: str, argv: list[str], boundary: Boundary) -> int:
+    from .run.config import set_variables
 
-        logging.basicConfig(format="%(message)s")
-        logging.getLogger("ceu_rl").setLevel(logging.INFO)
-        return run(method, argv, boundary)
+    set_variables(argv)
+    from .run.run import run
 
-    return command
-
-
-def _compare(argv: list[str], boundary: Boundary) -> int:
-    """Run several recipes and report them side by side."""
-    from .stability.compare import main as compare_main
-
-    return compare_main(argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("ceu_rl").setLevel(logging.INFO)
+    return run(method, argv, boundary)
 
 
-def _tofu_eval(argv: list[str], boundary: Boundary) -> int:
-    """Evaluate a model on TOFU."""
-    from .tofu.evaluate import main as tofu_eval_main
+def _print_environment(argv: list[str]) -> int:
+    """Print versions and device, and whether they work here: exit status 1 if the trainers do not."""
+    from importlib.metadata import PackageNotFoundError, requires
 
-    return tofu_eval_main(argv)
-
-
-def _muse_eval(argv: list[str], boundary: Boundary) -> int:
-    """Evaluate what a model remembers of long texts."""
-    from .tofu.muse import main as muse_eval_main
-
-    return muse_eval_main(argv)
-
-
-def _recipes(argv: list[str], boundary: Boundary) -> int:
-    """List the recipes that the package brings, or copy some."""
-    from .run.recipes import main as recipes_main
-
-    return recipes_main(argv)
-
-
-def _gsm8k(argv: list[str], boundary: Boundary) -> int:
-    """Make preference pairs out of the model solutions that come with GSM8K."""
-    from .tasks.gsm8k import main as gsm8k_main
-
-    return gsm8k_main(argv)
-
-
-def _print_environment(argv: list[str], boundary: Boundary) -> int:
-    """Print versions, device, and whether vLLM works here."""
+    import torch
+    from packaging.requirements import Requirement
     from rich.console import Console
     from rich.table import Table
 
-    from .run.provenance import environment
+    from .run.provenance import describe_device, environment
 
     if argv:
-        print("usage: ceu-rl env\n\nPrint versions, device, and whether vLLM works here.")
+        print("usage: ceu-rl env\n\nPrint versions and device, and whether the trainers and vLLM work here.")
         return 0 if argv[0] in ("-h", "--help") else 2
-    table = Table("item", "value")
-    found = environment()
-    for name, value in {**found.pop("versions"), **found}.items():
+    try:
+        asked = {found.name: found.specifier for found in map(Requirement, requires("ceu-rl") or []) if found.specifier}
+    except PackageNotFoundError:  # run from its source, without an installation
+        asked = {}
+    table, works = Table("item", "value"), True
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    found = environment() | describe_device(device, torch.accelerator.device_count())
+    for name, version in found.pop("versions").items():
+        fits = name not in asked or asked[name].contains(version, prereleases=True)
+        works = works and fits
+        table.add_row(name, version if fits else f"{version}, and {asked[name]} is asked for: install that")
+    for name, value in found.items():
         table.add_row(name, str(value))
-    probe = "from vllm import LLM; from vllm.platforms import current_platform as p; print(p.device_type)"
-    ran = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
-    lines = (ran.stdout if ran.returncode == 0 else ran.stderr).strip().splitlines() or ["no output"]
-    table.add_row("vLLM works", f"yes, on {lines[-1]}" if ran.returncode == 0 else f"no: {lines[-1]}")
+    for name, code, needed in (
+        ("the route works", "from ceu_rl.cli import try_route as t; print(t())", True),
+        (
+            "vLLM works",
+            "from vllm import LLM; from vllm.platforms import current_platform as p; print(p.device_type)",
+            False,
+        ),
+    ):
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        lines = (ran.stdout if ran.returncode == 0 else ran.stderr).strip().splitlines() or ["no output"]
+        table.add_row(name, f"yes, on {lines[-1]}" if ran.returncode == 0 else f"no: {lines[-1]}")
+        works = works and not (needed and ran.returncode)
     Console().print(table)
-    return 0
+    return 0 if works else 1
 
 
-COMMANDS: dict[str, Callable[[list[str], Boundary], int]] = {
-    **{method: _train(method) for method in ("sft", "dpo", "grpo", "unlearn")},
-    "compare": _compare,
-    "tofu-eval": _tofu_eval,
-    "muse-eval": _muse_eval,
-    "recipes": _recipes,
-    "gsm8k": _gsm8k,
-    "env": _print_environment,
-}
+def try_route() -> str:
+    """One forward and backward of a tiny model through TRL's fused head and the route; returns the device."""
+    import torch
+    from trl.trainer.utils import add_fused_lm_head
+
+    from .models import build_model, build_tokenizer
+    from .route import route_descent
+
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    model = build_model(build_tokenizer(), hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    model.to(device)  # type: ignore[arg-type]
+    add_fused_lm_head(model)
+    route_descent(model)
+    ids = torch.arange(8, 24, device=device)[None]
+    model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs.sum().backward()
+    norm = torch.nn.utils.get_total_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
+    if not 0 < norm < torch.inf:
+        raise FloatingPointError(f"the gradient's norm is {norm.item()}")
+    return str(device)
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -22,9 +22,9 @@ from .run.checks import (
     check_numbers,
     check_reference_is_loaded,
     check_shared_cache,
-    note,
 )
 from .run.engines import Float32Outputs
+from .run.errors import note
 
 # What is kept of a held-out pair: sums of log-probabilities in nats, of the policy and of the reference, and tokens
 PAIR = ("chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_tokens", "rejected_tokens")
@@ -33,7 +33,6 @@ CHOICES = {
         *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
         *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
     ),
-    "truncation_mode": ("keep_start", "keep_end"),
     "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
 }
 

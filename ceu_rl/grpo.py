@@ -27,10 +27,9 @@ from .run.checks import (
     check_language_model,
     check_numbers,
     check_reference_is_loaded,
-    note,
-    note_once,
 )
 from .run.engines import Float32Outputs
+from .run.errors import note, note_once
 
 CHOICES = {
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),

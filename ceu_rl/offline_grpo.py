@@ -19,7 +19,7 @@ from trl import GRPOTrainer
 
 from .grpo import CEUGRPOConfig, CEUGRPOTrainer
 from .route import ANCHORED
-from .run.checks import note
+from .run.errors import note
 
 COLUMNS = ("completions", "rewards", "log_probs")
 PREFIX = "logged_"  # TRL hands reward functions an argument `completions` of its own

@@ -6,8 +6,8 @@ from datasets import Dataset
 from trl import SFTTrainer
 
 from .run.checkpoints import WholeCheckpoints
-from .run.checks import note
 from .run.engines import Float32Outputs
+from .run.errors import note
 
 
 class WholeSFTTrainer(WholeCheckpoints, Float32Outputs, SFTTrainer):

@@ -1,5 +1,6 @@
 """`ceu-rl` end to end on tiny models, and the one-sentence errors of bad input."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -183,7 +184,22 @@ def test_help_and_env(capsys):
     assert "ceu-rl sft|dpo|grpo|unlearn --config RECIPE.yaml" in capsys.readouterr().out
     assert main(["env"]) == 0
     out = capsys.readouterr().out
-    assert torch.__version__ in out and "vLLM works" in out
+    assert torch.__version__ in out and "vLLM works" in out and re.search(r"the route works +│ yes, on", out)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), [("try_route", "no: it broke"), ("trl", "1.15.0, and <1.17,>=1.16 is asked")]
+)
+def test_env_says_what_does_not_work(capsys, monkeypatch, fault, said):
+    def probe(command, **kwargs):
+        return subprocess.CompletedProcess(command, int(fault in command[-1]), stdout="cpu", stderr="it broke")
+
+    found = importlib.metadata.version
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(subprocess, "run", probe)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.15.0" if name == fault else found(name))
+    assert main(["env"]) == 1
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -366,6 +366,22 @@ def test_any_other_name_is_itself(name):
     assert resolve_model(name) == name
 
 
+@pytest.mark.parametrize("record", ["run.json", "result.json"])
+def test_an_adapter_of_the_builtin_model_finds_its_base_here(tiny_model, tmp_path, monkeypatch, record):
+    """Its file names the base as the Hub does, for other machines."""
+    tiny_model(3).save_pretrained(tmp_path / "base")
+    monkeypatch.setattr(models, "smollm2_folder", lambda: tmp_path / "base")
+    adapted = get_peft_model(tiny_model(3), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = models.SMOLLM2_HUB
+    adapted.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / record).write_text('{"settings": {"model_name_or_path": "builtin:smollm2"}}')
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.allclose(
+            models.load_model(str(tmp_path / "adapter"), torch.float32)(ids).logits, adapted(ids).logits, atol=1e-6
+        )
+
+
 def _cached(cache, dies, made):
     """One process that asks for the folder; it counts its conversion, and can die in the middle of it."""
 

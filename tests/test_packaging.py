@@ -24,9 +24,13 @@ def test_every_recipe_is_listed_with_what_it_is_and_its_hardware():
         assert hardware or name.startswith("accelerate/"), name
 
 
-def test_list(capsys):
+def test_the_list_has_a_line_for_each_recipe_whatever_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
     assert main(["recipes"]) == 0
-    assert "dpo/addition/ceu-1.yaml" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    for name, what, _ in list_recipes():
+        assert [line for line in lines if line.split()[:1] == [name] and what in line and what.endswith(".")], name
+    assert "dpo/addition: 2 CPU cores." in lines and len(lines) < 2 * len(RECIPES)
 
 
 @pytest.mark.parametrize(

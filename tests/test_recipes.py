@@ -1,6 +1,5 @@
 """Every recipe parses, opens with its command, differs from its stock twin in few lines, and runs on a stand-in."""
 
-import os
 import re
 import shlex
 from pathlib import Path
@@ -36,22 +35,15 @@ def method_of(path):
     return words[-3]
 
 
-def test_the_list_shows_what_stands_in_brackets(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "400")
-    assert main(["recipes"]) == 0
-    assert "[sigmoid, sft]" in capsys.readouterr().out
-
-
 def test_there_are_recipes():
     assert len(RECIPES) >= 10 and len(ACCELERATE) >= 3
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
-def test_it_parses_and_says_how_to_run_it(path, monkeypatch):
+def test_it_parses_and_says_how_to_run_it(path):
     assert any(line.startswith("Hardware: ") for line in header(path))
     # bf16 is refused at parsing on a machine without it, which is not what is asked here
     argv = ["--config", str(path), "--use_cpu", "true"]
-    monkeypatch.setattr("os.environ", dict(os.environ))  # a recipe's `env` is set
     method = method_of(path)
     script, args, model, _ = build_configs(method, read_arguments(method, argv))
     assert script.dataset_name and model.model_name_or_path and args.output_dir.startswith("runs/")

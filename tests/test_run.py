@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -12,8 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset
+from filelock import FileLock, Timeout
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ceu_rl import CEUDPOTrainer
@@ -136,8 +137,8 @@ def test_a_log_is_a_run(recipe, tmp_path, at_step, capsys):
 def test_two_runs_do_not_share_a_folder(recipe, at_step, tmp_path, capsys):
     config = recipe()
     (tmp_path / "out").mkdir()
-    with open(tmp_path / "out" / run_module.LOCK, "a") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)  # as another run holds it
+    lock = FileLock(tmp_path / "out" / run_module.LOCK, is_singleton=False)
+    with lock:  # as another run holds it
         assert main(["dpo", "--config", config]) == 2
         assert "is in use by another run; wait for its end" in capsys.readouterr().err
         assert not (tmp_path / "out" / "metrics.jsonl").exists()
@@ -145,9 +146,8 @@ def test_two_runs_do_not_share_a_folder(recipe, at_step, tmp_path, capsys):
     held = []
 
     def try_lock():
-        with open(tmp_path / "out" / run_module.LOCK, "a") as file, contextlib.suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held.append(file)
+        with contextlib.suppress(Timeout):
+            held.append(lock.acquire(blocking=False))
 
     at_step(1, try_lock)
     assert main(["dpo", "--config", config]) == 0 and not held
@@ -172,6 +172,149 @@ def test_a_full_disk_while_the_model_is_saved(recipe, tmp_path, monkeypatch, cap
     err = capsys.readouterr().err
     assert "No space left on device" in err and "Traceback" not in err and "are intact" in err
     assert not (tmp_path / "out" / "result.json").exists()
+
+
+# resuming
+
+
+SAVED = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
+
+
+def digest(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != run_module.LOCK}
+
+
+@pytest.mark.parametrize("saved", [SAVED, {}])
+def test_what_has_ended_says_so_and_stays_as_it_was(recipe, tmp_path, capsys, saved):
+    config = recipe(**saved)
+    assert main(["dpo", "--config", config]) == 0
+    before = digest(tmp_path / "out")
+    for more in (
+        [],
+        ["--logging_steps", "3", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"],
+    ):
+        assert main(["dpo", "--config", config, "--resume_from_checkpoint", *more]) == 0
+        assert "nothing is left of this run" in capsys.readouterr().err
+    assert digest(tmp_path / "out") == before
+
+
+def test_a_run_that_was_stopped_before_its_result_gets_one(recipe, tmp_path):
+    """Without a step that nobody asked for."""
+    config = recipe(**SAVED, lr_scheduler_type="constant")
+    assert main(["dpo", "--config", config]) == 0
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    for left in ("result.json", "model.safetensors"):
+        (tmp_path / "out" / left).unlink()
+    assert main(["dpo", "--config", config, "--resume_from_checkpoint", "true"]) == 0
+    assert result(tmp_path / "out")["steps"] == 3
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+
+
+OTHERS = [
+    ({"learning_rate": 1e-6}, "learning_rate was 0.001 and is 1e-06"),
+    ({"learning_rate": None}, "learning_rate was 0.001 and is 1e-06"),
+    ({"beta": 0.2, "seed": 1}, "seed was 42 and is 1; beta was 0.1 and is 0.2"),
+    ({"use_peft": True}, "use_peft was False and is True"),
+    ({"per_device_train_batch_size": 4}, "gradient_accumulation_steps x processes was 2 and is 4"),
+    ({"dataset_name": "{tmp}/others.jsonl"}, "the train rows was"),
+    ({"dataset_test_split": "0.5"}, "the train rows was"),
+    ({"max_length": 63}, "max_length was 64 and is 63"),
+    ({"model_init_kwargs": {"attn_implementation": "eager"}}, "model_init_kwargs was None and is"),
+]
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_run_of_other_settings_or_rows_is_not_resumed(recipe, preferences, tmp_path, capsys, ended):
+    preferences.select(range(1, 17)).to_json(tmp_path / "others.jsonl")
+    assert main(["dpo", "--config", recipe(**SAVED)]) == 0
+    if not ended:
+        for left in ("checkpoint-3", "result.json"):
+            shutil.move(tmp_path / "out" / left, tmp_path / left)
+    before = digest(tmp_path / "out")
+    for changed, named in OTHERS:
+        changed = json.loads(json.dumps(changed).replace("{tmp}", str(tmp_path)))
+        assert main(["dpo", "--config", recipe(**{**SAVED, **changed}), "--resume_from_checkpoint"]) == 2
+        assert named in capsys.readouterr().err
+    assert digest(tmp_path / "out") == before
+
+
+def test_what_moves_no_weight_may_differ(recipe, tmp_path, capsys):
+    """The same rows in another file, a step in two parts, and more steps."""
+    assert main(["dpo", "--config", recipe(**SAVED, lr_scheduler_type="constant")]) == 0
+    shutil.move(tmp_path / "rows.jsonl", tmp_path / "moved.jsonl")
+    other = {"max_steps": 5, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "logging_steps": 5}
+    config = recipe(**{**SAVED, **other}, dataset_name=str(tmp_path / "moved.jsonl"), lr_scheduler_type="constant")
+    assert main(["dpo", "--config", config, "--resume_from_checkpoint"]) == 0
+    assert result(tmp_path / "out")["steps"] == 5
+    assert main(["dpo", "--config", config, "--output_dir", str(tmp_path / "whole")]) == 0
+    whole, resumed = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "out"))
+    assert all(torch.allclose(value, resumed[name], atol=1e-6) for name, value in whole.items())
+
+
+def test_a_run_that_begins_at_a_checkpoint_of_another_says_what_has_changed(recipe, tmp_path):
+    config = recipe(**SAVED)
+    assert main(["dpo", "--config", config]) == 0
+    checkpoint = str(tmp_path / "out" / "checkpoint-2")
+    argv = ["dpo", "--config", config, "--resume_from_checkpoint", checkpoint, "--output_dir", str(tmp_path / "b")]
+    assert main([*argv, "--learning_rate", "1e-5"]) == 0
+    assert result(tmp_path / "b")["began_at"] == {"checkpoint": checkpoint, "changed": {"learning_rate": [1e-3, 1e-5]}}
+
+
+# what is saved
+
+
+@pytest.mark.parametrize("method", ["dpo", "sft", "unlearn", "grpo"])
+def test_a_generation_config_that_cannot_be_saved_is_mended(recipe, base, tmp_path, caplog, method):
+    """As models of 2023 have it; transformers reads it, and refuses to write it at the first save."""
+    ends = {"eos_token_id": [2, 1], "pad_token_id": 0}
+    (base / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, **ends}))
+    fields = {"dpo": {}, "sft": {"dataset_name": "builtin:addition"}, "unlearn": {"dataset_name": "builtin:authors"}}
+    grpo = {"dataset_name": "builtin:addition", "reward_funcs": "ceu_rl.tasks.addition.accuracy", "num_generations": 2}
+    fields["unlearn"]["max_length"] = 512
+    fields["grpo"] = grpo | {"max_length": None, "max_completion_length": 4}
+    config = recipe(**{"max_steps": 1, "save_strategy": "steps", "save_steps": 1, **fields[method]})
+    assert main([method, "--config", config]) == 0
+    assert "temperature 0.6, top_p 0.9" in caplog.text
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-1"):
+        saved = json.loads((folder / "generation_config.json").read_text())
+        assert not {"temperature", "top_p"} & set(saved) and ends.items() <= saved.items()
+
+
+def test_a_generation_config_that_cannot_be_mended_is_refused(recipe, base, tmp_path, capsys):
+    (base / "generation_config.json").write_text(json.dumps({"suppress_tokens": [2], "forced_eos_token_id": 2}))
+    assert main(["dpo", "--config", recipe()]) == 2
+    assert "suppress_tokens" in capsys.readouterr().err and not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("cache", "name"),
+    [
+        ("ceu_rl/smollm2-135m-instruct-abc-2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("hub/models--meta-llama--Llama-3.1-8B/snapshots/0e9e39f", "meta-llama/Llama-3.1-8B"),
+        ("mine", None),
+    ],
+)
+def test_what_is_saved_names_its_model_and_no_cache(recipe, base, tmp_path, monkeypatch, cache, name):
+    monkeypatch.chdir(tmp_path)
+    Path(cache).parent.mkdir(parents=True, exist_ok=True)
+    base.rename(cache)
+    fields = {"model_name_or_path": cache, "max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    assert main(["dpo", "--config", recipe(**fields)]) == 0
+    card = Path("out/README.md").read_text()
+    assert f"fine-tuned version of [{name}](https://huggingface.co/{name})" in card if name else f"`{cache}`" in card
+    lora = recipe(**fields, use_peft=True, output_dir="lora")
+    assert main(["dpo", "--config", lora]) == 0
+    for folder in (Path("lora"), Path("lora/checkpoint-1")):
+        adapter = json.loads((folder / "adapter_config.json").read_text())
+        assert adapter["base_model_name_or_path"] == (name or cache)
+        assert name is None or cache not in (folder / "README.md").read_text()
+
+
+def test_a_model_made_in_memory_has_a_name_on_its_card(tmp_path):
+    given = {**SMALL, "model_name_or_path": "builtin:llama", "dataset_name": "builtin:addition", "max_steps": 1}
+    given |= {"output_dir": tmp_path / "out", "save_strategy": "steps"}
+    assert main(["sft", *(word for key, value in given.items() for word in (f"--{key}", str(value)))]) == 0
+    assert "fine-tuned version of `builtin:llama`" in (tmp_path / "out" / "README.md").read_text()
 
 
 # ends
@@ -295,7 +438,12 @@ def test_a_missing_base_is_named_with_the_command_that_makes_it(recipe, tmp_path
         ({"datasets": [{"path": "reasoning_gym:chain_sum"}]}, "reasoning_gym:chain_sum', a task"),
         ({"output_dir": "/proc/nothing"}, "/proc/nothing"),
         ({"learning_rate": float("inf")}, "learning_rate is inf; use a finite number"),
-        ({"learning_rate": -1e-5}, "learning_rate is -1e-05; use a number from 0"),
+        ({"learning_rate": -1e-5}, "learning rate: -1e-05"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0; use a number from 0"),
+        ({"eval_strategy": "steps", "eval_steps": -1}, "eval_steps is -1.0; use a number above 0"),
+        ({"label_smoothing": 2.0}, "label_smoothing is 2.0; use a number from 0 to 1"),
+        ({"truncation_mode": "keep_middle"}, "keep_middle"),
+        ({"use_peft": True, "lora_r": 0}, "`r` should be a positive integer value but the value passed is 0"),
         ({"weight_decay": float("nan")}, "weight_decay is nan; use a finite number"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm is nan; use a finite number"),
         ({"max_grad_norm": float("-inf")}, "max_grad_norm is -inf; use a finite number"),
@@ -392,15 +540,6 @@ def test_a_sentence_can_be_traced(recipe, monkeypatch):
         main(["dpo", "--config", recipe(max_steps=2.5)])
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo", "grpo", "unlearn"])
-def test_help_of_each_command_has_its_own_fields(method, capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main([method, "--help"])
-    out = capsys.readouterr().out
-    own = {"sft": "--packing", "dpo": "--ceu_coef", "grpo": "--num_generations", "unlearn": "--retain_weight"}
-    assert f"usage: ceu-rl {method} --config" in out and own[method] in out
-
-
 def test_a_tokenizer_is_saved_with_the_model(recipe, tmp_path, tokenizer):
     assert main(["dpo", "--config", recipe(max_steps=1)]) == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
@@ -426,7 +565,7 @@ def test_optimised_python_and_the_seed_of_hashes_change_nothing(recipe, tmp_path
 @pytest.mark.parametrize(("given", "kept"), [({}, True), ({"MALLOC_PERTURB_": "0"}, False)])
 def test_what_a_step_frees_is_kept_for_the_next_one(given, kept):
     code = (
-        "import torch; from ceu_rl import run; run._keep_freed_memory();"
+        "import torch; from ceu_rl.run import run; run._keep_freed_memory();"
         "pages = lambda: int(open('/proc/self/statm').read().split()[1]);"
         "before = pages(); x = torch.ones(2**26); full = pages(); del x; print((pages() - before) / (full - before))"
     )

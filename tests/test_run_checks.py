@@ -1,5 +1,6 @@
 """Bad input: one sentence that names the value and the way out, before any step; and the stop of a run gone wrong."""
 
+import contextlib
 import hashlib
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset, IterableDataset, load_from_disk
+from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForSequenceClassification, T5Config, T5ForConditionalGeneration
 from trl import SFTConfig
 
@@ -137,6 +139,27 @@ def test_a_saved_model_that_fits_no_fused_head_is_refused_before_it_is_loaded(co
     (tmp_path / "model" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="is not a decoder with a language-model head"):
         construct([ROW], model=str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("tied", "adapter", "message"),
+    [
+        (True, {"trainable_token_indices": [5, 6]}, "trainable_token_indices .* tied"),
+        (True, {"trainable_token_indices": {"embed_tokens": [5]}, "r": 2}, "trainable_token_indices .* tied"),
+        (False, {"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
+        (False, {"trainable_token_indices": [5, 6]}, None),
+        (False, {"modules_to_save": ["lm_head"]}, None),
+    ],
+)
+def test_an_adapter_on_the_head_that_the_fused_head_would_not_read(
+    tiny_model, tokenizer, tmp_path, tied, adapter, message
+):
+    """TRL scores without it: what LoRA learns there would be nothing, without a word."""
+    args = CEUDPOConfig(str(tmp_path), use_cpu=True, bf16=False, max_steps=1, disable_tqdm=True, save_strategy="no")
+    given = {"args": args, "train_dataset": Dataset.from_list([ROW] * 8), "processing_class": tokenizer}
+    given["peft_config"] = LoraConfig(**{"target_modules": ["q_proj"], **adapter})
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        CEUDPOTrainer(tiny_model(tie_word_embeddings=tied), **given).train()
 
 
 def test_processes_that_cannot_share_a_cache_are_refused(tmp_path):

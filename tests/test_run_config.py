@@ -1,10 +1,12 @@
 """Reading a recipe and a command line: what is understood, and the one sentence for what is not."""
 
 import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from ceu_rl.run.config import build_configs, read_arguments, read_recipe, read_settings
 
@@ -157,10 +159,71 @@ def test_a_reward_function_may_stand_alone(recipe):
     assert read_recipe("grpo", recipe("scale_rewards: batch")) == {"scale_rewards": "batch"}
 
 
-def test_variables_are_set_and_configs_are_those_of_the_fields(recipe, tmp_path, monkeypatch):
-    monkeypatch.setenv("CEU_RL_TEST", "before")
-    lines = ["env: {CEU_RL_TEST: 4}", f"output_dir: {tmp_path}", "ceu_coef: 0.5", "use_cpu: true", "bf16: false"]
+def test_configs_are_those_of_the_fields(recipe, tmp_path):
+    lines = [f"output_dir: {tmp_path}", "ceu_coef: 0.5", "use_cpu: true", "bf16: false"]
     path = recipe("\n".join([*lines, "model_name_or_path: m"]))
     _, args, model, _ = build_configs("dpo", read_arguments("dpo", ["--config", str(path)]))
-    assert os.environ["CEU_RL_TEST"] == "4"
     assert args.ceu_coef == 0.5 and args.output_dir == str(tmp_path) and model.model_name_or_path == "m"
+
+
+def test_variables_are_set_before_torch_is_imported(recipe, tmp_path):
+    """CUDA reads CUDA_VISIBLE_DEVICES when it starts, torch reads others when it is imported."""
+    path = recipe("env: {CUDA_VISIBLE_DEVICES: 7, OMP_NUM_THREADS: 1}\nmodel_name_or_path: ./none\ndataset_name: x")
+    code = f"""
+import os, sys
+class Watch:
+    def find_spec(self, name, *rest):
+        if name == "torch":
+            print("torch finds", os.environ.get("CUDA_VISIBLE_DEVICES"))
+sys.meta_path.insert(0, Watch())
+from ceu_rl.cli import main
+main(["dpo", "--config", {str(path)!r}])
+import torch
+print("initialized", torch.cuda.is_initialized())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert ran.stdout.splitlines()[:2] == ["torch finds 7", "initialized False"], ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "use_cpu", "bf16"),
+    [({}, True, False), ({"bf16": True}, True, True), ({"use_cpu": True, "bf16": False}, True, False)],
+)
+def test_without_a_gpu_a_run_is_on_the_cpu(tmp_path, caplog, given, use_cpu, bf16):
+    if torch.accelerator.is_available():
+        pytest.skip("there is a GPU")
+    caplog.set_level("INFO")
+    _, args, _, _ = build_configs("dpo", {"output_dir": str(tmp_path), **given})
+    assert (args.use_cpu, args.bf16) == (use_cpu, bf16)
+    assert ("use_cpu is true" in caplog.text) == ("use_cpu" not in given)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "unlearn", "grpo"])
+def test_short_names_and_the_latest_checkpoint(recipe, method):
+    words = ["--model", "m", "--dataset=d", "--resume_from_checkpoint"]
+    expected = {"model_name_or_path": "m", "dataset_name": "d", "resume_from_checkpoint": "true"}
+    assert read_arguments(method, words) == expected
+    assert read_arguments(method, [words[3], *words[:3]]) == expected
+    assert read_recipe(method, recipe("model: m\ndataset: d")) == {"model_name_or_path": "m", "dataset_name": "d"}
+    with pytest.raises(ValueError, match="gives model_name_or_path twice"):
+        read_recipe(method, recipe("model: m\nmodel_name_or_path: n"))
+
+
+@pytest.mark.parametrize(
+    ("method", "own", "trls"),
+    [
+        ("sft", "--eval_facts", "--packing"),
+        ("dpo", "--ceu_coef", "--beta"),
+        ("grpo", "--weight_sync_steps", "--num_generations"),
+        ("unlearn", "--retain_weight", "--max_length"),
+    ],
+)
+def test_help_opens_with_what_is_used(method, own, trls, capsys):
+    for asked, most in (("--help", 150), ("--help-all", None)):
+        with pytest.raises(SystemExit, match="0"):
+            read_arguments(method, [asked])
+        out = capsys.readouterr().out
+        assert f"usage: ceu-rl {method} --config" in out and own in out and trls in out and "--dataset" in out
+        assert ("--adam_beta1" in out) == (most is None) and (most is None or len(out.splitlines()) < most)
+        assert most is None or out.index(own) < out.index("--learning_rate")

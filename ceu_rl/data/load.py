@@ -366,5 +366,7 @@ def _test_rows(dataset: Dataset, share: float) -> list[int]:
 def _split(dataset: Any, split: str, field: str) -> Any:
     if split not in dataset:
         share = ", or a share of the train split such as 0.1" if field == "dataset_test_split" else ""
-        raise ValueError(f"{field} is {split!r}, and the dataset has {sorted(dataset)}; name one of these{share}.")
+        raise ValueError(
+            f"{field} is {split!r}, and the dataset has {sorted(map(str, dataset))}; name one of these{share}."
+        )
     return dataset[split]

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from datasets import Dataset, Features, IterableDataset, Json, Value, concatenate_datasets
 from trl.data_utils import extract_prompt, get_dataset_column_names
 
-from ..run.checks import note
+from ..run.errors import note
 
 Kind = Literal["sft", "preference", "prompt"]
 Rows = Dataset | IterableDataset

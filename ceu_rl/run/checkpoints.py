@@ -1,23 +1,32 @@
-"""A checkpoint is whole or it is none, and is resumed by the engine that saved it.
+"""A checkpoint is whole or it is none, and is resumed by the run and the engine that saved it.
 
 transformers writes `trainer_state.json` last, so its presence says that a checkpoint is whole. `WholeCheckpoints` makes
 that true where it is not: with several processes, on a checkpoint that is written again, and on a disk that is full.
+
+`run.json` of a checkpoint says which run saved it: its settings, the number of rows in a step, and what its rows are.
 """
 
 import difflib
 import errno
+import hashlib
+import itertools
 import json
+import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import DistributedType
+from datasets import Dataset
 from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .errors import NameCause
+from ..models import public_name
+from .errors import NameCause, note
+from .provenance import write_json
 
 # What only this kind of engine leaves in a checkpoint
 _MARKS = {
@@ -27,6 +36,19 @@ _MARKS = {
 _LEAST_FREE = 2**20
 TRAINER_STATE_NAME = "trainer_state.json"
 _STATES = ("optimizer.pt", "scheduler.pt")  # of one process and of data parallel
+RUN_NAME = "run.json"
+STREAMED = 1000  # rows of a stream that stand for all of it
+_BATCH = "per_device_train_batch_size x gradient_accumulation_steps x processes"
+# What may differ where a run is resumed: no weight depends on it
+_FREE = re.compile(
+    r"env|use_cpu|run_name|report_to|project|disable_tqdm|push_to_hub|load_best_model_at_end|metric_for_best_model|"
+    r"greater_is_better|per_device_(train|eval)_batch_size|gradient_accumulation_steps|gradient_checkpointing\w*|"
+    r"dataloader_(?!drop_last)\w+|(log|logging|save|eval|hub|ddp|fsdp|trackio|vllm_server)_\w+|deepspeed|"
+    r"vllm_(gpu_memory_utilization|tensor_parallel_size)"
+)
+_NAMES = re.compile(  # of the data and of the length, which the rows and the steps say better
+    r"forget|retain|datasets|dataset_(name|config|train_split|test_split|num_proc)|max_steps|num_train_epochs"
+)
 _ASKED = ("initial_lr", "weight_decay", "betas", "eps")  # of an optimizer's groups, what a run asks for
 
 
@@ -68,6 +90,44 @@ def _saved_by(checkpoint: str | Path) -> set[DistributedType]:
     return {kind for kind, marks in _MARKS.items() for mark in marks if any(Path(checkpoint).glob(mark))}
 
 
+def fingerprint(dataset: Any) -> str:
+    """What a dataset holds, as a checksum of its rows in their order; of a stream the first ones."""
+    digest = hashlib.sha256()
+    if isinstance(dataset, Dataset):
+        rows: Any = (batch.to_pydict() for batch in dataset.with_format("arrow").iter(1000))
+    else:
+        rows = itertools.islice(dataset, STREAMED)
+    for each in rows:
+        digest.update(repr(each).encode())
+    return digest.hexdigest()
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], by_name: bool = False) -> dict[str, tuple[Any, Any]]:
+    """What differs between two runs as `run.json` has them, by its name: as it was, and as it is now.
+
+    Data are judged by their rows and the length of the run by its steps, or both by what names them.
+    """
+    old, new = (_judged(run, by_name) for run in (then, now))
+    return {name: (old[name], new[name]) for name in old if name in new and old[name] != new[name]}
+
+
+def _judged(run: Mapping[str, Any], by_name: bool) -> dict[str, Any]:
+    judged = {name: value for name, value in run["settings"].items() if by_name or not _NAMES.fullmatch(name)}
+    if isinstance(model := judged.get("model_name_or_path"), str):
+        judged["model_name_or_path"] = os.path.realpath(model)
+    batch = {_BATCH: run["batch"]} if "batch" in run else {}
+    return judged | batch | {f"the {name} rows": mark for name, mark in run.get("rows", {}).items()}
+
+
+def moving(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings on which a weight may depend, as JSON has them."""
+    return {
+        name: value
+        for name, value in json.loads(json.dumps(settings, default=str)).items()
+        if not _FREE.fullmatch(name)
+    }
+
+
 def check_resumes(checkpoint: str | Path, engine: DistributedType) -> None:
     """Raise a ValueError if another kind of engine saved the checkpoint, whose optimizer this one cannot read, or none.
 
@@ -91,11 +151,44 @@ def check_resumes(checkpoint: str | Path, engine: DistributedType) -> None:
 class WholeCheckpoints:
     """Trainer mixin: `trainer_state.json` of a checkpoint is there only once every process has written its part.
 
+    What is saved names the model that it was made from, and no path of a cache.
+
     Raises:
         OSError: where the disk has no room for a checkpoint; those before it are intact.
         ValueError: for a checkpoint of another kind of engine, without the state of its optimizer, or that cannot be
             read.
     """
+
+    run_record: Mapping[str, Any] | None = None  # what `run.json` of a checkpoint says
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        mend_generation_config(self.model)  # type: ignore[attr-defined]
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        trainer: Any = self
+        if not trainer.is_world_process_zero():
+            return
+        config = trainer.model.config
+        path = config._name_or_path
+        config._name_or_path = public_name(path)
+        try:
+            super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            config._name_or_path = path
+        settings = (self.run_record or {}).get("settings", {})
+        name = settings.get("model_name_or_path") or path or type(trainer.model).__name__
+        name = Path(name).name if Path(name).is_absolute() else name
+        # TRL names no model that is a folder, or was made in memory
+        _replace(Path(trainer.args.output_dir, "README.md"), "[None](https://huggingface.co/None)", f"`{name}`")
+
+    def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        super()._save(output_dir, *args, **kwargs)  # type: ignore[misc]
+        trainer: Any = self
+        path = trainer.model.config._name_or_path
+        if path and public_name(path) != path:
+            for name in ("adapter_config.json", "README.md"):
+                _replace(Path(output_dir or trainer.args.output_dir, name), path, public_name(path))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         trainer: Any = self
@@ -114,8 +207,17 @@ class WholeCheckpoints:
                 str(folder),
             ) from error
 
-    def _save_rng_state(self, *args: Any, **kwargs: Any) -> None:
-        super()._save_rng_state(*args, **kwargs)  # type: ignore[misc]
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        trainer: Any = self
+        if trainer.state.global_step >= trainer.state.max_steps:  # transformers would train one step more
+            trainer.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        if self.run_record is not None and self.args.should_save:  # type: ignore[attr-defined]
+            write_json(Path(output_dir, RUN_NAME), self.run_record)
         self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
@@ -152,6 +254,32 @@ class WholeCheckpoints:
         with _reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         _ask_again(getattr(trainer.optimizer, "param_groups", []), scheduler, asked)
+
+
+def mend_generation_config(model: Any) -> None:
+    """Take out of the model's generation config what transformers ignores, and refuses to save.
+
+    Raises:
+        ValueError: if it cannot be saved without it either.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        default, ignored = type(config)(), re.findall(r"^- `(\w+)`:", str(error), re.MULTILINE)
+        shown = ", ".join(f"{name} {getattr(config, name)}" for name in ignored)
+        for name in ignored:
+            setattr(config, name, getattr(default, name))
+        with NameCause("Saving the model's generation config", "mend its generation_config.json, or delete it."):
+            config.validate(strict=True)
+        note(f"The model is saved without {shown} of its generation config, which generation without samples ignores.")
+
+
+def _replace(file: Path, old: str, new: str) -> None:
+    if file.is_file() and old in (text := file.read_text()):
+        file.write_text(text.replace(old, new))
 
 
 def _reading(checkpoint: str | None) -> NameCause:

@@ -3,36 +3,36 @@
 `StopAtNonFinite` is mixed into the trainers; the functions are called by their constructors.
 """
 
-import logging
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import transformers
-from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
+from peft.utils.other import TrainableTokensWrapper
 from transformers import AutoConfig, GenerationMixin
 from transformers.integrations import is_fsdp_enabled
 
 from .checkpoints import saved_checkpoints
 
-logger = logging.getLogger(__name__)
-
-
+# What TRL, accelerate and PEFT find too late, by another name, or not at all; what they refuse by its name before the
+# first step (a negative learning_rate, lora_r 0, max_completion_length 0) is left to them
 POSITIVE = (
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length"),
     *("generation_batch_size", "steps_per_generation", "num_generations", "num_generations_eval", "num_iterations"),
-    *("max_completion_length", "temperature", "repetition_penalty", "delta"),
-    *("sapo_temperature_neg", "sapo_temperature_pos", "discopop_tau", "ref_model_sync_steps", "pad_to_multiple_of"),
-    *("lora_r", "lora_alpha"),
+    *("temperature", "repetition_penalty", "delta", "sapo_temperature_neg", "sapo_temperature_pos", "discopop_tau"),
+    *("ref_model_sync_steps", "pad_to_multiple_of", "lora_alpha", "eval_steps", "save_steps"),
 )
 NOT_NEGATIVE = (
-    *("learning_rate", "beta", "epsilon", "epsilon_high", "off_policy_mask_threshold", "logging_steps"),
+    *("weight_decay", "beta", "epsilon", "epsilon_high", "off_policy_mask_threshold", "logging_steps"),
     *("vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg"),
 )
-SHARES = ("top_p", "min_p", "top_entropy_quantile", "ld_alpha", "ref_model_mixup_alpha", "lora_dropout")
+SHARES = (
+    *("top_p", "min_p", "top_entropy_quantile", "ld_alpha", "ref_model_mixup_alpha", "lora_dropout"),
+    "label_smoothing",
+)
 BOUNDS = ("ceu_max_weight", "max_grad_norm", "delta", "epsilon_high", "vllm_importance_sampling_clip_max")
 
 
@@ -91,6 +91,11 @@ def check_language_model(model: Any, trust_remote_code: bool = False) -> None:
         raise ValueError(
             f"{name} is not a decoder with a language-model head, so TRL's fused head cannot give its token "
             "log-probabilities; use a causal language model (AutoModelForCausalLM)."
+        )
+    if isinstance(model, PeftModel) and isinstance(model.get_output_embeddings(), TrainableTokensWrapper):
+        raise ValueError(
+            "trainable_token_indices is given, and the model's weights are tied, so that its head changes, which TRL's "
+            "fused head does not see; leave it out, or train the embeddings whole with modules_to_save."
         )
 
 
@@ -163,7 +168,7 @@ class StopAtNonFinite:
         raise FloatingPointError(
             f"Step {step + 1} met a non-finite {what} and was not applied. "
             + (
-                f"The last good checkpoint is {checkpoint}: resume from it"
+                f"The last good checkpoint is {checkpoint}: resume from it, into another output_dir,"
                 if checkpoint
                 else f"There is no earlier checkpoint in {output_dir}: start again"
             )
@@ -173,22 +178,6 @@ class StopAtNonFinite:
     def describe_rows(self, inputs: Mapping[str, Any]) -> list[str]:
         """Name the rows of one prepared batch for a person; each trainer knows its own batches."""
         raise NotImplementedError
-
-
-def note(message: str) -> None:
-    """Say something about a run, once for all its processes: a log record, which `ceu-rl` prints."""
-    if PartialState().is_main_process:
-        logger.info(message)
-
-
-_said: set[str] = set()
-
-
-def note_once(message: str) -> None:
-    """[`note`], the first time that a process meets the message."""
-    if message not in _said:
-        _said.add(message)
-        note(message)
 
 
 class RolloutError(ValueError):

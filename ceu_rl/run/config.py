@@ -2,12 +2,15 @@
 
     ceu-rl METHOD --config RECIPE.yaml [--any_field value ...]
 
-Fields, their types and their help are those of TRL's and of our configs. `--any-field` is the same as `--any_field`.
+Fields, their types and their help are those of TRL's and of our configs. `--any-field` is the same as `--any_field`,
+`--model` as `--model_name_or_path`, and `--dataset` as `--dataset_name`. Nothing here imports torch before it is asked
+for a method: `set_variables` of a recipe comes first.
 """
 
 import argparse
 import copy
 import difflib
+import logging
 import os
 import re
 import threading
@@ -19,10 +22,15 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 from huggingface_hub.dataclasses import type_validator
 
-from .checks import check_numbers
-
 METHODS = ("dpo", "grpo", "sft", "unlearn")
 NO_SETTINGS = ("output_dir", "resume_from_checkpoint")  # where a run lies and how it goes on is not what it is
+ALIASES = {"model": "model_name_or_path", "dataset": "dataset_name"}
+# What the help of a command opens with, beside the fields of our own classes
+USED = (
+    *("model_name_or_path", "dataset_name", "dataset_test_split", "output_dir", "learning_rate", "max_steps"),
+    *("per_device_train_batch_size", "max_length", "use_peft", "resume_from_checkpoint"),
+)
+USED_BY = {"sft": ("packing",), "dpo": ("beta", "loss_type"), "grpo": ("reward_funcs", "num_generations", "use_vllm")}
 WORDS = {
     bool: "true or false",
     int: "a whole number",
@@ -68,17 +76,56 @@ def _classes_of(method: str) -> tuple[Any, Any, Any]:
 
 
 def parser_for(method: str) -> Any:
-    """TRL's parser for the fields of one method: `ceu-rl METHOD --help` is its help."""
+    """TRL's parser for the fields of one method: `ceu-rl METHOD --help-all` is its help."""
     from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
     script, config, _ = classes_of(method)
     with _PARSER:  # it rewrites the types of the classes' fields, and the runs of a comparison are read in threads
-        return TrlParser(
+        parser = TrlParser(
             (script, config, ModelConfig, DatasetMixtureConfig),  # type: ignore[arg-type]
             prog=f"ceu-rl {method}",
             usage=f"ceu-rl {method} --config RECIPE.yaml [--any_field value ...]",
             allow_abbrev=False,
         )
+    for short, name in ALIASES.items():
+        action = next(action for action in parser._actions if action.dest == name)
+        action.option_strings.append(f"--{short}")  # type: ignore[attr-defined]
+        parser._option_string_actions[f"--{short}"] = action
+    return parser
+
+
+def print_help(method: str, all_fields: bool) -> None:
+    """The fields of our own classes and those that are used most, or all that TRL's classes have too."""
+    parser = parser_for(method)
+    if all_fields:
+        return parser.print_help()
+    script, config, *_ = parser.dataclass_types
+    classes = [kind for each in (config, script) for kind in each.__mro__ if kind.__module__.startswith("ceu_rl")]
+    own = [name for kind in classes for name in vars(kind).get("__annotations__", {})]
+    used = [name for name in (*USED, *USED_BY.get(method, ())) if name not in own]
+    shown = argparse.ArgumentParser(
+        prog=parser.prog,
+        usage=parser.usage,
+        add_help=False,
+        description="--config RECIPE.yaml gives any of these as `field: value`; what stands beside it goes before.",
+        epilog=f"{parser.prog} --help-all shows all that TRL has.",
+    )
+    for title, names in (("of this package", own), ("used most, of TRL", used)):
+        group = shown.add_argument_group(title)
+        for action in (
+            copy.copy(each) for name in dict.fromkeys(names) for each in parser._actions if each.dest == name
+        ):
+            action.option_strings = [each for each in action.option_strings if "-" not in each.removeprefix("--")]
+            group._add_action(action)
+    shown.print_help()
+
+
+def set_variables(argv: Sequence[str]) -> None:
+    """Set the variables of the field `env` of a command line's recipe; torch and CUDA read some when they start."""
+    recipe, _ = _split_config(argv)
+    if recipe and (variables := _load_yaml(recipe).get("env")):
+        _check_variables(variables, recipe)
+        os.environ.update({name: str(value) for name, value in variables.items()})
 
 
 def read_recipe(method: str, path: str | Path) -> dict[str, Any]:
@@ -110,8 +157,11 @@ def read_arguments(method: str, argv: Sequence[str]) -> dict[str, Any]:
 
     Raises:
         ValueError: as for [`read_recipe`], and for words that are no option.
-        SystemExit: from argparse, after `--help` and for a value that an option does not take.
+        SystemExit: after `--help` and `--help-all`, and from argparse for a value that an option does not take.
     """
+    if asked := {"-h", "--help", "--help-all"} & set(argv):
+        print_help(method, "--help-all" in asked)
+        raise SystemExit(0)
     fields = _Fields(parser_for(method), method)
     recipe, rest = _split_config(argv)
     return {**(fields.of_recipe(recipe) if recipe else {}), **fields.of_words(rest)}
@@ -127,13 +177,24 @@ def settings_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in NO_SETTINGS}
 
 
+def with_defaults(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings and, of each field that they do not give, its default."""
+    defaults = {action.dest: action.default for action in parser_for(method)._actions if action.dest != "help"}
+    return {name: value for name, value in defaults.items() if name not in NO_SETTINGS} | dict(settings)
+
+
 def build_configs(method: str, arguments: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
-    """Script arguments, training config, model config and dataset mixture; sets the variables of the field `env`."""
+    """Script arguments, training config, model config and dataset mixture."""
+    import torch
+
+    from .checks import check_numbers
+
     check_numbers(arguments)
-    for name, value in arguments.get("env", {}).items():
-        os.environ[name] = str(value)
     # A copy: the config of a mixture writes its own objects into what it is given, which is recorded as it was
     fields = {name: copy.deepcopy(value) for name, value in arguments.items() if name != "env"}
+    if not (torch.accelerator.is_available() or "use_cpu" in fields or "RANK" in os.environ):
+        logging.getLogger(__name__).info("No GPU was found: use_cpu is true, and bf16 false unless it is given.")
+        fields = {"bf16": False, **fields, "use_cpu": True}
     return parser_for(method).parse_dict(fields)
 
 
@@ -164,6 +225,7 @@ class _Fields:
         """The fields that a command line gives, through argparse."""
         for action in self.parser._actions:
             action.default, action.required = argparse.SUPPRESS, False
+        self.actions["resume_from_checkpoint"].nargs, self.actions["resume_from_checkpoint"].const = "?", "true"
         namespace, rest = self.parser.parse_known_args(list(words))
         if rest:
             raise ValueError(self._unknown(rest[0]))
@@ -175,6 +237,7 @@ class _Fields:
         fields: dict[str, Any] = {}
         for key, value in content.items():
             name = str(key).replace("-", "_")
+            name = ALIASES.get(name, name)
             if name in fields:
                 raise ValueError(f"{path} gives {name} twice; give it once.")
             if name == "method":

@@ -13,7 +13,7 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, str_to_bool
 
-from .checks import note
+from .errors import note
 
 ENGINES = {"FSDP": DistributedType.FSDP, "DEEPSPEED": DistributedType.DEEPSPEED}
 

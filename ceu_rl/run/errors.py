@@ -1,5 +1,7 @@
 """Where a command ends: what its input or its machine caused becomes one sentence, our own faults keep a traceback."""
 
+import functools
+import logging
 import os
 import pickle
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+logger = logging.getLogger(__name__)
 PACKAGE = Path(__file__).parents[1]
 PLAIN = (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError)  # their text is a sentence already
 REPORT = "This is a fault of ceu_rl and not of your input: please report it with this traceback and with `ceu-rl env`."
@@ -62,6 +65,20 @@ def sentence(error: BaseException) -> str:
         return "The weights are a pickle that is damaged or holds more than tensors, and is not run; take safetensors."
     text = " ".join(str(error).split())
     return text if isinstance(error, PLAIN) and text else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def note(message: str) -> None:
+    """Say something about a run, once for all its processes: a log record, which `ceu-rl` prints."""
+    from accelerate import PartialState  # which takes seconds
+
+    if PartialState().is_main_process:
+        logger.info(message)
+
+
+@functools.cache
+def note_once(message: str) -> None:
+    """[`note`], the first time that a process meets the message."""
+    note(message)
 
 
 class NameCause:

@@ -9,14 +9,11 @@ With the default DEST the command in the header of each recipe holds as it stand
 """
 
 import argparse
+import itertools
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -34,12 +31,13 @@ def recipes_folder() -> Path:
 
 
 def list_recipes() -> list[tuple[str, str, str]]:
-    """Name, what it is, and hardware of each recipe, from the comment that it opens with."""
+    """Name, what it is (one sentence), and hardware of each recipe, from the comment that it opens with."""
     found = []
     for path in sorted(recipes_folder().rglob("*.yaml")):
         header = [line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#")]
         hardware = next((line.removeprefix("Hardware: ") for line in header if line.startswith("Hardware: ")), "")
-        found.append((str(path.relative_to(recipes_folder())), header[0], hardware))
+        sentence = re.split(r"(?<=\.)\s", " ".join(itertools.takewhile(bool, header)))[0]
+        found.append((str(path.relative_to(recipes_folder())), sentence, hardware))
     return found
 
 
@@ -79,13 +77,14 @@ def main(argv: Sequence[str]) -> int:
     """`ceu-rl recipes`: list them, or copy those of a name; raises as [`copy_recipes`]."""
     args = parser().parse_args(argv)
     if args.name is None:
-        table = Table(box=box.SIMPLE_HEAD)
-        table.add_column("recipe", no_wrap=True, overflow="fold")
-        table.add_column("what it is")
-        table.add_column("hardware")
-        for row in list_recipes():
-            table.add_row(*map(escape, row))
-        Console().print(table)
+        for folder, group in itertools.groupby(list_recipes(), lambda row: Path(row[0]).parent):
+            rows = list(group)
+            shared = rows[0][2] if len({hardware for *_, hardware in rows}) == 1 else ""
+            print(f"\n{folder}: {shared}".rstrip(": "))
+            for name, what, hardware in rows:
+                print(
+                    f"  {name:<{max(len(row[0]) for row in rows)}}  {what} {'' if shared else f'({hardware})'}".rstrip()
+                )
         return 0
     for path in copy_recipes(args.name, args.destination):
         print(path)

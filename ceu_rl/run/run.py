@@ -4,22 +4,24 @@ A run leaves the model in `output_dir`, its log in `metrics.jsonl`, and its resu
 """
 
 import ctypes
-import fcntl
 import functools
 import importlib
+import json
 import math
 import os
 import shlex
 import signal
 import sys
+import textwrap
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer, ProgressCallback, TrainerCallback
 
@@ -37,8 +39,18 @@ from ..models import (
 from ..tasks import articles
 from ..tofu.data import ask, has_questions, is_tofu, load_tofu, to_preferences
 from .callbacks import HeldOutFile, MetricsFile, Pace, Progress, ProgressLines, StartModel, TaskScore
-from .checkpoints import TRAINER_STATE_NAME, check_resumes, is_json, saved_checkpoints, traces
-from .config import build_configs, classes_of, read_arguments, settings_of
+from .checkpoints import (
+    RUN_NAME,
+    TRAINER_STATE_NAME,
+    check_resumes,
+    differences,
+    fingerprint,
+    is_json,
+    moving,
+    saved_checkpoints,
+    traces,
+)
+from .config import build_configs, classes_of, read_arguments, settings_of, with_defaults
 from .engines import (
     check_engine,
     check_gpus,
@@ -48,13 +60,13 @@ from .engines import (
     note_unfinished_builds,
     save_whole,
 )
-from .errors import Boundary, NameCause, sentence
+from .errors import Boundary, NameCause, note, sentence
 from .provenance import describe_run, environment, peak_memory, write_json
 from .retention import KeptScore, load_kept
 
 ASKING = ("sft", "dpo", "unlearn")  # methods that take rows of question and answer
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
-FAILURE = "failure.json"
+RESULT, FAILURE = "result.json", "failure.json"
 LOCK = "_run.lock"  # the push to the Hub leaves out what begins with an underscore
 
 
@@ -63,6 +75,17 @@ def run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
 
     What is recorded are the settings that were read before the run: the recipe may change or go while it trains.
     """
+    try:
+        status = _run(method, argv, boundary)
+    except NothingLeft as done:
+        print(f"{boundary.command}: {done}", file=sys.stderr)
+        status = 0
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return status
+
+
+def _run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
     start, provenance = time.perf_counter(), environment()
     _keep_freed_memory()
     arguments = read_arguments(method, argv)
@@ -72,31 +95,37 @@ def run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
     check_processes(args.world_size)
     check_gpus(args)
     note_unfinished_builds()
-    with _FolderLock(args):
-        args.resume_from_checkpoint = _resume_from(args.output_dir, args.resume_from_checkpoint)
+    settings = settings_of(arguments)
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    saved = {"settings": moving(with_defaults(method, settings)), "batch": batch}
+    with _hold_folder(args):
+        args.resume_from_checkpoint = checkpoint = _resume_from(method, args, saved)
+        _check_is_the_run(checkpoint, saved, args)
         with whole_weights():
-            trainer, prompt = _build_trainer(method, script, args, model_config, mixture)
+            trainer, prompt, saved["rows"] = _build_trainer(method, script, args, model_config, mixture)
+        trainer.run_record = saved
         check_engine(trainer.accelerator)
-        if args.resume_from_checkpoint:
-            check_resumes(args.resume_from_checkpoint, trainer.accelerator.distributed_type)
+        record = {
+            "method": method,
+            "command": shlex.join(["ceu-rl", method, *argv]),
+            "settings": settings,
+            "seed": args.seed,
+            "resumed": checkpoint is not None,
+            **({"prompt": prompt} if prompt else {}),
+            **_check_is_the_run(checkpoint, saved, args),
+            **provenance,
+            **describe_run(trainer),
+        }
+        if checkpoint:
+            check_resumes(checkpoint, trainer.accelerator.distributed_type)
         trainer.add_callback(_Course(boundary))
         note_batch(args)
         with ExitStack() as end:
             if method == "grpo":
                 end.callback(trainer.close)  # vLLM's groups of processes go before torch's
-            record = {
-                "method": method,
-                "command": shlex.join(["ceu-rl", method, *argv]),
-                "settings": settings_of(arguments),
-                "seed": args.seed,
-                "resumed": args.resume_from_checkpoint is not None,
-                **({"prompt": prompt} if prompt else {}),
-                **provenance,
-                **describe_run(trainer),
-            }
             end.enter_context(_RecordDivergence(trainer, record))
             with StopOnSignal(trainer) as stop, _RowsOfTemplate(trainer.train_dataset, trainer.processing_class):
-                trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+                trainer.train(resume_from_checkpoint=checkpoint)
             if stop.stopped_by:
                 step = trainer.state.global_step
                 print(
@@ -104,14 +133,10 @@ def run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
                     f"checkpoint in {args.output_dir}; go on with --resume_from_checkpoint true.",
                     file=sys.stderr,
                 )
-                status = 128 + stop.stopped_by
-            else:
-                boundary.failure = 1
-                _finish(method, trainer, args, script, record, start)
-                status = 0
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    return status
+                return 128 + stop.stopped_by
+            boundary.failure = 1
+            _finish(method, trainer, args, script, record, start)
+    return 0
 
 
 def _finish(
@@ -160,7 +185,7 @@ def _finish(
             **peaks,
         }
         Path(args.output_dir, FAILURE).unlink(missing_ok=True)
-        write_json(Path(args.output_dir, "result.json"), result)
+        write_json(Path(args.output_dir, RESULT), result)
         print(f"The model, metrics.jsonl and result.json are in {args.output_dir}.")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
@@ -234,60 +259,100 @@ def _check_reward_model(name: str, trust_remote_code: bool) -> None:
 # the folder of a run
 
 
-class _FolderLock:
-    """Holds `output_dir` for one run; the first process of a distributed run holds it for all.
+@contextmanager
+def _hold_folder(args: Any) -> Iterator[None]:
+    """Hold `output_dir` for one run; the first process of a distributed run holds it for all.
 
     Raises:
-        ValueError: if another run holds it.
+        ValueError: if another run holds it, or it is a file.
     """
-
-    def __init__(self, args: Any) -> None:
-        self.folder, self.holds = Path(args.output_dir), args.process_index == 0
-
-    def __enter__(self) -> None:
-        if not self.holds:
-            return
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"output_dir {self.folder} is a file; choose a folder.")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.folder / LOCK, "a")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.close()
-            raise ValueError(
-                f"output_dir {self.folder} is in use by another run; wait for its end, or choose another."
-            ) from None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.holds:
-            self.file.close()
+    folder = Path(args.output_dir)
+    if args.process_index:
+        yield
+        return
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {folder} is a file; choose a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(
+            f"output_dir {folder} is in use by another run; wait for its end, or choose another."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def _resume_from(output_dir: str, checkpoint: str | None) -> str | None:
-    """Resolve `resume_from_checkpoint`, and refuse to write over what an earlier run saved."""
-    folder = Path(output_dir)
+class NothingLeft(Exception):
+    """The run that is to be resumed has ended; its text says where."""
+
+
+def _resume_from(method: str, args: Any, record: Mapping[str, Any]) -> str | None:
+    """Resolve `resume_from_checkpoint`, and refuse to write over what an earlier run saved.
+
+    Raises:
+        NothingLeft: if the run has ended and left no checkpoint.
+    """
+    folder, checkpoint = Path(args.output_dir), args.resume_from_checkpoint
     checkpoints = [path for _, path in saved_checkpoints(folder)]
     if str(checkpoint).lower() == "true":
-        if not checkpoints:
-            raise ValueError(
-                f"There is no checkpoint in {output_dir} to resume; move away what it holds, and leave "
-                "resume_from_checkpoint out."
-            )
-        return str(checkpoints[-1])
+        if checkpoints:
+            return str(checkpoints[-1])
+        if is_json(folder / RESULT):
+            result = json.loads((folder / RESULT).read_text())
+            ended = {**result, "settings": moving(with_defaults(method, result["settings"]))}
+            if not differences(ended, record, by_name=True):
+                raise NothingLeft(f"nothing is left of this run of {result['steps']} steps; {folder} is as it was.")
+        raise ValueError(
+            f"There is no checkpoint in {folder} to resume; move away what it holds, and leave resume_from_checkpoint "
+            "out."
+        )
     if str(checkpoint).lower() in ("none", "false"):
         checkpoint = None
     elif not is_json(Path(str(checkpoint), TRAINER_STATE_NAME)):
         raise ValueError(
             f"resume_from_checkpoint {checkpoint} is no whole checkpoint; name a checkpoint-N folder, or true."
         )
-    if checkpoint is None or Path(checkpoint).resolve().parent != folder.resolve():
+    if checkpoint is None or not _is_in(checkpoint, folder):
         if saved := traces(folder):
             way = ", or continue it with --resume_from_checkpoint true" if checkpoints else ""
             raise ValueError(
-                f"output_dir {output_dir} holds an earlier run ({saved[0].name}); choose another, or move it away{way}."
+                f"output_dir {folder} holds an earlier run ({saved[0].name}); choose another, or move it away{way}."
             )
     return checkpoint
+
+
+def _is_in(checkpoint: str, folder: str | Path) -> bool:
+    return Path(checkpoint).resolve().parent == Path(folder).resolve()
+
+
+def _check_is_the_run(checkpoint: str | None, record: Mapping[str, Any], args: Any) -> dict[str, Any]:
+    """What the result says of a checkpoint of other settings or rows, from which a run begins in a folder of its own.
+
+    Raises:
+        ValueError: if it is to be resumed in the folder of the checkpoint, with the names of what differs.
+    """
+    if checkpoint is None:
+        return {}
+    path = Path(checkpoint, RUN_NAME)
+    if not is_json(path):
+        note(f"{checkpoint} has no {RUN_NAME}, so nothing says whether its settings and rows are those of this run.")
+        return {}
+    found = differences(json.loads(path.read_text()), record)
+    if found and _is_in(checkpoint, args.output_dir):
+        named = "; ".join(f"{name} was {_short(then)} and is {_short(now)}" for name, (then, now) in found.items())
+        raise ValueError(
+            f"{checkpoint} is of a run with other settings: {named}; give what it had, or another output_dir for a "
+            "run that begins there with these."
+        )
+    return {"began_at": {"checkpoint": checkpoint, "changed": found}} if found else {}
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(str(value), 60)
 
 
 class _Course(TrainerCallback):
@@ -295,6 +360,15 @@ class _Course(TrainerCallback):
 
     def __init__(self, boundary: Boundary) -> None:
         self.boundary = boundary
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        resumed = args.resume_from_checkpoint
+        if resumed and state.global_step >= state.max_steps and _is_in(resumed, args.output_dir):
+            if is_json(Path(args.output_dir, RESULT)):  # else it was stopped while it saved the model
+                raise NothingLeft(
+                    f"nothing is left of this run: {resumed} is step {state.global_step} of {state.max_steps}; "
+                    f"{args.output_dir} is as it was."
+                )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.boundary.failure = 1
@@ -364,14 +438,15 @@ class StopOnSignal(TrainerCallback):
 # the trainer
 
 
-def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixture: Any) -> tuple[Any, Any]:
-    """The trainer, and what the result says of the prompt of questions, if the rows are questions."""
+def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixture: Any) -> tuple[Any, Any, Any]:
+    """The trainer, what the result says of the prompt of questions, if the rows are questions, and the rows' marks."""
     from trl import get_peft_config
 
     evaluates = args.eval_strategy != "no" or args.eval_on_start
     if getattr(args, "activation_offloading", False) and args.device.type == "cpu":
         raise ValueError("activation_offloading is True, and the model is on a CPU already; leave it out.")
     datasets, task = load(method, script, mixture, evaluates)
+    rows = {name: fingerprint(dataset) for name, dataset in datasets.items() if name != "eval"}
     kept = load_kept(script)
     if kept and method == "unlearn":
         raise ValueError("eval_facts and eval_solutions are given, and unlearning has no evaluations; use tofu-eval.")
@@ -426,7 +501,7 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
         trainer.add_callback(TaskScore(trainer, task, scored, start))
     if kept:
         trainer.add_callback(KeptScore(trainer, kept, form, start))
-    return trainer, prompt
+    return trainer, prompt, rows
 
 
 def _check_template(name: str, asks: bool) -> None:

@@ -12,7 +12,7 @@ from trl.data_utils import common_prefix_length
 from ..data.load import open_dataset
 from ..data.prompts import PromptFormat
 from ..data.rows import check_columns, check_questions
-from ..run.checks import note
+from ..run.errors import note
 from ..tasks import articles, authors
 
 
