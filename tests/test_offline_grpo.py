@@ -156,13 +156,9 @@ def test_an_anchored_rule_takes_the_place_of_ratio_and_clip(make_trainer, tokeni
         return
     rows = with_log_probs(rows, tokenizer)
     trainers = [make_trainer(rows, **extra) for extra in ({"descent_rule": "anchored", "ceu_coef": 1}, {"ceu_coef": 0})]
+    _, batch = first_batch(trainers[0])
+    assert "old_per_token_logps" not in batch  # so that stock's ratio is 1 on this batch
     for trainer in trainers:
-        _, batch = first_batch(trainer)
-        with trainer.descent_route.collect():  # stock's own ratio is left out by hand
-            batch.pop("old_per_token_logps", None)
-        batch["sampling_per_token_logps"] = (
-            -0.1 * torch.arange(1, 9).expand(8, -1)[:, : batch["completion_ids"].shape[1]]
-        )
         trainer.current_gradient_accumulation_steps = 1
         grads = {}
         handle = trainer.model.register_forward_hook(
