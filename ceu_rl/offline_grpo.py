@@ -17,6 +17,7 @@ from typing import Any
 from datasets import Dataset
 from trl import GRPOTrainer
 
+from .data.rows import is_empty, plain_content
 from .grpo import CEUGRPOConfig, CEUGRPOTrainer
 from .route import ANCHORED
 from .run.errors import note
@@ -229,8 +230,9 @@ def _is_completion(value: Any) -> bool:
     if not isinstance(value, list) or not value:
         return False
     if isinstance(value[0], Mapping):
-        message = value[0]
-        return len(value) == 1 and message.get("role") == "assistant" and isinstance(message.get("content"), str | list)
+        message = plain_content(value)[0]
+        said = isinstance(message.get("content"), str) or (message.get("content") is None and not is_empty(message))
+        return len(value) == 1 and message.get("role") == "assistant" and said
     return all(type(token) is int and token >= 0 for token in value)
 
 
@@ -307,10 +309,12 @@ def completion_ids(trainer: Any, prompt: Any, prompt_ids: list[int], completion:
         return completion
     tokenizer = trainer.processing_class
     if isinstance(prompt, str):
-        text = completion if isinstance(completion, str) else completion[0]["content"]
+        text = completion if isinstance(completion, str) else _content(completion)
         ids = tokenizer(text=text, add_special_tokens=False)["input_ids"]
         return ids if ids and ids[-1] in trainer.eos_token_ids else [*ids, trainer._tokenizer.eos_token_id]
-    messages = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    messages = (
+        [{"role": "assistant", "content": completion}] if isinstance(completion, str) else plain_content(completion)
+    )
     whole = tokenizer.apply_chat_template(
         conversation=[*prompt, *messages],
         chat_template=trainer.chat_template,
@@ -326,3 +330,14 @@ def completion_ids(trainer: Any, prompt: Any, prompt_ids: list[int], completion:
     ids = whole[len(prompt_ids) :]
     ends = [place for place, token in enumerate(ids) if token in trainer.eos_token_ids]
     return ids[: ends[-1] + 1] if ends else ids
+
+
+def _content(completion: list[Mapping[str, Any]]) -> str:
+    """The text of a message that answers a text, which no template writes."""
+    message = plain_content(completion)[0]
+    if not is_empty({**message, "content": None}):
+        raise ValueError(
+            f"A logged completion of a text prompt has more than content ({message!s:.80}), which only a chat template "
+            "writes; give its 'prompt' as messages."
+        )
+    return message["content"] or ""

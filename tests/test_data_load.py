@@ -18,6 +18,7 @@ USER, SAID, OTHER = (
     {"role": "assistant", "content": "3"},
     {"role": "assistant", "content": "4"},
 )
+PARTS = {"role": "user", "content": [{"type": "text", "text": "1+"}, {"type": "text", "text": "2="}]}
 TEXT = {"prompt": "1+2=", "chosen": "3", "rejected": "4"}
 CHAT = {"prompt": [USER], "chosen": [SAID], "rejected": [OTHER]}
 WHOLE = {"chosen": [USER, SAID], "rejected": [USER, OTHER]}
@@ -56,6 +57,9 @@ def made(rows, stream=False):
         ("sft", {"prompt": [USER], "completion": [USER, SAID]}, {"prompt": [USER], "completion": [SAID]}),
         ("sft", {"prompt": [USER], "completion": "3"}, {"prompt": [USER], "completion": [SAID]}),
         ("sft", {"messages": [USER, SAID]}, {"messages": [USER, SAID]}),
+        ("sft", {"messages": [PARTS, PARTS]}, {"messages": [USER, USER]}),
+        ("preference", {**CHAT, "prompt": [PARTS]}, CHAT),
+        ("prompt", {"prompt": [PARTS]}, {"prompt": [USER]}),
         ("sft", {"text": "abc"}, {"text": "abc"}),
         ("sft", {"input_ids": [1, 2]}, {"input_ids": [1, 2]}),
         (
@@ -324,8 +328,7 @@ def test_what_is_no_dataset_is_named(value, message):
         {"content": "", "reasoning_content": "1+2 is 3"},
         {"content": None, "thinking": "1+2 is 3"},
         {"content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]},
-        {"content": [{"type": "text", "text": "3"}]},
-        {"content": [{"type": "image", "image": "x.png"}]},
+        {"content": [{"type": "text", "text": "See"}, {"type": "image", "image": "x.png"}]},
     ],
 )
 def test_a_turn_that_says_something_in_another_field_is_not_empty(turn):

@@ -73,7 +73,25 @@ def first_batch(trainer):
     return rows, trainer._prepare_inputs(rows)
 
 
-@pytest.mark.parametrize("rows", [TEXTS, CHATS], ids=["text", "chat"])
+PARTS = [
+    {
+        **row,
+        "completions": [[{**m[0], "content": [{"type": "text", "text": m[0]["content"]}]}] for m in row["completions"]],
+    }
+    for row in CHATS
+]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        TEXTS,
+        CHATS,
+        PARTS,
+        [{**text, "completions": row["completions"]} for text, row in zip(TEXTS, PARTS, strict=True)],
+    ],
+    ids=["text", "chat", "parts", "parts to text"],
+)
 def test_a_batch_holds_the_logged_tokens_with_their_end_and_the_advantages_of_their_rewards(
     make_trainer, tokenizer, rows
 ):
@@ -86,6 +104,7 @@ def test_a_batch_holds_the_logged_tokens_with_their_end_and_the_advantages_of_th
         ids = batch["completion_ids"][place][batch["completion_mask"][place].bool()].tolist()
         completion = row["logged_completions"][which]
         text = completion if isinstance(completion, str) else completion[0]["content"]
+        text = text if isinstance(text, str) else text[0]["text"]
         assert ids == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
         prompt = batch["prompt_ids"][place][batch["prompt_mask"][place].bool()]
         assert row["prompt"] in tokenizer.decode(prompt) if isinstance(row["prompt"], str) else len(prompt) > 4
@@ -239,6 +258,14 @@ PROBLEMS = [
     (
         [{**row, "completions": [[{"role": "assistant", "content": None}]] * 4} for row in CHATS],
         "Row 0 .* as completion 0 .'completions'.; give a text, one assistant message",
+    ),
+    (
+        [{**row, "completions": [[{"role": "assistant", "content": [{"type": "image"}]}]] * 4} for row in CHATS],
+        "Row 0 .* as completion 0 .'completions'.; give a text, one assistant message",
+    ),
+    (
+        [{**row, "completions": [[{"role": "assistant", "content": "1", "thinking": "a"}]] * 4} for row in TEXTS],
+        "completion of a text prompt has more than content .*'thinking': 'a'",
     ),
     ([{**row, "log_probs": [[-1.0] * 7] * 4} for row in TEXTS], "Row 0 .* 7 'log_probs' for completion 0, which has 2"),
 ]

@@ -337,6 +337,8 @@ def _normal_row(
         if not isinstance(kwargs, Mapping):
             what = f"a {type(kwargs).__name__} as"
             raise refuse("chat_template_kwargs", what, "give an object, or remove the column")
+    if not {"image", "images"} & set(row):
+        new |= {column: plain_content(new[column]) for column in (*sources[:1], *judged) if column in new}
     completions = tuple(column for column in COMPLETIONS[kind] if column in row)
     if sources:
         new |= _asked(row, sources, completions, refuse)
@@ -367,7 +369,7 @@ def _check_cell(value: Any, column: str, completes: bool, blank_user: bool, refu
             return
         if problem := next((p for message in value if (p := _message_problem(message, blank_user))), None):
             raise refuse(f"{problem} in", "give each message a role and content")
-        if (completes or column == "messages") and _is_empty(value[-1]):
+        if (completes or column == "messages") and is_empty(value[-1]):
             raise refuse("an empty", rest)
     elif not isinstance(value, str) or column in ("messages", "conversations"):
         raise refuse(f"a {type(value).__name__} as", "make it text, or a list of messages")
@@ -505,13 +507,13 @@ def _message_problem(message: Any, blank_user: bool) -> str | None:
     if not (content is None or isinstance(content, str | list)):
         return f"a content of type {type(content).__name__}"
     # Many datasets have a system message of no words
-    empty = message["role"] == "user" and not blank_user and _is_empty(message)
+    empty = message["role"] == "user" and not blank_user and is_empty(message)
     if empty or (message["role"] == "system" and content is None):
         return f"a message without content ({_short(dict(message))})"
     return None
 
 
-def _is_empty(message: Mapping[str, Any]) -> bool:
+def is_empty(message: Mapping[str, Any]) -> bool:
     """Whether a turn says nothing: no content, no reasoning, no tool call."""
     if message.get("tool_calls"):
         return False
@@ -527,6 +529,15 @@ def _text(message: Mapping[str, Any]) -> str:
     if isinstance(content, list):
         return "".join(str(part.get("text") or "") for part in content if isinstance(part, Mapping))
     return content or ""
+
+
+def plain_content(value: Any) -> Any:
+    """A conversation whose content is text alone, with parts of text joined: a template of text writes their Python."""
+    messages = [each for each in value if isinstance(each, Mapping)] if isinstance(value, list) else []
+    parts = [part for message in messages if isinstance(message.get("content"), list) for part in message["content"]]
+    if not parts or not all(isinstance(part, Mapping) and part.get("type") in (None, "text") for part in parts):
+        return value
+    return [{**each, "content": _text(each)} if isinstance(each.get("content"), list) else each for each in messages]
 
 
 def _is_written_chat(text: str) -> bool:
