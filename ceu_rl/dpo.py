@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 
-from .data.load import COMPLETIONS, FirstRow, check_dataset, check_layout
+from .data.rows import COMPLETIONS, FirstRow, check_dataset, check_layout
 from .route import CITATION, DescentConfig, DescentTrainer, Scored
 from .run.checkpoints import WholeCheckpoints
 from .run.checks import (

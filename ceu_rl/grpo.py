@@ -15,7 +15,7 @@ from torch.nn import Module
 from transformers import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 
-from .data.load import check_layout
+from .data.rows import check_layout
 from .losses import anchor_log_ratio
 from .rollouts import ReloadingVLLMGeneration, check_rewards, check_vllm, drift_by_sign, name_vllm_settings
 from .route import ANCHORED, CITATION, DescentConfig, DescentTrainer, Scored, Weight, descent_rule

@@ -33,8 +33,8 @@ from trl.trainer.utils import (
 )
 
 from .data.answer_spans import part_answer, template_edges
-from .data.load import check_layout
 from .data.prompts import PromptArguments
+from .data.rows import check_layout
 from .fused import fused_linear_unlearning_loss, lm_head_options
 from .losses import (
     activation_loss,

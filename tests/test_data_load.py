@@ -10,7 +10,8 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from trl import DatasetMixtureConfig, get_dataset
 from trl.scripts.utils import DatasetConfig
 
-from ceu_rl.data.load import BUILDERS, check_layout, load, open_dataset
+from ceu_rl.data.load import BUILDERS, load, open_dataset
+from ceu_rl.data.rows import check_layout
 from ceu_rl.tofu import load_tofu
 
 USER, SAID, OTHER = (

@@ -29,11 +29,7 @@ from datasets import (
 from datasets.packaged_modules.csv.csv import CsvConfig
 from datasets.packaged_modules.json.json import JsonConfig
 
-from .rows import COMPLETIONS as COMPLETIONS
 from .rows import QUESTIONS, TEXTS, Kind, prompt_of
-from .rows import FirstRow as FirstRow
-from .rows import check_dataset as check_dataset
-from .rows import check_layout as check_layout
 
 KIND_OF: dict[str, Kind] = {"sft": "sft", "dpo": "preference", "grpo": "prompt", "unlearn": "sft"}
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder

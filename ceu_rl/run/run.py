@@ -25,8 +25,9 @@ from filelock import FileLock, Timeout
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer, ProgressCallback, TrainerCallback
 
-from ..data.load import check_layout, load
+from ..data.load import load
 from ..data.prompts import PromptFormat
+from ..data.rows import check_layout
 from ..models import (
     BUILTIN_MODEL,
     build_bpe_tokenizer,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from ceu_rl import CEUDPOConfig, CEUDPOTrainer
 from ceu_rl.cli import main
-from ceu_rl.data.load import check_layout
+from ceu_rl.data.rows import check_layout
 from ceu_rl.run.config import _Fields, parser_for, read_recipe
 from ceu_rl.stability.runs import Run
 from ceu_rl.stability.summary import summarize
