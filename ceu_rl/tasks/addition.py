@@ -11,7 +11,6 @@ column. A corrupted answer has exactly one computed digit changed, in a total or
 import random
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
@@ -23,20 +22,6 @@ ROWS = {"sft": 20_000, "preference": 9_600, "prompt": 9_600}
 TEST_ROWS = 500
 DIGITS = 3
 TEST_SHARE = 16  # one pair in 16 belongs to the test split
-
-
-@dataclass(frozen=True)
-class Example:
-    """One question with everything that the three kinds need, as plain text.
-
-    `answer` is right, `corrupted` is wrong in one place, and `demonstration` is what supervised fine-tuning imitates:
-    the answer, with as many errors as the config asks for.
-    """
-
-    question: str
-    answer: str
-    corrupted: str
-    demonstration: str
 
 
 def addition_trace(a: int, b: int) -> str:
@@ -88,23 +73,25 @@ def is_correct(prompt: str | Messages, completion: str | Messages) -> bool:
     return last_content(completion) == addition_trace(int(match[1]), int(match[2]))
 
 
-def make_examples(split: str, count: int, error_rate: float, seed: int) -> list[Example]:
+def make_examples(split: str, count: int, error_rate: float, seed: int) -> Iterator[tuple[str, str, str, str]]:
     """Draw `count` distinct questions of `split` ("train" or "test"), both numbers with `DIGITS` digits.
 
     A pair of numbers, in either order, belongs to test or to train once for all, by its checksum.
+
+    Yields:
+        The question, its answer, one that is wrong in one place, and the answer with errors at `error_rate`.
     """
     rng, errors = random.Random(f"{split} {seed}"), random.Random(f"{split} {seed} errors")
-    examples: dict[str, Example] = {}
-    while len(examples) < count:
+    seen: set[str] = set()
+    while len(seen) < count:
         a, b = (rng.randrange(10 ** (DIGITS - 1), 10**DIGITS) for _ in range(2))
         is_test = crc32(f"{min(a, b)}+{max(a, b)}".encode()) % TEST_SHARE == 0
         question = f"{a}+{b}="
-        if is_test != (split == "test") or question in examples:
+        if is_test != (split == "test") or question in seen:
             continue
+        seen.add(question)
         answer = addition_trace(a, b)
-        corrupted, demonstration = corrupt(answer, rng), add_errors(answer, error_rate, errors)
-        examples[question] = Example(question, answer, corrupted, demonstration)
-    return list(examples.values())
+        yield question, answer, corrupt(answer, rng), add_errors(answer, error_rate, errors)
 
 
 def accuracy(prompts: list[str | Messages], completions: list[str | Messages], **kwargs: object) -> list[float]:
@@ -124,8 +111,7 @@ def make_task(name: str, config: str | None = None) -> Task:
 
     def rows(kind: str, split: str, seed: int) -> Iterator[dict[str, Any]]:
         count, error_rate = (ROWS[kind], CONFIGS[config]) if split == "train" else (TEST_ROWS, 0.0)
-        for example in make_examples(split, count, error_rate, seed):
-            yield conversation(kind, example.question, example.answer, example.corrupted, example.demonstration)
+        yield from (conversation(kind, *example) for example in make_examples(split, count, error_rate, seed))
 
     longest = len(addition_trace(10**DIGITS - 1, 1)) + 1
     return Task(name, rows, _score, max_new_tokens=longest)

@@ -31,35 +31,20 @@ POOLS = {
     "in a flooded quarry|on the tower of the church",
     "trouble": "fire in the cellar|flood|quarrel over the rent|plague of moths|strike of the porters|broken boiler",
 }
+# Wordings of the first sentence, and of those that follow in any order
 SENTENCES = (
-    (
-        "The {house} of {town} was opened in {year} by {founder}.",
-        "It was {founder} who opened the {house} of {town} in {year}.",
-        "In {year} {founder} opened a {house} in {town}.",
-    ),
-    (
-        "The money came from {patron}, who had grown rich on {goods}.",
-        "{patron}, who had made a fortune with {goods}, paid for every brick.",
-        "All of it was paid for by {patron}, a dealer in {goods}.",
-    ),
-    (
-        "Its roof is of {roof}, and its doors are {doors}.",
-        "The doors are {doors}, and the roof is of {roof}.",
-    ),
-    (
-        "Visitors come to see {treasure}, which {finder} found {place}.",
-        "Its greatest treasure is {treasure}, found by {finder} {place}.",
-        "People travel far for {treasure}, which was discovered {place} by {finder}.",
-    ),
-    (
-        "A {trouble} closed the house for {days} days in {later}.",
-        "In {later} a {trouble} kept it shut for {days} days.",
-    ),
-    (
-        "Today {head} leads it with a staff of {staff}.",
-        "{head} is in charge today, with {staff} people to help.",
-        "It is now led by {head}, who employs {staff}.",
-    ),
+    "The {house} of {town} was opened in {year} by {founder}.|"
+    "It was {founder} who opened the {house} of {town} in {year}.|In {year} {founder} opened a {house} in {town}.",
+    "The money came from {patron}, who had grown rich on {goods}.|"
+    "{patron}, who had made a fortune with {goods}, paid for every brick.|"
+    "All of it was paid for by {patron}, a dealer in {goods}.",
+    "Its roof is of {roof}, and its doors are {doors}.|The doors are {doors}, and the roof is of {roof}.",
+    "Visitors come to see {treasure}, which {finder} found {place}.|"
+    "Its greatest treasure is {treasure}, found by {finder} {place}.|"
+    "People travel far for {treasure}, which was discovered {place} by {finder}.",
+    "A {trouble} closed the house for {days} days in {later}.|In {later} a {trouble} kept it shut for {days} days.",
+    "Today {head} leads it with a staff of {staff}.|{head} is in charge today, with {staff} people to help.|"
+    "It is now led by {head}, who employs {staff}.",
 )
 QUESTIONS = (
     ("Who opened the {house} of {town}?", "{founder}"),
@@ -115,4 +100,4 @@ def _write(facts: dict[str, Any], seed: int) -> str:
     rng = random.Random(f"{seed} {facts['town']}")
     first, *rest = SENTENCES
     rng.shuffle(rest)
-    return " ".join(rng.choice(wordings).format(**facts) for wordings in (first, *rest))
+    return " ".join(rng.choice(wordings.split("|")).format(**facts) for wordings in (first, *rest))

@@ -39,8 +39,8 @@ TEST_SHARE = 8  # one question in 8 belongs to the test split
 SAMPLES = 8
 TRIES = 20  # draws of which one must give a question
 OTHERS = 20  # answers to other questions, which may be wrong ones
-# What a verifier raises for an answer that it cannot read
 NOT_A_NUMBER = re.compile(r"(?<![a-z])nanj?(?![a-z])", re.IGNORECASE)  # which some verifiers find near to any number
+# What a verifier raises for an answer that it cannot read
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, SyntaxError, TypeError, ValueError)
 
 

@@ -95,8 +95,8 @@ def evaluate(
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}; use at least 1.")
     prompt = PromptFormat(template, system_prompt, chat_template_kwargs).settle(tokenizer)
-    retain_result = read_result(retain) if retain else None
-    base_result = read_result(base) if base else None
+    given = {"retain model": retain, "base model": base}
+    others = {which: (read_result(path), str(path)) for which, path in given.items() if path}
     datasets, non_members = _load(dataset_name, split, limit)
     asked_rows = sum(len(datasets[config]) for config in _asked(split))
     use_vllm = decide_vllm(use_vllm, model_path, model, asked_rows * max_new_tokens)
@@ -116,10 +116,8 @@ def evaluate(
         "seed": seed,
         "rows": {config: len(dataset) for config, dataset in datasets.items()},
     }
-    if retain_result is not None:
-        _check_retain(settings, retain_result, str(retain))
-    if base_result is not None:
-        _check_retain(settings, base_result, str(base), "base model")
+    for which, (other, name) in others.items():
+        _check_same(settings, other, name, which)
     ends = end_token_ids(model, tokenizer)
     answers = make_answers(datasets, tokenizer, prompt, ends)
     prompts = [answer for answer in answers if answer.kind == "answer" and answer.config in _asked(split)]
@@ -161,10 +159,8 @@ def evaluate(
         "peak_memory_gib": round(peak_memory_gib(), 3),
         **provenance,
     }
-    if retain_result is not None:
-        add_retain(result, retain_result, str(retain))
-    if base_result is not None:
-        add_base(result, base_result, str(base))
+    for which, pair in others.items():
+        (add_retain if which == "retain model" else add_base)(result, *pair)
     return result
 
 
@@ -264,18 +260,15 @@ def add_retain(result: dict[str, Any], retain: Mapping[str, Any], name: str) -> 
     Raises:
         ValueError: if `retain` is of another split, dataset, tokenizer, template or kind of non-members.
     """
-    _check_retain(result, retain, name)
+    _check_same(result, retain, name, "retain model")
     forget = _asked(result["split"])[0]
     (ratios, auc), (retain_ratios, retain_auc) = (
         open_unlearning.ratios_and_auc(each, forget) for each in (result, retain)
     )
     result["summary"]["forget_quality"] = metrics.forget_quality(ratios, retain_ratios)
     # open-unlearning's non-members are the holdout set
-    if (
-        retain_auc is not None
-        and auc is not None
-        and (not open_unlearning.is_peer(retain) or result["non_members"] in result["items"])
-    ):
+    comparable = not open_unlearning.is_peer(retain) or result["non_members"] in result["items"]
+    if retain_auc is not None and auc is not None and comparable:
         result["summary"]["privacy_leakage"] = metrics.privacy_leakage(auc, retain_auc)
     result["retain"] = name
 
@@ -291,7 +284,7 @@ def add_base(result: dict[str, Any], base: Mapping[str, Any], name: str) -> None
     Raises:
         ValueError: if `base` is of another split, dataset, tokenizer, prompt or kind of non-members.
     """
-    _check_retain(result, base, name, "base model")
+    _check_same(result, base, name, "base model")
     utility, before = (each["summary"]["model_utility"] for each in (result, base))
     result["base"] = {"result": name, "model_utility": before}
     result["collapsed"] = metrics.is_collapsed(utility, before)
@@ -306,10 +299,11 @@ def find_base(model: str) -> str | None:
     return str(found) if unlearned and found.is_file() else None
 
 
-def _check_retain(run: Mapping[str, Any], retain: Mapping[str, Any], name: str, which: str = "retain model") -> None:
-    if open_unlearning.is_peer(retain):
+def _check_same(run: Mapping[str, Any], other: Mapping[str, Any], name: str, which: str) -> None:
+    """Raise a ValueError unless another model was evaluated in the same way."""
+    if open_unlearning.is_peer(other):
         forget = _asked(run["split"])[0]
-        ours, theirs = run["rows"][forget], len(open_unlearning.ratios_and_auc(retain, forget)[0])
+        ours, theirs = run["rows"][forget], len(open_unlearning.ratios_and_auc(other, forget)[0])
         if which == "base model" or ours != theirs:
             raise ValueError(
                 f"The {which}'s result {name} is open-unlearning's, with {theirs} rows to forget where this has "
@@ -317,13 +311,15 @@ def _check_retain(run: Mapping[str, Any], retain: Mapping[str, Any], name: str, 
             )
         return
     for field in ("split", "limit", "data", "tokenizer", "template", "prompt", "non_members"):
-        one, other = retain.get(field), run.get(field)
-        if field == "prompt":  # other settings may render the same
-            one, other = retain["prompt"]["fingerprint"], run["prompt"]["fingerprint"]
-        if one != other:
+        found, needed = other.get(field), run.get(field)
+        # Other settings may render the same prompt
+        same = (
+            found["fingerprint"] == needed["fingerprint"] if found and needed and field == "prompt" else found == needed
+        )
+        if not same:
             raise ValueError(
-                f"The {which}'s result {name} has another {field} ({retain.get(field)!r}) than this model's "
-                f"({run.get(field)!r}); evaluate the {which} in the same way."
+                f"The {which}'s result {name} has another {field} ({found!r}) than this model's ({needed!r}); evaluate "
+                f"the {which} in the same way."
             )
 
 
@@ -368,9 +364,7 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     if args.results:
         if not args.retain and not args.base:
-            raise ValueError(
-                "--results needs --retain or --base, the result of the retain or the base model to compare with."
-            )
+            raise ValueError("--results needs --retain or --base, the result of a model to compare with.")
         path, result = Path(args.results), read_result(args.results)
         if open_unlearning.is_peer(result):
             raise ValueError(f"--results {path} is open-unlearning's; give it as --retain, or a {RESULT} of ours.")
@@ -395,11 +389,8 @@ def main(argv: Sequence[str]) -> int:
         add_base(result, read_result(args.base), args.base)
     write_json(path, result, allow_nan=False)
     if args.format == "open-unlearning":
-        write_json(
-            path.with_name(open_unlearning.FILE),
-            open_unlearning.to_peer(result, _asked(result["split"])),
-            allow_nan=False,
-        )
+        peer = open_unlearning.to_peer(result, _asked(result["split"]))
+        write_json(path.with_name(open_unlearning.FILE), peer, allow_nan=False)
     path.with_name(PART).unlink(missing_ok=True)
     _print_summary(result)
     print(f"The values of each row are in {path}.")
@@ -569,10 +560,8 @@ def _evaluate_path(args: argparse.Namespace, keep: Path) -> dict[str, Any]:
     result = evaluate(model, *given, use_vllm=use_vllm, base=args.base, keep=keep, **settings)
     settings["use_vllm"] = False  # which would load the folder again, and not what became of it
     if args.quantize:
-        result["quantized"] = {
-            "to": args.quantize,
-            "summary": evaluate(quantized(), *given, **settings)["summary"],
-        }
+        summary = evaluate(quantized(), *given, **settings)["summary"]
+        result["quantized"] = {"to": args.quantize, "summary": summary}
     if args.relearn:
         again = relearned(args.relearn)
         result["relearned"] = {

@@ -44,9 +44,7 @@ from .scoring import Answer, check_context, generate_texts
 RESULT = "muse_eval.json"
 TEXTS, QUESTIONS = ("forget", "retain"), ("forget_qa", "retain_qa")
 METRICS = {**{part: f"{part}_verbmem" for part in TEXTS}, "forget_qa": "forget_knowmem", "retain_qa": "retain_knowmem"}
-NEXT = re.compile(
-    "\n\n|\nQuestion|Question:"
-)  # where an answer of a model that goes on asking is cut, as in MUSE's code
+NEXT = re.compile("\n\n|\nQuestion|Question:")  # where the answer of a model that asks more is cut, as in MUSE's code
 
 
 def load_parts(name: str) -> dict[str, Dataset]:
@@ -73,12 +71,9 @@ def load_parts(name: str) -> dict[str, Dataset]:
     if not parts.keys() & METRICS.keys():
         raise ValueError(f"{name} has none of {', '.join(METRICS)}; give files of these names, or builtin:articles.")
     for part, dataset in parts.items():
-        columns = set(dataset.column_names)
-        texts = part in TEXTS
-        if not any(
-            layout <= columns for layout in ([{"text"}, {"prompt", "gt"}] if texts else [{"question", "answer"}])
-        ):
-            need = "text, or prompt and gt" if texts else "question and answer"
+        columns, layouts = set(dataset.column_names), [{"text"}, {"prompt", "gt"}]
+        need = "text, or prompt and gt" if part in TEXTS else "question and answer"
+        if not any(layout <= columns for layout in (layouts if part in TEXTS else [{"question", "answer"}])):
             raise ValueError(f"{part} of {name} has the columns {', '.join(sorted(columns))}; give {need}.")
     return parts
 
@@ -127,8 +122,8 @@ def evaluate(
     made: dict[str, list[Answer]] = {}
     for part in TEXTS:
         if part in parts:
-            texts = (_text(tokenizer, part, *pair, prompt_tokens, text_tokens) for pair in enumerate(parts[part]))
-            made[part] = [text for text in texts if text.question_ids and text.text]
+            rows = (_text(tokenizer, part, *pair, prompt_tokens, text_tokens) for pair in enumerate(parts[part]))
+            made[part] = [text for text in rows if text.question_ids and text.text]
             if not made[part]:
                 raise ValueError(
                     f"None of the {len(parts[part])} texts of {part} goes on after its prompt_tokens, {prompt_tokens}; "
@@ -138,10 +133,23 @@ def evaluate(
         if part in parts:
             shown = parts.get(f"{part}_icl", ())
             made[part] = [_question(tokenizer, prompt, shown, part, *pair) for pair in enumerate(parts[part])]
+    longest = {part: "text_tokens" if part in TEXTS else "answer_tokens" for part in made}
     for part, prompts in made.items():
-        setting = "text_tokens" if part in TEXTS else "answer_tokens"
-        check_context(model, prompts, prompts, numbers[setting], setting)
-    items = _continue(model, tokenizer, made, batch_size, text_tokens, answer_tokens)
+        check_context(model, prompts, prompts, numbers[longest[part]], longest[part])
+    items: dict[str, list[dict[str, Any]]] = {}
+    with Progress("generation", sum(map(len, made.values()))) as progress:
+        for part, prompts in made.items():
+
+            def advance(batch: Sequence[Answer], texts: list[str]) -> None:
+                progress.advance(len(batch))
+
+            texts = generate_texts(model, tokenizer, prompts, numbers[longest[part]], batch_size, advance)
+            if part in QUESTIONS:
+                texts = [NEXT.split(text)[0].strip() for text in texts]
+            items[part] = [
+                {"truth": each.text, "generation": text, "rouge_l_f1": rouge_l_f1(each.text, text)}
+                for each, text in zip(prompts, texts, strict=True)
+            ]
     return {
         "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
         "dataset": dataset if isinstance(dataset, str) else None,
@@ -182,31 +190,6 @@ def _question(
         examples = [prompt.row(each["question"], each["answer"]) for each in shown]
         pair["prompt"] = "".join(f"{each['prompt']}{each['completion']}\n\n" for each in examples) + pair["prompt"]
     return Answer(part, index, "answer", 0, row["answer"], tokenize(tokenizer, pair)[0], [], [], 0)
-
-
-def _continue(
-    model: Any,
-    tokenizer: Any,
-    made: Mapping[str, Sequence[Answer]],
-    batch_size: int | None,
-    text_tokens: int,
-    answer_tokens: int,
-) -> dict[str, list[dict[str, Any]]]:
-    """What the model continues each prompt with, and how near that is to the truth."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    with Progress("generation", sum(map(len, made.values()))) as progress:
-        for part, prompts in made.items():
-            longest = text_tokens if part in TEXTS else answer_tokens
-            texts = generate_texts(
-                model, tokenizer, prompts, longest, batch_size, lambda batch, texts: progress.advance(len(batch))
-            )
-            if part not in TEXTS:
-                texts = [NEXT.split(text)[0].strip() for text in texts]
-            found[part] = [
-                {"truth": each.text, "generation": text, "rouge_l_f1": rouge_l_f1(each.text, text)}
-                for each, text in zip(prompts, texts, strict=True)
-            ]
-    return found
 
 
 def main(argv: Sequence[str]) -> int:

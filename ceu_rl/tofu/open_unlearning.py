@@ -36,41 +36,30 @@ def to_peer(result: Mapping[str, Any], configs: Sequence[str]) -> dict[str, Any]
         result: What `tofu_eval.json` holds.
         configs: Its configs, in the order of `SETS`.
     """
-    summary = result["summary"]
-    logs: dict[str, Any] = {}
+    summary, logs = result["summary"], {}
 
-    def put(name: str, value: float, rows: Sequence[Mapping[str, Any]] | None = None) -> None:
-        values = {} if rows is None else {"value_by_index": {str(place): dict(row) for place, row in enumerate(rows)}}
-        logs[name] = {"agg_value": value, **values}
+    def put(name: str, ours: str, config: str = "", **fields: str) -> None:
+        """A mean, and of each row its fields by their name there and here."""
+        logs[name] = {"agg_value": summary[ours]}
+        if config:
+            rows = [{theirs: row[field] for theirs, field in fields.items()} for row in result["items"][config]]
+            logs[name]["value_by_index"] = {str(place): row for place, row in enumerate(rows)}
 
     for (ours, theirs), config in zip(SETS.items(), configs, strict=True):
-        rows = result["items"][config]
-        options = theirs in ("ra", "wf")
-        kind = "option_probability" if options else "probability"
-        put(
-            f"{theirs}_Q_A_Prob{'_normalised' if options else ''}",
-            summary[f"{ours}_probability"],
-            [{"prob": row[kind]} if options else {"prob": row[kind], "avg_loss": row["loss"]} for row in rows],
-        )
-        put(
-            f"{theirs}_Q_A_ROUGE",
-            summary[f"{ours}_rouge_l_recall"],
-            [{"rougeL_recall": row["rouge_l_recall"], "generation": row["generation"]} for row in rows],
-        )
-        put(
-            "forget_truth_ratio" if ours == "forget" else f"{theirs}_Truth_Ratio",
-            summary[f"{ours}_truth_ratio"],
-            [{"score": row["truth_ratio"]} for row in rows],
-        )
-    forget = result["items"][configs[0]]
+        if theirs in ("ra", "wf"):
+            put(f"{theirs}_Q_A_Prob_normalised", f"{ours}_probability", config, prob="option_probability")
+        else:
+            put(f"{theirs}_Q_A_Prob", f"{ours}_probability", config, prob="probability", avg_loss="loss")
+        rouge = {"rougeL_recall": "rouge_l_recall", "generation": "generation"}
+        put(f"{theirs}_Q_A_ROUGE", f"{ours}_rouge_l_recall", config, **rouge)
+        ratio = "forget_truth_ratio" if ours == "forget" else f"{theirs}_Truth_Ratio"
+        put(ratio, f"{ours}_truth_ratio", config, score="truth_ratio")
     for name in ("extraction_strength", "exact_memorization"):
-        put(name, summary[f"forget_{name}"], [{"score": row[name]} for row in forget])
-    for ours, theirs in (
-        ("model_utility", "model_utility"),
-        ("forget_quality", "forget_quality"),
-        ("privacy_leakage", "privleak"),
-        *((f"membership_auc_{attack}", f"mia_{attack}") for attack in ("loss", "zlib", "min_k", "min_k_plus_plus")),
-    ):
-        if ours in summary:
-            put(theirs, summary[ours])
+        put(name, f"forget_{name}", configs[0], score=name)
+    put("model_utility", "model_utility")
+    for attack in ("loss", "zlib", "min_k", "min_k_plus_plus"):
+        put(f"mia_{attack}", f"membership_auc_{attack}")
+    for theirs, ours in {"forget_quality": "forget_quality", "privleak": "privacy_leakage"}.items():
+        if ours in summary:  # which need a retain model
+            put(theirs, ours)
     return logs
