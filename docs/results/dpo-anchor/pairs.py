@@ -3,8 +3,8 @@
     python docs/results/dpo-anchor/pairs.py ROWS.jsonl FOLDER --by COLUMN [--every 5]
 
 ROWS has `prompt`, `chosen` and `rejected` as messages, and an integer COLUMN: rows whose value is a multiple of 5 are
-for tests (of 3 for the solutions to problems, which are fewer), of which 200 are drawn. Pairs whose prompt and longer answer have more than 208 tokens in SmolLM2's template,
-and pairs of two equal answers, are left out.
+for tests (of 3 for the solutions to problems, which are fewer), of which 200 are drawn. Pairs whose prompt and longer
+answer have more than 208 tokens in SmolLM2's template, and pairs of two equal answers, are left out.
 """
 
 import argparse
