@@ -2,17 +2,19 @@
 
 import functools
 import inspect
-import textwrap
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 
+<<<<<<< HEAD
 from .data.rows import COMPLETIONS, FirstRow, check_dataset, check_layout
+=======
+from .data.rows import FirstRow, Rows, check_dataset, check_layout, leave_ties_out, name_rows
+>>>>>>> d06d706 (The DPO and GRPO trainers hold their diff; rows are judged and named in one room)
 from .route import CITATION, DescentConfig, DescentTrainer, Scored
 from .run.checkpoints import WholeCheckpoints
 from .run.checks import (
@@ -24,7 +26,6 @@ from .run.checks import (
     check_shared_cache,
 )
 from .run.engines import Float32Outputs
-from .run.errors import note
 
 # What is kept of a held-out pair: sums of log-probabilities in nats, of the policy and of the reference, and tokens
 PAIR = ("chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_tokens", "rejected_tokens")
@@ -164,101 +165,25 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32Ou
         anchor = anchor.masked_scatter(mask, tokens[_first(mask.sum(dim=1), tokens.size(1))])
         return {**inputs, **{column: inputs[column][:, 0] for column in columns}}, anchor
 
-    def _prepare_dataset(
-        self, dataset: Dataset | IterableDataset, processing_class: Any, args: DPOConfig, dataset_name: str
-    ) -> Dataset | IterableDataset:
+    def _prepare_dataset(self, dataset: Rows, processing_class: Any, args: Any, dataset_name: str) -> Rows:
         dataset = check_layout(dataset, dataset_name, "preference", args.dataset_num_proc)
         with FirstRow(dataset_name):
             prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if isinstance(prepared, IterableDataset):
-            leaves_out = self._leaves_ties_out(args, dataset_name)
-            return prepared.filter(lambda row: not _is_tie(row, args)) if leaves_out else prepared
-        return self._without_ties(prepared, args, dataset_name, rows=len(dataset))
-
-    @staticmethod
-    def _leaves_ties_out(args: Any, name: str) -> bool:
         # On equal answers stock's two gradients cancel; weighed on one side they would train on the answer. Nothing is
         # trained in an evaluation, whose scores are to be those of the same rows as stock's
-        return name == "train" and args.ceu_coef > 0
+        leaves_out = dataset_name == "train" and args.ceu_coef > 0
+        return leave_ties_out(prepared, dataset, dataset_name, args, leaves_out)
 
-    def _without_ties(self, prepared: Dataset, args: DPOConfig, name: str, rows: int) -> Dataset:
-        """Leave out the pairs whose answers are the same, and say what became of the rows."""
-        if len(prepared) == 0:
-            raise ValueError(
-                f"Every prompt of the {name} dataset has max_length ({args.max_length}) tokens or more, which "
-                "leaves no completion to learn from; raise max_length."
-            )
-        if "chosen_ids" not in prepared.column_names:  # of images, which are tokenized with their batch
-            return prepared
-        columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
-        found = prepared.select_columns(columns).map(
-            lambda row: {"tie": _is_tie(row, args), "cut": sum(_kept(row, c, args) != row[c] for c in columns[1:])},
-            remove_columns=columns,
-            num_proc=args.dataset_num_proc,
-            desc=f"Comparing answers of the {name} dataset",
-        )
-        ties, leaves_out = sum(found["tie"]), self._leaves_ties_out(args, name)
-        note(
-            f"The {name} dataset has {rows} rows: {rows - len(prepared)} dropped, whose prompt fills max_length "
-            f"({args.max_length}); {sum(found['cut'])} answers cut there; {ties} pairs "
-            f"{'left out' if leaves_out else 'without effect'}, whose two answers are the same."
-        )
-        if not ties or not leaves_out:
-            return prepared
-        if ties == len(prepared):
-            raise ValueError(
-                f"In each of the {ties} pairs of the {name} dataset the two answers are the same, with what max_length "
-                f"({args.max_length}) leaves of them; give answers that differ, or raise max_length."
-            )
-        return prepared.select([number for number, tie in enumerate(found["tie"]) if not tie])
-
-    def describe_rows(self, inputs: Mapping[str, Any]) -> list[str]:
+    def describe_rows(self, inputs: Any) -> list[str]:
         chosen, mask = inputs["input_ids"].chunk(2)[0], inputs["attention_mask"].chunk(2)[0]
         batch = [tuple(ids[kept.bool()].tolist()) for ids, kept in zip(chosen, mask, strict=True)]
-        numbers = {}
-        if isinstance(self.train_dataset, Dataset) and "prompt_ids" in self.train_dataset.column_names:
-            for number, row in enumerate(self.train_dataset.select_columns(["prompt_ids", "chosen_ids"])):
-                ids = tuple((row["prompt_ids"] + row["chosen_ids"])[: self.args.max_length])
-                if ids in batch:
-                    numbers[ids] = number
-        texts = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in batch]
-        return [
-            f"row {numbers.get(ids, 'unknown')} ({textwrap.shorten(text, 60)!r})"
-            for ids, text in zip(batch, texts, strict=True)
-        ]
+        texts = {ids: self._tokenizer.decode(ids, skip_special_tokens=True) for ids in batch}
+        columns, longest = ["prompt_ids", "chosen_ids"], self.args.max_length
+        known = isinstance(self.train_dataset, Dataset) and columns[0] in self.train_dataset.column_names
+        rows = self.train_dataset.select_columns(columns) if known else []
+        return name_rows(texts, (tuple((row[columns[0]] + row[columns[1]])[:longest]) for row in rows))
 
 
 def _first(counts: torch.Tensor, width: int) -> torch.Tensor:
     """A mask (B, width) of the first tokens of each row."""
     return torch.arange(width, device=counts.device) < counts[:, None]
-
-
-def mean_response_tokens(dataset: Any, args: DPOConfig) -> dict[str, float]:
-    """Mean number of tokens of a chosen and of a rejected response that the loss counts, after truncation.
-
-    Empty for a dataset that was not tokenized beforehand (a stream, images).
-    """
-    columns = dict(zip(COMPLETIONS["preference"], ("chosen_ids", "rejected_ids"), strict=True))
-    if not isinstance(dataset, Dataset) or not {"prompt_ids", *columns.values()} <= set(dataset.column_names):
-        return {}
-    rows = dataset.select_columns(["prompt_ids", *columns.values()])
-    return {name: sum(_scored(row, ids, args) for row in rows) / len(rows) for name, ids in columns.items()}
-
-
-def _kept(row: Mapping[str, Any], column: str, args: DPOConfig) -> list[int]:
-    """What TRL's collator leaves of a response."""
-    if args.max_length is None:
-        return row[column]
-    if args.truncation_mode == "keep_end":
-        return row[column][-args.max_length :]
-    return row[column][: max(args.max_length - len(row["prompt_ids"]), 0)]
-
-
-def _scored(row: Mapping[str, Any], column: str, args: DPOConfig) -> int:
-    """Its tokens in the loss: the first of a sequence is predicted from nothing, and not scored."""
-    kept = len(_kept(row, column, args))
-    return max(kept - (not row["prompt_ids"] or kept == args.max_length), 0)
-
-
-def _is_tie(row: Mapping[str, Any], args: DPOConfig) -> bool:
-    return _kept(row, "chosen_ids", args) == _kept(row, "rejected_ids", args)

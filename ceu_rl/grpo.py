@@ -3,7 +3,6 @@
 import functools
 import inspect
 import math
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,11 @@ from torch.nn import Module
 from transformers import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 
+<<<<<<< HEAD
 from .data.rows import check_layout
+=======
+from .data.rows import check_layout, name_rows
+>>>>>>> d06d706 (The DPO and GRPO trainers hold their diff; rows are judged and named in one room)
 from .losses import anchor_log_ratio
 from .rollouts import ReloadingVLLMGeneration, check_rewards, check_vllm, drift_by_sign, name_vllm_settings
 from .route import ANCHORED, CITATION, DescentConfig, DescentTrainer, Scored, Weight, descent_rule
@@ -282,12 +285,9 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
 
     def describe_rows(self, inputs: Any) -> list[str]:
         # TRL hands each step the rows of a whole generation, each row once for every completion
-        prompts: dict[str, int | None] = {str(row.get("prompt", row)): None for row in inputs}
-        if isinstance(self.train_dataset, Dataset) and "prompt" in self.train_dataset.column_names:
-            for number, prompt in enumerate(self.train_dataset["prompt"]):
-                if str(prompt) in prompts:
-                    prompts[str(prompt)] = number
-        return [f"row {number} ({textwrap.shorten(prompt, 60)!r})" for prompt, number in prompts.items()]
+        texts = {text: text for row in inputs if (text := str(row.get("prompt", row)))}
+        known = isinstance(self.train_dataset, Dataset) and "prompt" in self.train_dataset.column_names
+        return name_rows(texts, map(str, self.train_dataset["prompt"] if known else []))
 
 
 def _check_generation(config: GRPOConfig) -> None:

@@ -19,7 +19,8 @@ from trl import DPOConfig, DPOTrainer, KTOConfig
 from trl.trainer.dpo_trainer import use_adapter
 
 from ceu_rl import CEUDPOConfig, CEUDPOTrainer
-from ceu_rl.dpo import CHOICES, mean_response_tokens
+from ceu_rl.data.rows import mean_response_tokens
+from ceu_rl.dpo import CHOICES
 
 from .reference import assert_gradients_follow, distance, keep_log_probs, routed_gradients
 
@@ -610,7 +611,7 @@ def test_response_tokens_are_those_that_the_loss_counts(make_trainer, mode, prom
     batch = trainer.data_collator(list(trainer.train_dataset))
     counted = batch["completion_mask"][:, 1:].sum(dim=1).chunk(2)  # of the shifted labels
     means = {name: part.float().mean().item() for name, part in zip(("chosen", "rejected"), counted, strict=True)}
-    assert mean_response_tokens(trainer.train_dataset, trainer.args) == pytest.approx(means)
+    assert mean_response_tokens(trainer.train_dataset, 16, mode) == pytest.approx(means)
 
 
 def test_the_prompt_beside_whole_conversations_is_no_part_of_the_answer(make_trainer):

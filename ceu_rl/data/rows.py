@@ -202,6 +202,48 @@ def find_ties(
     return found["tie"][:], found["cut"][:]
 
 
+def leave_ties_out(prepared: Any, dataset: Any, name: str, args: Any, leaves_out: bool) -> Any:
+    """Leave the pairs out whose answers are the same after truncation, and say what became of the rows.
+
+    Args:
+        prepared: What TRL tokenized of the dataset.
+        dataset: The dataset.
+        name: What it is called in messages, such as train.
+        args: `max_length`, `truncation_mode` and `dataset_num_proc`.
+        leaves_out: False counts them alone.
+
+    Raises:
+        ValueError: if no pair is left.
+    """
+    cut = args.max_length, args.truncation_mode
+    if isinstance(prepared, IterableDataset):
+        columns = ("chosen_ids", "rejected_ids")
+        same = lambda row: _kept(row, columns[0], *cut) == _kept(row, columns[1], *cut)  # noqa: E731
+        return prepared.filter(lambda row: not same(row)) if leaves_out else prepared
+    if len(prepared) == 0:
+        raise ValueError(
+            f"Every prompt of the {name} dataset has max_length ({args.max_length}) tokens or more, which leaves no "
+            "completion to learn from; raise max_length."
+        )
+    if "chosen_ids" not in prepared.column_names:  # of images, which are tokenized with their batch
+        return prepared
+    tied, cuts = find_ties(prepared, *cut, args.dataset_num_proc)
+    ties, rows = sum(tied), len(dataset)
+    note(
+        f"The {name} dataset has {rows} rows: {rows - len(prepared)} dropped, whose prompt fills max_length "
+        f"({args.max_length}); {sum(cuts)} answers cut there; {ties} pairs "
+        f"{'left out' if leaves_out else 'without effect'}, whose two answers are the same."
+    )
+    if not ties or not leaves_out:
+        return prepared
+    if ties == len(prepared):
+        raise ValueError(
+            f"In each of the {ties} pairs of the {name} dataset the two answers are the same, with what max_length "
+            f"({args.max_length}) leaves of them; give answers that differ, or raise max_length."
+        )
+    return prepared.select([number for number, tie in enumerate(tied) if not tie])
+
+
 def mean_response_tokens(dataset: Any, max_length: int | None, truncation_mode: str = "keep_start") -> dict[str, float]:
     """Mean number of tokens of a chosen and of a rejected response that the loss counts, after truncation.
 

@@ -196,9 +196,9 @@ def _eval_tokens(method: str, trainer: Any) -> dict[str, dict[str, float]]:
     """What turns the log-probabilities of held-out responses into nats per token."""
     if method != "dpo":
         return {}
-    from ..dpo import mean_response_tokens
+    from ..data.rows import mean_response_tokens
 
-    tokens = mean_response_tokens(trainer.eval_dataset, trainer.args)
+    tokens = mean_response_tokens(trainer.eval_dataset, trainer.args.max_length, trainer.args.truncation_mode)
     return {"eval_tokens": tokens} if tokens else {}
 
 
