@@ -10,11 +10,7 @@ from datasets import Dataset
 from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 
-<<<<<<< HEAD
-from .data.rows import COMPLETIONS, FirstRow, check_dataset, check_layout
-=======
 from .data.rows import FirstRow, Rows, check_dataset, check_layout, leave_ties_out, name_rows
->>>>>>> d06d706 (The DPO and GRPO trainers hold their diff; rows are judged and named in one room)
 from .route import CITATION, DescentConfig, DescentTrainer, Scored
 from .run.checkpoints import WholeCheckpoints
 from .run.checks import (

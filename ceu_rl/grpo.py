@@ -14,11 +14,7 @@ from torch.nn import Module
 from transformers import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 
-<<<<<<< HEAD
-from .data.rows import check_layout
-=======
 from .data.rows import check_layout, name_rows
->>>>>>> d06d706 (The DPO and GRPO trainers hold their diff; rows are judged and named in one room)
 from .losses import anchor_log_ratio
 from .rollouts import ReloadingVLLMGeneration, check_rewards, check_vllm, drift_by_sign, name_vllm_settings
 from .route import ANCHORED, CITATION, DescentConfig, DescentTrainer, Scored, Weight, descent_rule
