@@ -216,8 +216,8 @@ OTHERS = [
     ({"beta": 0.2, "seed": 1}, "seed was 42 and is 1; beta was 0.1 and is 0.2"),
     ({"use_peft": True}, "use_peft was False and is True"),
     ({"per_device_train_batch_size": 4}, "gradient_accumulation_steps x processes was 2 and is 4"),
-    ({"dataset_name": "{tmp}/others.jsonl"}, "the train rows was"),
-    ({"dataset_test_split": "0.5"}, "the train rows was"),
+    ({"dataset_name": "{tmp}/others.jsonl"}, "others.jsonl;"),
+    ({"dataset_test_split": "0.5"}, "dataset_test_split was test and is 0.5"),
     ({"max_length": 63}, "max_length was 64 and is 63"),
     ({"model_init_kwargs": {"attn_implementation": "eager"}}, "model_init_kwargs was None and is"),
 ]
@@ -235,6 +235,9 @@ def test_a_run_of_other_settings_or_rows_is_not_resumed(recipe, preferences, tmp
         changed = json.loads(json.dumps(changed).replace("{tmp}", str(tmp_path)))
         assert main(["dpo", "--config", recipe(**{**SAVED, **changed}), "--resume_from_checkpoint"]) == 2
         assert named in capsys.readouterr().err
+    preferences.select(range(1, 17)).to_json(tmp_path / "rows.jsonl")  # the same name, other rows
+    assert main(["dpo", "--config", recipe(**SAVED), "--resume_from_checkpoint"]) == 2
+    assert "the rows of dataset_name was" in capsys.readouterr().err
     assert digest(tmp_path / "out") == before
 
 

@@ -46,9 +46,8 @@ _FREE = re.compile(
     r"dataloader_(?!drop_last)\w+|(log|logging|save|eval|hub|ddp|fsdp|trackio|vllm_server)_\w+|deepspeed|"
     r"vllm_(gpu_memory_utilization|tensor_parallel_size)"
 )
-_NAMES = re.compile(  # of the data and of the length, which the rows and the steps say better
-    r"forget|retain|datasets|dataset_(name|config|train_split|test_split|num_proc)|max_steps|num_train_epochs"
-)
+_DATA = re.compile(r"forget|retain|datasets|dataset_(name|config|train_split|test_split|num_proc)")
+_LENGTH = ("max_steps", "num_train_epochs")
 _ASKED = ("initial_lr", "weight_decay", "betas", "eps")  # of an optimizer's groups, what a run asks for
 
 
@@ -105,18 +104,20 @@ def fingerprint(dataset: Any) -> str:
 def differences(then: Mapping[str, Any], now: Mapping[str, Any], by_name: bool = False) -> dict[str, tuple[Any, Any]]:
     """What differs between two runs as `run.json` has them, by its name: as it was, and as it is now.
 
-    Data are judged by their rows and the length of the run by its steps, or both by what names them.
+    Data are judged by their rows and the length of a run by its steps, or both by what names them.
     """
-    old, new = (_judged(run, by_name) for run in (then, now))
-    return {name: (old[name], new[name]) for name in old if name in new and old[name] != new[name]}
-
-
-def _judged(run: Mapping[str, Any], by_name: bool) -> dict[str, Any]:
-    judged = {name: value for name, value in run["settings"].items() if by_name or not _NAMES.fullmatch(name)}
-    if isinstance(model := judged.get("model_name_or_path"), str):
-        judged["model_name_or_path"] = os.path.realpath(model)
-    batch = {_BATCH: run["batch"]} if "batch" in run else {}
-    return judged | batch | {f"the {name} rows": mark for name, mark in run.get("rows", {}).items()}
+    old, new = ({**run["settings"], _BATCH: run.get("batch", now["batch"])} for run in (then, now))
+    for settings in (old, new):
+        settings["model_name_or_path"] = os.path.realpath(settings["model_name_or_path"])
+    found = {name: (old[name], new[name]) for name in old if name in new and old[name] != new[name]}
+    data = {name: found.pop(name) for name in list(found) if _DATA.fullmatch(name)}
+    if not by_name:
+        found = {name: values for name, values in found.items() if name not in _LENGTH}
+        if "rows" not in then or then["rows"] == now.get("rows", then["rows"]):
+            data = {}
+        elif not data:
+            data = {"the rows of dataset_name": (then["rows"], now["rows"])}
+    return found | data
 
 
 def moving(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -258,7 +258,7 @@ class _Fields:
         close = difflib.get_close_matches(name, self.hints, n=1)
         if not close and not word.startswith("-") and " " in word:
             return f"{word!r} is no option; write --field value."
-        hint = f"did you mean {close[0]}?" if close else f"{self.parser.prog} --help lists what there is."
+        hint = f"did you mean {close[0]}?" if close else f"{self.parser.prog} --help-all lists what there is."
         return f"There is no field {word!r}; {hint}"
 
     def _typed(self, name: str, value: Any, where: str) -> Any:

@@ -12,7 +12,6 @@ import os
 import shlex
 import signal
 import sys
-import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -353,7 +352,8 @@ def _check_is_the_run(checkpoint: str | None, record: Mapping[str, Any], args: A
 
 
 def _short(value: Any) -> str:
-    return textwrap.shorten(str(value), 60)
+    text = str(value)
+    return text if len(text) <= 60 else f"...{text[-57:]}"
 
 
 class _Course(TrainerCallback):
