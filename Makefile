@@ -20,23 +20,23 @@ install: .venv/installed
 BASE := runs/addition/base
 
 $(BASE)/result.json: | install
-	@echo "A tiny model on additions, on two cores: a base, then stock, CE-U and published CE-U, 7 minutes in all; runs/demo/report.html is drawn as they end."
+	@echo "A tiny model on additions, on two cores: a base, then stock, [sigmoid, sft] and the default, 7 minutes in all; runs/demo/report.html is drawn as they end."
 	$(BIN)/ceu-rl sft --config recipes/dpo/addition/base.yaml --output_dir $(BASE)
 
 demo: install $(BASE)/result.json
-	$(BIN)/ceu-rl compare recipes/dpo/addition/stock.yaml recipes/dpo/addition/ceu-1.yaml \
-		recipes/dpo/addition/ceu-published.yaml --output_dir runs/demo
+	$(BIN)/ceu-rl compare recipes/dpo/addition/stock.yaml recipes/dpo/addition/stock-sft.yaml \
+		recipes/dpo/addition/ceu-0.5.yaml --output_dir runs/demo
 
 # A real model: it is converted once, then a base and two runs of 60 steps
 SMOLLM2 := runs/smollm2-chain-sum/base
 
 $(SMOLLM2)/result.json: | install
-	@echo "SmolLM2-135M on sums, on two cores: a base, then stock and CE-U, 15 minutes in all; runs/demo-smollm2/report.html is drawn as they end."
+	@echo "SmolLM2-135M on sums, on two cores: a base, then stock, [sigmoid, sft] and the default, 20 minutes in all; runs/demo-smollm2/report.html is drawn as they end."
 	$(BIN)/ceu-rl sft --config recipes/dpo/smollm2-chain-sum/base.yaml --output_dir $(SMOLLM2)
 
 demo-smollm2: install $(SMOLLM2)/result.json
-	$(BIN)/ceu-rl compare recipes/dpo/smollm2-chain-sum/stock.yaml recipes/dpo/smollm2-chain-sum/ceu-0.5.yaml \
-		--output_dir runs/demo-smollm2
+	$(BIN)/ceu-rl compare recipes/dpo/smollm2-chain-sum/stock.yaml recipes/dpo/smollm2-chain-sum/stock-sft.yaml \
+		recipes/dpo/smollm2-chain-sum/ceu-0.5.yaml --output_dir runs/demo-smollm2
 
 test: install
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal

@@ -435,3 +435,12 @@ def test_the_tofu_study_stands_on_these_models(path):
     tofu = json.loads(path.read_text())["tofu"]
     for place, model in (("base", "full"), ("retain", "retain" if "smollm2" in path.stem else "retain90")):
         assert tofu[place]["model_utility"] == pytest.approx(models[model]["model_utility"], rel=1e-5)
+
+
+def test_each_number_of_the_readme_table_stands_in_the_page_that_its_row_links():
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| [")]
+    assert len(rows) == 5
+    for row in rows:
+        page = (ROOT / re.search(r"\]\(([^)#]+)", row)[1]).read_text()
+        numbers = re.findall(r"(?<![\w.-])\d\.\d{3}(?!\d)", row)
+        assert numbers and all(number in page for number in numbers), row
