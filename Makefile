@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install demo demo-smollm2 test lint results docs
+.PHONY: install demo demo-smollm2 test gpu-check lint results docs
 
 install: .venv/installed
 
@@ -40,6 +40,10 @@ demo-smollm2: install $(SMOLLM2)/result.json
 
 test: install
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
+
+# What to know on a CUDA device, in ten minutes, into one JSON; on a CPU what can run there
+gpu-check:
+	$(BIN)/python -m tests.gpu_check gpu-check.json
 
 # The fast tests with the oldest and the newest set of what pyproject.toml allows, without vLLM, in empty environments
 matrix:

@@ -11,15 +11,13 @@ mean of that, and so is log c. Nothing else is lost as p_y -> 0 or p_y -> 1, bec
 formed. Needs a CUDA device, or `TRITON_INTERPRET=1` when this module is imported.
 """
 
-from typing import Any
-
 import torch
 import triton
 from triton import language as tl
 
 
 @triton.jit
-def _capped(z: Any, logit_scale: Any, softcap: Any, has_cap: tl.constexpr) -> Any:
+def _capped(z, logit_scale, softcap, has_cap: tl.constexpr):  # type: ignore[no-untyped-def]
     """The logit of a projection, and its slope."""
     z *= logit_scale
     if has_cap:
@@ -30,7 +28,7 @@ def _capped(z: Any, logit_scale: Any, softcap: Any, has_cap: tl.constexpr) -> An
         return z, 1.0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["unlearned"])
 def _softmax_of_others(  # type: ignore[no-untyped-def]
     logits,
     hidden,
@@ -70,8 +68,10 @@ def _softmax_of_others(  # type: ignore[no-untyped-def]
 
     largest, total, shift = -3e38, 0.0, 0.0  # not -inf, whose difference from itself is NaN
     for start in range(0, vocabulary, block):
+        # A mask that many neighbours share, rows being padded: they are loaded at once
+        z = tl.load(logits + row * logits_stride + start + places, mask=start + places < logits_stride, other=0.0)
+        z = z.to(tl.float32)
         inside = (start + places < vocabulary) & (start + places != label)
-        z = tl.load(logits + row * logits_stride + start + places, mask=inside, other=0.0).to(tl.float32)
         if has_bias:
             z += tl.load(bias + start + places, mask=inside, other=0.0).to(tl.float32)
         z, _ = _capped(z, logit_scale, softcap, has_cap)
@@ -93,10 +93,10 @@ def _softmax_of_others(  # type: ignore[no-untyped-def]
         last = (vocabulary - 1) // block * block
         for back in range(0, vocabulary, block):
             start = last - back  # from the end: what was read last is still in the cache
-            inside = start + places < vocabulary
+            inside = start + places < logits_stride
             z = tl.load(logits + row * logits_stride + start + places, mask=inside, other=0.0).to(tl.float32)
             if has_bias:
-                z += tl.load(bias + start + places, mask=inside, other=0.0).to(tl.float32)
+                z += tl.load(bias + start + places, mask=start + places < vocabulary, other=0.0).to(tl.float32)
             z, slope = _capped(z, logit_scale, softcap, has_cap)
             others = start + places != label
             q = tl.where(others, tl.exp(tl.where(others, z - log_normalizer, 0.0)) * slope, -own_slope)

@@ -32,6 +32,36 @@ def test_in_the_interpreter():
     assert result.returncode == 0 and " passed, 1 skipped" in result.stdout, result.stdout[-3000:]
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("options", [True, False])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_kernels_compile_for_a_gpu(capability, dtype, options):
+    """Down to its machine code, which needs no device."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ceu_rl import fused_kernels
+
+    if fused_kernels.INTERPRETED:
+        pytest.skip("runs in the interpreter")
+    given = {name: "i32" for name in ("unlearned", "vocabulary", "width")}
+    given |= {f"{name}_stride": "i32" for name in ("logits", "hidden", "weight")}
+    given |= {"logit_scale": "fp32", "softcap": "fp32", "labels": "*i64"}
+    given |= {name: "*fp32" for name in ("log_odds", "entropy", "scale")}
+    given |= {name: f"*{dtype}" for name in ("logits", "hidden", "weight", "bias")}
+    flags = {"has_bias": options, "has_cap": options, "with_gradient": True, "block": 4096}
+    source = fused_kernels._softmax_of_others
+    signature = {name: given.get(name, "constexpr") for name in source.arg_names}
+    built = triton.compile(
+        ASTSource(source, signature, constexprs=flags), GPUTarget("cuda", capability, 32), {"num_warps": 16}
+    )
+    assert built.asm["cubin"]
+    values = {"values": f"*{dtype}", "factor": "*fp32", "size": "i64", "block": "constexpr"}
+    source = ASTSource(fused_kernels._multiply, values, constexprs={"block": 4096})
+    assert triton.compile(source, GPUTarget("cuda", capability, 32)).asm["cubin"]
+
+
 def with_gradients(function, inputs, labels, mask, upstream=1.0, **options):
     """The value and the gradients of hidden, weight and, if it is given, bias."""
     inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]

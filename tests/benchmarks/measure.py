@@ -9,6 +9,8 @@ every machine, and not pages. `test_benchmarks.py` measures the rows of a file a
 """
 
 import argparse
+import functools
+import importlib.util
 import itertools
 import json
 import os
@@ -266,7 +268,22 @@ def losses(row: Mapping[str, Any], device: str, folder: Path) -> Arms:
 
         return work
 
-    return {loss.__name__: arm(loss) for loss in (fused, logits, peer, trl, products)}
+    arms: dict[str, Callable[..., torch.Tensor]] = {
+        each.__name__: each for each in (fused, logits, peer, trl, products)
+    }
+    for size in row.get("chunks", []):
+        arms[f"fused, chunks of {size}"] = functools.partial(fused_linear_unlearning_loss, chunk_size=size)
+    if device == "cuda":
+        arms["fused, exact"] = functools.partial(fused_linear_unlearning_loss, exact=True)
+        if importlib.util.find_spec("liger_kernel"):
+            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+            arms["liger, cross entropy"] = lambda h, w, y: LigerFusedLinearCrossEntropyLoss()(w, h, y)
+        if importlib.util.find_spec("cut_cross_entropy"):
+            from cut_cross_entropy import linear_cross_entropy
+
+            arms["cut cross entropy"] = linear_cross_entropy
+    return {name: arm(loss) for name, loss in arms.items() if name in row.get("arms", arms)}
 
 
 # The evaluation on TOFU
