@@ -115,17 +115,8 @@ def fused_linear_unlearning_loss(
         chunk_size = _equal_chunks(many, budget // (size * weight.shape[0]))
     divisor = 1.0 if reduction == "sum" else max(many, 1) if num_items_in_batch is None else num_items_in_batch
     scale = torch.ones((), device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32) / divisor
-    plan = _Plan(
-        labels.flatten()[rows],
-        first,
-        scale,
-        dtype,
-        [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs],
-        softcap,
-        logit_scale,
-        chunk_size,
-        kernels,
-    )
+    form = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
+    plan = _Plan(labels.flatten()[rows], first, scale, dtype, form, softcap, logit_scale, chunk_size, kernels)
     with torch.autocast(device, enabled=False):
         return _FusedLoss.apply(*inputs, plan)
 
@@ -191,14 +182,11 @@ class _FusedLoss(torch.autograd.Function):
             )
         # Handed over, not copied: the gradient of the weight is the largest tensor here
         gradients, ctx.gradients = ctx.gradients, None
-        scaled: list[torch.Tensor | None] = []
-        for gradient, dtype in zip(gradients, ctx.dtypes, strict=True):
-            if gradient is None:
-                scaled.append(None)
-            elif ctx.kernels and gradient.dtype == dtype:
-                scaled.append(ctx.kernels.multiply_(gradient, grads[0]))
-            else:
-                scaled.append(gradient.mul_(grads[0]).to(dtype))
+        multiply = ctx.kernels.multiply_ if ctx.kernels else torch.Tensor.mul_
+        scaled = [
+            None if gradient is None else multiply(gradient, grads[0]).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
         return (*scaled, None)
 
 
@@ -394,6 +382,7 @@ def _check(
     chunk_size: int | None,
 ) -> None:
     """Raise a ValueError for an argument that does not fit, without reading a tensor's values."""
+    h, w, y = tuple(hidden.shape), tuple(weight.shape), tuple(labels.shape)
     if reduction == "none":
         raise ValueError(
             "reduction is 'none', and the gradient is formed with the loss, which needs a scalar; "
@@ -401,28 +390,20 @@ def _check(
         )
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction is {reduction!r}; use 'mean' or 'sum'.")
-    if hidden.dim() == 0 or hidden.shape[:-1] != labels.shape:
+    if not h or h[:-1] != y:
+        raise ValueError(f"labels have shape {y} and hidden {h}; give hidden of shape (*labels.shape, hidden size).")
+    if len(w) != 2 or w[1] != h[-1]:
         raise ValueError(
-            f"labels have shape {tuple(labels.shape)} and hidden {tuple(hidden.shape)}; "
-            "give hidden of shape (*labels.shape, hidden size)."
+            f"weight has shape {w} and hidden {h}; give weight of shape (vocabulary, {h[-1]}), gathered if sharded."
         )
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)} and hidden {tuple(hidden.shape)}; "
-            f"give weight of shape (vocabulary, {hidden.shape[-1]}), gathered if it is sharded."
-        )
-    if weight.shape[0] < 2:
-        raise ValueError(
-            f"the vocabulary has {weight.shape[0]} entry; CE-U needs at least 2, one of them not the label."
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; give one of shape ({weight.shape[0]},).")
+    if w[0] < 2:
+        raise ValueError(f"the vocabulary has {w[0]} entry; CE-U needs at least 2, one of them not the label.")
+    if bias is not None and bias.shape != w[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; give one of shape ({w[0]},).")
     if unlearn_mask is not None and unlearn_mask.dtype != torch.bool:
         raise ValueError(f"unlearn_mask has dtype {unlearn_mask.dtype}; give a bool tensor, True where to unlearn.")
-    if unlearn_mask is not None and unlearn_mask.shape != labels.shape:
-        raise ValueError(
-            f"unlearn_mask has shape {tuple(unlearn_mask.shape)} and labels {tuple(labels.shape)}; give the same shape."
-        )
+    if unlearn_mask is not None and unlearn_mask.shape != y:
+        raise ValueError(f"unlearn_mask has shape {tuple(unlearn_mask.shape)} and labels {y}; give the same shape.")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}; use a number above 0, or None for no cap.")
     if chunk_size is not None and chunk_size < 1:

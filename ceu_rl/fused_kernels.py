@@ -28,29 +28,14 @@ def _capped(z, logit_scale, softcap, has_cap: tl.constexpr):  # type: ignore[no-
         return z, 1.0
 
 
+# fmt: off
 @triton.jit(do_not_specialize=["unlearned"])
 def _softmax_of_others(  # type: ignore[no-untyped-def]
-    logits,
-    hidden,
-    weight,
-    bias,
-    labels,
-    log_odds,
-    entropy,
-    scale,
-    unlearned,
-    vocabulary,
-    width,
-    logits_stride,
-    hidden_stride,
-    weight_stride,
-    logit_scale,
-    softcap,
-    has_bias: tl.constexpr,
-    has_cap: tl.constexpr,
-    with_gradient: tl.constexpr,
-    block: tl.constexpr,
+    logits, hidden, weight, bias, labels, log_odds, entropy, scale, unlearned, vocabulary, width,
+    logits_stride, hidden_stride, weight_stride, logit_scale, softcap,
+    has_bias: tl.constexpr, has_cap: tl.constexpr, with_gradient: tl.constexpr, block: tl.constexpr,
 ):
+# fmt: on
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row).to(tl.int64)
     places = tl.arange(0, block)
@@ -138,31 +123,14 @@ def softmax_of_others_(
         scale: A float32 scalar on the device, with which the gradient is multiplied.
         logit_scale, softcap: As in `fused_linear_unlearning_loss`.
     """
-    log_odds, entropy = torch.empty_like(labels, dtype=torch.float32), torch.empty_like(labels, dtype=torch.float32)
-    wide = logits.shape[1] > 2048
+    log_odds, entropy = torch.empty(2, len(labels), dtype=torch.float32, device=labels.device)
+    block, num_warps = (4096, 16) if logits.shape[1] > 2048 else (512, 2)  # 16 bytes of bfloat16 a thread
     _softmax_of_others[(len(logits),)](
-        logits,
-        hidden,
-        weight,
-        logits if bias is None else bias,
-        labels,
-        log_odds,
-        entropy,
-        scale,
-        unlearned,
-        logits.shape[1],
-        hidden.shape[1],
-        logits.stride(0),
-        hidden.stride(0),
-        weight.stride(0),
-        float(logit_scale),
-        float(softcap or 1.0),
-        has_bias=bias is not None,
-        has_cap=softcap is not None,
-        with_gradient=with_gradient,
-        block=4096 if wide else 512,
-        num_warps=16 if wide else 4,  # 16 bytes of bfloat16 a thread
-    )
+        logits, hidden, weight, logits if bias is None else bias, labels, log_odds, entropy, scale, unlearned,
+        logits.shape[1], hidden.shape[1], logits.stride(0), hidden.stride(0), weight.stride(0),
+        float(logit_scale), float(softcap or 1.0), bias is not None, softcap is not None, with_gradient,
+        block=block, num_warps=num_warps,
+    )  # fmt: skip
     return log_odds, entropy
 
 

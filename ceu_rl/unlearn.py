@@ -34,7 +34,7 @@ from trl.trainer.utils import (
 
 from .data.answer_spans import part_answer, template_edges
 from .data.prompts import PromptArguments
-from .data.rows import check_layout
+from .data.rows import check_layout, name_rows
 from .fused import fused_linear_unlearning_loss, lm_head_options
 from .losses import (
     activation_loss,
@@ -280,7 +280,12 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
         self._frozen = (
             freeze_for_rmu(self.model, args.rmu_layer, args.rmu_update_layers) if args.loss_type == "rmu" else []
         )
-        self.train_dataset = self._spare(self.train_dataset, end_token_ids(base, self._tokenizer))
+        spared = functools.partial(
+            _spared_row, skipped=args.method.ignore_first_n_answer_tokens, tokenizer=self._tokenizer,
+            template=self.chat_template, ends=end_token_ids(base, self._tokenizer),
+        )  # fmt: skip
+        forget: Any = self.train_dataset
+        self.train_dataset = forget.map(spared, with_indices=True)
         self.data_collator = PairCollator(self.data_collator)
         if retain_dataset is not None:
             retain = self._prepare_dataset(
@@ -290,8 +295,8 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
             self.train_dataset = PairedDataset(self.train_dataset, retain, args.seed)
             self.add_callback(EpochOfPairs(self.train_dataset))
         self.ref_model = self._place_reference(reference)
-        self._terms: dict[str, torch.Tensor] = {}  # of this optimizer step, so far
-        self._units: dict[str, torch.Tensor] = {}
+        self._terms: Any = 0.0  # of this optimizer step, so far
+        self._units: Any = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As stock; what RMU leaves alone is frozen for that time, so that a later trainer trains all of the model."""
@@ -320,15 +325,6 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
         prepared.map(check, with_indices=True)
         return prepared.shuffle(seed=args.seed) if args.shuffle_dataset else prepared
 
-    def _spare(self, forget: Any, ends: list[int]) -> Any:
-        settings = {
-            "skipped": self.args.method.ignore_first_n_answer_tokens,
-            "tokenizer": self._tokenizer,
-            "template": self.chat_template,
-            "ends": ends,
-        }
-        return forget.map(functools.partial(_spared_row, **settings), with_indices=True)
-
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: list[str] = self._signature_columns or []
@@ -349,19 +345,14 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         # Over all micro-batches and processes of this optimizer step, and never read on the host
-        counts = self.accelerator.reduce(
-            sum((_count_units(batch).to(device) for batch in samples), torch.zeros(4, dtype=torch.long, device=device)),
-            reduction="sum",
-        )
-        units = dict(zip(("tokens", "sequences", "retained"), counts.clamp(min=1), strict=False))
-        method = self.args.method
+        none, method = torch.zeros(4, dtype=torch.long, device=device), self.args.method
+        counts = sum((_count_units(batch).to(device) for batch in samples), none)
+        tokens, sequences, retained, seen = self.accelerator.reduce(counts, reduction="sum")
+        forget = tokens if method.unit == "tokens" else sequences
+        retain = sequences if method.retain_loss_type == "activations" else retained
         # Gradients are averaged over the processes, and so are the logs
-        self._units = {
-            "forget": units[method.unit] / self.accelerator.num_processes,
-            "retain": units["sequences" if method.retain_loss_type == "activations" else "retained"]
-            / self.accelerator.num_processes,
-        }
-        self._total_train_tokens = self._total_train_tokens + counts[3]
+        self._units = torch.stack([forget, retain]).clamp(min=1) / self.accelerator.num_processes
+        self._total_train_tokens = self._total_train_tokens + seen
         return samples, num_items
 
     def compute_loss(
@@ -369,28 +360,22 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
     ) -> Any:
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        batches: dict[str, dict[str, Any]] = {"forget": {}, "retain": {}}
-        for key, value in inputs.items():
-            batches["retain" if key.startswith("retain_") else "forget"][key.removeprefix("retain_")] = value
-        units = self._units["forget"]
-        if self.args.loss_type == "ceu":  # which forms its gradient with its value
-            terms = {"forget": model(**batches["forget"], inside=ceu_loss, num_items_in_batch=units)}
-        else:
-            terms = {"forget": self._forget_loss(model, batches["forget"]) / units}
-        if batches["retain"]:
-            terms["retain"] = self._retain_loss(model, batches["retain"]) / self._units["retain"]
-        for name, term in terms.items():
-            self._terms[name] = self._terms.get(name, 0.0) + term.detach().float()
-        weights = {"forget": self.args.forget_weight, "retain": self.args.method.retain_weight}
-        return sum(weights[name] * term for name, term in terms.items())
+        forget = {key: value for key, value in inputs.items() if not key.startswith("retain_")}
+        retain = {key.removeprefix("retain_"): value for key, value in inputs.items() if key.startswith("retain_")}
+        terms = [self._forget_loss(model, forget, self._units[0])]
+        loss = self.args.forget_weight * terms[0]
+        if retain:
+            terms.append(self._retain_loss(model, retain) / self._units[1])
+            loss = loss + self.args.method.retain_weight * terms[1]
+        self._terms = torch.stack([term.detach().float() for term in terms]) + self._terms
+        return loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:  # here every process comes by, and a log may be written by one alone
-            names = list(self._terms)
-            terms = self.accelerator.reduce(torch.stack([self._terms.pop(name) for name in names]), reduction="mean")
-            for name, term in zip(names, terms, strict=True):
-                self._metrics["train"][f"{name}_loss"].append(term)
+            terms, self._terms = self.accelerator.reduce(self._terms, reduction="mean"), 0.0
+            for name, term in zip(("forget_loss", "retain_loss"), terms, strict=False):
+                self._metrics["train"][name].append(term)
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
         return loss
 
@@ -400,31 +385,35 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
                 metrics[name] = [value.item() if isinstance(value, torch.Tensor) else value for value in values]
         super().log(logs, *args, **kwargs)
 
-    def _forget_loss(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
-        """The forget term, summed over its units."""
-        args, beta = self.args, cast(float, self.args.method.beta)
+    def _forget_loss(self, model: Any, batch: dict[str, Any], units: torch.Tensor) -> torch.Tensor:
+        """The forget term: its sum over the batch, divided by the units of the step."""
+        args, beta, labelled = self.args, cast(float, self.args.method.beta), batch["labels"][:, 1:] != -100
+        if args.loss_type == "ceu":  # which forms its gradient with its value
+            return model(**batch, inside=ceu_loss, num_items_in_batch=units)
         if args.loss_type == "rmu":
             hidden = self._activations(model, batch)
-            return self._mean_activation_loss(hidden, self._steered(hidden), batch["labels"])
+            return self._mean_activation_loss(hidden, self._steered(hidden), batch["labels"]) / units
         if args.loss_type == "undial":
-            return undial_loss(*self._logits_of_both(model, batch), beta).sum()
-        log_probs = self._log_probs(model, batch)  # zero where a token is not unlearned, which adds zero to each sum
+            return undial_loss(*self._logits_of_both(model, batch), beta).sum() / units
+        log_probs = self._log_probs(model, batch)  # zero where a token is not unlearned
+        if args.loss_type in ("npo", "tnpo"):
+            with torch.no_grad(), self._reference() as reference:
+                ref_log_probs = self._log_probs(reference, batch)
+            ratios = log_ratio(log_probs, ref_log_probs)
         match args.loss_type:
-            case "wga":
-                return weighted_gradient_ascent_loss(log_probs, beta).sum()
-            case "satimp":
-                return satimp_loss(log_probs, beta, args.beta2).sum()
-            case "npo" | "tnpo":
-                with torch.no_grad(), self._reference() as reference:
-                    ref_log_probs = self._log_probs(reference, batch)
-                ratio = log_ratio(log_probs, ref_log_probs)
-                if args.loss_type == "npo":
-                    return npo_loss(ratio.sum(dim=1), beta).sum()
-                return (npo_loss(ratio, beta) * (batch["labels"][:, 1:] != -100)).sum()
+            case "npo":
+                losses = npo_loss(ratios.sum(dim=1), beta)
+            case "tnpo":
+                losses = npo_loss(ratios, beta) * labelled
             case "simnpo":
-                lengths = (batch["labels"][:, 1:] != -100).sum(dim=1)
-                return simnpo_loss(log_probs.sum(dim=1) / lengths, beta, args.margin).sum()
-        return gradient_ascent_loss(log_probs).sum()
+                losses = simnpo_loss(log_probs.sum(dim=1) / labelled.sum(dim=1), beta, args.margin)
+            case "wga":
+                losses = weighted_gradient_ascent_loss(log_probs, beta)
+            case "satimp":
+                losses = satimp_loss(log_probs, beta, args.beta2)
+            case _:
+                losses = gradient_ascent_loss(log_probs)
+        return losses.sum() / units
 
     def _retain_loss(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """The retain term, summed over its units."""
@@ -478,17 +467,11 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
         policy.train(training)
 
     def describe_rows(self, inputs: Mapping[str, Any]) -> list[str]:
-        batch = [
-            ids[kept.bool()].tolist() for ids, kept in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-        ]
-        forget = self.train_dataset.forget if isinstance(self.train_dataset, PairedDataset) else self.train_dataset
-        assert isinstance(forget, Dataset)
-        numbers = {tuple(ids): number for number, ids in enumerate(forget["input_ids"])}
-        texts = [textwrap.shorten(self._tokenizer.decode(ids, skip_special_tokens=True), 60) for ids in batch]
-        return [
-            f"row {numbers.get(tuple(ids), 'unknown')} of the forget dataset ({text!r})"
-            for ids, text in zip(batch, texts, strict=True)
-        ]
+        given = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        batch = [tuple(ids[kept.bool()].tolist()) for ids, kept in given]
+        texts: dict[Any, str] = {ids: self._tokenizer.decode(ids, skip_special_tokens=True) for ids in batch}
+        forget: Any = getattr(self.train_dataset, "forget", self.train_dataset)
+        return [f"{row} of the forget dataset" for row in name_rows(texts, map(tuple, forget["input_ids"]))]
 
 
 class PairedDataset(torch.utils.data.Dataset):
@@ -637,7 +620,7 @@ def freeze_for_rmu(model: Any, layer: int, updated: list[int] | None) -> list[to
     if isinstance(model, PeftModel):
         raise ValueError("loss_type is 'rmu', which trains a few weights itself; leave the adapter out.")
     layers = _layers(model)
-    updated = [place for place in range(layer - 2, layer + 1) if place >= 0] if updated is None else updated
+    updated = list(range(max(0, layer - 2), layer + 1)) if updated is None else updated
     for name, place in (("rmu_layer", layer), *(("rmu_update_layers", place) for place in updated)):
         if not 0 <= place < len(layers):
             raise ValueError(f"{name} names layer {place}, and the model has the layers 0 to {len(layers) - 1}.")
@@ -645,42 +628,32 @@ def freeze_for_rmu(model: Any, layer: int, updated: list[int] | None) -> list[to
             raise ValueError(
                 f"rmu_update_layers names layer {place}, which comes after rmu_layer {layer}; leave it out."
             )
-    chosen = [
-        parameter
-        for place in updated
-        for name, parameter in layers[place].named_parameters()
-        if name.endswith("mlp.down_proj.weight")
-    ]
-    if not chosen:
+    trained = [weight for place in updated for name, weight in layers[place].named_parameters()
+               if name.endswith("mlp.down_proj.weight")]  # fmt: skip
+    if not trained:
         raise ValueError(f"The layers {updated} of {type(model).__name__} have no mlp.down_proj, which rmu trains.")
-    kept = {id(parameter) for parameter in chosen}
-    frozen = [each for each in model.parameters() if each.requires_grad and id(each) not in kept]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    for parameter in chosen:
-        parameter.requires_grad_(True)
+    frozen = [each for each in model.parameters() if each.requires_grad and all(each is not one for one in trained)]
+    for parameters, trains in ((frozen, False), (trained, True)):
+        for parameter in parameters:
+            parameter.requires_grad_(trains)
     return frozen
 
 
-def _make_reference(
-    model: Any, args: UnlearnConfig, ref_model: PreTrainedModel | None, adapts: bool
-) -> PreTrainedModel | None:
+def _make_reference(model: Any, args: UnlearnConfig, ref_model: Any, adapts: bool) -> PreTrainedModel | None:
     """The reference as its own model, before TRL wraps the policy; None where none is needed or an adapter is off."""
-    if ref_model is not None:
-        if not args.needs_reference:
-            raise ValueError(
-                f"ref_model is given, and neither loss_type {args.loss_type!r} nor retain_loss_type "
-                f"{args.method.retain_loss_type!r} compares with a reference; leave it out."
-            )
-        if ref_model is model:
-            raise ValueError("ref_model is the model itself, which changes; leave it out, or give a copy.")
+    kind = args.method.retain_loss_type
+    if ref_model is not None and not args.needs_reference:
+        raise ValueError(
+            f"ref_model is given, and neither loss_type {args.loss_type!r} nor retain_loss_type {kind!r} compares with "
+            "a reference; leave it out."
+        )
+    if ref_model is model:
+        raise ValueError("ref_model is the model itself, which changes; leave it out, or give a copy.")
+    if ref_model is not None or not args.needs_reference or adapts:
         return ref_model
-    if not args.needs_reference or adapts:
-        return None
     if isinstance(model, str):
-        settings: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
-        settings.update(args.model_init_kwargs or {})  # type: ignore[arg-type]
-        return create_model_from_path(model, **settings)
+        settings: Any = args.model_init_kwargs or {}
+        return create_model_from_path(model, **{"trust_remote_code": args.trust_remote_code, **settings})
     if isinstance(model, PeftModel):
         raise ValueError(
             f"The model has an adapter, and {args.loss_type} needs the model before unlearning with that adapter on; "
@@ -690,21 +663,19 @@ def _make_reference(
 
 
 def _check_sets(forget: Any, retain: Any, args: UnlearnConfig) -> None:
-    for name, dataset in (("forget", forget), ("retain", retain)):
-        if dataset is None and name == "retain":
-            continue
-        if not isinstance(dataset, Dataset):
-            raise ValueError(f"{name}_dataset is a {type(dataset).__name__}; give a datasets.Dataset.")
-        if len(dataset) == 0:
-            raise ValueError(f"The {name} dataset has no rows; give it at least one.")
-    if retain is None and (args.loss_type == "grad_diff" or args.method.retain_loss_type != "nll"):
-        both = args.loss_type == "grad_diff"
-        what = "loss_type is 'grad_diff'" if both else f"retain_loss_type is {args.method.retain_loss_type!r}"
+    kind = args.method.retain_loss_type
+    if retain is None and (args.loss_type == "grad_diff" or kind != "nll"):
+        what = "loss_type is 'grad_diff'" if args.loss_type == "grad_diff" else f"retain_loss_type is {kind!r}"
         raise ValueError(f"{what} and retain_dataset is None; give what to retain.")
     if retain is not None and args.loss_type == "grad_ascent":
         raise ValueError(
             "loss_type is 'grad_ascent', which has no retain term, and a retain_dataset is given; use 'grad_diff'."
         )
+    for name, dataset in {"forget": forget, **({} if retain is None else {"retain": retain})}.items():
+        if not isinstance(dataset, Dataset):
+            raise ValueError(f"{name}_dataset is a {type(dataset).__name__}; give a datasets.Dataset.")
+        if len(dataset) == 0:
+            raise ValueError(f"The {name} dataset has no rows; give it at least one.")
 
 
 def _check_disjoint(forget: Dataset, retain: Dataset, tokenizer: Any) -> None:

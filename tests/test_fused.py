@@ -567,7 +567,7 @@ GOOD = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(3, 4), "labels": torc
         ({"labels": torch.tensor([0])}, r"labels have shape \(1,\) and hidden \(2, 4\)"),
         ({"hidden": torch.tensor(0.0)}, r"hidden \(\)"),
         ({"weight": torch.zeros(3, 5)}, r"weight has shape \(3, 5\)"),
-        ({"weight": torch.zeros(0)}, "gathered if it is sharded"),
+        ({"weight": torch.zeros(0)}, "gathered if sharded"),
         ({"weight": torch.zeros(1, 4)}, "the vocabulary has 1 entry"),
         ({"bias": torch.zeros(4)}, r"bias has shape \(4,\); give one of shape \(3,\)"),
         ({"unlearn_mask": torch.ones(2)}, "unlearn_mask has dtype torch.float32"),

