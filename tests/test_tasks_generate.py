@@ -17,6 +17,8 @@ from ceu_rl.models import build_model, build_tokenizer
 from ceu_rl.tasks import evaluate_samples, generate_answers, get_task
 from ceu_rl.tasks.generate import (
     cache_bytes,
+    decode_by,
+    decoding_config,
     forward_bytes,
     generate_tokens,
     generate_with_vllm,
@@ -88,6 +90,13 @@ def test_a_models_own_generation_config_moves_nothing_but_its_ends(tokenizer, mo
         found = [generate_answers(one, tokenizer, PROMPTS, 12, sample=sample, seed=1) for one in (model, each)]
         assert found[0] == found[1]
     assert other.generation_config is own and getattr(own, field) == FOREIGN[field]
+
+
+def test_the_config_of_a_compiled_model_is_replaced_too(model):
+    own, config = model.generation_config, decoding_config([2], 0, 5)
+    with decode_by(torch.compile(model, backend="eager"), config):
+        assert model.generation_config is config
+    assert model.generation_config is own
 
 
 def test_every_field_of_transformers_is_known_to_be_plain_or_tried():

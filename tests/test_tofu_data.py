@@ -61,14 +61,11 @@ def test_a_folder_in_the_layout_of_the_hub(folder):
         ("full", '{"question": "x", "answers": "y"}', "no column 'answer' .* rename 'answers'"),
         ("forget01_perturbed", '{"question": "x", "answer": "y"}', "no column 'perturbed_answer'"),
         ("forget01_perturbed", '{"question": "x", "answer": "y", "perturbed_answer": []}', "'paraphrased_answer'"),
-        ("full", '{"question": "x", "answer": "y"}\n{"question": "x', "Line 2 of .*full.json is no JSON"),
         ("full", '\ufeff{"question": "x", "answer": "y"}\n\n\r\n["x"]\n', r"Line 4 of .*full.json is \['x'\]; give an"),
-        ("full", '[{"question": "x", "answer": "y"}, 3]', "Entry 2 of .*full.json is 3; give an object"),
         ("full", '[{"question": "x", "answer": "y"},', "full.json is no JSON .*; give an array"),
         ("full", '{"question": "x", "answer": "y"}\n{"question": "x", "answer": 5}', "Row 1 .* has the answer 5; give"),
         ("full", '{"question": null, "answer": "y"}', "Row 0 of the full dataset has the question None; give"),
         ("full", '{"question": "x", "answer": "y"}'.encode("utf-16"), "full.json is not UTF-8 .*; save it as UTF-8"),
-        ("full", '{"question": "x", "answer": "Zoë"}'.encode("latin-1"), "full.json is not UTF-8"),
     ],
 )
 def test_what_cannot_be_loaded_is_named(folder, config, text, message):

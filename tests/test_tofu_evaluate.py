@@ -825,7 +825,9 @@ def test_an_engine_that_dies_is_named(learned, bpe, folder, saved, monkeypatch, 
 def test_vllm_generates_the_same(bpe, folder, tmp_path):
     """In a process of its own, which the engine does not outlive."""
     # vLLM on CPU wants heads of at least 32
-    build_model(bpe, **{**TINY, "hidden_size": 64, "num_attention_heads": 2}).save_pretrained(tmp_path / "model")
+    model = build_model(bpe, **{**TINY, "hidden_size": 64, "num_attention_heads": 2})
+    model.generation_config.repetition_penalty = 5.0  # which vLLM would take from the folder
+    model.save_pretrained(tmp_path / "model")
     bpe.save_pretrained(tmp_path / "model")
     argv = ["tofu-eval", "--model", tmp_path / "model", "--dataset", folder, "--split", "forget01"]
     argv = [*map(str, argv), "--max_new_tokens", "8"]

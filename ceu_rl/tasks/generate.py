@@ -73,8 +73,7 @@ def decoding_config(ends: Tokens, pad: int, max_new_tokens: int | None, sample: 
 @contextmanager
 def decode_by(model: Any, config: GenerationConfig) -> Iterator[None]:
     """Let `config` be the model's own in the block: `generate` fills in from there what is None in what it is given."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    holders = [each for each in dict.fromkeys((model, base)) if "generation_config" in vars(each)]
+    holders = [each for each in model.modules() if "generation_config" in vars(each)]  # also within PEFT, compiled
     own = [each.generation_config for each in holders]
     try:
         for each in holders:
