@@ -26,7 +26,7 @@ from .run.errors import Boundary
 
 TRAINING = ("sft", "dpo", "grpo", "unlearn")
 OTHERS = {
-    "compare": "stability.compare",
+    "compare": "stability.grid",
     "tofu-eval": "tofu.evaluate",
     "muse-eval": "tofu.muse",
     "recipes": "run.recipes",

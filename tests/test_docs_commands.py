@@ -19,7 +19,7 @@ from ceu_rl.cli import COMMANDS, main
 from ceu_rl.run.config import build_configs, read_arguments
 from ceu_rl.run.recipes import copy_recipes
 from ceu_rl.run.recipes import parser as recipes_parser
-from ceu_rl.stability import compare
+from ceu_rl.stability import grid
 from ceu_rl.tofu import evaluate, muse
 
 ROOT = Path(__file__).parents[1]
@@ -219,7 +219,7 @@ def test_a_command_within_a_sentence_is_one_that_there_is(path, command, monkeyp
     options = [word.removeprefix("--") for word in words[2:] if word.startswith("--")]
     if words[1] in TRAINING:
         check_ceu_rl(words[1:])
-    parsers = {"compare": compare._parser, "tofu-eval": evaluate._parser, "muse-eval": muse._parser}
+    parsers = {"compare": grid._parser, "tofu-eval": evaluate._parser, "muse-eval": muse._parser}
     known = parsers.get(words[1])
     if known:
         assert {f"--{name}" for name in options} <= known()._option_string_actions.keys()

@@ -387,6 +387,7 @@ def test_the_retain_result_can_come_later_or_at_once(command, tmp_path, capsys):
     other = json.loads(retain.read_text())
     ratios = [[row["truth_ratio"] for row in each["items"][CONFIGS[0]]] for each in (added, other)]
     assert added["summary"]["forget_quality"] == stats.ks_2samp(*ratios).pvalue < 1
+    assert added["summary"]["ks_distance"] == stats.ks_2samp(*ratios).statistic > 0
     auc, base = (1 - each["summary"]["membership_auc_min_k"] for each in (added, other))
     assert added["summary"]["privacy_leakage"] == pytest.approx(100 * (auc - base) / base)
     assert added["summary"].items() >= later["summary"].items()

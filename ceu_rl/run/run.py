@@ -20,6 +20,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
+from datasets import Dataset
 from filelock import FileLock, Timeout
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer, ProgressCallback, TrainerCallback
@@ -181,6 +182,7 @@ def _finish(
             **_eval_tokens(method, trainer),
             **pace.result(trainer.accelerator.num_processes),
             **(score.result() if score else {}),
+            **({"eval_rows": len(trainer.eval_dataset)} if isinstance(trainer.eval_dataset, Dataset) else {}),
             "wall_time_s": round(time.perf_counter() - start, 1),
             **peaks,
         }

@@ -20,8 +20,8 @@ from ceu_rl.cli import main
 from ceu_rl.data.load import open_dataset
 from ceu_rl.data.rows import CONTEXTS, QUESTIONS, SYSTEMS, _leaves, check_layout
 from ceu_rl.run.config import _Fields, parser_for, read_recipe
-from ceu_rl.stability.runs import Run
-from ceu_rl.stability.summary import summarize
+from ceu_rl.stability.report import summarize
+from ceu_rl.stability.table import STATUSES, Run, Table
 from ceu_rl.tofu.evaluate import read_result
 
 
@@ -208,8 +208,8 @@ def test_results_of_a_comparison(folder, result, log):
     (run / "result.json").write_text(result, encoding="utf-8")
     (run / "metrics.jsonl").write_text("\n".join(log), encoding="utf-8")
     found = Run("stock", {}, 0, run)
-    assert found.status in ("finished", "diverged", "failed", "missing")
-    summarize([found], "command")
+    assert found.status in STATUSES
+    summarize(Table([found]), "command")
 
 
 @volume(200)

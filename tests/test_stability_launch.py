@@ -1,6 +1,8 @@
-"""The launchers for several machines, on one: a Ray cluster of two nodes, and submitit's local mode."""
+"""The launchers for several machines, on one: Ray's cluster of two nodes, submitit's local mode; how far runs are."""
 
 import contextlib
+import io
+import json
 import logging
 import os
 import signal
@@ -8,18 +10,22 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from rich.console import Console
 
 from ceu_rl.cli import main
-from ceu_rl.stability import compare, launchers, report
+from ceu_rl.stability import courses, grid, report
+from ceu_rl.stability import launch as launch_module
 
 # Trains for two seconds, with a checkpoint at each step; a killed one goes on from the last of them
 STAND_IN = """
 import json, os, pathlib, sys, time, yaml
 folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
 settings = yaml.safe_load((folder / "recipe.yaml").read_text())
+settings.pop("method")
 step = 0
 for path in folder.glob("checkpoint-*"):
     step = max(step, int(path.name.split("-")[1]))
@@ -41,10 +47,10 @@ def launch(tmp_path, monkeypatch, capsys):
     """Compare two recipes with two seeds through a launcher, by runs that only take two seconds."""
     (tmp_path / "dpo").mkdir()
     for arm in ("stock", "ceu"):
-        (tmp_path / "dpo" / f"{arm}.yaml").write_text(yaml.safe_dump({"max_steps": 20}))
+        (tmp_path / "dpo" / f"{arm}.yaml").write_text(yaml.safe_dump({"method": "dpo", "max_steps": 20}))
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare, "MODULE", [sys.executable, "stand_in.py"])  # of the folder where it was started
+    monkeypatch.setattr(grid, "MODULE", [sys.executable, "stand_in.py"])  # of the folder where it was started
     monkeypatch.setattr(report, "_html", lambda *args: "a page")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
 
@@ -69,7 +75,7 @@ def starts(folder):
 
 def assert_all_finished(status, out, folder):
     assert status == 0, out
-    assert [run.status for run in compare.find_runs(folder / "runs")] == ["finished"] * 4
+    assert [run.status for run in grid.find_runs(folder / "runs")] == ["finished"] * 4
 
 
 def test_submitit_runs_them_at_the_same_time_and_keeps_what_is_done(launch, tmp_path):
@@ -84,7 +90,7 @@ def test_submitit_runs_them_at_the_same_time_and_keeps_what_is_done(launch, tmp_
 def test_submitit_names_what_it_does_not_take(launch, tmp_path):
     pytest.importorskip("submitit", reason="submitit is not installed: pip install -e .[slurm]")
     status, out = launch("submitit", {"cluster": "local", "gpu_count": 1})
-    assert status == 2 and "--launcher_config: submitit refuses the parameters" in out and "gpu_count" in out
+    assert status == 2 and "--launcher_config: submitit refuses the options" in out and "gpu_count" in out
     status, out = launch("submitit", {"cluster": "lokal"})
     assert status == 2 and "lokal" in out and not starts(tmp_path)
 
@@ -178,7 +184,7 @@ def test_ctrl_c_ends_the_runs_wherever_they_are(launch, request, tmp_path, launc
     thread.start()
     status, out = launch(launcher, options, "--jobs", "2")
     thread.join()
-    assert status == 130 and "interrupted; the same command goes on where it stopped" in out and "Traceback" not in out
+    assert status == 130 and "interrupted; the same command continues" in out and "Traceback" not in out
     pids = [int(line.split()[0]) for path in tmp_path.glob("runs/*/*/*.started") for line in path.open()]
     assert 0 < len(pids) <= 2
     for pid in pids:
@@ -192,7 +198,45 @@ def test_each_job_gets_one_of_the_visible_gpus(at_once, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    devices = [launchers._variables(slot, at_once)["CUDA_VISIBLE_DEVICES"] for slot in range(at_once)]
+    devices = [launch_module._variables(slot, at_once)["CUDA_VISIBLE_DEVICES"] for slot in range(at_once)]
     assert devices == ["0", "1", "0"][:at_once]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert launchers._variables(0, at_once)["CUDA_VISIBLE_DEVICES"] == "5"
+    assert launch_module._variables(0, at_once)["CUDA_VISIBLE_DEVICES"] == "5"
+
+
+def test_the_time_of_each_run_is_its_own_and_the_first_estimate_is_from_its_first_steps(tmp_path, monkeypatch):
+    """The second run's bar kept the end of the first, with nothing left. Loading takes 20 s here and a step 5 s."""
+    now = SimpleNamespace(at=0.0)
+    monkeypatch.setattr(courses, "time", SimpleNamespace(monotonic=lambda: now.at))
+    console = Console(file=io.StringIO(), width=200)
+
+    def logged(name, seconds, **entry):
+        now.at = seconds
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps({"step": 0}) + "\n" + json.dumps(entry) + "\n")
+
+    with courses.Courses(3, console) as shown:
+        first = shown.start("stock/recipe/0", tmp_path / "first", {"max_steps": 10})
+        for seconds, step in ((20, 0), (25, 1), (30, 2), (35, 3)):
+            logged("first", seconds, step=step)
+            shown.show([first], 2)
+        assert first.told == "3 of 10 steps, 0 min 35 s gone, about 0 min 35 s left"
+        (bar,) = (task for task in shown.bars.tasks if task.id == first.task)
+        assert bar.completed == pytest.approx(0.3)
+        now.at = 70.0
+        shown.end(first, "finished")
+        second = shown.start("ceu/recipe/0", tmp_path / "second", {"num_train_epochs": 2.0})
+        shown.show([second], 1)
+        assert second.told == "step 0, 0 min 00 s gone"  # nothing is known of it yet
+        (bar,) = (task for task in shown.bars.tasks if task.id == second.task)
+        assert bar.completed == 0 and len(shown.bars.tasks) == 2
+        told = shown.bars.tasks[0].fields["told"]
+        assert told == "1 of 3 done, 1 min 10 s gone, about 2 min 20 s left"  # as long as the first, each
+        for seconds, epoch in ((90, 0.5), (100, 1.0)):
+            logged("second", seconds, step=9, epoch=epoch)
+            shown.show([second], 1)
+        assert second.told == "step 9, 0 min 30 s gone, about 0 min 20 s left"
+    lines = [line for line in console.file.getvalue().splitlines() if "about" in line]
+    assert lines[0].startswith(
+        "stock/recipe/0: 2 of 10 steps, 0 min 30 s gone, about 0 min 40 s left; runs: 0 of 3 done"
+    )

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -18,8 +19,8 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from ceu_rl.cli import main
-from ceu_rl.stability import compare, jobs, launchers, report
-from ceu_rl.stability.compare import find_runs, make_jobs, method_of, parse, parse_fields
+from ceu_rl.stability import grid, launch, report
+from ceu_rl.stability.grid import find_runs, folder_name, make_jobs, parse, parse_fields
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,7 +57,7 @@ def two_recipes(tmp_path):
     (tmp_path / "dpo").mkdir()
     paths = [tmp_path / "dpo" / f"{arm}.yaml" for arm in ("stock", "ceu")]
     for path in paths:
-        path.write_text(yaml.safe_dump({"seed": 7, "max_steps": 20, "dataset_name": "builtin:addition"}))
+        path.write_text("method: dpo\nseed: 7\nmax_steps: 20\ndataset_name: builtin:addition\n")
     return paths
 
 
@@ -64,12 +65,12 @@ def test_the_grid_is_recipes_times_values_times_seeds(two_recipes, tmp_path):
     fields = {"learning_rate": ["1e-5", "3e-5"], "beta": ["0.1"], "seed": ["0", "1"]}
     made = make_jobs(two_recipes, fields, tmp_path / "runs")
     assert [(job.run.arm, job.run.setting["learning_rate"], job.run.seed) for job in made] == [
-        (arm, rate, seed) for arm in ("stock", "ceu") for rate in ("1e-5", "3e-5") for seed in (0, 1)
+        (arm, rate, seed) for arm in ("stock", "ceu") for rate in (1e-5, 3e-5) for seed in (0, 1)
     ]
     job = made[-1]
-    assert job.folder == tmp_path / "runs" / "ceu" / "learning_rate=3e-5,beta=0.1" / "1"
-    assert job.run.setting == {"learning_rate": "3e-5"}  # beta tells no run from another
-    assert job.max_steps == 20 and job.evaluation is None
+    assert job.folder == tmp_path / "runs" / "ceu" / "learning_rate=3e-5" / "1"
+    assert job.run.setting == {"learning_rate": 3e-5}  # beta tells no run from another
+    assert job.evaluation is None
     assert " ".join(job.words) == (
         f"dpo --config {two_recipes[1]} --learning_rate 3e-5 --beta 0.1 --seed 1 "
         f"--output_dir {job.folder} --disable_tqdm true"
@@ -86,10 +87,34 @@ def test_without_fields_there_is_one_run_a_recipe_with_its_seed(two_recipes, tmp
 
 
 def test_values_with_slashes_stay_one_folder(two_recipes, tmp_path):
-    job = make_jobs(two_recipes, {"model_name_or_path": ["runs/a", "runs/b"]}, tmp_path)[0]
-    assert job.folder.parent.parent.parent == tmp_path
+    job, other, *_ = make_jobs(two_recipes, {"model_name_or_path": ["runs/a", "runs:a"]}, tmp_path)
+    assert job.folder.parent.parent.parent == tmp_path and job.folder != other.folder
     assert job.settings["model_name_or_path"] == "runs/a" and "runs/a" in job.words
-    assert compare.setting_of_folder(job.folder.parent.name) == {"model_name_or_path": "runs/a"}
+
+
+def test_a_folder_has_a_short_and_safe_name(two_recipes, tmp_path):
+    """Only what varies is in it, whatever and however much that is; a name that was too long ended every later call."""
+    long = ["x" * 300, "x" * 299 + "y"]
+    fields = {"run_name": long, "learning_rate": ["1e-5"], "loss_type": ["ipo"], "dataset_config": ["a/b c", "a/b:c"]}
+    fields |= {name: ["1", "2"] for name in ("beta", "max_grad_norm", "warmup_steps", "weight_decay")}
+    folders = {job.folder for job in make_jobs(two_recipes[:1], fields, tmp_path)}
+    assert len(folders) == 64 and all(len(folder.parent.name) <= 80 for folder in folders)
+    assert all(re.fullmatch(r"[\w.+=,-]+", folder.parent.name) for folder in folders)
+    assert folder_name({"learning_rate": 3e-5, "beta": 0.5}) == "learning_rate=3e-5,beta=0.5"
+
+
+def test_a_grid_that_grows_keeps_its_folders(quick):
+    assert len(quick("--beta", "0.1")[2]) == 2
+    status, out, began = quick("--beta", "0.1", "0.5")
+    assert status == 0 and len(began) == 2 and "2 done earlier and kept" in out, out
+    assert {run.setting["beta"] for run in find_runs(Path("runs"))} == {0.1, 0.5}
+
+
+def test_short_names_are_those_of_the_training_commands():
+    found = parse_fields(["--dataset", "a", "b", "--model", "c"])
+    assert found == {"dataset_name": ["a", "b"], "model_name_or_path": ["c"]}
+    with pytest.raises(ValueError, match="--dataset_name is given twice"):
+        parse_fields(["--dataset", "a", "--dataset_name", "b"])
 
 
 def test_an_accelerate_config_launches_each_run(two_recipes, tmp_path):
@@ -103,23 +128,41 @@ def test_an_accelerate_config_launches_each_run(two_recipes, tmp_path):
 def test_unlearning_runs_are_evaluated_on_tofu(tmp_path):
     (tmp_path / "tofu").mkdir()
     recipe, retain = tmp_path / "tofu" / "npo.yaml", tmp_path / "tofu_eval.json"
-    recipe.write_text(yaml.safe_dump({"dataset_name": "builtin:authors", "forget": "forget05"}))
+    recipe.write_text("method: unlearn\ndataset_name: builtin:authors\nforget: forget05\n")
     retain.write_text("{}")
     (job,) = make_jobs([recipe], {}, tmp_path / "runs", retain=retain)
     assert job.command[0] == "unlearn"
-    recipe.write_text("forget: forget05\n")
+    recipe.write_text("method: unlearn\nforget: forget05\n")
     with pytest.raises(ValueError, match=r"npo.yaml has no dataset_name"):
         make_jobs([recipe], {}, tmp_path / "runs")
-    recipe.write_text(yaml.safe_dump({"dataset_name": "builtin:authors", "forget": "forget05"}))
+    recipe.write_text("method: unlearn\ndataset_name: builtin:authors\nforget: forget05\n")
     words = "--dataset builtin:authors --split forget05 --retain"
     assert " ".join(job.evaluation) == f"tofu-eval --model {job.folder} {words} {retain}"
 
 
-def test_the_method_is_that_of_the_folder(tmp_path):
-    assert method_of(Path("recipes/tofu/tiny/ceu.yaml")) == "unlearn"
-    assert method_of(Path("recipes/grpo/addition/stock.yaml")) == "grpo"
-    with pytest.raises(ValueError, match=r"is in no folder named dpo, grpo, tofu.*give --method"):
-        method_of(tmp_path / "a.yaml")
+@pytest.mark.parametrize(
+    ("path", "method", "evaluation"),
+    [
+        ("tofu/smollm2/full", "sft", None),
+        ("tofu/smollm2/npo", "unlearn", "tofu-eval"),
+        ("muse/articles/full", "sft", None),
+        ("muse/articles/ceu_retain", "unlearn", "muse-eval"),
+        ("dpo/addition/base", "sft", None),
+        ("grpo/addition/stock", "grpo", None),
+    ],
+)
+def test_the_method_is_the_field_of_the_recipe(tmp_path, path, method, evaluation):
+    """The folder decided before: an SFT recipe of TOFU became an unlearning run, and MUSE recipes failed."""
+    (job,) = make_jobs([ROOT / "recipes" / f"{path}.yaml"], {}, tmp_path)
+    assert job.method == job.command[0] == job.words[0] == method
+    assert (job.evaluation or [None])[0] == evaluation
+
+
+@pytest.mark.parametrize("line", ["", "method: sleep\n"])
+def test_a_recipe_without_its_method_is_refused(tmp_path, line):
+    (tmp_path / "a.yaml").write_text(line + "seed: 1\n")
+    with pytest.raises(ValueError, match=r"a.yaml: method is .*; write one of dpo, grpo, sft, unlearn"):
+        make_jobs([tmp_path / "a.yaml"], {}, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +174,7 @@ def test_the_method_is_that_of_the_folder(tmp_path):
         (["{stock}", "--beta"], "--beta has no value"),
         (["no/dpo/such.yaml"], "no/dpo/such.yaml"),
         (["{stock}", "--retain", "no/such.json"], "no/such.json is no file"),
-        (["{stock}", "--retain", "{stock}"], "stock.yaml is cut short or no JSON"),
+        (["{stock}", "--retain", "{stock}"], "stock.yaml is empty, cut short or no JSON"),
         ([], "No recipe is given"),
         (["--seed", "1"], "No recipe is given"),
         (["{folder}"], "dpo is a folder; name a recipe in it."),
@@ -146,9 +189,8 @@ def test_the_method_is_that_of_the_folder(tmp_path):
         (["{stock}", "--bf16", "maybe"], "--bf16 maybe: "),
         (["{stock}", "--resume-from-checkpoint", "true"], "--resume_from_checkpoint is given"),
         (["{stock}", "--launcher", "pbs"], "--launcher: invalid choice: 'pbs'"),
-        (["{stock}", "--launcher_config", "{stock}"], "--launcher local takes no options, but dataset_name"),
+        (["{stock}", "--launcher_config", "{stock}"], "--launcher local takes no options, but"),
         (["{stock}", "--model_name_or_path", "/no/such/model"], "model_name_or_path /no/such/model is no folder"),
-        (["{stock}", "--method", "sleep"], "--method: invalid choice: 'sleep'"),
         (["--report_only", "--seed", "1"], "--seed is given without recipes"),
     ],
 )
@@ -168,8 +210,8 @@ def test_bad_input_is_one_sentence(two_recipes, tmp_path, capsys, words, message
         ("seed: 1\n".encode("utf-16"), "is not UTF-8"),
         (b"seed: 1\nseed: 2\n", "seed is given twice"),
         (b"seed: [1\n", "is no valid recipe"),
-        (b"learning_rte: 1\n", "did you mean learning_rate?"),
-        (b"max_steps: 2.5\n", "max_steps is 2.5"),
+        (b"method: dpo\nlearning_rte: 1\n", "did you mean learning_rate?"),
+        (b"method: dpo\nmax_steps: 2.5\n", "max_steps is 2.5"),
     ],
 )
 def test_a_broken_recipe_is_named_before_any_run(two_recipes, tmp_path, capsys, content, message):
@@ -181,7 +223,7 @@ def test_a_broken_recipe_is_named_before_any_run(two_recipes, tmp_path, capsys, 
 
 
 def test_a_recipe_with_a_byte_order_mark_is_read(two_recipes, tmp_path):
-    two_recipes[0].write_bytes(b"\xef\xbb\xbfseed: 3\nlearning-rate: 1e-4\n")
+    two_recipes[0].write_bytes(b"\xef\xbb\xbfmethod: dpo\nseed: 3\nlearning-rate: 1e-4\n")
     job, _ = make_jobs(two_recipes, {}, tmp_path)
     assert job.run.seed == 3 and job.settings["learning_rate"] == 1e-4
 
@@ -210,6 +252,7 @@ def recipes(tmp_path, tiny_model, tokenizer, preferences, monkeypatch):
 
     def write(arm, **fields):
         settings = {
+            "method": "dpo",
             "model_name_or_path": str(tmp_path / "base"),
             "dataset_name": str(tmp_path / "rows"),
             "max_steps": 2,
@@ -255,10 +298,11 @@ def test_compare_runs_keeps_and_names(recipes, tmp_path, tiny_model, capsys):
     assert (out / "report.html").stat().st_size > 10_000
     failure = json.loads((out / "broken" / "recipe" / "0" / "failure.json").read_text())
     assert failure["status"] == 2 and "max_length" in failure["reason"] and failure["log_tail"]
-    assert failure["versions"]["trl"] and failure["seed"] == 0
+    assert failure["versions"]["trl"] and failure["method"] == "dpo"
     wild = json.loads((out / "wild" / "recipe" / "0" / "failure.json").read_text())
     assert wild["diverged"] and wild["reason"].startswith("Step 1 met a non-finite loss (nan)")
     assert "broken/recipe/0: failed: " in capsys.readouterr().out
+    assert {run["arm"]: run["method"] for run in report["runs"]} == dict.fromkeys(("stock", "broken", "wild"), "dpo")
 
     # Again, with what failed mended: the finished and the diverged run are kept, and not started again
     kept = {arm: log_of(out / arm / "recipe" / "0") for arm in ("stock", "wild")}
@@ -293,7 +337,7 @@ def test_compare_goes_on_with_an_interrupted_run(recipes, tmp_path):
         (folder / name).unlink()
     assert main(command) == 0
     resumed = json.loads((folder / "result.json").read_text())
-    assert resumed["command"].endswith("--resume_from_checkpoint true")
+    assert resumed["resumed"] and not whole["resumed"]
     assert resumed["metrics"]["eval_loss"] == whole["metrics"]["eval_loss"]
     # What a kill between saving the model and the result leaves, of a run without checkpoints
     for checkpoint in folder.glob("checkpoint-*"):
@@ -367,23 +411,37 @@ if "tofu-eval" in sys.argv:
     sys.exit()
 folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
 settings = yaml.safe_load(pathlib.Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
+method = settings.pop("method")
 for path in os.environ.get("DELETE", "").split():
     pathlib.Path(path).unlink(missing_ok=True)
 for path in os.environ.get("EDIT", "").split():
     pathlib.Path(path).write_text("seed: 7\\nlearning_rate: 9.0\\n")
 (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 0.5}) + "\\n")
-(folder / "result.json").write_text(json.dumps({"settings": settings, "seed": settings["seed"], "steps": 1}))
+(folder / "result.json").write_text(json.dumps({"method": method, "settings": settings, "steps": 1}))
 """
+
+
+class Inside:
+    """Does a job in this process, at once."""
+
+    def __init__(self, job, at_once, slots):
+        self.outcome = launch.run_job(job)
+
+    def done(self):
+        return True
+
+    def result(self):
+        return self.outcome
 
 
 @pytest.fixture
 def quick(two_recipes, tmp_path, monkeypatch, capsys):
     """Compare the two recipes by runs that only record their settings; returns the status, output and what started."""
     (tmp_path / "quick.py").write_text(QUICK)
-    for module in (compare, jobs):
+    for module in (grid, launch):
         monkeypatch.setattr(module, "MODULE", [sys.executable, str(tmp_path / "quick.py")])
-    for module in (jobs, launchers):
-        monkeypatch.setattr(module, "POLL", 0.02)
+    monkeypatch.setattr(launch, "POLL", 0.02)
+    monkeypatch.setattr(launch, "Worker", Inside)
     monkeypatch.setattr(report, "_html", lambda *args: "a page")
     monkeypatch.chdir(tmp_path)
 
@@ -398,7 +456,7 @@ def quick(two_recipes, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("meanwhile", ["EDIT", "DELETE"])
 def test_what_happens_to_a_recipe_meanwhile_changes_nothing(quick, two_recipes, monkeypatch, tmp_path, meanwhile):
-    monkeypatch.setenv(meanwhile, f"{two_recipes[0]} {two_recipes[1]}")
+    monkeypatch.setenv(meanwhile, " ".join(map(str, two_recipes)))
     status, _, began = quick("--learning-rate", "1e-4", "--seed", "0", "1")
     assert status == 0 and len(began) == 4
     recorded = [json.loads(path.read_text())["settings"] for path in results(tmp_path)]
@@ -410,17 +468,20 @@ def test_what_happens_to_a_recipe_meanwhile_changes_nothing(quick, two_recipes, 
 def test_the_report_is_drawn_as_the_runs_end(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "_html", lambda *args: f"a page of {len(results(tmp_path))} runs")
     seen = []
-    submit = launchers.LocalLauncher.submit
 
-    def look(self, job):
-        page = tmp_path / "runs" / "report.html"
-        seen.append(page.read_text() if page.exists() else None)
-        return submit(self, job)
+    class Looking(Inside):
+        def __init__(self, *given):
+            page = tmp_path / "runs" / "report.html"
+            seen.append(page.read_text() if page.exists() else None)
+            super().__init__(*given)
 
-    monkeypatch.setattr(launchers.LocalLauncher, "submit", look)
-    status, out, _ = quick("--seed", "0", "1", "2")
-    # A run ends while the next one trains, and is drawn before the one after that begins
-    assert status == 0 and seen[:2] == [None, None] and [page is not None for page in seen[2:]] == [True] * 4
+        def done(self):
+            return len(seen) == 6 or seen.count(None) == 2  # one ends while another one trains
+
+    monkeypatch.setattr(launch, "Worker", Looking)
+    monkeypatch.setattr(launch.Courses, "show", lambda *args: None)
+    status, out, _ = quick("--seed", "0", "1", "2", "--jobs", "2")
+    assert status == 0 and len(seen) == 6
     assert (tmp_path / "runs" / "report.html").read_text() == "a page of 6 runs"
     assert out.count("Report: ") == 1
 
@@ -443,23 +504,12 @@ def test_a_value_is_the_same_however_it_is_written(quick, written):
 
 def test_a_recipe_that_says_the_same_is_the_same_and_another_one_is_refused(quick, two_recipes, tmp_path):
     assert len(quick()[2]) == 2
-    fields = "seed: 7\nmax-steps: 20\ndataset_name: builtin:addition\n"
+    fields = "method: dpo\nseed: 7\nmax-steps: 20\ndataset_name: builtin:addition\n"
     two_recipes[0].write_text(fields + "output_dir: elsewhere\nresume_from_checkpoint: true\n")
     assert quick()[2] == []
     two_recipes[0].write_text(fields + "beta: 0.3\n")
     status, out, began = quick()
-    assert status == 2 and began == [] and "result.json was made with other settings" in out
-
-
-def test_results_of_earlier_versions_are_kept(quick, two_recipes, tmp_path):
-    """They hold the recipe as YAML read it, and the words of the command line, the folder of the run among them."""
-    quick("--learning_rate", "1e-4")
-    folder = tmp_path / "runs" / "stock" / "learning_rate=1e-4" / "7"
-    content = yaml.safe_load(two_recipes[0].read_text())
-    overrides = ["--learning_rate", "1e-4", "--seed", "7", "--output_dir", str(folder), "--disable_tqdm", "true"]
-    for words, status in ((overrides, 0), ([*overrides, "--beta", "0.5"], 2)):
-        (folder / "result.json").write_text(json.dumps({"settings": {**content, "overrides": words}}))
-        assert quick("--learning_rate", "1e-4")[::2] == (status, [])
+    assert status == 2 and began == [] and "result.json was made with other settings (beta: None, now 0.3)" in out
 
 
 def test_a_comparison_that_was_moved_or_is_named_by_its_absolute_path_goes_on(quick, tmp_path):
@@ -477,7 +527,7 @@ def test_an_interrupted_run_does_not_go_on_with_other_settings(quick, two_recipe
     (folder / "result.json").unlink()
     two_recipes[0].write_text(two_recipes[0].read_text() + "beta: 0.3\n")
     status, out, began = quick()
-    assert status == 2 and began == [] and "stock/recipe/7/recipe.yaml was begun with other settings" in out
+    assert status == 2 and began == [] and "stock/recipe/7/run.json was made with other settings" in out
     # One that failed starts again, beside what it left
     (folder / "failure.json").write_text(json.dumps({"settings": {}, "reason": "no memory", "status": 1}))
     status, _, began = quick()
@@ -491,7 +541,7 @@ def test_a_run_of_no_steps_is_not_finished(quick, tmp_path):
     path = tmp_path / "runs" / "stock" / "recipe" / "7" / "result.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "steps": 0}))
     (run,) = (run for run in find_runs(tmp_path / "runs") if run.arm == "stock")
-    assert run.status == "failed" and run.reason == "It ended after 0 steps, so that nothing was trained."
+    assert run.status == "failed" and run.reason == "It ended after 0 steps, so nothing was trained."
     assert quick()[2] == ["runs/stock/recipe/7"]
 
 
@@ -520,16 +570,16 @@ def test_a_broken_outcome_costs_its_run_and_nothing_else(quick, tmp_path, name, 
 
 def test_what_an_evaluation_lacks_is_evaluated_and_not_trained_again(quick, two_recipes, tmp_path, monkeypatch):
     for path in two_recipes:
-        path.write_text("dataset_name: builtin:authors\nseed: 7\n")
+        path.write_text("method: unlearn\ndataset_name: builtin:authors\nseed: 7\n")
     monkeypatch.setenv("FAIL", "1")
-    status, out, began = quick("--method", "unlearn")
+    status, out, began = quick()
     assert status == 1 and began == ["runs/stock/recipe/7"] * 2 + ["runs/ceu/recipe/7"] * 2
     assert "ceu/recipe/7: failed: no memory" in out
     monkeypatch.delenv("FAIL")
-    assert quick("--method", "unlearn")[::2] == (0, ["runs/stock/recipe/7", "runs/ceu/recipe/7"])
+    assert quick()[::2] == (0, ["runs/stock/recipe/7", "runs/ceu/recipe/7"])
     evaluation = tmp_path / "runs" / "ceu" / "recipe" / "7" / "tofu_eval.json"
     evaluation.write_text('{"summary": {"model_ut')
-    assert quick("--method", "unlearn")[::2] == (0, ["runs/ceu/recipe/7"])
+    assert quick()[::2] == (0, ["runs/ceu/recipe/7"])
     assert evaluation.with_name("tofu_eval.json.broken").is_file() and not list(
         tmp_path.glob("runs/*/*/*-interrupted*")
     )
@@ -537,25 +587,25 @@ def test_what_an_evaluation_lacks_is_evaluated_and_not_trained_again(quick, two_
 
 def test_a_retain_model_that_comes_later_is_held_against_without_training(quick, two_recipes, tmp_path):
     for path in two_recipes:
-        path.write_text("dataset_name: builtin:authors\nseed: 7\n")
+        path.write_text("method: unlearn\ndataset_name: builtin:authors\nseed: 7\n")
     retains = [tmp_path / name / "tofu_eval.json" for name in ("one", "other")]
     for path in retains:
         path.parent.mkdir()
         path.write_text('{"summary": {"model_utility": 0.5}}')
-    assert quick("--method", "unlearn")[0] == 0
+    assert quick()[0] == 0
     evaluations = [tmp_path / "runs" / arm / "recipe" / "7" / "tofu_eval.json" for arm in ("stock", "ceu")]
     for retain in retains:
-        status, _, began = quick("--method", "unlearn", "--retain", str(retain))
+        status, _, began = quick("--retain", str(retain))
         assert status == 0 and began == [f"held against {retain}"] * 2
         assert [json.loads(path.read_text())["retain"] for path in evaluations] == [str(retain)] * 2
-        assert quick("--method", "unlearn", "--retain", str(retain))[::2] == (0, [])
-    assert quick("--method", "unlearn")[::2] == (0, [])
+        assert quick("--retain", str(retain))[::2] == (0, [])
+    assert quick()[::2] == (0, [])
 
 
 def test_what_a_run_without_recorded_settings_left_is_moved_aside(quick, tmp_path):
     quick()
     folder = tmp_path / "runs" / "stock" / "recipe" / "7"
-    for name in ("result.json", "recipe.yaml"):
+    for name in ("result.json", "run.json"):
         (folder / name).unlink()
     (folder / "checkpoint-2").mkdir()
     for name, text in (("trainer_state.json", "{}"), ("optimizer.pt", ""), ("scheduler.pt", "")):
@@ -566,7 +616,7 @@ def test_what_a_run_without_recorded_settings_left_is_moved_aside(quick, tmp_pat
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(("--learning_rate", "0", "1e-5"), "learning_rate is 0, with which nothing is trained")],
+    [(("--learning_rate", "0", "1e-5"), "learning_rate is 0, which trains nothing")],
 )
 def test_a_grid_that_trains_nothing_is_refused(quick, words, message):
     status, out, began = quick(*words)
@@ -576,12 +626,6 @@ def test_a_grid_that_trains_nothing_is_refused(quick, words, message):
 def test_an_empty_output_dir_is_refused(quick):
     status, out, began = quick(out="")
     assert status == 2 and began == [] and "--output_dir is ''; give a folder." in out
-
-
-def test_one_value_spelled_in_two_ways_is_one_setting(quick, tmp_path):
-    quick("--beta", "0.1", "0.5")
-    shutil.copytree(tmp_path / "runs" / "ceu" / "beta=0.1", tmp_path / "runs" / "stock" / "beta=.1")
-    assert {str(run.setting) for run in find_runs(tmp_path / "runs")} == {"{'beta': '0.1'}", "{'beta': '0.5'}"}
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_any_run(quick, tmp_path):
@@ -622,7 +666,7 @@ def test_dry_run_prints_commands_that_a_shell_takes_and_writes_nothing(quick, tw
     lines = [shlex.split(line) for line in out.splitlines()]
     assert len(lines) == 2 and lines[0][-12:] == [
         *("--config", str(two_recipes[0]), "--learning_rate", "1e-4", "--run_name", "a b", "--seed", "7"),
-        *("--output_dir", "new runs/stock/learning_rate=1e-4,run_name=a%20b/7", "--disable_tqdm", "true"),
+        *("--output_dir", "new runs/stock/learning_rate=1e-4/7", "--disable_tqdm", "true"),
     ]
     quick()
     assert all(line.startswith("# done: ") for line in quick("--dry_run")[1].splitlines())
@@ -630,7 +674,7 @@ def test_dry_run_prints_commands_that_a_shell_takes_and_writes_nothing(quick, tw
 
 def test_report_only_draws_what_lies_there(quick, two_recipes, tmp_path, capsys):
     quick("--learning_rate", "1e-4", "3e-4", "--beta", "0.1", "--seed", "0", "1")
-    shutil.rmtree(tmp_path / "runs" / "stock" / "learning_rate=3e-4,beta=0.1" / "1")
+    shutil.rmtree(tmp_path / "runs" / "stock" / "learning_rate=3e-4" / "1")
     for path in two_recipes:
         path.unlink()
     (tmp_path / "runs" / "report.json").rename(tmp_path / "first.json")
@@ -639,11 +683,11 @@ def test_report_only_draws_what_lies_there(quick, two_recipes, tmp_path, capsys)
     kept = [
         run
         for run in first["runs"]
-        if (run["arm"], run["setting"], run["seed"]) != ("stock", {"learning_rate": "3e-4"}, 1)
+        if (run["arm"], run["setting"], run["seed"]) != ("stock", {"learning_rate": 3e-4}, 1)
     ]
     key = lambda run: (run["arm"], run["setting"]["learning_rate"], run["seed"])  # noqa: E731
     assert sorted(map(key, again["runs"])) == sorted(map(key, kept)) and len(kept) == 7
-    assert again["arms"] == first["arms"] == ["stock", "ceu"]
+    assert [arm["name"] for arm in again["arms"]] == [arm["name"] for arm in first["arms"]] == ["stock", "ceu"]
     assert main(["compare", "--report-only", "--output-dir", "nowhere"]) == 2
     assert "nowhere holds no runs" in capsys.readouterr().err
 
@@ -652,7 +696,7 @@ def test_report_only_with_recipes_names_what_is_missing(quick, tmp_path):
     quick("--seed", "0")
     status, out, began = quick("--seed", "0", "1", "--report_only")
     assert status == 1 and began == []
-    assert "2 of 4 runs are missing and are left out: 1 of stock and 1 of ceu." in " ".join(out.split())
+    assert "2 of 4 runs have finished" in " ".join(out.split()) and out.count("1 waiting") == 2
 
 
 # What survives a kill: a stand-in for the command line trains for two seconds, or until it is let go, and records that
@@ -662,6 +706,7 @@ STAND_IN = """
 import json, os, pathlib, signal, sys, time, yaml
 folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
 settings = yaml.safe_load((folder / "recipe.yaml").read_text())
+settings.pop("method")
 
 def save(number, frame):
     time.sleep(60 if pathlib.Path("slow").exists() else 0.3)
@@ -683,11 +728,11 @@ while step < 20 or pathlib.Path("hold").exists():
 """
 DRIVER = """
 import signal, sys
-from ceu_rl.stability import compare
+from ceu_rl.stability import grid, report
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell's background job starts
-compare.MODULE = [sys.executable, "stand_in.py"]
-compare.write_report = lambda *args: None
-sys.exit(compare.main(sys.argv[1:]))
+grid.MODULE = [sys.executable, "stand_in.py"]
+report.write_report = lambda *args: None
+sys.exit(grid.main(sys.argv[1:]))
 """
 
 
@@ -785,7 +830,7 @@ def test_a_signal_ends_the_runs_with_a_checkpoint_and_says_how_to_go_on(comparis
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "Traceback" not in out
     assert "Ending the runs after their step, with a checkpoint" in out
-    assert out.splitlines()[-1] == "ceu-rl compare: interrupted; the same command goes on where it stopped."
+    assert out.splitlines()[-1] == "ceu-rl compare: interrupted; the same command continues where it stopped."
     ended = [path.parent for path in (tmp_path / "runs").glob("*/*/*/saved")]
     assert ended and not any((folder / "failure.json").exists() for folder in ended)
     assert_none_is_left(tmp_path)
@@ -810,28 +855,3 @@ def assert_none_is_left(tmp_path):
     for path in (tmp_path / "runs").glob("*/*/*/pid"):
         with pytest.raises(ProcessLookupError):
             os.kill(int(path.read_text()), 0)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_the_addition_recipes_killed_half_way(tmp_path):
-    """The issue's own check on the real recipes; about 6 minutes on 2 cores."""
-    base = tmp_path / "base"
-    sft = ["sft", "--config", "recipes/dpo/addition/base.yaml", "--output_dir", str(base), "--max_steps", "100"]
-    assert main([*sft, "--eval_strategy", "no"]) == 0
-    recipes = [f"recipes/dpo/addition/{arm}.yaml" for arm in ("stock", "ceu")]
-    grid = ["--learning_rate", "1e-5", "3e-5", "1e-4", "--seed", "0", "1", "--model_name_or_path", str(base)]
-    short = ["--max_steps", "40", "--eval_steps", "20", "--save_steps", "20", "--jobs", "2"]
-    command = [sys.executable, "-m", "ceu_rl.cli", "compare", *recipes, *grid, *short, "--output_dir", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_until(lambda: len(list(tmp_path.glob("*/*/*/result.json"))) >= 5, process, seconds=1800)
-    process.kill()
-    process.wait()
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0, again.stdout + again.stderr
-    logs = list(tmp_path.glob("*/*/*/log.txt"))
-    assert len(logs) == 12
-    assert all(path.with_name("result.json").is_file() for path in logs)
-    assert all(path.read_text().count("$ ") == 1 for path in logs), "a run was started twice"
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert [run["status"] for run in report["runs"]] == ["finished"] * 12

@@ -1,0 +1,351 @@
+"""The numbers of a comparison: measures by hand, intervals against plain loops, files of every kind."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ceu_rl.stability.table import (
+    PREFERENCE,
+    Run,
+    Table,
+    collapse_step,
+    drawdown,
+    loss_spikes,
+    number,
+    paired_bootstrap,
+    pareto_front,
+    preference_scores,
+    rate,
+    setting_name,
+    spikes,
+)
+
+# Measures of a series
+
+
+def test_a_spike_is_over_ten_times_the_median_of_what_came_before():
+    calm = [1.0, 2.0, 3.0, 2.0, 1.0]  # median 2
+    assert spikes([*calm, 20.0]) == [] and spikes([*calm, 20.1]) == [5]
+    assert spikes([*calm, math.nan, math.inf, 21.0]) == [7]
+    assert spikes([100.0, 1.0, 1.0, 1.0, 50.0]) == []  # the first five are no spikes
+    assert spikes([*calm, 5.0], factor=2.0) == [5]
+    assert spikes([1.0] * 5 + [100.0] * 3 + [1001.0], window=3) == [5, 6, 8]  # at the last the median is 100
+
+
+def test_a_loss_spike_is_ten_deviations_over_the_median():
+    calm = [-0.1, 0.1, 0.0, 0.2, -0.2]  # median 0, deviation 0.1
+    assert loss_spikes([*calm, 1.0]) == [] and loss_spikes([*calm, 1.01]) == [5]
+    assert loss_spikes([0.0] * 5 + [0.011]) == [5] and loss_spikes([0.0] * 5 + [0.009]) == []  # at least 1e-3
+
+
+def test_drawdown_and_collapse():
+    assert drawdown([0.5, 0.9, 0.4, 0.7, 0.3]) == pytest.approx(0.6) and drawdown([0.1, 0.2]) == 0
+    assert collapse_step([0, 10, 20, 30], [0.8, 0.3, 0.2, 0.1]) == 10
+    assert collapse_step([0, 10, 20, 30], [0.8, 0.3, 0.5, 0.1]) == 30
+    assert collapse_step([0, 10], [0.8, 0.4]) is None and collapse_step([0, 10], [-1.0, -9.0]) is None
+
+
+def test_pareto_front():
+    assert pareto_front([(1, 1), (2, 0.5), (0.5, 0.5), (2, 0.5)]) == [0, 1, 3]
+
+
+def test_numbers_for_people():
+    assert [rate(value) for value in (3e-5, 1e-4, 2.5e-6)] == ["3e-5", "1e-4", "2.5e-6"]
+    values = (None, math.nan, 0, 0.996, 33.333, 1234.5, 1e-20, -0.4435184)
+    assert [number(value) for value in values] == ["none", "none", "0", "0.996", "33.3", "1234", "1e-20", "-0.444"]
+    assert setting_name({"learning_rate": 3e-5, "beta": 0.5}) == "learning rate 3e-5, beta 0.5"
+
+
+# Held-out rows and intervals
+
+
+def test_margin_accuracy_and_loss_of_pairs():
+    """Against math alone, in float64, a pair at a time; a tie is half right."""
+    pairs = [
+        (-34.5, -31.2, -33.1, -30.9),
+        (-10.0, -20.0, -12.0, -15.0),
+        (-5.0, -6.0, -5.0, -6.0),
+        (-1e4, 0.0, 0.0, -1e4),
+    ]
+    names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
+    found = preference_scores(dict(zip(names, zip(*pairs, strict=True), strict=True)), beta=0.3)
+    for place, (chosen, rejected, ref_chosen, ref_rejected) in enumerate(pairs):
+        margin = 0.3 * ((chosen - ref_chosen) - (rejected - ref_rejected))
+        assert found["margin"][place] == pytest.approx(margin, rel=1e-14)
+        loss = math.log1p(math.exp(-margin)) if margin > -700 else -margin
+        assert found["loss"][place] == pytest.approx(loss, rel=1e-14)
+    assert list(found["accuracy"]) == [0.0, 1.0, 0.5, 0.0]
+
+
+def plain_bootstrap(differences, resamples, drawing):
+    """One resample after another: seeds and rows with replacement, the mean over what is there."""
+    seeds, rows, means = len(differences), len(differences[0]), []
+    for _ in range(resamples):
+        of_seeds = [drawing.randrange(seeds) for _ in range(seeds)]
+        of_rows = [drawing.randrange(rows) for _ in range(rows)]
+        cells = [differences[s][r] for s in of_seeds for r in of_rows if not math.isnan(differences[s][r])]
+        if cells:
+            means.append(sum(cells) / len(cells))
+    means.sort()
+    return means[round(0.025 * len(means))], means[round(0.975 * len(means)) - 1]
+
+
+def test_the_interval_draws_seeds_and_rows():
+    import random
+
+    drawing = np.random.default_rng(3)
+    rows, seeds = drawing.normal(0, 1.0, size=40), drawing.normal(0, 0.5, size=4)
+    differences = 0.3 + rows[None, :] + seeds[:, None] + drawing.normal(0, 0.2, size=(4, 40))
+    differences[1, 5:12] = np.nan
+    low, high = paired_bootstrap(differences, resamples=4000)
+    other = plain_bootstrap(differences.tolist(), 4000, random.Random(1))
+    assert (low, high) == pytest.approx(other, abs=0.06)
+    alone = paired_bootstrap(differences.mean(axis=0, keepdims=True))
+    assert high - low > 1.2 * (alone[1] - alone[0])  # the spread of the seeds is in it
+    assert paired_bootstrap(differences) == paired_bootstrap(differences)
+
+
+def test_the_interval_of_one_seed_of_one_row_and_of_none():
+    assert paired_bootstrap([[1.0]]) is None and paired_bootstrap([[1.0], [math.nan]]) is None
+    assert paired_bootstrap([[0.2], [0.4]]) == pytest.approx((0.2, 0.4))  # seeds alone
+    low, high = paired_bootstrap([np.linspace(0, 1, 101)])  # rows alone: 0.5 +- 1.96 * 0.29 / sqrt(101)
+    assert (low, high) == pytest.approx((0.443, 0.557), abs=0.006)
+
+
+def written(folder, arm, seed=0, setting=None, log=(), held=(), result=True, **fields):
+    run = Run(arm, setting or {}, seed, folder / arm / str(setting) / str(seed))
+    run.folder.mkdir(parents=True)
+    for name, lines in (("metrics.jsonl", log), ("held_out.jsonl", held)):
+        if lines:
+            (run.folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if result:
+        (run.folder / "result.json").write_text(json.dumps({"method": "dpo", "steps": 60, **fields}))
+    return run
+
+
+def pair(step, row, margin, **fields):
+    """A held-out pair with a margin of that many nats between the sums, 0.1 of it as a reward."""
+    fixed = {"rejected": -30.0, "ref_chosen": -20.0, "ref_rejected": -30.0}
+    return {"step": step, "dataset": "eval", "row": row, "chosen": -20.0 + margin, **fixed, **fields}
+
+
+def test_differences_are_paired_by_row_and_seed(tmp_path):
+    """Rows differ by far more than the arms do. The rows of ceu are written in another order, and one is missing."""
+    margins = {row: 30.0 * (row - 20) for row in range(41)}
+    runs = []
+    for seed in range(3):
+        start = [pair(0, row, 0.0) for row in margins]
+        stock = [pair(60, row, m) for row, m in margins.items()]
+        ceu = [pair(60, row, m + 1.0 + 0.1 * seed) for row, m in reversed(margins.items()) if row != 3]
+        log = [{"step": 0, "eval_rewards/accuracies": 0.0}, {"step": 60, "eval_rewards/accuracies": 0.77}]
+        for arm, held in (("stock", stock), ("ceu", ceu)):
+            runs.append(written(tmp_path, arm, seed, log=log, held=[*start, *held], settings={"beta": 0.1}))
+    table = Table(runs)
+    places = [[p for p, run in enumerate(runs) if run.arm == arm] for arm in ("ceu", "stock")]
+    margin = type(PREFERENCE)("margin", "", "margin", kept=False)
+    table.ends = table.ends.assign(score=table.ends.score)
+    found = table.difference(*places, margin)
+    assert found["difference"] == pytest.approx(0.11) and (found["seeds"], found["rows"]) == (3, 40)
+    assert found["interval"] == pytest.approx([0.10, 0.12], abs=0.003)  # over seeds: rows shift alike
+    ends = table.ends[(table.ends.score == "preference accuracy") & (table.ends.arm == "stock")]
+    assert list(ends.final) == pytest.approx([20.5 / 41] * 3) and list(ends.base) == [0.5] * 3  # ties, not TRL's 0
+
+
+@pytest.mark.parametrize(("lost", "kept"), [(0, True), (1, None), (9, False)])
+def test_a_score_is_kept_if_its_interval_excludes_a_loss_of_five_percent(tmp_path, lost, kept):
+    """Of 40 questions, all right before, that many wrong after; 1 of 40 is a loss of 2.5 %, within noise."""
+    held = [
+        {
+            "step": step,
+            "dataset": "eval",
+            "row": row,
+            "greedy": int(step == 0 or row >= lost),
+            "sampled": 0.5,
+            "samples": 8,
+        }
+        for step in (0, 60)
+        for row in range(40)
+    ]
+    table = Table([written(tmp_path, "stock", held=held)])
+    score = table.scores[0]
+    found = table.loss([0], score)
+    assert score.name == "greedy accuracy" and found["kept"] is kept and found["rows"] == 40
+    assert table.ends[table.ends.score == score.name].final.iloc[0] == pytest.approx(1 - lost / 40)
+
+
+def test_without_rows_seeds_are_paired_and_one_seed_has_no_interval(tmp_path):
+    ends = {"stock": [0.5, 0.9], "ceu": [0.6, 1.0]}
+    runs = [
+        written(tmp_path, arm, seed, log=[{"step": s, "eval_greedy_accuracy": v} for s, v in ((0, 1.0), (60, end))])
+        for arm, values in ends.items()
+        for seed, end in enumerate(values)
+    ]
+    table = Table(runs)
+    (score,) = table.scores
+    found = table.difference([2, 3], [0, 1], score)
+    assert found["difference"] == pytest.approx(0.1) and found["interval"] == pytest.approx([0.1, 0.1])
+    assert (found["seeds"], found["rows"]) == (2, None)
+    assert table.difference([2], [0], score)["interval"] is None
+    # By sorted values in place of seeds the gaps would be the same; with the seeds of one arm swapped they are not
+    swapped = Table([runs[0], runs[1], Run("ceu", {}, 1, runs[2].folder), Run("ceu", {}, 0, runs[3].folder)])
+    assert swapped.difference([2, 3], [0, 1], score)["interval"] == pytest.approx([-0.3, 0.5])
+
+
+# Frames
+
+
+def test_the_frame_is_tidy(tmp_path):
+    log = [
+        {"step": 1, "loss": 0.5, "grad_norm": math.inf, "epoch": 0.1},
+        {"step": 1, "loss": 0.4},
+        {"step": 2, "loss": None},
+    ]
+    table = Table([written(tmp_path, "stock", 3, {"learning_rate": 1e-5, "beta": 0.5}, log)])
+    found = table.values[table.values.metric.isin(["loss", "grad_norm"])]
+    columns = ["arm", "setting", "seed", "step", "metric", "value"]
+    expected = [
+        ("stock", "learning rate 1e-5, beta 0.5", 3, 1, *each) for each in (("grad_norm", math.inf), ("loss", 0.4))
+    ]
+    assert list(found[columns].itertuples(index=False, name=None)) == expected
+    assert table.runs[0].rate == 1e-5 and table.runs[0].condition == {"beta": 0.5}
+
+
+def test_log_probabilities_are_per_token_of_the_run_itself(tmp_path):
+    """stock cuts responses at 4 tokens, ceu at 8; a run without a result has the counts of its arm."""
+    log = [{"step": 0, "eval_logps/chosen": -2.0, "eval_logps/rejected": -3.0}]
+    runs = [
+        written(tmp_path, "stock", log=log, eval_tokens={"chosen": 4.0, "rejected": 2.0}),
+        written(tmp_path, "ceu", log=log, eval_tokens={"chosen": 8.0, "rejected": 6.0}),
+        written(tmp_path, "ceu", 1, log=log, result=False),
+    ]
+    table = Table(runs)
+    assert [table.series(place, "chosen")[0] for place in range(3)] == [-0.5, -0.25, -0.25]
+    assert [table.series(place, "rejected")[0] for place in range(3)] == [-1.5, -0.5, -0.5]
+    assert table.bases(table.scores[0]) == pytest.approx({0: math.exp(-0.5), 1: math.exp(-0.25), 2: math.exp(-0.25)})
+
+
+def test_each_start_is_its_own_base(tmp_path):
+    """The median over the runs that start from one model; sampling makes them differ."""
+    starts = (("a", 0.4), ("a", 0.5), ("a", 0.9), ("b", 0.8))
+    runs = [
+        written(
+            tmp_path,
+            "stock",
+            seed,
+            log=[{"step": 0, "eval_sampled_accuracy": value}],
+            settings={"model_name_or_path": m},
+        )
+        for seed, (m, value) in enumerate(starts)
+    ]
+    table = Table(runs)
+    assert table.bases(table.scores[0]) == {0: 0.5, 1: 0.5, 2: 0.5, 3: 0.8}
+
+
+def test_what_was_trained_for_and_what_was_known_are_scores(tmp_path):
+    """Chosen answers keep exp(-0.05) of their probability per token, solutions exp(-0.11)."""
+    log = [
+        {"step": step, "eval_logps/chosen": c, "eval_solutions_nll": n, "eval_rewards/accuracies": a}
+        for step, c, n, a in ((0, -2.0, 1.0, 0.0), (60, -2.1, 1.11, 0.7))
+    ]
+    table = Table([written(tmp_path, "stock", log=log, eval_tokens={"chosen": 2.0, "rejected": 2.0})])
+    ends = table.ends.set_index("score")
+    shares = ends.final / ends.base
+    assert shares["probability per token of chosen responses"] == pytest.approx(math.exp(-0.05))
+    assert shares["probability per token of solutions"] == pytest.approx(math.exp(-0.11))
+    assert math.isnan(ends.base["preference accuracy"]) and ends.final["preference accuracy"] == 0.7
+
+
+# Runs
+
+
+def test_how_a_run_ended_is_a_field(tmp_path):
+    """The words of an error decided it before."""
+    log = [{"step": 3, "loss": 0.5}]
+    runs = {name: written(tmp_path, name, log=log, result=False) for name in ("diverged", "failed", "interrupted")}
+    message = "it met a non-finite loss, or it did not"
+    for name in ("diverged", "failed"):
+        failure = {"diverged": name == "diverged", "reason": message, "method": "dpo"}
+        (runs[name].folder / "failure.json").write_text(json.dumps(failure))
+    runs["waiting"] = Run("a", {}, 0, tmp_path / "nowhere")
+    runs["finished"] = written(tmp_path, "finished")
+    assert {name: run.status for name, run in runs.items()} == {name: name for name in runs}
+    assert "at step 3" in runs["interrupted"].reason and runs["failed"].reason == message
+    lost = written(tmp_path, "lost", metrics={"eval_loss": math.nan})
+    assert (lost.status, "eval_loss (nan)" in lost.reason) == ("diverged", True)
+    assert written(tmp_path, "none", steps=0).status == "failed"
+
+
+def test_a_run_whose_lock_is_held_is_running(tmp_path):
+    import filelock
+
+    log = [{"step": 12, "loss": 0.5}]
+    run = written(tmp_path, "stock", log=log, result=False)
+    (run.folder / "run.json").write_text(json.dumps({"method": "dpo", "settings": {"max_steps": 60}}))
+    with filelock.FileLock(run.folder.with_name("0.lock")):
+        found = Run("stock", {}, 0, run.folder)
+        assert found.status == "running" and found.reason == "It is at step 12 of 60."
+    assert Run("stock", {}, 0, run.folder).status == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("result.json", '{"metrics": []}', "metrics is '[]'"),
+        ("result.json", '{"metrics": {"eval_reward": "high"}}', "metrics.eval_reward is 'high', not a number"),
+        ("result.json", '{"eval_tokens": {"chosen": [1]}}', "eval_tokens.chosen is '[1]', not a number"),
+        ("result.json", '{"steps": "many"}', "steps is 'many'"),
+        ("result.json", '{"steps": true}', "steps is 'True'"),
+        ("result.json", '{"versions": ["torch"]}', "versions is"),
+        ("result.json", '{"settings": "beta"}', "settings is 'beta'"),
+        ("failure.json", '{"log_tail": "lines"}', "log_tail is 'lines'"),
+        ("failure.json", '{"diverged": "no"}', "diverged is 'no'"),
+        ("failure.json", "3", "holds 3, no mapping"),
+        ("tofu_eval.json", '{"summary": [1]}', "summary is '[1]'"),
+        ("tofu_eval.json", '{"summary": {"forget_quality": "0.5"}}', "summary.forget_quality is '0.5', not a number"),
+        ("tofu_eval.json", "", "is empty, cut short or no JSON"),
+        ("result.json", '{"steps": 3', "is empty, cut short or no JSON"),
+    ],
+)
+def test_an_outcome_of_wrong_types_is_named_and_the_rest_is_read(tmp_path, name, content, words):
+    log = [{"step": 0, "eval_greedy_accuracy": 1.0}]
+    stock, ceu = (written(tmp_path, arm, log=log) for arm in ("stock", "ceu"))
+    (ceu.folder / name).write_text(content)
+    table = Table([stock, ceu])
+    assert [run.status for run in table.runs] == ["finished", "failed"]
+    assert str(ceu.folder / name) in ceu.reason and words in ceu.reason
+    assert list(table.ends.final.isna()) == [False, True]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("3", "[]", "null", '"step"', "{", "\x00\x00", "[" * 50_000),
+        *('{"loss": 1.0}', '{"step": "1"}', '{"step": 1.5}', '{"step": true}', '{"step": null}', '{"step": 1e999}'),
+        *('{"step": 1, "loss": "low"}', '{"step": 1, "eval_kl": [1]}'),
+    ],
+    ids=lambda line: line[:20].replace("\x00", "zero"),
+)
+def test_a_log_line_that_is_no_entry_is_left_out_and_named(tmp_path, line):
+    run = written(tmp_path, "stock", log=[{"step": 0, "eval_kl": 0.0}, {"step": 1, "eval_kl": 0.5}])
+    path = run.folder / "metrics.jsonl"
+    path.write_text(path.read_text() + f"{line}\n" + json.dumps({"step": 2, "eval_kl": 1.0}) + '\n{"step": 3, "lo')
+    assert list(Table([run]).series(0, "eval_kl")) == [0.0, 0.5, 1.0]
+    assert run.log_problem.startswith(f"{path} is read without line 3: ")
+
+
+def test_odd_but_right_log_lines_are_read(tmp_path):
+    run = written(tmp_path, "stock")
+    text = (
+        '{"step": 1.0, "loss": NaN, "note": "a\u2028b"}\n\n{"step": 2, "loss": 1' + "0" * 400 + ', "grad_norm": null}\n'
+    )
+    (run.folder / "metrics.jsonl").write_text(text + '{"step": 3, "loss": 2}')
+    found = Table([run]).series(0, "loss")
+    assert run.log_problem is None and list(found.index) == [1, 2, 3]
+    assert math.isnan(found[1]) and (found[2], found[3]) == (math.inf, 2.0)
+
+
+def test_no_runs_and_no_rows_at_all(tmp_path):
+    assert isinstance(Table([]).ends, pd.DataFrame) and Table([written(tmp_path, "stock")]).scores == []
