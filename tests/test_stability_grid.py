@@ -696,7 +696,7 @@ def test_report_only_with_recipes_names_what_is_missing(quick, tmp_path):
     quick("--seed", "0")
     status, out, began = quick("--seed", "0", "1", "--report_only")
     assert status == 1 and began == []
-    assert "2 of 4 runs have finished" in " ".join(out.split()) and out.count("1 waiting") == 2
+    assert "2 of 4 runs finished" in " ".join(out.split()) and out.count("1 waiting") == 2
 
 
 # What survives a kill: a stand-in for the command line trains for two seconds, or until it is let go, and records that

@@ -13,8 +13,9 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
+from ceu_rl.stability.grid import Run
 from ceu_rl.stability.report import summarize, write_report
-from ceu_rl.stability.table import Run, Table
+from ceu_rl.stability.table import Table
 
 ORIGIN = {"commit": "0" * 40, "versions": {"torch": "2.13.0"}, "device": "CPU"}
 HELD: list[filelock.BaseFileLock] = []
@@ -185,7 +186,7 @@ def test_while_runs_go_on(make, report):
         Run("paper", {}, 0, make("x").folder.with_name("no"), {"method": "dpo", "settings": {"ceu_coef": 0.5}}),
     ]
     found, page, terminal = report(runs)
-    first = "1 of 3 runs have finished; ceu is running: It is at step 42 of 100."
+    first = "1 of 3 runs finished; ceu is running: It is at step 42 of 100."
     assert found["verdict"][0] == first and first in " ".join(terminal.split())
     assert [run["status"] for run in found["runs"]] == ["finished", "running", "waiting"]
     assert "No comparison" not in page and "not started" not in page and "runs are going on" in page
@@ -263,7 +264,7 @@ def test_each_arm_has_its_own_base(make):
     ("log", "end", "words"),
     [
         ([], "finished", "No run logged an evaluation"),
-        ([], "waiting", "0 of 1 runs have finished"),
+        ([], "waiting", "0 of 1 runs finished"),
         ([{"step": 1, "loss": math.nan}], "failed", "No run has finished"),
         ([{"step": 50, "eval_greedy_accuracy": 0.5}], "finished", "No difference between the arms"),
         (scored(-2.0, -1.0, key="eval_reward"), "finished", "No difference between the arms"),
@@ -498,7 +499,7 @@ def pages(tmp_path_factory):
     make = maker(tmp_path_factory.mktemp("grpo"))
     members = {"grid": runs, "tofu": plane, "grpo": frontier_grid(make), "going": going}
     made = {}
-    for name, count in (("grid", 3 + 9), ("tofu", 1 + 2), ("grpo", 1 + 2 + 5), ("going", 3 + 9)):
+    for name, count in (("grid", 3 + 9), ("tofu", 1 + 2), ("grpo", 1 + 1 + 4), ("going", 3 + 9)):
         folder = tmp_path_factory.mktemp(f"report-{name}")
         write_report(folder, members[name], Console(file=io.StringIO()), COMMAND)
         made[name] = (folder / "report.html").as_uri(), count

@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from ceu_rl.stability.grid import Run, rate
 from ceu_rl.stability.table import (
     PREFERENCE,
-    Run,
     Table,
     collapse_step,
     drawdown,
@@ -18,7 +18,6 @@ from ceu_rl.stability.table import (
     paired_bootstrap,
     pareto_front,
     preference_scores,
-    rate,
     setting_name,
     spikes,
 )
@@ -214,17 +213,22 @@ def test_the_frame_is_tidy(tmp_path):
 
 
 def test_log_probabilities_are_per_token_of_the_run_itself(tmp_path):
-    """stock cuts responses at 4 tokens, ceu at 8; a run without a result has the counts of its arm."""
+    """stock cuts responses at 4 tokens, ceu at 8; a run without a result has the counts of one with its rows."""
     log = [{"step": 0, "eval_logps/chosen": -2.0, "eval_logps/rejected": -3.0}]
     runs = [
-        written(tmp_path, "stock", log=log, eval_tokens={"chosen": 4.0, "rejected": 2.0}),
-        written(tmp_path, "ceu", log=log, eval_tokens={"chosen": 8.0, "rejected": 6.0}),
-        written(tmp_path, "ceu", 1, log=log, result=False),
+        written(tmp_path, "stock", log=log, eval_tokens={"chosen": 4.0, "rejected": 2.0}, settings={"max_length": 8}),
+        written(tmp_path, "ceu", log=log, eval_tokens={"chosen": 8.0, "rejected": 6.0}, settings={"max_length": 16}),
+        written(tmp_path, "npo", 1, log=log, result=False),
+        written(tmp_path, "npo", 2, log=log, result=False),
     ]
+    for run, length in zip(runs[2:], (16, 32), strict=True):
+        (run.folder / "run.json").write_text(json.dumps({"settings": {"max_length": length}}))
     table = Table(runs)
     assert [table.series(place, "chosen")[0] for place in range(3)] == [-0.5, -0.25, -0.25]
     assert [table.series(place, "rejected")[0] for place in range(3)] == [-1.5, -0.5, -0.5]
-    assert table.bases(table.scores[0]) == pytest.approx({0: math.exp(-0.5), 1: math.exp(-0.25), 2: math.exp(-0.25)})
+    assert len(table.series(3, "chosen")) == 0  # of these rows no count is known: no curve in another unit
+    bases = table.bases(table.scores[0])
+    assert [bases[place] for place in range(3)] == pytest.approx([math.exp(-0.5), math.exp(-0.25), math.exp(-0.25)])
 
 
 def test_each_start_is_its_own_base(tmp_path):

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from ..run.progress import duration
-from .table import LOG, is_number
+from .grid import LOG, is_number
 
 
 class Course:

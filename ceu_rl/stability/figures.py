@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from .table import KEEP, STEP_MEANS, Score, Table, number, rate, unique
+from .grid import rate
+from .table import KEEP, STEP_MEANS, Score, Table, number, unique
 
 # The baseline in grey, then Okabe and Ito, then Tol's wine and olive: safe for colour blindness
 COLOURS = ("#404040", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")

@@ -23,8 +23,7 @@ import filelock
 from rich.console import Console
 
 from .courses import Course, Courses
-from .grid import MODULE, Job, is_done, lacks_evaluation, prepare_folder
-from .table import EVALUATIONS, FAILURE, RESULT, lock_of
+from .grid import EVALUATIONS, FAILURE, MODULE, RESULT, Job, is_done, lacks_evaluation, lock_of, prepare_folder
 
 LAUNCHERS = ("local", "ray", "submitit")
 OUTPUT, OUTPUT_TAIL = "log.txt", 15  # what the processes of a run print; lines of it that a failure keeps

@@ -33,13 +33,11 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from . import figures
+from .grid import RECORD, STATUSES, Run, rate
 from .table import (
     ABOUT,
-    RECORD,
     REWARD,
-    STATUSES,
     STEP_MEANS,
-    Run,
     Score,
     Table,
     collapse_step,
@@ -47,7 +45,6 @@ from .table import (
     loss_spikes,
     number,
     pareto_front,
-    rate,
     setting_name,
     spikes,
     unique,
@@ -441,7 +438,7 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
     head = []
     if open_:
         now = "".join(f"; {run['arm']}{_at(run['setting'])} is running: {run['reason']}" for run in going[:3])
-        head = [f"{len(finished)} of {len(runs)} runs have finished{now}".rstrip(".") + "."]
+        head = [f"{len(finished)} of {len(runs)} runs finished{now}".rstrip(".") + "."]
     sentences = [_tofu_sentences(plane) for plane in report["planes"] if plane["kind"] == "tofu"]
     told = [each for group in sentences for each in group] + _kept(report) + _told(report["comparisons"])
     if not finished and not open_:
@@ -596,7 +593,7 @@ def cells(report: Mapping[str, Any], names: Sequence[str]) -> tuple[list[str], l
     """Headings and rows of a table: arm, setting, seeds, the scores and some measures; a row for each group."""
     counts = {name: f" (n = {count})" if (count := report["rows"][name]) else "" for name in report["scores"]}
     varied = {name for group in report["groups"] for name in group["setting"]}
-    heads = ["arm", "learning rate" if varied == {"learning_rate"} else "setting", "seeds"]
+    heads = ["arm", *["learning rate" if varied == {"learning_rate"} else "setting"] * bool(varied), "seeds"]
     heads += [f"{name}{counts[name]}" for name in report["scores"]]
     heads += [MEASURES[name][0] if name in MEASURES else name for name in names]
     rows = []
@@ -605,7 +602,8 @@ def cells(report: Mapping[str, Any], names: Sequence[str]) -> tuple[list[str], l
         seeds = [str(group["seeds"]["finished"]), *seeds] if group["seeds"]["finished"] or not seeds else seeds
         setting = setting_name(group["setting"])
         setting = setting.removeprefix("learning rate ") if varied == {"learning_rate"} else setting
-        found: list[dict[str, Any]] = [_cell(text) for text in (group["arm"], setting, ", ".join(seeds))]
+        words = [group["arm"], *[setting] * bool(varied), ", ".join(seeds)]
+        found: list[dict[str, Any]] = [{**_cell(text), "words": True} for text in words]
         for score in group["scores"].values():
             spread = f"{score['min']:.3f} to {score['max']:.3f}" if score["seeds"] > 1 else ""
             text = "—" if score["mean"] is None else f"{score['mean']:.3f}"
@@ -618,7 +616,7 @@ def cells(report: Mapping[str, Any], names: Sequence[str]) -> tuple[list[str], l
 
 
 def _cell(text: str, small: str = "", lost: bool = False) -> dict[str, Any]:
-    return {"text": text, "small": small, "lost": lost}
+    return {"text": text, "small": small, "lost": lost, "words": False}
 
 
 def shown_measures(report: Mapping[str, Any], few: bool) -> list[str]:

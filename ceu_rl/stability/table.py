@@ -13,27 +13,20 @@ Of a held-out pair, with sums of log-probabilities over a response, of the polic
     loss     = -log sigmoid(margin)                                    DPO (Rafailov et al. 2023, arXiv 2305.18290)
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import filelock
 import numpy as np
 import pandas as pd
 
-RECORD, RESULT, FAILURE = "run.json", "result.json", "failure.json"
-LOG, HELD_OUT, EVALUATIONS = "metrics.jsonl", "held_out.jsonl", ("tofu_eval.json", "muse_eval.json")
-STATUSES = ("finished", "diverged", "failed", "running", "interrupted", "waiting")
+from .grid import Run, is_number, rate
+
 KEEP = 0.95  # share of the base's score that is kept
 RESAMPLES, CONFIDENCE = 2000, 0.95
 WINDOW, WARM_UP = 50, 5  # steps that a running median looks back, and that it needs
 START = ("model_name_or_path", "dataset_name", "dataset_config", "dataset_test_split")
-LOST = ("eval_loss", "eval_logps/chosen", "eval_logps/rejected", "eval_reward", "eval_kl", "eval_solutions_nll")
 ENTROPIES = ("eval_sampled_entropy", "eval_entropy", "entropy")
 STEP_MEANS = {
     "ceu/descending_below_0.01": "share of descending tokens below 0.01",
@@ -47,219 +40,8 @@ STEP_MEANS = {
     "rollout/mismatch_negative": "mismatch with rollouts in nats, negative advantage",
 }
 PAIR = ("chosen", "rejected", "ref_chosen", "ref_rejected")
-TYPES: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("settings", "metrics", "eval_tokens", "versions", "summary", "base"), dict),
-    **dict.fromkeys(("wall_time_s", "peak_memory_gib"), (int, float)),
-    **dict.fromkeys(("method", "command", "date", "device", "reason", "retain"), str),
-    **{"steps": int, "diverged": bool, "resumed": bool, "log_tail": list},
-}
 
 Interval = tuple[float, float]
-
-
-# One run, as it lies in its folder
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A record of a run; None where there is none.
-
-    Raises:
-        ValueError: with the file, for what is cut short or of another form.
-    """
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}).") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is empty, cut short or no JSON ({str(error)[:80]}).") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {str(found)[:40]}, no mapping.")
-    for name, kind in TYPES.items():
-        value = found.get(name)
-        if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
-            raise ValueError(f"{path}: {name} is {str(value)[:40]!r}, of another type.")
-    for name in ("metrics", "summary", "eval_tokens"):
-        for key, value in (found.get(name) or {}).items():
-            if value is not None and not is_number(value) and key.startswith(("eval_", "forget_", "model_", "chosen")):
-                raise ValueError(f"{path}: {name}.{key} is {str(value)[:40]!r}, not a number.")
-    return found
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of a comparison.
-
-    Args:
-        arm: The stem of its recipe, such as stock.
-        setting: The fields of the grid that vary, such as `{"learning_rate": 3e-5}`.
-        seed: Its seed.
-        folder: Where it left what it logged and its result.
-        planned: What is known of it before it starts, as in `run.json`.
-    """
-
-    arm: str
-    setting: Mapping[str, Any]
-    seed: int
-    folder: Path
-    planned: Mapping[str, Any] = field(default_factory=dict)
-
-    @cached_property
-    def _records(self) -> tuple[dict[str, dict[str, Any]], list[str]]:
-        found, problems = {}, []
-        for name in (RESULT, FAILURE, RECORD, *EVALUATIONS):
-            try:
-                if (content := read_json(self.folder / name)) is not None:
-                    found[name] = {key: value for key, value in content.items() if key not in ("items", "rows")}
-            except ValueError as error:
-                problems.append(str(error))
-        return found, problems
-
-    def record(self, name: str) -> dict[str, Any] | None:
-        return self._records[0].get(name)
-
-    @property
-    def outcome(self) -> Mapping[str, Any]:
-        return self.record(RESULT) or self.record(FAILURE) or self.record(RECORD) or self.planned
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        return self.outcome.get("settings") or {}
-
-    @property
-    def method(self) -> str | None:
-        return self.outcome.get("method")
-
-    @property
-    def rate(self) -> float:
-        """Its learning rate; NaN where none was set."""
-        value = self.setting.get("learning_rate", self.settings.get("learning_rate"))
-        return float(value) if is_number(value) else math.nan
-
-    @property
-    def condition(self) -> dict[str, Any]:
-        """Its setting without the learning rate."""
-        return {name: value for name, value in self.setting.items() if name != "learning_rate"}
-
-    @property
-    def summary(self) -> dict[str, float]:
-        """What its evaluation after training found."""
-        found = [(self.record(name) or {}).get("summary") for name in EVALUATIONS]
-        return next(filter(None, found), {})
-
-    @cached_property
-    def status(self) -> str:
-        """One of `STATUSES`; diverged is a loss, a gradient or a final evaluation that is not finite."""
-        result, failure = self.record(RESULT), self.record(FAILURE)
-        if failure and failure.get("diverged"):
-            return "diverged"
-        if self._records[1] or failure:
-            return "failed"
-        if result:
-            return "failed" if result.get("steps") == 0 else "diverged" if self._not_finite else "finished"
-        return "running" if self.is_running else "interrupted" if self.steps else "waiting"
-
-    @property
-    def is_running(self) -> bool:
-        """Whether a process holds its lock."""
-        try:
-            with filelock.FileLock(lock_of(self.folder), timeout=0) if lock_of(self.folder).exists() else nullcontext():
-                return False
-        except (filelock.Timeout, OSError) as error:
-            return isinstance(error, filelock.Timeout)
-
-    @property
-    def _not_finite(self) -> str | None:
-        metrics = (self.record(RESULT) or {}).get("metrics") or {}
-        found = ((key, metrics.get(key)) for key in LOST)
-        return next((f"{k} ({v})" for k, v in found if isinstance(v, float) and not math.isfinite(v)), None)
-
-    @property
-    def steps(self) -> int:
-        """The last step that it logged."""
-        return max((entry["step"] for entry in self.log), default=0)
-
-    @property
-    def reason(self) -> str | None:
-        """Why there is no result; None if there is."""
-        failure, of = self.record(FAILURE) or {}, self.settings.get("max_steps", -1)
-        match self.status:
-            case "finished":
-                return None
-            case "running":
-                return f"It is at step {self.steps}" + (f" of {of}." if is_number(of) and of > 0 else ".")
-            case "interrupted":
-                return f"Its log ends at step {self.steps}; the same command continues it."
-            case "waiting":
-                return "It has not started."
-        if self._records[1]:
-            return " ".join(self._records[1])
-        if failure:
-            return str(failure.get("reason") or f"It ended with exit status {failure.get('status')}.")
-        if self._not_finite:
-            return f"Its last evaluation met a non-finite {self._not_finite}."
-        return "It ended after 0 steps, so nothing was trained."
-
-    @property
-    def log(self) -> list[dict[str, Any]]:
-        return self._log[0]
-
-    @property
-    def held_out(self) -> list[dict[str, Any]]:
-        return self._held_out[0]
-
-    @property
-    def log_problem(self) -> str | None:
-        """What is left out of its log and of its held-out rows, and why."""
-        return " ".join(filter(None, (self._log[1], self._held_out[1]))) or None
-
-    @cached_property
-    def _log(self) -> tuple[list[dict[str, Any]], str | None]:
-        return _read_lines(self.folder / LOG, lambda key: key.startswith(("eval_", "ceu/", "loss", "grad_norm")), ())
-
-    @cached_property
-    def _held_out(self) -> tuple[list[dict[str, Any]], str | None]:
-        return _read_lines(self.folder / HELD_OUT, lambda key: key not in ("dataset",), ("row",))
-
-
-def lock_of(folder: Path) -> Path:
-    """What a process holds while it works on a run."""
-    return folder.with_name(f"{folder.name}.lock")
-
-
-def _read_lines(
-    path: Path, is_read: Callable[[str], bool], needed: Sequence[str]
-) -> tuple[list[dict[str, Any]], str | None]:
-    """The lines of a log; a last one that a kill cut short is left out, others that are no entry are named."""
-    try:
-        *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except FileNotFoundError:
-        return [], None
-    except OSError as error:
-        return [], f"{path} cannot be read ({error.strerror})."
-    entries, bad = [], []
-    for number, line in enumerate([*lines, last], 1):
-        try:
-            entry = json.loads(line)
-            step = entry["step"]
-            wrong = [k for k in entry if is_read(k) and entry[k] is not None and not is_number(entry[k])]
-            if not is_number(step) or step != int(step) or abs(step) >= 2**53 or wrong:
-                raise ValueError(f"its {wrong[0] if wrong else 'step'} is {entry[wrong[0]] if wrong else step!r}")
-            if any(name not in entry for name in needed):
-                raise ValueError(f"it has no {needed[0]}")
-            entries.append({**entry, "step": int(step)})
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            if line.strip() and number <= len(lines):
-                bad.append((number, " ".join(str(error).split())[:80]))
-    if not bad:
-        return entries, None
-    lines_ = "line" if len(bad) == 1 else f"{len(bad)} lines, the first of them line"
-    return entries, f"{path} is read without {lines_} {bad[0][0]}: {bad[0][1]}."
 
 
 # Measures of a series: a list of numbers in the order of the steps
@@ -378,7 +160,7 @@ class Score:
         column: Of the held-out rows, from which it is taken where they are recorded.
         kept: Whether a share of the base's value says something.
         lower: Whether lower is better.
-        of: The score from what is logged and the mean tokens of a chosen response.
+        of: The score from what is logged.
     """
 
     name: str
@@ -386,22 +168,18 @@ class Score:
     column: str | None = None
     kept: bool = True
     lower: bool = False
-    of: Callable[[float, float], float] = lambda value, tokens: value
-
-
-def _geometric_mean(value: float, tokens: float) -> float:
-    return math.exp(min(value / tokens, 700.0)) if not math.isnan(value) else math.nan
+    of: Callable[[float], float] = lambda value: value
 
 
 ACCURACIES = tuple(Score(f"{name} accuracy", f"eval_{name}_accuracy", name) for name in ("greedy", "sampled"))
 REWARD = Score("held-out reward", "eval_reward")
-CHOSEN = Score("probability per token of chosen responses", "eval_logps/chosen", of=_geometric_mean)
+CHOSEN = Score("probability per token of chosen responses", "chosen", of=lambda value: math.exp(min(value, 700.0)))
 PREFERENCE = Score("preference accuracy", "eval_rewards/accuracies", "accuracy", kept=False)
 DPO_LOSS = Score("DPO loss", "", "loss", kept=False, lower=True)
 KNOWN = (
     Score("world-facts probability", "eval_world_facts_probability"),
     Score("real-authors probability", "eval_real_authors_probability"),
-    Score("probability per token of solutions", "eval_solutions_nll", of=lambda value, _: _geometric_mean(-value, 1.0)),
+    Score("probability per token of solutions", "eval_solutions_nll", of=lambda value: math.exp(min(-value, 700.0))),
 )
 
 
@@ -433,11 +211,14 @@ class Table:
         return {"run": place, "arm": run.arm, "setting": self.labels[place], "seed": run.seed, "rate": run.rate}
 
     def _response_tokens(self) -> list[dict[str, float] | None]:
-        """Mean tokens of held-out responses of each run; one without a result has those of its arm."""
+        """Mean tokens of held-out responses of each run; one without a result has those of a run with the same rows."""
         own = [run.outcome.get("eval_tokens") for run in self.runs]
         own = [each if each and all(is_number(v) and v > 0 for v in each.values()) else None for each in own]
-        by_arm = {run.arm: tokens for run, tokens in zip(self.runs, own, strict=True) if tokens}
-        return [tokens or by_arm.get(run.arm) for run, tokens in zip(self.runs, own, strict=True)]
+        rows = [
+            str([run.settings.get(name) for name in (*START, "max_length", "truncation_mode")]) for run in self.runs
+        ]
+        known = {key: tokens for key, tokens in zip(rows, own, strict=True) if tokens}
+        return [tokens or known.get(key) for key, tokens in zip(rows, own, strict=True)]
 
     def _read_values(self) -> pd.DataFrame:
         lines = [
@@ -452,6 +233,8 @@ class Table:
         parts = [frame]
         for name in ("chosen", "rejected"):
             own = frame[frame.metric == f"eval_logps/{name}"]
+            if any(self.tokens):  # no curve in another unit
+                own = own[[self.tokens[run] is not None for run in own.run]]
             tokens = [(self.tokens[run] or {}).get(name, 1.0) for run in own.run]
             parts.append(own.assign(metric=name, value=own.value / tokens))
         entropy = next((key for key in ENTROPIES if (frame.metric == key).any()), None)
@@ -494,8 +277,7 @@ class Table:
 
     def _series_of(self, score: Score) -> pd.DataFrame:
         series = self.values[self.values.metric == score.key][["run", "step", "value"]].copy()
-        tokens = [each["chosen"] if each and "chosen" in each else 1.0 for each in self.tokens]
-        series["value"] = [score.of(v, tokens[r]) for r, v in zip(series.run, series.value, strict=True)]
+        series["value"] = [score.of(value) for value in series.value]
         if score == PREFERENCE:  # the policy is its reference at step 0, and TRL counts a tie as wrong
             series = series[(series.step > 0) | (series.value > 0)]
         if score.column in self.held_out:
@@ -605,12 +387,6 @@ def is_huge(value: float) -> bool:
 
 
 # For people
-
-
-def rate(value: float) -> str:
-    """A learning rate as people write it: 3e-05 is 3e-5."""
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def number(value: float | None, digits: int = 3) -> str:
