@@ -81,6 +81,10 @@ def _compare(argv: Sequence[str], console: Console, command: str) -> int:
     def report(to: Console) -> int:
         return _report(folder, [job.found for job in jobs], to, command)
 
+    def draw() -> None:  # a report that cannot be drawn ends no run; the last one says why
+        with contextlib.suppress(Exception):
+            report(Console(quiet=True))
+
     if args.report_only:
         return report(console)
     # Seed by seed, so that a grid that is cut short has every arm
@@ -100,7 +104,7 @@ def _compare(argv: Sequence[str], console: Console, command: str) -> int:
         launcher = make_launcher(args.launcher, folder, args.jobs, options)
         at_once = args.jobs or (1 if args.launcher == "local" else None)
         try:  # the report is there to look at before the last run is
-            run_jobs(pending, launcher, at_once, console, lambda: report(Console(quiet=True)))
+            run_jobs(pending, launcher, at_once, console, draw)
         except KeyboardInterrupt as error:
             interrupted = error
     status = report(console)
@@ -701,6 +705,12 @@ def prepare_folder(job: Job) -> list[str]:
     if traces(folder) and not resume:
         number = next(i for i in itertools.count(1) if not folder.with_name(f"{folder.name}-interrupted-{i}").exists())
         folder.rename(folder.with_name(f"{folder.name}-interrupted-{number}"))
+    return resume
+
+
+def write_record(job: Job) -> None:
+    """Store what a run is and the recipe that it trains by."""
+    folder = job.folder
     folder.mkdir(parents=True, exist_ok=True)
     about = {"arm": job.run.arm, "seed": job.run.seed, "method": job.method, "recipe": str(job.recipe)}
     record = {**about, "overrides": dict(job.overrides), "settings": dict(job.settings)}
@@ -708,7 +718,6 @@ def prepare_folder(job: Job) -> list[str]:
         part = folder / f"{name}.part"
         part.write_text(text, encoding="utf-8")
         part.replace(folder / name)
-    return resume
 
 
 # What lies there
@@ -718,10 +727,13 @@ def find_runs(folder: Path) -> list[Run]:
     """The runs that lie in the folder of a comparison, in the order of its last report, else stock first.
 
     Raises:
-        ValueError: if there are none, or a record cannot be read.
+        ValueError: if there are none, or a record has no number as its learning rate.
     """
-    records = {path.parent: read_json(path) or {} for path in sorted(folder.glob(f"*/*/*/{RECORD}"))}
-    records = {path: record for path, record in records.items() if path.name == str(record.get("seed"))}
+    records: dict[Path, dict[str, Any]] = {}
+    for path in (path for path in sorted(folder.glob(f"*/*/*/{RECORD}")) if path.parent.name.isdecimal()):
+        records[path.parent] = {}
+        with contextlib.suppress(ValueError):  # the run says it
+            records[path.parent] = read_json(path) or {}
     if not records:
         old = next(folder.glob(f"*/*/*/{RESULT}"), None)
         why = f"; {old.parent} was made by an earlier version, which left no {RECORD}" if old else ""

@@ -23,7 +23,18 @@ import filelock
 from rich.console import Console
 
 from .courses import Course, Courses
-from .grid import EVALUATIONS, FAILURE, MODULE, RESULT, Job, is_done, lacks_evaluation, lock_of, prepare_folder
+from .grid import (
+    EVALUATIONS,
+    FAILURE,
+    MODULE,
+    RESULT,
+    Job,
+    is_done,
+    lacks_evaluation,
+    lock_of,
+    prepare_folder,
+    write_record,
+)
 
 LAUNCHERS = ("local", "ray", "submitit")
 OUTPUT, OUTPUT_TAIL = "log.txt", 15  # what the processes of a run print; lines of it that a failure keeps
@@ -47,6 +58,7 @@ def run_job(job: Job) -> str:
                 return f"{job.found.status}, by an earlier call"
             trained = job.found.record(RESULT)
             resume = None if trained and trained.get("steps") != 0 else prepare_folder(job)
+            write_record(job)
             (job.folder / FAILURE).unlink(missing_ok=True)
             commands = [] if resume is None else [[*job.launcher, "ceu_rl.cli", *job.command, *resume]]
             commands += [[*MODULE, "ceu_rl.cli", *words] for words in lacks_evaluation(job)]
