@@ -655,11 +655,9 @@ def is_done(job: Job) -> bool:
     Raises:
         ValueError: for a run that was made or begun with other settings; one that failed with them starts again.
     """
-    from ..run.checkpoints import traces
-
     found = job.found
     failed = found.record(FAILURE) and not found.record(FAILURE).get("diverged")  # type: ignore[union-attr]
-    if not failed and (found.outcome.get("settings") is not None) and traces(job.folder):
+    if not failed and found.outcome.get("settings") is not None and _is_begun(job.folder):
         name = next(name for name in (RESULT, FAILURE, RECORD) if found.record(name))
         if other := _others(job.settings, found.settings):
             raise ValueError(
@@ -667,6 +665,11 @@ def is_done(job: Job) -> bool:
                 "or give these."
             )
     return found.status == "diverged" or (found.status == "finished" and not lacks_evaluation(job))
+
+
+def _is_begun(folder: Path) -> bool:
+    """As `run.checkpoints.traces`, without torch."""
+    return any(any(folder.glob(name)) for name in ("checkpoint-*", RESULT, LOG, "*.safetensors"))
 
 
 def _others(ours: Mapping[str, Any], recorded: Mapping[str, Any]) -> list[str]:
@@ -696,13 +699,17 @@ def lacks_evaluation(job: Job) -> list[Sequence[str]]:
 
 def prepare_folder(job: Job) -> list[str]:
     """How to continue what an interrupted run left; what cannot be continued is moved aside, never deleted."""
-    from ..run.checkpoints import missing_states, saved_checkpoints, traces
-
     folder, found = job.folder, job.found
-    same = found.record(RECORD) is not None and not _others(job.settings, (found.record(RECORD) or {})["settings"])
+    if not _is_begun(folder):
+        return []
+    from ..run.checkpoints import missing_states, saved_checkpoints
+
+    same = found.record(RECORD) is not None and not _others(
+        job.settings, (found.record(RECORD) or {}).get("settings") or {}
+    )
     last = [path for _, path in saved_checkpoints(folder)][-1:]
     resume = ["--resume_from_checkpoint", "true"] if same and last and not missing_states(last[0]) else []
-    if traces(folder) and not resume:
+    if not resume:
         number = next(i for i in itertools.count(1) if not folder.with_name(f"{folder.name}-interrupted-{i}").exists())
         folder.rename(folder.with_name(f"{folder.name}-interrupted-{number}"))
     return resume
