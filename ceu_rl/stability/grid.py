@@ -656,10 +656,11 @@ def is_done(job: Job) -> bool:
         ValueError: for a run that was made or begun with other settings; one that failed with them starts again.
     """
     found = job.found
-    failed = found.record(FAILURE) and not found.record(FAILURE).get("diverged")  # type: ignore[union-attr]
-    if not failed and found.outcome.get("settings") is not None and _is_begun(job.folder):
-        name = next(name for name in (RESULT, FAILURE, RECORD) if found.record(name))
-        if other := _others(job.settings, found.settings):
+    records = {name: found.record(name) or {} for name in (RESULT, FAILURE, RECORD)}
+    failed = records[FAILURE] and not records[FAILURE].get("diverged")
+    name = next((name for name, record in records.items() if record.get("settings") is not None), None)
+    if name and not failed and _is_begun(job.folder):
+        if other := _others(job.settings, records[name]["settings"]):
             raise ValueError(
                 f"{job.folder / name} was made with other settings ({', '.join(other)}); choose another --output_dir, "
                 "or give these."
