@@ -577,6 +577,22 @@ def test_a_mixture_takes_what_trl_takes_of_each_part(tmp_path):
             assert found["train"].to_list() == expected["train"].to_list()
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"path": "json"}, "names 'json', a kind of file; add its data_files"),
+        ({"split": "test"}, r"split of datasets is 'test', and the dataset has \['train'\]"),
+        ({"name": "x"}, "dataset_config is 'x', and .* has no configs"),
+        ({"columns": ["x"]}, r"\['x'\] not in the dataset"),
+    ],
+)
+def test_a_part_that_cannot_be_is_named(tmp_path, fields, message, streaming):
+    part = DatasetConfig(**{"path": write(tmp_path / "rows.jsonl", ROWS), **fields})
+    with pytest.raises(ValueError, match=message):
+        load("dpo", script(dataset_name=None), DatasetMixtureConfig([part], streaming=streaming), evaluates=False)
+
+
 def test_parts_of_a_mixture_may_have_messages_of_other_keys(tmp_path):
     call = {**SAID, "tool_calls": [{"function": {"name": "f", "arguments": {"n": 1}}}]}
     kinds = {"calls": [{"messages": [USER, call]}], "plain": [{"messages": [USER, SAID]}]}

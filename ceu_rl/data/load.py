@@ -133,11 +133,16 @@ def _mix(mixture: Any) -> Any:
         if is_task(part.path):
             raise ValueError(f"datasets names {part.path!r}, a task, and mixes other rows; name it as dataset_name.")
         where = {name: value for name in ("data_dir", "data_files") if (value := getattr(part, name)) is not None}
+        if not where and part.path in BUILDERS.values():
+            raise ValueError(
+                f"datasets names {part.path!r}, a kind of file; add its data_files, or give a file as path."
+            )
         if where:
             splits = _read(part.path, "datasets", part.path, mixture.streaming, name=part.name, **where)
         else:
             splits = open_dataset(part.path, part.name, mixture.streaming, "datasets")
-        rows = splits[part.split] if part.split in splits else _slice(splits, part.split)
+        whole = mixture.streaming or not {*"[+"} & {*part.split}
+        rows = _split(splits, part.split, "split of datasets") if whole else _slice(splits, part.split)
         parts.append(rows if part.columns is None else rows.select_columns(part.columns))
     if any(shares):
         total = min(len(rows) * sum(shares) / share for rows, share in zip(parts, shares, strict=True) if share)
@@ -197,12 +202,12 @@ def _read(source: str, field: str, said: str, streaming: bool, **where: Any) -> 
         builder = load_dataset_builder(source, **where)
         config, files = builder.config, {name: list(each) for name, each in (builder.config.data_files or {}).items()}
         local = all(Path(file).is_file() for each in files.values() for file in each)
-        own = isinstance(config, CsvConfig | JsonConfig) and builder.info.features is None
-        if own and files and (local or not streaming):
+        own = isinstance(config, CsvConfig | JsonConfig) and builder.info.features is None and (local or not streaming)
+        if own and files:
             files = DownloadManager().download_and_extract(files)
             if isinstance(config, CsvConfig):
                 where |= _cells(Path(next(iter(files.values()))[0]), config.sep)
-        if not own or isinstance(config, CsvConfig) or config.field is not None or (streaming and not local):
+        if not own or not files or isinstance(config, CsvConfig) or config.field is not None:
             return load_dataset(source, **where, streaming=streaming)
     found: dict[str, Dataset | IterableDataset] = {}
     for split, paths in files.items():

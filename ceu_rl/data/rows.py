@@ -109,7 +109,7 @@ def check_layout(
     if any(found["_changed"]):
         kept = [column for column in judged if column in columns or (column == "prompt" and _sources(columns, kind))]
         parts = given.map(
-            lambda row, index: {column: {**row, **(normal(row, index))}[column] for column in kept},
+            lambda row, index: {column: {**row, **normal(row, index)}[column] for column in kept},
             with_indices=True,
             remove_columns=given.column_names,
             features=Features({column: Json() if chats[0] else Value("string") for column in kept}),
@@ -379,8 +379,7 @@ def _normal_row(
         if not isinstance(kwargs, Mapping):
             what = f"a {type(kwargs).__name__} as"
             raise refuse("chat_template_kwargs", what, "give an object, or remove the column")
-    if not {"image", "images"} & set(row):
-        new |= {column: plain_content(new[column]) for column in (*sources[:1], *judged) if column in new}
+    new |= {column: plain_content(new[column]) for column in (*sources[:1], *judged) if column in new}
     completions = tuple(column for column in COMPLETIONS[kind] if column in row)
     if sources:
         new |= _asked(row, sources, completions, refuse)
