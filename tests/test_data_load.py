@@ -11,7 +11,7 @@ from trl import DatasetMixtureConfig, get_dataset
 from trl.scripts.utils import DatasetConfig
 
 from ceu_rl.data.load import BUILDERS, load, open_dataset
-from ceu_rl.data.rows import check_layout
+from ceu_rl.data.rows import check_layout, find_ties, mean_response_tokens, name_rows
 from ceu_rl.tofu import load_tofu
 
 USER, SAID, OTHER = (
@@ -346,6 +346,22 @@ def test_a_later_row_is_named_and_the_other_columns_stay():
     assert check_layout(made(chats), "train", "preference")["n"] == [0, 1, 2, 3]
 
 
+def test_what_tokenized_rows_tell():
+    pairs = Dataset.from_list(
+        [
+            {"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [3, 5]},
+            {"prompt_ids": [], "chosen_ids": [3, 4], "rejected_ids": [3]},
+        ]
+    )
+    assert find_ties(pairs, None) == ([False, False], [0, 0])
+    assert find_ties(pairs, 3) == ([True, False], [2, 0])  # the prompt counts too
+    assert find_ties(pairs, 1, "keep_end") == ([False, False], [2, 1])
+    assert mean_response_tokens(pairs, None) == {"chosen": 1.5, "rejected": 1.0}  # nothing predicts a first token
+    assert mean_response_tokens(pairs, 3) == {"chosen": 1.0, "rejected": 0.5}
+    assert mean_response_tokens(made([TEXT]), None) == {} == mean_response_tokens(made([TEXT], stream=True), None)
+    assert name_rows({(3,): "a b", (9,): "c"}, [(1,), (3,)]) == ["row 1 ('a b')", "row unknown ('c')"]
+
+
 # names
 
 
@@ -460,31 +476,6 @@ def test_a_cell_is_text_too_where_a_column_has_no_name_or_that_of_another(tmp_pa
     assert datasets["train"]["answer"] == ["None", "007"] and datasets["train"]["prompt"] == ["q1", "q2"]
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "json"])
-def test_a_date_in_json_is_the_text_that_stands_there(tmp_path, suffix):
-    """pyarrow makes times of a column that has nothing but dates."""
-    rows = [
-        {
-            "prompt": f"When, {n}?",
-            "completion": [{**SAID, "content": f"20{n}-01-02"}],
-            "day": f"20{n}-01-02",
-            "at": f"20{n}-01-02T10:00:00Z" if n > 10 else None,
-            "meta": {"days": [f"20{n}-01-02"], "n": n},
-        }
-        for n in range(10, 20)
-    ]
-    (tmp_path / "files").mkdir()
-    for name in (f"rows.{suffix}", f"files/train.{suffix}"):
-        write(tmp_path / name, rows)
-    for name in (f"rows.{suffix}", "files"):
-        given = script(dataset_name=str(tmp_path / name), dataset_test_split="0.2")
-        parts, _ = load("sft", given, NO_MIXTURE, evaluates=True)
-        assert sorted([*parts["train"], *parts["eval"]], key=lambda row: row["day"]) == rows
-        assert check_layout(parts["train"], "train", "sft")["completion"][0] == rows[0]["completion"]
-    plain = write(tmp_path / f"plain.{suffix}", [{"prompt": "?", "completion": "!", "meta": {"timestamp": "noon"}}] * 2)
-    assert "Json" not in str(open_dataset(plain, None)["train"].features)  # the name of a field is no date
-
-
 def every_way(path, method="sft"):
     """The rows of one file by each way that a recipe, TOFU or MUSE names it."""
     kind = BUILDERS[path.suffix]
@@ -513,6 +504,7 @@ def test_every_way_to_read_json_gives_what_stands_there(tmp_path):
         {"prompt": [USER], "completion": [SAID], "id": "12", "day": "2024-01-03", "tools": [{"name": "g"}]},
         {"prompt": [USER], "completion": [SAID], "id": {"a": None}, "day": None, "tools": None, "late": [1, None, 2.5]},
     ]
+    rows = [{**row, "at": "2024-01-02T10:00:00Z", "meta": {"days": ["2024-01-02"]}} for row in rows]
     write(tmp_path / "rows.jsonl", rows)
     columns = set().union(*rows)
     for found in every_way(tmp_path / "rows.jsonl"):
@@ -521,14 +513,13 @@ def test_every_way_to_read_json_gives_what_stands_there(tmp_path):
         assert [type(row["id"]) for row in read] == [int, str, dict]
 
 
-def test_every_way_to_read_csv_gives_what_stands_there(tmp_path):
-    (tmp_path / "rows.csv").write_text("prompt,completion,at\nq1,001,2024-01-02\nq2,None,1e3\nq3,true,\n")
-    for found in every_way(tmp_path / "rows.csv"):
-        assert [tuple(row.values()) for row in found] == [
-            ("q1", "001", "2024-01-02"),
-            ("q2", "None", "1e3"),
-            ("q3", "true", None),
-        ]
+@pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("tsv", "\t")])
+def test_every_way_to_read_csv_gives_what_stands_there(tmp_path, suffix, separator):
+    rows = [("q1", "001", "2024-01-02"), ("q2", "None", "1e3"), ("q3", "x" * 200_000, "")]
+    lines = [("prompt", "completion", "at"), *rows]
+    (tmp_path / f"rows.{suffix}").write_text("".join(f"{separator.join(line)}\n" for line in lines))
+    for found in every_way(tmp_path / f"rows.{suffix}"):
+        assert [tuple(value or "" for value in row.values()) for row in found] == rows
 
 
 @pytest.mark.parametrize(
@@ -602,19 +593,6 @@ def test_parts_of_a_mixture_may_have_messages_of_other_keys(tmp_path):
     write(tmp_path / "plain.jsonl", [{"messages": "text"}])
     with pytest.raises(ValueError, match=r"datasets .*calls.jsonl, .*plain.jsonl cannot be read"):
         load("sft", script(dataset_name=None), DatasetMixtureConfig(parts), evaluates=False)
-
-
-@pytest.mark.parametrize(("suffix", "separator"), [("csv", ","), ("tsv", "\t")])
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_folder_of_csv_is_read_as_one_file_of_it(tmp_path, suffix, separator, streaming):
-    for split in ("train", "test"):
-        rows = [("prompt", "answer"), ("q1", "007"), ("q2", "None"), ("q3", "x" * 200_000)]
-        text = "".join(f"{separator.join(row)}\n" for row in rows)
-        (tmp_path / f"{split}.{suffix}").write_text(text)
-    found = open_dataset(str(tmp_path), None, streaming=streaming)
-    alone = open_dataset(str(tmp_path / f"test.{suffix}"), None)
-    assert set(found) == {"train", "test"}
-    assert [row["answer"] for row in found["test"]] == alone["train"]["answer"] == ["007", "None", "x" * 200_000]
 
 
 def test_a_row_may_bring_what_the_chat_template_takes():
