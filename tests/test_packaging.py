@@ -30,13 +30,13 @@ def test_the_list_has_a_line_for_each_recipe_whatever_the_terminal(capsys, monke
     lines = capsys.readouterr().out.splitlines()
     for name, what, _ in list_recipes():
         assert [line for line in lines if line.split()[:1] == [name] and what in line and what.endswith(".")], name
-    assert "dpo/addition: 2 CPU cores." in lines and len(lines) < 2 * len(RECIPES)
+    assert "dpo/addition" in lines and len(lines) < 2 * len(RECIPES)
 
 
 @pytest.mark.parametrize(
     ("name", "files"),
     [
-        ("dpo/addition/ceu-1.yaml", ["ceu.yaml"]),
+        ("dpo/addition/ceu-1.yaml", ["ceu-1.yaml"]),
         ("dpo/smollm2-chain-sum/base.yaml", ["base.yaml", "chat_template.jinja"]),
         ("accelerate", sorted(p.name for p in (ROOT / "recipes/accelerate").iterdir())),
     ],

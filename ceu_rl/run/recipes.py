@@ -31,13 +31,13 @@ def recipes_folder() -> Path:
 
 
 def list_recipes() -> list[tuple[str, str, str]]:
-    """Name, what it is (one sentence), and hardware of each recipe, from the comment that it opens with."""
+    """Name, what it is and hardware of each recipe, a sentence each, from the comment that it opens with."""
     found = []
     for path in sorted(recipes_folder().rglob("*.yaml")):
         header = [line.removeprefix("#").strip() for line in path.read_text().splitlines() if line.startswith("#")]
-        hardware = next((line.removeprefix("Hardware: ") for line in header if line.startswith("Hardware: ")), "")
-        sentence = re.split(r"(?<=\.)\s", " ".join(itertools.takewhile(bool, header)))[0]
-        found.append((str(path.relative_to(recipes_folder())), sentence, hardware))
+        at = next((i for i, line in enumerate(header) if line.startswith("Hardware: ")), len(header))
+        what, hardware = (re.split(r"(?<=[^.]{2}\.)\s", " ".join(header[start:]))[0] for start in (0, at))
+        found.append((str(path.relative_to(recipes_folder())), what, hardware.removeprefix("Hardware: ")))
     return found
 
 
