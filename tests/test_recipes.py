@@ -78,7 +78,7 @@ def test_stock_and_ce_u_differ_in_a_few_lines(path):
         stock, other = (
             {line for line in p.read_text().splitlines() if line and not line.startswith("#")} for p in (path, twin)
         )
-        assert 2 <= len(other - stock) <= 3
+        assert 2 <= len(other - stock) <= 4
         assert len(stock - other) <= 3
 
 
@@ -119,7 +119,7 @@ def test_the_baselines_of_stale_rollouts_differ_in_a_few_lines(path):
         {line for line in p.read_text().splitlines() if line and not line.startswith("#")}
         for p in (path, path.with_stem("stock"), path.with_stem("clip"))
     )
-    assert path.stem in ("stock", "clip") or min(len(lines - base) for base in bases) <= 3
+    assert path.stem in ("stock", "clip") or min(len(lines - base) for base in bases) <= 4
     assert len(lines - bases[0]) <= 4
 
 
