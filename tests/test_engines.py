@@ -148,18 +148,26 @@ def test_bfloat16_keeps_log_probabilities_and_ratios(launch, engine):
             assert second[1][1][f"rollout/{key}_{sign}"] == pytest.approx(of_float32, abs=5e-3)
 
 
-@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2", *ENGINES[2:]])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        *("fsdp2", *ENGINES[2:]),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("ddp", "fsdp2-bf16")),
+        pytest.param("zero2-bf16", marks=deepspeed),
+    ],
+)
 def test_evaluations_compare_with_the_start_under_every_engine(launch, engine):
     """The trainer's reference (dpo), the policy without its adapter, and a model that is loaded for it (grpo)."""
     folder, _ = launch("one", *FAST)
-    launch(engine, *FAST)
+    launch(engine, *(START if engine.endswith("bf16") else FAST))
     for case in START:
         one, two = (
             [entry["eval_kl"] for entry in read(folder / which / case)[0]["log"] if "eval_kl" in entry]
             for which in ("one", engine)
         )
         assert one[0] == two[0] == 0.0
-        assert one[1] > 1e-5 and two[1] == pytest.approx(one[1], rel=1e-2)
+        assert min(one[1], two[1]) > 1e-5
+        assert engine.endswith("bf16") or two[1] == pytest.approx(one[1], rel=1e-2)
 
 
 @pytest.mark.slow

@@ -163,12 +163,12 @@ def test_a_start_that_is_loaded_is_loaded_as_the_policy_and_leaves_its_device_af
     how = {"attn_implementation": "sdpa", "trust_remote_code": False, "device_map": None}
     assert asked == [(saved, {**trainer.args.model_init_kwargs, **how})]
     with start() as reference:
-        assert reference is start.model and placed == ["cpu"]
+        assert reference is start.model and placed == ["cpu", "cpu"]
     policy = SimpleNamespace(device="cuda:1")
     monkeypatch.setattr(trainer.accelerator, "unwrap_model", lambda model: policy)
     with pytest.raises(KeyError), start():
         raise KeyError
-    assert placed[2:] == ["cuda:1", "cpu"]
+    assert placed[3:] == ["cuda:1", "cpu"]
 
 
 def test_a_reference_that_follows_the_policy_is_not_the_start(saved, preferences):

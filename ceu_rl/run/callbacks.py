@@ -143,10 +143,11 @@ class StartModel:
         self.model = create_model_from_path(get_config_model_id(policy.config), **given).eval()
         if trainer.is_fsdp_enabled:
             self.model = prepare_fsdp(self.model, trainer.accelerator)
-        elif is_deepspeed_zero3_enabled():
+        elif trainer.is_deepspeed_enabled:  # which casts it as it casts the policy
             self.model = prepare_deepspeed(self.model, trainer.accelerator)
-        else:
-            self.moves = True
+        self.moves = not trainer.is_fsdp_enabled and not is_deepspeed_zero3_enabled()
+        if self.moves:
+            self.model.to("cpu")
 
     @contextmanager
     def __call__(self) -> Iterator[Callable[..., Any]]:

@@ -63,7 +63,7 @@ from .engines import (
 )
 from .errors import Boundary, NameCause, note, sentence
 from .provenance import describe_run, environment, peak_memory, write_json
-from .retention import KeptScore, load_kept
+from .retention import TEXTS, KeptScore, load_kept
 
 ASKING = ("sft", "dpo", "unlearn")  # methods that take rows of question and answer
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
@@ -498,7 +498,7 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
         trainer.add_callback(HeldOutFile(trainer))
     trainer.add_callback(Pace())
     scored = datasets.get("eval") if task is not None else None
-    compares = method != "sft" and (scored is not None or bool({"solutions", "foreign"} & set(kept)))
+    compares = method != "sft" and (scored is not None or bool(set(TEXTS) & set(kept)))
     start = StartModel(trainer) if compares else None
     if scored is not None:
         trainer.add_callback(TaskScore(trainer, task, scored, start))
