@@ -151,6 +151,10 @@ def memory(shape: Shape, gpus: int, engine: str, method: str, lora: bool = False
     return {part: value / GIB for part, value in parts.items()}
 
 
+def kv_cache(shape: Shape, sequences: float, tokens: int) -> float:
+    return 4 * shape.layers * shape.kv * sequences * tokens  # keys and values in bfloat16
+
+
 def generation(shape: Shape, gpus: int, gpu: GPU) -> tuple[float, float]:
     """Seconds, and GiB on each GPU, of GRPO's completions through vLLM on the GPUs that train.
 
@@ -162,7 +166,7 @@ def generation(shape: Shape, gpus: int, gpu: GPU) -> tuple[float, float]:
         gpus, next(size for size in (1, 2, 4, 8) if 2 * shape.parameters / size <= GIB * gpu.memory / 4 or size == 8)
     )
     tokens, sequences = setting["prompt"] + setting["completion"], setting["sequences"] * across / gpus
-    cache = 4 * shape.layers * shape.kv * sequences * tokens  # keys and values in bfloat16
+    cache = kv_cache(shape, sequences, tokens)
     waves = math.ceil(cache / (0.3 * GIB * gpu.memory * across))
     read = 2 * shape.parameters + cache / waves * (setting["prompt"] + setting["completion"] / 2) / tokens
     compute = 2 * shape.parameters * sequences / waves / (UTILISATION * gpu.flops)

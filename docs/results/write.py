@@ -190,7 +190,7 @@ class Page:
     def by_rate(self, studies: Sequence[str], *columns: str, **only: Any) -> str:
         """Scores at the end against the learning rate: a row for each study, a column for each score."""
         rows, width = len(studies), len(columns)
-        drawn, axes = plt.subplots(rows, width, figsize=(4.6 * width, 3 * rows), squeeze=False)
+        drawn, axes = plt.subplots(rows, width, figsize=(4.6 * width, 2.5 * rows), squeeze=False)
         for row, files in zip(axes, studies, strict=True):
             frame = chosen(pd.concat([runs(file) for file in files.split()]), only).copy()
             frame["learning rate"] = frame.learning_rate.astype(float)
@@ -205,7 +205,7 @@ class Page:
 
     def over_steps(self, file: str, *columns: str, **only: Any) -> str:
         """Scores over the steps of a study, two in a row."""
-        drawn, axes = plt.subplots(2, len(columns) // 2, figsize=(9, 5.6))
+        drawn, axes = plt.subplots(2, len(columns) // 2, figsize=(9, 5))
         for ax, column in zip(axes.flat, columns, strict=True):
             arms(ax, chosen(curves(file), only).dropna(subset=[column]), "step", column)
             ax.set(title=name(column), ylabel="")
