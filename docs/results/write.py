@@ -29,7 +29,7 @@ FORGOTTEN, USEFUL = 0.05, 0.9  # the aim on TOFU: forget quality, share of the b
 
 # Today's names of arms that the files recorded under other ones
 ARMS = {"paper": "ceu-published", "drop-descending": "positives"}
-ARMS_OF = {"dpo": "ceu-1", "dpo-real-model": "ceu-1", "grpo": "ceu-0.5", "unlearning": "ceu-published"}  # of `ceu`
+ARMS_OF = {"dpo": "ceu-1", "dpo-real-model": "ceu-1", "grpo": "ceu-0.5", "unlearning": "ceu"}  # of `ceu`
 MEDIANS = ("ks_distance", "model_utility")
 SETTINGS = ("weight_sync_steps", "num_iterations", "retain_weight", "learning_rate")
 DRAWN = ("stock", "ceu-1", "ceu-0.5", "ceu-published", "positives", "stock-sft", "ceu-0.3", "correction-token")
