@@ -521,6 +521,7 @@ def test_the_page_in_a_browser(browser, pages, name, width):
     for figure in figures:
         assert figure.size["width"] >= 200 and figure.size["height"] >= 120
         assert figure.get_attribute("aria-label")
+        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", figure)
         picture = imread(io.BytesIO(base64.b64decode(figure.screenshot_as_base64)))
         ink = (picture[..., :3].min(axis=-1) < 0.6).mean()
         assert picture[..., :3].std() > 0.02 and ink > 0.005, f"blank: {figure.get_attribute('aria-label')}"

@@ -234,7 +234,7 @@ class Table:
         for name in ("chosen", "rejected"):
             own = frame[frame.metric == f"eval_logps/{name}"]
             if any(self.tokens):  # no curve in another unit
-                own = own[[self.tokens[run] is not None for run in own.run]]
+                own = own[own.run.map(lambda run: self.tokens[run] is not None).astype(bool)]
             tokens = [(self.tokens[run] or {}).get(name, 1.0) for run in own.run]
             parts.append(own.assign(metric=name, value=own.value / tokens))
         entropy = next((key for key in ENTROPIES if (frame.metric == key).any()), None)
