@@ -114,7 +114,10 @@ def fused_linear_unlearning_loss(
         budget = _CHUNK_BYTES["kernels" if kernels else device if device in _CHUNK_BYTES else "cpu"]
         chunk_size = _equal_chunks(many, budget // (size * weight.shape[0]))
     divisor = 1.0 if reduction == "sum" else max(many, 1) if num_items_in_batch is None else num_items_in_batch
-    scale = torch.ones((), device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32) / divisor
+    if isinstance(divisor, torch.Tensor):
+        divisor = divisor.to(hidden.device, non_blocking=True)
+    one = torch.ones((), device=hidden.device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    scale = one / divisor
     form = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
     plan = _Plan(labels.flatten()[rows], first, scale, dtype, form, softcap, logit_scale, chunk_size, kernels)
     with torch.autocast(device, enabled=False):
@@ -197,9 +200,11 @@ def _with_kernels(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: _Plan, dtypes: list[torch.dtype]
 ) -> tuple[torch.Tensor, Gradients]:
     """The losses of the rows, and the gradients of their sum times the scale; the logits are in the products' dtype."""
+    weight = weight.contiguous()  # the kernel reads its rows
     losses = hidden.new_empty(len(hidden), dtype=torch.float32)
     new = torch.empty if len(hidden) else torch.zeros  # the first product overwrites what is there
-    kinds = (dtypes[0], dtypes[1] if plan.chunk_size >= len(hidden) else torch.float32, torch.float32)
+    whole = (True, plan.chunk_size >= len(hidden), False)  # not a sum over chunks, which float32 takes
+    kinds = [each if once and each == plan.dtype else torch.float32 for each, once in zip(dtypes, whole, strict=True)]
     gradients = [
         new(tensor.shape, dtype=kind, device=hidden.device) if wanted and tensor is not None else None
         for tensor, kind, wanted in zip((hidden, weight, bias), kinds, plan.form, strict=True)

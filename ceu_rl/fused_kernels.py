@@ -125,16 +125,18 @@ def softmax_of_others_(
     """
     log_odds, entropy = torch.empty(2, len(labels), dtype=torch.float32, device=labels.device)
     block, num_warps = (4096, 16) if logits.shape[1] > 2048 else (512, 2)  # 16 bytes of bfloat16 a thread
-    _softmax_of_others[(len(logits),)](
-        logits, hidden, weight, logits if bias is None else bias, labels, log_odds, entropy, scale, unlearned,
-        logits.shape[1], hidden.shape[1], logits.stride(0), hidden.stride(0), weight.stride(0),
-        float(logit_scale), float(softcap or 1.0), bias is not None, softcap is not None, with_gradient,
-        block=block, num_warps=num_warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(logits):  # where Triton launches
+        _softmax_of_others[(len(logits),)](
+            logits, hidden, weight, logits if bias is None else bias, labels, log_odds, entropy, scale, unlearned,
+            logits.shape[1], hidden.shape[1], logits.stride(0), hidden.stride(0), weight.stride(0),
+            float(logit_scale), float(softcap or 1.0), bias is not None, softcap is not None, with_gradient,
+            block=block, num_warps=num_warps,
+        )  # fmt: skip
     return log_odds, entropy
 
 
 def multiply_(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """`values *= factor`, of a float32 scalar on the device; it reads nothing else where the factor is 1."""
-    _multiply[(triton.cdiv(values.numel(), 4096),)](values, factor, values.numel(), block=4096, num_warps=8)
+    with torch.cuda.device_of(values):
+        _multiply[(triton.cdiv(values.numel(), 4096),)](values, factor, values.numel(), block=4096, num_warps=8)
     return values

@@ -197,6 +197,19 @@ def test_master_weights_in_float32_under_autocast():
 
 
 @kernels
+@pytest.mark.parametrize("kinds", [("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "bfloat16")])
+def test_inputs_of_several_dtypes_get_gradients_in_theirs(kinds):
+    hidden, weight, labels, mask, _ = (tensor.to(DEVICE) for tensor in batch())
+    weight = weight.T.contiguous().T  # and one whose rows are not contiguous
+    inputs = [tensor.detach().to(getattr(torch, kind)) for tensor, kind in zip((hidden, weight), kinds, strict=True)]
+    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=kinds[0] == "float16"):
+        found = with_gradients(fused_linear_unlearning_loss, inputs, labels, mask)
+    truth = with_gradients(on_logits, [tensor.double() for tensor in inputs], labels, mask)
+    for ours, expected, kind in zip(found, truth, ("float32", *kinds), strict=True):
+        assert ours.dtype == getattr(torch, kind) and error(ours, expected) < 0.03
+
+
+@kernels
 def test_one_read_on_the_host(monkeypatch):
     hidden, weight, labels, mask, bias = (tensor.to(DEVICE) for tensor in batch())
     reads, compute = HostReads(), fused._with_kernels
