@@ -375,12 +375,15 @@ class TestWhatWasAskedFor:
         for one in (0, 1):
             engines.check_gpus(SimpleNamespace(n_gpu=one, model_init_kwargs=given))
 
-    @pytest.mark.parametrize("processes", [1, 8])
-    def test_the_global_batch_is_said(self, caplog, processes):
+    @pytest.mark.parametrize(("processes", "what"), [(1, "rows"), (8, "rows"), (8, "completions")])
+    def test_the_global_batch_is_said(self, caplog, processes, what):
         caplog.set_level("INFO")
         args = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "world_size": processes}
+        args |= {"num_generations": 8} if what == "completions" else {}
         engines.note_batch(SimpleNamespace(**args))
-        assert f"Each step takes {8 * processes} rows: 2 (per_device_train_batch_size) on {processes} p" in caplog.text
+        assert (
+            f"Each step takes {8 * processes} {what}: 2 (per_device_train_batch_size) on {processes} p" in caplog.text
+        )
 
     @pytest.mark.parametrize("folder", ["fused_adam", "py311_cpu/deepspeed_shm_comm"])
     def test_a_build_that_a_killed_run_has_left(self, caplog, tmp_path, folder):

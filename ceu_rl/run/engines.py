@@ -78,10 +78,11 @@ def check_gpus(args: Any) -> None:
 
 
 def note_batch(args: Any) -> None:
-    """Say how many rows make a step, which grows with the number of processes."""
+    """Say how many rows, in GRPO completions, make a step: it grows with the number of processes."""
     rows, processes, parts = args.per_device_train_batch_size, args.world_size, args.gradient_accumulation_steps
+    what = "completions" if hasattr(args, "num_generations") else "rows"
     note(
-        f"Each step takes {rows * processes * parts} rows: {rows} (per_device_train_batch_size) on {processes} "
+        f"Each step takes {rows * processes * parts} {what}: {rows} (per_device_train_batch_size) on {processes} "
         f"process{'es' * (processes > 1)}, {parts} times (gradient_accumulation_steps)."
     )
 
