@@ -63,11 +63,11 @@ MEASURES = {
     "kl": ("KL", "Divergence from the model before training at the end, in nats per token."),
     "displacement": (
         "displacement",
-        "Change of the chosen responses' log-probability, in nats per token (2410.08847).",
+        "Change of the chosen responses' log-probability (2410.08847).",
     ),
     "grad_norm_largest": ("largest gradient norm", "Before clipping, of all steps and seeds."),
     "seconds_per_step": ("seconds per step", "Of training with its evaluations."),
-    "depth": ("depth of rejected", "Minus the rejected responses' last log-probability, in nats per token."),
+    "depth": ("depth of rejected", "Minus the rejected responses' last log-probability."),
     "solutions_kl": ("KL on solutions", "Divergence on the tokens of the solutions at the end, in nats per token."),
     "entropy_change": ("entropy change", "Last entropy less the first, in nats per token."),
     "grad_norm_median": ("median gradient norm", "Over the steps, before clipping."),
@@ -691,6 +691,7 @@ def _html(folder: Path, table: Table, report: Mapping[str, Any]) -> str:
         differ=[name for name in ORIGIN if any(e[name] != report["provenance"][0][name] for e in report["provenance"])],
         going=any(run["status"] in ("running", "waiting") for run in report["runs"]),
         now=datetime.now().strftime("%H:%M"),
+        unit="token" if any(table.tokens) else "response",
         setting_name=setting_name,
         number=number,
     )
