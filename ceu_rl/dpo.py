@@ -134,7 +134,7 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32Ou
             longest = max(len(ids) for column in ("chosen_ids", "rejected_ids") for ids in dataset[column])
             self._width = min(longest, self.args.max_length or longest)
             if not isinstance(self._precompute_model_hash, tuple):  # another cache file than that of the sums alone
-                self._precompute_model_hash = (self._precompute_model_hash, "tokens")
+                self._precompute_model_hash: Any = (self._precompute_model_hash, "tokens")
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
@@ -175,8 +175,9 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32Ou
         batch = [tuple(ids[kept.bool()].tolist()) for ids, kept in zip(chosen, mask, strict=True)]
         texts = {ids: self._tokenizer.decode(ids, skip_special_tokens=True) for ids in batch}
         columns, longest = ["prompt_ids", "chosen_ids"], self.args.max_length
-        known = isinstance(self.train_dataset, Dataset) and columns[0] in self.train_dataset.column_names
-        rows = self.train_dataset.select_columns(columns) if known else []
+        dataset: Any = self.train_dataset
+        known = isinstance(dataset, Dataset) and columns[0] in dataset.column_names
+        rows = dataset.select_columns(columns) if known else []
         return name_rows(texts, (tuple((row[columns[0]] + row[columns[1]])[:longest]) for row in rows))
 
 

@@ -200,7 +200,8 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
     def _knows_behaviour(given: dict[str, Any]) -> bool:
         """Whether TRL keeps the log-probabilities of what generates the completions."""
         config: CEUGRPOConfig = given["args"]
-        aligned = config.gradient_accumulation_steps % (config.steps_per_generation * config.num_iterations) == 0
+        every = (config.steps_per_generation or 1) * config.num_iterations
+        aligned = config.gradient_accumulation_steps % every == 0
         return config.use_vllm or not aligned or given.get("rollout_func") is not None
 
     @property
@@ -282,8 +283,9 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
     def describe_rows(self, inputs: Any) -> list[str]:
         # TRL hands each step the rows of a whole generation, each row once for every completion
         texts = {text: text for row in inputs if (text := str(row.get("prompt", row)))}
-        known = isinstance(self.train_dataset, Dataset) and "prompt" in self.train_dataset.column_names
-        return name_rows(texts, map(str, self.train_dataset["prompt"] if known else []))
+        dataset: Any = self.train_dataset
+        known = isinstance(dataset, Dataset) and "prompt" in dataset.column_names
+        return name_rows(texts, map(str, dataset["prompt"] if known else []))
 
 
 def _check_generation(config: GRPOConfig) -> None:

@@ -66,7 +66,7 @@ class OfflineGRPOTrainer(CEUGRPOTrainer):
 
     def _check_rows(self, dataset: Any, name: str, config: CEUGRPOConfig, prompted: bool) -> Any:
         generations = config.num_generations if name == "train" else config.num_generations_eval
-        dataset = take_logged(dataset, name, generations or config.num_generations)
+        dataset = take_logged(dataset, name, generations or config.num_generations or 1)
         return super()._check_rows(dataset, name, config, prompted)
 
     @staticmethod

@@ -207,7 +207,8 @@ class DescentRoute:
     @contextmanager
     def collect(self) -> Iterator[list[Scored]]:
         """The forwards of one loss: those of the policy, and of a reference that [`attach_reference`] has seen."""
-        self._forwards = forwards = []
+        forwards: list[Scored] = []
+        self._forwards = forwards
         try:
             yield forwards
         finally:
@@ -232,7 +233,8 @@ class DescentRoute:
         descending = (grad > 0) & mask
         weighed, weights = grad, torch.ones_like(log_probs)
         if self.weight is not None:
-            weights = self.weight(log_probs, _aligned(scored.anchor, log_probs, math.nan), descending, mask)
+            anchor = None if scored.anchor is None else _aligned(scored.anchor, log_probs, math.nan)
+            weights = self.weight(log_probs, anchor, descending, mask)
             if scored.scale is not None:
                 weights = weights * _aligned(scored.scale, log_probs, 1.0)
             weights = ((1.0 - self.coef) + self.coef * weights).expand_as(grad)
@@ -258,9 +260,9 @@ class DescentRoute:
         return {} if record is None else descent_metrics(record)
 
 
-def _aligned(values: torch.Tensor | None, log_probs: torch.Tensor, fill: float) -> torch.Tensor | None:
+def _aligned(values: torch.Tensor, log_probs: torch.Tensor, fill: float) -> torch.Tensor:
     """Values of the last tokens, for all: a prompt and the virtual tokens of prompt tuning stand before them."""
-    if values is None or values.size(-1) == log_probs.size(-1):
+    if values.size(-1) == log_probs.size(-1):
         return values
     return F.pad(values, (log_probs.size(-1) - values.size(-1), 0), value=fill)
 
@@ -453,7 +455,8 @@ class DescentConfig:
         """
         parent = cls.__mro__[2].__name__
         if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(getattr(model, "config", None))
+            config: Any = getattr(model, "config", None)
+            name = model if isinstance(model, str) else get_config_model_id(config)
             return cls(f"{name.split('/')[-1]}-{parent.removesuffix('Config')}")  # type: ignore[call-arg]
         if not isinstance(args, cls):
             raise ValueError(

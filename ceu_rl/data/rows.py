@@ -270,7 +270,7 @@ def _kept(row: Mapping[str, Any], column: str, max_length: int | None, truncatio
     return row[column][: max(max_length - len(row["prompt_ids"]), 0)]
 
 
-def name_rows(batch: Mapping[Hashable, str], dataset: Iterable[Hashable]) -> list[str]:
+def name_rows(batch: Mapping[Any, str], dataset: Iterable[Hashable]) -> list[str]:
     """Each row of a batch by its number in the dataset and its text, such as `row 3 ('In Oslo.')`.
 
     Args:
