@@ -227,3 +227,8 @@ def test_help_opens_with_what_is_used(method, own, trls, capsys):
         assert f"usage: ceu-rl {method} --config" in out and own in out and trls in out and "--dataset" in out
         assert ("--adam_beta1" in out) == (most is None) and (most is None or len(out.splitlines()) < most)
         assert most is None or out.index(own) < out.index("--learning_rate")
+
+
+def test_a_token_of_the_hub_is_not_recorded():
+    settings = read_settings("dpo", ["--hub_token", "hf_secret", "--learning_rate", "1e-5"])
+    assert settings == {"learning_rate": 1e-5}

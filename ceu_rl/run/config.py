@@ -23,7 +23,8 @@ import yaml
 from huggingface_hub.dataclasses import type_validator
 
 METHODS = ("dpo", "grpo", "sft", "unlearn")
-NO_SETTINGS = ("output_dir", "resume_from_checkpoint")  # where a run lies and how it goes on is not what it is
+# Where a run lies and how it continues is not what it is; a secret is not recorded
+NO_SETTINGS = ("output_dir", "resume_from_checkpoint", "hub_token")
 ALIASES = {"model": "model_name_or_path", "dataset": "dataset_name"}
 # What the help of a command opens with, beside the fields of our own classes
 USED = (
