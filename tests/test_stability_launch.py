@@ -202,6 +202,8 @@ def test_each_job_gets_one_of_the_visible_gpus(at_once, monkeypatch):
     assert devices == ["0", "1", "0"][:at_once]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert launch_module._variables(0, at_once)["CUDA_VISIBLE_DEVICES"] == "5"
+    launched = launch_module._variables(0, at_once, alone=False)  # accelerate's processes share what they see
+    assert launched["CUDA_VISIBLE_DEVICES"] == ("5,7" if at_once == 1 else "5")
 
 
 def test_the_time_of_each_run_is_its_own_and_the_first_estimate_is_from_its_first_steps(tmp_path, monkeypatch):

@@ -81,8 +81,8 @@ def _compare(argv: Sequence[str], console: Console, command: str) -> int:
     def report(to: Console) -> int:
         return _report(folder, [job.found for job in jobs], to, command)
 
-    def draw() -> None:  # a report that cannot be drawn ends no run; the last one says why
-        with contextlib.suppress(Exception):
+    def draw() -> None:  # a report that cannot be written ends no run; the last one says why
+        with contextlib.suppress(OSError, ValueError):
             report(Console(quiet=True))
 
     if args.report_only:

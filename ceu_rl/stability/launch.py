@@ -150,7 +150,8 @@ class Worker:
         given: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         # In a session of its own: Ctrl-C reaches the comparison alone, which ends the runs
         words = [sys.executable, "-m", __name__]
-        self.process = subprocess.Popen(words, env=_variables(self.slot, at_once), start_new_session=True, **given)
+        variables = _variables(self.slot, at_once, alone=job.launcher == MODULE)
+        self.process = subprocess.Popen(words, env=variables, start_new_session=True, **given)
         with self.process.stdin:  # type: ignore[union-attr]
             pickle.dump(job, self.process.stdin)  # type: ignore[arg-type]
 
@@ -166,14 +167,14 @@ class Worker:
         self.process.terminate()
 
 
-def _variables(slot: int, at_once: int) -> dict[str, str]:
-    """Jobs at the same time share the cores, and take the visible GPUs in turn, each job one."""
+def _variables(slot: int, at_once: int, alone: bool = True) -> dict[str, str]:
+    """Jobs at the same time share the cores, and take the visible GPUs in turn, each process that is alone one."""
     import torch
 
     variables = dict(os.environ)
     if at_once > 1:
         variables.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and (alone or at_once > 1):
         visible = variables.get("CUDA_VISIBLE_DEVICES")
         devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
         variables["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
