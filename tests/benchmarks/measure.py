@@ -54,6 +54,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "cpu": [
         {"subject": "dpo", "sequences": 8, "tokens": 32, **TINY},
         {"subject": "dpo", "sequences": 8, "tokens": 128, **TINY},
+        {"subject": "dpo", "rule": "anchored", "sequences": 8, "tokens": 128, **TINY},
         {"subject": "dpo", "sequences": 8, "tokens": 32, **TINY, "ranks": 2},
         {"subject": "dpo", "sequences": 2, "tokens": 64, **SMOLLM2},
         {"subject": "grpo", "sequences": 8, "tokens": 32, **TINY},
@@ -180,7 +181,8 @@ def training(row: Mapping[str, Any], device: str, folder: Path) -> Arms:
         answers = [[digits(row["tokens"]) for _ in ("chosen", "rejected")] for _ in range(32)]
         rows = [{"prompt": digits(prompt_tokens), "chosen": a, "rejected": b} for a, b in answers]
         settings |= {"per_device_train_batch_size": many // 2, "max_length": row["tokens"]}
-        classes: dict[str, Any] = {"ceu": (CEUDPOConfig, CEUDPOTrainer), "stock": (DPOConfig, DPOTrainer)}
+        ours = functools.partial(CEUDPOConfig, descent_rule=row.get("rule", "ceu"))
+        classes: dict[str, Any] = {"ceu": (ours, CEUDPOTrainer), "stock": (DPOConfig, DPOTrainer)}
         given: dict[str, Any] = {}
     else:
         rows = [{"prompt": digits(prompt_tokens)} for _ in range(32)]

@@ -16,7 +16,8 @@ def rows():
 
 
 def named(row):
-    return "-".join(str(row[key]) for key in ("subject", "model", "tokens", "vocabulary", "ranks") if key in row)
+    keys = ("subject", "rule", "model", "tokens", "vocabulary", "ranks")
+    return "-".join(str(row[key]) for key in keys if key in row)
 
 
 def settings(row):
@@ -52,8 +53,8 @@ def test_no_ratio_has_grown_by_more_than_a_tenth(row):
         assert grown(measure(settings(row))["ratios"], row["ratios"]) == []
 
 
-@pytest.mark.parametrize("subject", ["dpo", "grpo"])
+@pytest.mark.parametrize("subject", [{"subject": "dpo"}, {"subject": "dpo", "rule": "anchored"}, {"subject": "grpo"}])
 def test_ce_u_takes_as_much_memory_as_stock(subject):
-    found = measure({"subject": subject, "sequences": 4, "tokens": 16, **TINY, "steps": 1, "rounds": 2})
+    found = measure({**subject, "sequences": 4, "tokens": 16, **TINY, "steps": 1, "rounds": 2})
     assert found["peak_gib"]["stock"] > 0.001
     assert found["ratios"]["stock"]["memory"] <= 1.01
