@@ -51,7 +51,7 @@ class StandInClient(StandInEngine):
         pass
 
     def get_server_info(self):
-        return {"model_config": {"logprobs_mode": "processed_logprobs"}}
+        return {"model_config": {"logprobs_mode": "processed_logprobs", "dtype": "torch.float32"}}
 
     def update_named_params(self, metadata, parameters):
         weights = dict(parameters)
