@@ -30,6 +30,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from rich import box, markup
 from rich.console import Console
+from rich.table import Column
 from rich.table import Table as Grid
 
 from . import figures
@@ -637,7 +638,9 @@ def _print(report: Mapping[str, Any], console: Console) -> None:
     for line in arm_lines(report):
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
     heads, rows = cells(report, shown_measures(report, few=True))
-    grid = Grid(*heads, box=box.SIMPLE_HEAD)
+    # A narrow terminal folds what it has no room for, and cuts nothing
+    columns = [Column(head, overflow="fold", no_wrap=not place) for place, head in enumerate(heads)]
+    grid = Grid(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for row in rows:
         grid.add_row(*(markup.escape(cell["text"]) for cell in row))
     console.print(grid)
