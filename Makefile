@@ -20,7 +20,7 @@ install: .venv/installed
 BASE := runs/addition/base
 
 $(BASE)/result.json: | install
-	@echo "A tiny model on additions, on two cores: a base, then stock, [sigmoid, sft] and the default, 7 minutes in all; runs/demo/report.html is drawn as they end."
+	@echo "A tiny model on additions, on two cores: a base, then stock, [sigmoid, sft] and the default; runs/demo/report.html is drawn as they end."
 	$(BIN)/ceu-rl sft --config recipes/dpo/addition/base.yaml --output_dir $(BASE)
 
 demo: install $(BASE)/result.json
@@ -31,7 +31,7 @@ demo: install $(BASE)/result.json
 SMOLLM2 := runs/smollm2-chain-sum/base
 
 $(SMOLLM2)/result.json: | install
-	@echo "SmolLM2-135M on sums, on two cores: a base, then stock, [sigmoid, sft] and the default, 20 minutes in all; runs/demo-smollm2/report.html is drawn as they end."
+	@echo "SmolLM2-135M on sums, on two cores: a base, then stock, [sigmoid, sft] and the default; runs/demo-smollm2/report.html is drawn as they end."
 	$(BIN)/ceu-rl sft --config recipes/dpo/smollm2-chain-sum/base.yaml --output_dir $(SMOLLM2)
 
 demo-smollm2: install $(SMOLLM2)/result.json

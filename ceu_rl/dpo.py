@@ -30,6 +30,7 @@ CHOICES = {
         *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
         *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
     ),
+    "truncation_mode": ("keep_start", "keep_end"),
     "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
 }
 

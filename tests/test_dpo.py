@@ -548,6 +548,7 @@ def test_the_choices_are_those_of_trl(make_trainer):
     "settings",
     [
         {"loss_type": "sigmoidd"},
+        {"truncation_mode": "keep"},
         {"f_divergence_type": "kl"},
         {"loss_type": ["sigmoid", "x"]},
     ],
