@@ -16,12 +16,12 @@ import difflib
 import functools
 import json
 import textwrap
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset, Features, IterableDataset, Json, Value, concatenate_datasets
-from trl.data_utils import extract_prompt, get_dataset_column_names
+from trl.data_utils import extract_prompt
 
 from ..run.errors import note
 
@@ -74,15 +74,16 @@ def check_layout(
         if kind != "prompt":  # what tokenization adds would not be among what the transform gives
             raise ValueError(f"The {name} dataset has a transform, which tokenization loses; apply it with map.")
         return dataset  # its rows are made when they are read, from columns that only it knows
-    with FirstRow(name):
-        columns = get_dataset_column_names(dataset)
+    normal = functools.partial(_normal_row, name=name, kind=kind, text_field=text_field, blank_user=blank_user)
+    if isinstance(dataset, IterableDataset):
+        if kind != "preference":  # of pairs TRL looks at the first row itself
+            with FirstRow(name):
+                next(iter(dataset))
+        return _judged_stream(dataset, normal, name, kind, text_field)
+    columns = dataset.column_names
     judged = _judged(columns, kind, text_field)
     _note_columns(columns, judged, name, kind)
-    normal = functools.partial(_normal_row, name=name, kind=kind, text_field=text_field, blank_user=blank_user)
     unread = [column for column in LAYOUT if column in columns and column not in judged and kind != "prompt"]
-    if isinstance(dataset, IterableDataset):
-        dataset = dataset.map(lambda row, index: normal(row, index), with_indices=True)
-        return dataset.remove_columns(unread) if unread else dataset
     plain = dataset.with_format(None)  # not the tensors or arrays that it was set to give
     if kind != "prompt" and dataset.format["type"] is not None:  # TRL joins the lists of ids
         dataset = plain
@@ -118,6 +119,23 @@ def check_layout(
         )
         dataset = concatenate_datasets([plain.remove_columns([c for c in kept if c in columns]), parts], axis=1)
     return dataset.remove_columns(unread) if unread else dataset
+
+
+def _judged_stream(
+    dataset: IterableDataset, normal: Callable[..., dict[str, Any]], name: str, kind: Kind, text_field: str
+) -> IterableDataset:
+    """The stream with each row judged when it comes, so that nothing is read ahead; the first one tells the columns."""
+    noted = False
+
+    def judge(row: dict[str, Any], index: int) -> dict[str, Any]:
+        nonlocal noted
+        new, judged = normal(row, index), _judged(row, kind, text_field)
+        if not noted:
+            _note_columns(list(row), judged, name, kind)
+            noted = True
+        return {column: row[column] for column in judged if column in row} | new
+
+    return dataset.map(judge, with_indices=True, remove_columns=[] if kind == "prompt" else list(LAYOUT))
 
 
 def check_dataset(dataset: Any, name: str, kind: Kind, text_field: str = "text") -> None:
