@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from ceu_rl.cli import main
 from ceu_rl.data.load import _test_rows
 from ceu_rl.models import build_model, build_tokenizer
-from ceu_rl.tasks import evaluate_accuracy, evaluate_samples, generate_answers, get_task, gsm8k, load_task_dataset
+from ceu_rl.tasks import evaluate_task, generate_answers, get_task, gsm8k, load_task_dataset
 from ceu_rl.tasks import score as scoring
 from ceu_rl.tasks.addition import CONFIGS, addition_trace, computed_places, corrupt, is_correct
 from ceu_rl.tasks.generate import answers_in_order, generate_tokens
@@ -465,15 +465,14 @@ def test_a_share_for_test_takes_whole_prompts(share):
 # scoring
 
 
-@pytest.mark.parametrize("sample", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-def test_scoring_leaves_no_trace(tokenizer, model, preference, sample, training):
+def test_scoring_leaves_no_trace(tokenizer, model, preference, training):
     right_padded = build_tokenizer()
     right_padded.padding_side = "right"
     model.train(training)
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    evaluate_accuracy(model, right_padded, TASK, list(preference["test"].select(range(4))), sample=sample)
+    evaluate_task(model, right_padded, TASK, list(preference["test"].select(range(4))), seed=0)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training is training
     assert right_padded.padding_side == "right"
@@ -512,9 +511,10 @@ def test_a_model_that_knows_the_answer_scores_and_loses_by_its_share_of_errors(t
         optimizer.step()
         optimizer.zero_grad()
     rows = [{"prompt": prompt} for prompt in prompts]
-    assert evaluate_accuracy(model, tokenizer, TASK, rows) == 0.5
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
-    assert evaluate_accuracy(adapted, tokenizer, TASK, rows) == 0.5
+    for scored in (model, get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))):
+        scores, questions = evaluate_task(scored, tokenizer, TASK, rows, seed=0)
+        assert scores["greedy_accuracy"] == 0.5
+        assert [question["greedy"] for question in questions] == [1.0, 1.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("padding", ["own", "the end"])
@@ -539,7 +539,7 @@ def test_divergence_from_the_start_is_that_of_each_sample_alone(tokenizer, paddi
     prompts = [user("1+2="), turns + user("123+567="), user("99+1="), turns + user("5+5=")]
     task = dataclasses.replace(TASK, score=lambda row, answer: 0.0, max_new_tokens=10, samples=2)
     rows = [{"prompt": prompt} for prompt in prompts]
-    found = evaluate_samples(model, tokenizer, task, rows, seed=3, reference=reference)
+    found, _ = evaluate_task(model, tokenizer, task, rows, seed=3, reference=reference)
     total, entropy, count, lengths, ends = 0.0, 0.0, 0, set(), set()
     questions = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=False)
     answers = answers_in_order(generate_tokens(model, tokenizer, questions, 10, sample=True, seed=3, samples=2))
@@ -556,7 +556,7 @@ def test_divergence_from_the_start_is_that_of_each_sample_alone(tokenizer, paddi
     assert len(lengths) > 1 and {tokenizer.eos_token_id, other_end} <= ends
     assert found["kl"] == pytest.approx(total / count, rel=1e-4) and found["kl"] > 0.01
     assert found["sampled_entropy"] == pytest.approx(entropy / count, rel=1e-4)
-    same = evaluate_samples(model, tokenizer, task, rows, seed=3, reference=model)
+    same, _ = evaluate_task(model, tokenizer, task, rows, seed=3, reference=model)
     assert same == {**found, "kl": 0.0}
 
 
@@ -574,7 +574,7 @@ def test_divergence_is_finite_where_a_model_rules_tokens_out(tokenizer):
             )
             for each in (model, reference)
         ]
-        found[name] = evaluate_samples(model, tokenizer, task, rows, seed=3, reference=reference)
+        found[name], _ = evaluate_task(model, tokenizer, task, rows, seed=3, reference=reference)
         for hook in hooks:
             hook.remove()
     assert found["ruled out"] == pytest.approx(found["almost"], rel=1e-6)
@@ -598,7 +598,7 @@ def test_every_end_of_the_generation_config_ends_an_answer_and_is_none_of_it(spe
             model.lm_head.weight[after] = model.model.embed_tokens.weight[before] * 100
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, turn_end]
     task = dataclasses.replace(TASK, score=lambda row, answer: float(answer == "ok"), max_new_tokens=8)
-    assert evaluate_accuracy(model, tokenizer, task, [{"prompt": user("?")}]) == 1.0
+    assert evaluate_task(model, tokenizer, task, [{"prompt": user("?")}], seed=0)[0]["greedy_accuracy"] == 1.0
     question = tokenizer.apply_chat_template(user("?"), add_generation_prompt=True, return_dict=False)
     (batch,) = generate_tokens(model, tokenizer, [question], 8)
     assert batch.answers.tolist() == [[said[1:4]]] and batch.answer_mask.tolist() == [[[1, 1, 1]]]
@@ -635,16 +635,15 @@ def test_pass_at_k_by_hand_and_by_drawing():
 
 
 def test_several_samples_give_their_mean_and_pass_at_k(tokenizer, model):
-    """With a verifier that depends on the question alone, whatever was drawn."""
-    rows = [{"prompt": user(f"{a}+1=")} for a in range(4)]
-    task = dataclasses.replace(TASK, score=lambda row, answer: float("3+" in row["prompt"][0]["content"]), samples=6)
-    found = evaluate_samples(model, tokenizer, task, rows, seed=0)
-    assert found == {"sampled_accuracy": 0.25, "pass@2": 0.25, "pass@4": 0.25}
-    seen = []
-    lucky = dataclasses.replace(task, score=lambda row, answer: float(seen.append(answer) or len(seen) % 6 == 0))
-    found = evaluate_samples(model, tokenizer, lucky, rows, seed=0)
-    assert found == pytest.approx({"sampled_accuracy": 1 / 6, "pass@2": 1 / 3, "pass@4": 2 / 3})
-    assert len(set(seen[:6])) > 1  # six draws, not one six times
+    """With a verifier that takes the greedy answers of four questions, and then every sixth of the samples."""
+    rows, seen = [{"prompt": user(f"{a}+1=")} for a in range(4)], []
+    verify = lambda row, answer: float(seen.append(answer) or len(seen) <= 4 or (len(seen) - 4) % 6 == 0)  # noqa: E731
+    task = dataclasses.replace(TASK, score=verify, samples=6)
+    scores, questions = evaluate_task(model, tokenizer, task, rows, seed=0)
+    expected = {"pass@2": pytest.approx(1 / 3), "pass@4": pytest.approx(2 / 3)}
+    assert scores == {"greedy_accuracy": 1.0, "sampled_accuracy": pytest.approx(1 / 6), **expected}
+    assert questions == [{"greedy": 1.0, "sampled": pytest.approx(1 / 6), **expected}] * 4
+    assert len(set(seen[4:10])) > 1  # six draws, not one six times
 
 
 def test_a_task_without_a_limit_takes_that_of_its_longest_right_answer(tokenizer, model, monkeypatch):
@@ -654,10 +653,10 @@ def test_a_task_without_a_limit_takes_that_of_its_longest_right_answer(tokenizer
     for answers in (["12", "12345"], [None, None], ["9" * 2000]):
         rows = [{"prompt": user("?"), "answer": answer} for answer in answers]
         with pytest.raises(ValueError):
-            evaluate_accuracy(model, tokenizer, task, rows)
+            evaluate_task(model, tokenizer, task, rows, seed=0)
     assert limits == [6, 512, 512]
 
 
 def test_scoring_no_rows_is_refused(tokenizer, model):
     with pytest.raises(ValueError, match="0 rows"):
-        evaluate_accuracy(model, tokenizer, TASK, [])
+        evaluate_task(model, tokenizer, TASK, [], seed=0)

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, LlamaConfig
 
 from ceu_rl.models import build_model, build_tokenizer
-from ceu_rl.tasks import evaluate_samples, generate_answers, get_task
+from ceu_rl.tasks import evaluate_task, generate_answers, get_task
 from ceu_rl.tasks.generate import (
     cache_bytes,
     decode_by,
@@ -203,7 +203,7 @@ def measure(tokenizer, model, reference):
     drawn = generate_tokens(model, tokenizer, prompts, 9, sample=True, seed=2, batch_size=1)
     answers = [Answer("set", n, "answer", 0, "text", ids[:2], [], ids[2:], 1) for n, ids in enumerate(prompts)]
     score_answers(model, answers, 1)
-    scored = evaluate_samples(model, tokenizer, task, rows, seed=0, reference=reference)
+    scored = evaluate_task(model, tokenizer, task, rows, seed=0, reference=reference)
     return scored, {tuple(batch.rows): batch.answers.tolist() for batch in drawn}, [each.scores for each in answers]
 
 

@@ -13,7 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import create_model_from_path, get_config_model_id, use_adapter
 
-from ..tasks import Task, evaluate_accuracy, evaluate_samples
+from ..tasks import Task, evaluate_task
 from ..tasks.generate import recorded_decoding
 from . import progress
 from .checks import check_reference_is_loaded
@@ -59,10 +59,13 @@ class MetricsFile(TrainerCallback):
 
 
 class HeldOutFile(TrainerCallback):
-    """Appends the pairs of each evaluation to `held_out.jsonl`: sums of log-probabilities in nats, see `dpo.PAIR`."""
+    """Appends the rows of each evaluation to `held_out.jsonl`, so that runs are compared row by row.
+
+    They are pairs (sums of log-probabilities in nats, see `dpo.PAIR`) and questions of a task (shares, 0 to 1).
+    """
 
     def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+        self.trainer, trainer.held_out = trainer, {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         path = Path(args.output_dir, "held_out.jsonl")
@@ -72,7 +75,7 @@ class HeldOutFile(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         held_out, self.trainer.held_out = self.trainer.held_out, {}
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and held_out:
             with open(Path(args.output_dir, "held_out.jsonl"), "a") as file:
                 for name, rows in held_out.items():
                     for number, row in enumerate(rows):
@@ -170,7 +173,7 @@ class StartModel:
 
 
 class TaskScore(TrainerCallback):
-    """Logs greedy and sampled accuracy on a task, and pass@k, at every evaluation.
+    """Logs greedy and sampled accuracy on a task, and pass@k, at every evaluation; `held_out` gets each question.
 
     With the model at the `start` also divergence from it and entropy of the samples.
     """
@@ -183,8 +186,8 @@ class TaskScore(TrainerCallback):
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         given = (model, self.trainer.processing_class, self.task, self.rows)
         with self.trainer.accelerator.autocast(), self.start() as reference:  # both in the same precision
-            scores = {"greedy_accuracy": evaluate_accuracy(*given)}
-            scores |= evaluate_samples(*given, seed=args.seed, reference=reference)
+            scores, questions = evaluate_task(*given, seed=args.seed, reference=reference)
+        self.trainer.held_out = {**getattr(self.trainer, "held_out", {}), "questions": questions}
         log_scores(self.trainer, scores, metrics)
 
     def result(self) -> dict[str, Any]:

@@ -494,14 +494,13 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress if sys.stderr.isatty() else ProgressLines)
     trainer.add_callback(MetricsFile)
-    if method == "dpo":
-        trainer.add_callback(HeldOutFile(trainer))
     trainer.add_callback(Pace())
     scored = datasets.get("eval") if task is not None else None
     compares = method != "sft" and (scored is not None or bool(set(TEXTS) & set(kept)))
     start = StartModel(trainer) if compares else None
     if scored is not None:
         trainer.add_callback(TaskScore(trainer, task, scored, start))
+    trainer.add_callback(HeldOutFile(trainer))  # after what it writes
     if kept:
         trainer.add_callback(KeptScore(trainer, kept, form, start))
     return trainer, prompt, rows

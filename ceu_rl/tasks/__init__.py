@@ -13,12 +13,11 @@ from datasets import Dataset, DatasetDict
 
 from ceu_rl.tasks import addition, protocol, reasoning_gym
 from ceu_rl.tasks.protocol import KINDS, Task
-from ceu_rl.tasks.score import evaluate_accuracy, evaluate_samples, generate_answers
+from ceu_rl.tasks.score import evaluate_task, generate_answers
 
 __all__ = [
     "Task",
-    "evaluate_accuracy",
-    "evaluate_samples",
+    "evaluate_task",
     "generate_answers",
     "get_task",
     "is_task",

@@ -122,42 +122,37 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     return 1 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
-def evaluate_accuracy(
-    model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Row], **settings: Any
-) -> float:
-    """The share of rows, 0 to 1, whose prompt the model answers right by the task's verifier.
-
-    Safe in the middle of a training run: see [`ceu_rl.tasks.generate.generate_tokens`], which takes the same settings.
-
-    Raises:
-        ValueError: if there are no rows.
-    """
-    right = _right(model, tokenizer, task, rows, _generate(model, tokenizer, task, rows, **settings))
-    return sum(right) / len(right)
-
-
-def evaluate_samples(
+def evaluate_task(
     model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Row], seed: int, reference: Any = None
-) -> dict[str, float]:
-    """`sampled_accuracy` and `pass@k` of `task.samples` answers to each row, drawn at temperature 1.
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Score the greedy answer to each row's prompt, and `task.samples` answers drawn at temperature 1.
 
-    k is each power of two up to the number of samples; pass@1 is the sampled accuracy and not repeated. With a
-    reference, also [`evaluate_divergence`] of the first two of the same samples.
+    Safe in the middle of a training run, see [`ceu_rl.tasks.generate.generate_tokens`]. An answer is right where the
+    task's verifier gives 1.
+
+    Returns:
+        The means over the rows, each 0 to 1: `greedy_accuracy`, `sampled_accuracy` and `pass@k` for each power of two
+        up to the number of samples (pass@1 is the sampled accuracy, and not repeated); with a reference also
+        [`evaluate_divergence`] of the first two of the same samples. And the same of each row: `greedy` (0 or 1),
+        `sampled` (the share of right samples) and `pass@k`.
 
     Raises:
         ValueError: if there are no rows.
     """
     count = task.samples
+    greedy = _right(model, tokenizer, task, rows, _generate(model, tokenizer, task, rows))
     batches = _generate(model, tokenizer, task, rows, sample=True, seed=seed, samples=count)
     right = _right(model, tokenizer, task, [row for row in rows for _ in range(count)], batches)
-    found = [sum(right[start : start + count]) for start in range(0, len(right), count)]
-    scores = {"sampled_accuracy": sum(found) / len(right)}
-    for k in (2**power for power in range(1, count.bit_length())):
-        scores[f"pass@{k}"] = sum(pass_at_k(count, each, k) for each in found) / len(found)
+    questions = []
+    for place, found in enumerate(greedy):
+        drawn = sum(right[place * count : (place + 1) * count])
+        passes = {f"pass@{k}": pass_at_k(count, drawn, k) for k in (2**power for power in range(1, count.bit_length()))}
+        questions.append({"greedy": float(found), "sampled": drawn / count, **passes})
+    means = {name: sum(each[name] for each in questions) / len(questions) for name in questions[0]}
+    scores = {f"{name}_accuracy" if name in ("greedy", "sampled") else name: mean for name, mean in means.items()}
     if reference is not None:
-        few = [batch.part(samples=DIVERGED) for batch in batches]
-        scores |= evaluate_divergence(model, reference, few)
-    return scores
+        scores |= evaluate_divergence(model, reference, [batch.part(samples=DIVERGED) for batch in batches])
+    return scores, questions
 
 
 def _generate(model: Any, tokenizer: Any, task: Task, rows: Sequence[Row], **settings: Any) -> list[Batch]:
