@@ -11,7 +11,6 @@ The forward value is untouched, so losses, rewards, KL terms and importance rati
 """
 
 import functools
-import importlib
 import inspect
 import math
 import textwrap
@@ -30,6 +29,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import get_config_model_id
 
 from .losses import anchored_weight, descent_weight, gate_weight, sequence_ratio_weight, token_ratio_weight
+from .run.errors import import_function
 
 SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
 RECORD = 10  # numbers that a route keeps of what it met
@@ -121,7 +121,7 @@ def descent_rule(name: str = "ceu", **parameters: Any) -> Weight:
     if "." in name:
         if given:
             raise ValueError(f"{next(iter(given))} is given, and descent_rule {name} does not read it; leave it out.")
-        return _import(name)
+        return import_function(name, "descent_rule")
     if name not in RULES:
         raise ValueError(
             f"descent_rule is {name!r}; use one of {', '.join(RULES)}, or the dotted path of a function of your own."
@@ -153,18 +153,6 @@ def _on_descending(
             "constant or gate."
         )
     return torch.where(descending, RULES[name](log_probs, anchor, mask, **parameters), 1.0)
-
-
-def _import(path: str) -> Weight:
-    module, _, name = path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        raise ValueError(f"descent_rule names {path!r}, and {module} cannot be imported ({error}).") from error
-    if not callable(found):
-        raise ValueError(f"descent_rule names {path!r}, which is no function; give module.function.")
-    weight: Weight = found
-    return weight
 
 
 # the route

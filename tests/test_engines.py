@@ -334,6 +334,10 @@ def test_fsdp2_returns_what_the_model_computed_and_sums_gradients_in_float32():
         assert other is None or vars(other) == before
 
 
+def started(processes, n_gpu=0, **given):
+    return SimpleNamespace(world_size=processes, n_gpu=n_gpu, model_init_kwargs=given or None)
+
+
 class TestWhatWasAskedFor:
     @pytest.fixture(autouse=True)
     def environment(self, monkeypatch):
@@ -344,36 +348,34 @@ class TestWhatWasAskedFor:
     def test_processes_that_would_each_train_alone_are_refused(self):
         self.set("WORLD_SIZE", "2")
         with pytest.raises(ValueError, match="2 processes were started and each would train alone, into one folder"):
-            engines.check_processes(1)
-        engines.check_processes(2)
+            engines.check_processes(started(1))
+        engines.check_processes(started(2))
 
     def test_a_launcher_that_started_one_of_several(self, caplog):
         caplog.set_level("INFO")
         self.set("ACCELERATE_MIXED_PRECISION", "no")
-        engines.check_processes(1)
+        engines.check_processes(started(1))
         assert caplog.text == ""
         self.set("MASTER_ADDR", "127.0.0.1")
-        engines.check_processes(1)
+        engines.check_processes(started(1))
         assert "accelerate launch was asked for several processes and has started one" in caplog.text
         caplog.clear()
-        engines.check_processes(2)
+        engines.check_processes(started(2))
         assert caplog.text == ""
 
     def test_a_job_of_several_tasks(self, caplog):
         caplog.set_level("INFO")
         self.set("SLURM_NTASKS", "4")
-        engines.check_processes(1)
+        engines.check_processes(started(1))
         assert "Slurm has given this job 4 tasks, and this run is one process" in caplog.text
 
-    @pytest.mark.parametrize("given", [None, {"dtype": "bfloat16"}])
+    @pytest.mark.parametrize("given", [{}, {"dtype": "bfloat16"}])
     def test_one_process_that_sees_several_gpus_is_refused(self, given):
         """transformers would split each batch over them, or TRL the model."""
-        args = SimpleNamespace(n_gpu=4, model_init_kwargs=given)
         with pytest.raises(ValueError, match=r"4 GPUs are visible.*CUDA_VISIBLE_DEVICES=0.*ddp.yaml --num_processes 4"):
-            engines.check_gpus(args)
-        engines.check_gpus(SimpleNamespace(n_gpu=4, model_init_kwargs={"device_map": "auto"}))  # split as asked for
-        for one in (0, 1):
-            engines.check_gpus(SimpleNamespace(n_gpu=one, model_init_kwargs=given))
+            engines.check_processes(started(1, n_gpu=4, **given))
+        engines.check_processes(started(1, n_gpu=4, device_map="auto"))  # split as asked for
+        engines.check_processes(started(1, n_gpu=1, **given))
 
     @pytest.mark.parametrize(("processes", "what"), [(1, "rows"), (8, "rows"), (8, "completions")])
     def test_the_global_batch_is_said(self, caplog, processes, what):
@@ -384,23 +386,6 @@ class TestWhatWasAskedFor:
         assert (
             f"Each step takes {8 * processes} {what}: 2 (per_device_train_batch_size) on {processes} p" in caplog.text
         )
-
-    @pytest.mark.parametrize("folder", ["fused_adam", "py311_cpu/deepspeed_shm_comm"])
-    def test_a_build_that_a_killed_run_has_left(self, caplog, tmp_path, folder):
-        """DeepSpeed builds its parts when a run first needs them, and waits for the lock of another that does."""
-        caplog.set_level("INFO")
-        self.set("TORCH_EXTENSIONS_DIR", str(tmp_path))
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "lock").touch()
-        engines.note_unfinished_builds()
-        assert caplog.text == ""
-        self.set("ACCELERATE_USE_DEEPSPEED", "true")
-        engines.note_unfinished_builds()
-        assert f"waits while {tmp_path / folder / 'lock'} is there" in caplog.text
-        (tmp_path / folder / "lock").unlink()
-        caplog.clear()
-        engines.note_unfinished_builds()
-        assert caplog.text == ""
 
     @pytest.mark.parametrize(("name", "way_out"), [("FSDP", "engines_on_cpu"), ("DEEPSPEED", "set use_cpu to false")])
     def test_an_engine_that_is_not_used_is_refused(self, name, way_out):

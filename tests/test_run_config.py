@@ -55,7 +55,10 @@ def test_many_threads_read_at_once(recipe, switching):
             {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
         ),
         ("model_init_kwargs: {num_hidden_layers: 2}", {"model_init_kwargs": {"num_hidden_layers": 2}}),
-        ("report_to: none\nsave_strategy: 'no'", {"report_to": "none", "save_strategy": "no"}),
+        (
+            "report_to: none\nsave_strategy: no\ndataset_name: 3",
+            {"report_to": "none", "save_strategy": "no", "dataset_name": "3"},
+        ),
         ("env: {CEU_RL_X: 1}\nseed: 3", {"env": {"CEU_RL_X": 1}, "seed": 3}),
         ("ceu_max_weight: .inf", {"ceu_max_weight": float("inf")}),
         ("ceu_max_weight: inf", {"ceu_max_weight": float("inf")}),
@@ -72,25 +75,23 @@ def test_fields_are_typed(recipe, text, settings):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("max_steps: 2.5", "max_steps is 2.5; use a whole number"),
-        ("max_steps: 1e3", "max_steps is 1000.0; use a whole number"),
-        ("learning_rate: 1:30", "learning_rate is '1:30'; use a number"),
-        ("seed: 0b_", "seed is '0b_'; use a whole number"),
+        ("max_steps: 2.5", "--max_steps/--max-steps: invalid int value: '2.5'"),
+        ("max_steps: 1e3", "--max_steps/--max-steps: invalid int value: '1e3'"),
+        ("learning_rate: 1:30", "invalid float value: '1:30'"),
+        ("seed: 0b_", "--seed: invalid int value: '0b_'"),
         ("? [a, b]\n: c", "is no valid recipe .line 1"),
         ("model_init_kwargs: {? [1, 2] : 3}", "is no valid recipe .line 1"),
         ("seed: " + "[" * 3000, "is nested too deeply"),
         ("env: {1: 2}", r"env is \{1: 2\}; give NAME: value lines"),
         ("env: {'A=B': x}", "env is .*; give NAME: value lines"),
-        ("max_steps: null", "max_steps is None; use a whole number"),
-        ("seed: true", "seed is True; use a whole number"),
-        ("learning_rate: [1e-5]", "learning_rate is .*; use a number"),
-        ("learning_rate: true", "learning_rate is True; use a number"),
-        ("learning_rate: ten", "learning_rate is 'ten'; use a number"),
-        ("bf16: maybe", "bf16 is 'maybe'; use true or false"),
-        ("bf16: 2", "bf16 is 2; use true or false"),
-        ("save_strategy: no", "save_strategy is False; use text, in quotes"),
-        ("dataset_name: 3", "dataset_name is 3; use text"),
-        ("loss_weights: [one]", r"loss_weights is \['one'\]; use a list"),
+        ("max_steps: null", "max_steps is None; give a value of type int"),
+        ("seed: true", "--seed: invalid int value: 'true'"),
+        ("learning_rate: [1e-5]", "learning_rate is .*; give a value of type float"),
+        ("learning_rate: true", "invalid float value: 'true'"),
+        ("learning_rate: ten", "invalid float value: 'ten'"),
+        ("bf16: maybe", "--bf16: Truthy value expected: got maybe"),
+        ("bf16: 2", "--bf16: Truthy value expected: got 2"),
+        ("loss_weights: [one]", "invalid float value: 'one'"),
         ("learning_rat: 1", "no field 'learning_rat'; did you mean learning_rate"),
         ("zzz: 1", "no field 'zzz'; ceu-rl dpo --help"),
         ("3: 1", "no field '3'"),
@@ -105,7 +106,7 @@ def test_fields_are_typed(recipe, text, settings):
         ("seed", "holds 'seed'"),
         ("seed: 1".encode("utf-16"), "is not UTF-8"),
         ("run_name: é".encode("latin-1"), "is not UTF-8"),
-        ("env: [1]", r"env is \[1\]; give NAME: value lines"),
+        ("env: [1]", r"env is .*1.*; give NAME: value lines"),
         ("seed: !!python/object:os.system x", "is no valid recipe"),
     ],
 )
@@ -126,9 +127,11 @@ def test_what_is_wrong_is_named_with_file_and_field(recipe, text, message):
         (["--config", "/no/such.yaml"], "names '/no/such.yaml', which is no file"),
         (["--config", "."], "names '.', which is no file"),
         (["R.yaml"], "R.yaml is no option; write --config R.yaml"),
-        (["--ceu_cof", "1"], "no field '--ceu_cof'; did you mean ceu_coef"),
-        (["--learning", "1"], "no field '--learning'"),
+        (["--ceu_cof", "1"], "no field 'ceu_cof'; did you mean ceu_coef"),
+        (["--learning", "1"], "no field 'learning'"),
         (["--max_steps", "1", "2"], "no field '2'"),
+        (["--max_steps", "2.5"], "argument --max_steps/--max-steps: invalid int value: '2.5'"),
+        (["--seed"], "argument --seed: expected one argument"),
     ],
 )
 def test_words_that_are_no_option_are_named(argv, message):
@@ -145,12 +148,6 @@ def test_the_command_line_goes_before_the_recipe_whatever_its_form(recipe):
     words = ["--loss_type", "sigmoid", "sft", "--gradient_checkpointing", "--output_dir", "b"]
     assert read_arguments("dpo", words)["loss_type"] == ["sigmoid", "sft"]
     assert read_settings("dpo", ["--gradient_checkpointing"]) == {"gradient_checkpointing": True}
-
-
-def test_a_value_of_the_wrong_type_on_the_command_line_ends_with_2(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        read_arguments("dpo", ["--max_steps", "2.5"])
-    assert "argument --max_steps/--max-steps: invalid int value: '2.5'" in capsys.readouterr().err
 
 
 def test_a_reward_function_may_stand_alone(recipe):

@@ -180,7 +180,7 @@ def test_a_recipe_without_its_method_is_refused(tmp_path, line):
         (["{folder}"], "dpo is a folder; name a recipe in it."),
         (["{stock}", "--learning_rte", "1e-5", "3e-5"], "did you mean learning_rate?"),
         (["{stock}", "--learning-rte=1e-5"], "did you mean learning_rate?"),
-        (["{stock}", "--seed", "a"], "--seed a: argument --seed: invalid int value: 'a'"),
+        (["{stock}", "--seed", "a"], "argument --seed: invalid int value: 'a'"),
         (["{stock}", "--seed", "0", "1.5"], "--seed 1.5: "),
         (["{stock}", "--learning_rate", "1e-5", "fast"], "--learning_rate fast: "),
         (["{stock}", "--learning_rate", "1e-4", "0.0001"], "--learning_rate has a value twice (1e-4 0.0001)"),
@@ -211,7 +211,7 @@ def test_bad_input_is_one_sentence(two_recipes, tmp_path, capsys, words, message
         (b"seed: 1\nseed: 2\n", "seed is given twice"),
         (b"seed: [1\n", "is no valid recipe"),
         (b"method: dpo\nlearning_rte: 1\n", "did you mean learning_rate?"),
-        (b"method: dpo\nmax_steps: 2.5\n", "max_steps is 2.5"),
+        (b"method: dpo\nmax_steps: 2.5\n", "invalid int value: '2.5'"),
     ],
 )
 def test_a_broken_recipe_is_named_before_any_run(two_recipes, tmp_path, capsys, content, message):

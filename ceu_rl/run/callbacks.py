@@ -1,6 +1,7 @@
 """What a run shows and records while it trains."""
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -15,29 +16,26 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id, use_a
 
 from ..tasks import Task, evaluate_task
 from ..tasks.generate import recorded_decoding
-from . import progress
 from .checks import check_reference_is_loaded
+from .progress import Progress
 
 
-class Progress(ProgressCallback):
-    """A progress bar with the last loss and gradient norm; the full log goes to `MetricsFile`."""
+class ProgressBar(ProgressCallback):
+    """The progress of the training steps, with the last loss and gradient norm; the full log goes to `MetricsFile`."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.training_bar = Progress("training", state.max_steps, state.global_step)
+        self.current_step = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None:
             shown = {key: f"{float(logs[key]):.3g}" for key in ("loss", "grad_norm") if key in logs}
-            self.training_bar.set_postfix(shown)
+            self.training_bar.set_postfix(shown, refresh=False)
 
-
-class ProgressLines(TrainerCallback):
-    """The same without a terminal: a line for each 5 % with the time left."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress = progress.Progress("training", state.max_steps, done=state.global_step)
-        self.progress.__enter__()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.progress.advance(state.global_step - self.progress.done)
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        if sys.stderr.isatty():
+            super().on_prediction_step(*args, **kwargs)
 
 
 class MetricsFile(TrainerCallback):

@@ -6,7 +6,6 @@ that true where it is not: with several processes, on a checkpoint that is writt
 `run.json` of a checkpoint says which run saved it: its settings, the number of rows in a step, and what its rows are.
 """
 
-import difflib
 import errno
 import hashlib
 import itertools
@@ -47,7 +46,7 @@ _FREE = re.compile(
     r"vllm_(gpu_memory_utilization|tensor_parallel_size)"
 )
 _DATA = re.compile(r"forget|retain|datasets|dataset_(name|config|train_split|test_split|num_proc)")
-_LENGTH = ("max_steps", "num_train_epochs")
+LENGTH = ("max_steps", "num_train_epochs")
 _ASKED = ("initial_lr", "weight_decay", "betas", "eps")  # of an optimizer's groups, what a run asks for
 
 
@@ -101,23 +100,22 @@ def fingerprint(dataset: Any) -> str:
     return digest.hexdigest()
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any], by_name: bool = False) -> dict[str, tuple[Any, Any]]:
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What differs between two runs as `run.json` has them, by its name: as it was, and as it is now.
 
-    Data are judged by their rows and the length of a run by its steps, or both by what names them.
+    Data are judged by their rows where both runs know them, else by what names them.
     """
     old, new = ({**run["settings"], _BATCH: run.get("batch", now["batch"])} for run in (then, now))
     for settings in (old, new):
         settings["model_name_or_path"] = os.path.realpath(settings["model_name_or_path"])
     found = {name: (old[name], new[name]) for name in old if name in new and old[name] != new[name]}
-    data = {name: found.pop(name) for name in list(found) if _DATA.fullmatch(name)}
-    if not by_name:
-        found = {name: values for name, values in found.items() if name not in _LENGTH}
-        if "rows" not in then or then["rows"] == now.get("rows", then["rows"]):
-            data = {}
-        elif not data:
-            data = {"the rows of dataset_name": (then["rows"], now["rows"])}
-    return found | data
+    named = {name for name in found if _DATA.fullmatch(name)}
+    if "rows" in then and "rows" in now:
+        if then["rows"] == now["rows"]:
+            return {name: values for name, values in found.items() if name not in named}
+        if not named:
+            found["the rows of dataset_name"] = (then["rows"], now["rows"])
+    return found
 
 
 def moving(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,18 +226,6 @@ class WholeCheckpoints:
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _reading(checkpoint):
             super()._load_rng_state(checkpoint)  # type: ignore[misc]
-
-    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
-        try:
-            return super()._determine_best_metric(metrics, trial)  # type: ignore[misc]
-        except KeyError as error:
-            trainer: Any = self
-            name = trainer.args.metric_for_best_model
-            close = difflib.get_close_matches(name if name.startswith("eval_") else f"eval_{name}", metrics, n=1)
-            raise ValueError(
-                f"metric_for_best_model is {name!r}, which the evaluation at step {trainer.state.global_step} has not; "
-                f"use {close[0] if close else 'one of ' + ', '.join(metrics)}."
-            ) from error
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

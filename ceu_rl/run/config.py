@@ -3,21 +3,22 @@
     ceu-rl METHOD --config RECIPE.yaml [--any_field value ...]
 
 Fields, their types and their help are those of TRL's and of our configs. `--any-field` is the same as `--any_field`,
-`--model` as `--model_name_or_path`, and `--dataset` as `--dataset_name`. Nothing here imports torch before it is asked
-for a method: `set_variables` of a recipe comes first.
+`--model` as `--model_name_or_path`, and `--dataset` as `--dataset_name`. A recipe's value is read as the same words on
+the command line: `1e-4` is a number, and `no` a text where texts are asked for. Nothing here imports torch before it is
+asked for a method: `set_variables` of a recipe comes first.
 """
 
 import argparse
 import copy
 import difflib
+import inspect
 import logging
 import os
 import re
 import threading
-import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 from huggingface_hub.dataclasses import type_validator
@@ -30,50 +31,36 @@ ALIASES = {"model": "model_name_or_path", "dataset": "dataset_name"}
 USED = (
     *("model_name_or_path", "dataset_name", "dataset_test_split", "output_dir", "learning_rate", "max_steps"),
     *("per_device_train_batch_size", "max_length", "use_peft", "resume_from_checkpoint"),
+    *("packing", "beta", "reward_funcs", "num_generations", "use_vllm"),
 )
-USED_BY = {"sft": ("packing",), "dpo": ("beta", "loss_type"), "grpo": ("reward_funcs", "num_generations", "use_vllm")}
-WORDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    list: "a list",
-    dict: "a mapping",
-}
 _PARSER = threading.Lock()
 
 
 def classes_of(method: str) -> tuple[Any, Any, Any]:
     """Script arguments, config and trainer of a method. GRPO's bring vLLM, which takes seconds to import."""
-    from .retention import with_kept
-
-    script, config, trainer = _classes_of(method)
-    return with_kept(script), config, trainer
-
-
-def _classes_of(method: str) -> tuple[Any, Any, Any]:
     from trl import SFTConfig
 
     from ..data.prompts import PromptArguments
+    from .retention import with_kept
 
     match method:
         case "dpo":
             from ..dpo import CEUDPOConfig, CEUDPOTrainer
 
-            return PromptArguments, CEUDPOConfig, CEUDPOTrainer
+            return with_kept(PromptArguments), CEUDPOConfig, CEUDPOTrainer
         case "grpo":
             from trl.scripts.grpo import GRPOScriptArguments
 
             from ..grpo import CEUGRPOConfig, CEUGRPOTrainer
 
-            return GRPOScriptArguments, CEUGRPOConfig, CEUGRPOTrainer
+            return with_kept(GRPOScriptArguments), CEUGRPOConfig, CEUGRPOTrainer
         case "unlearn":
             from ..unlearn import UnlearnConfig, UnlearnScriptArguments, UnlearnTrainer
 
-            return UnlearnScriptArguments, UnlearnConfig, UnlearnTrainer
+            return with_kept(UnlearnScriptArguments), UnlearnConfig, UnlearnTrainer
     from ..sft import WholeSFTTrainer
 
-    return PromptArguments, SFTConfig, WholeSFTTrainer
+    return with_kept(PromptArguments), SFTConfig, WholeSFTTrainer
 
 
 def parser_for(method: str) -> Any:
@@ -87,46 +74,42 @@ def parser_for(method: str) -> Any:
             prog=f"ceu-rl {method}",
             usage=f"ceu-rl {method} --config RECIPE.yaml [--any_field value ...]",
             allow_abbrev=False,
+            exit_on_error=False,
         )
-    for short, name in ALIASES.items():
-        action = next(action for action in parser._actions if action.dest == name)
-        action.option_strings.append(f"--{short}")  # type: ignore[attr-defined]
-        parser._option_string_actions[f"--{short}"] = action
+    for action in parser._actions:
+        short = next((f"--{short}" for short, name in ALIASES.items() if name == action.dest), None)
+        if short:
+            action.option_strings.append(short)  # type: ignore[attr-defined]
+            parser._option_string_actions[short] = action
+        elif action.dest == "resume_from_checkpoint":
+            action.nargs, action.const = "?", "true"  # the last one
+        elif action.dest == "scale_rewards":  # TRL calls it a text, and takes truth values too
+            action.type = lambda text: {"true": True, "false": False}.get(text.lower(), text)
     return parser
 
 
 def print_help(method: str, all_fields: bool) -> None:
     """The fields of our own classes and those that are used most, or all that TRL's classes have too."""
     parser = parser_for(method)
-    if all_fields:
-        return parser.print_help()
-    script, config, *_ = parser.dataclass_types
-    classes = [kind for each in (config, script) for kind in each.__mro__ if kind.__module__.startswith("ceu_rl")]
-    own = [name for kind in classes for name in vars(kind).get("__annotations__", {})]
-    used = [name for name in (*USED, *USED_BY.get(method, ())) if name not in own]
-    shown = argparse.ArgumentParser(
-        prog=parser.prog,
-        usage=parser.usage,
-        add_help=False,
-        description="--config RECIPE.yaml gives any of these as `field: value`; what stands beside it goes before.",
-        epilog=f"{parser.prog} --help-all shows all that TRL has.",
-    )
-    for title, names in (("of this package", own), ("used most, of TRL", used)):
-        group = shown.add_argument_group(title)
-        for action in (
-            copy.copy(each) for name in dict.fromkeys(names) for each in parser._actions if each.dest == name
-        ):
+    if not all_fields:
+        script, config, *_ = parser.dataclass_types
+        classes = [kind for each in (config, script) for kind in each.__mro__ if kind.__module__.startswith("ceu_rl")]
+        own = [name for kind in classes for name in vars(kind).get("__annotations__", {})]
+        actions = {action.dest: action for action in reversed(parser._actions)}
+        shown = [actions[name] for name in dict.fromkeys([*own, *USED]) if name in actions]
+        for action in shown:
             action.option_strings = [each for each in action.option_strings if "-" not in each.removeprefix("--")]
-            group._add_action(action)
-    shown.print_help()
+        parser._optionals._group_actions = shown
+        parser.description = "--config RECIPE.yaml gives any of these as `field: value`; the command line goes first."
+        parser.epilog = f"{parser.prog} --help-all shows all that TRL has."
+    parser.print_help()
 
 
 def set_variables(argv: Sequence[str]) -> None:
     """Set the variables of the field `env` of a command line's recipe; torch and CUDA read some when they start."""
     recipe, _ = _split_config(argv)
     if recipe and (variables := _load_yaml(recipe).get("env")):
-        _check_variables(variables, recipe)
-        os.environ.update({name: str(value) for name, value in variables.items()})
+        os.environ.update({name: str(value) for name, value in _check_variables(variables, recipe).items()})
 
 
 def read_recipe(method: str, path: str | Path) -> dict[str, Any]:
@@ -137,7 +120,33 @@ def read_recipe(method: str, path: str | Path) -> dict[str, Any]:
             twice, that the method does not have, or whose value has another type.
         OSError: if it cannot be read.
     """
-    return _Fields(parser_for(method), method).of_recipe(Path(path))
+    path, parser = Path(path), parser_for(method)
+    lists = {action.dest for action in parser._actions if action.nargs == "+"}
+    hints = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
+    content = _load_yaml(path, typed=False)
+    if (named := content.pop("method", method)) != method:
+        raise ValueError(f"{path}: method is {named!r}; train it with ceu-rl {named} --config {path}.")
+    fields = {"env": _check_variables(content.pop("env"), path)} if "env" in content else {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        name = ALIASES.get(name, name)
+        if name in fields:
+            raise ValueError(f"{path} gives {name} twice; give it once.")
+        if isinstance(value, str):
+            fields |= _parse(parser, method, [f"--{name}={value}"], f"{path}: ")
+        elif name in lists and value and all(isinstance(each, str) for each in value):
+            fields |= _parse(parser, method, [f"--{name}", *value], f"{path}: ")
+        elif name not in hints:
+            raise ValueError(f"{path}: {_unknown(method, hints, str(key))}")
+        else:  # which no word says: null, a mapping, or a list for a field that may also be a text
+            try:
+                if name != "datasets":  # whose mappings become objects in the config
+                    type_validator(name, value, hints[name])
+            except TypeError:
+                wanted = inspect.formatannotation(hints[name])
+                raise ValueError(f"{path}: {name} is {value!r}; give a value of type {wanted}.") from None
+            fields[name] = value
+    return fields
 
 
 def recipe_method(path: str | Path) -> str:
@@ -158,14 +167,13 @@ def read_arguments(method: str, argv: Sequence[str]) -> dict[str, Any]:
 
     Raises:
         ValueError: as for [`read_recipe`], and for words that are no option.
-        SystemExit: after `--help` and `--help-all`, and from argparse for a value that an option does not take.
+        SystemExit: after `--help` and `--help-all`.
     """
     if asked := {"-h", "--help", "--help-all"} & set(argv):
         print_help(method, "--help-all" in asked)
         raise SystemExit(0)
-    fields = _Fields(parser_for(method), method)
-    recipe, rest = _split_config(argv)
-    return {**(fields.of_recipe(recipe) if recipe else {}), **fields.of_words(rest)}
+    recipe, words = _split_config(argv)
+    return {**(read_recipe(method, recipe) if recipe else {}), **_parse(parser_for(method), method, words)}
 
 
 def read_settings(method: str, argv: Sequence[str]) -> dict[str, Any]:
@@ -181,7 +189,7 @@ def settings_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def with_defaults(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings and, of each field that they do not give, its default."""
     defaults = {action.dest: action.default for action in parser_for(method)._actions if action.dest != "help"}
-    return {name: value for name, value in defaults.items() if name not in NO_SETTINGS} | dict(settings)
+    return settings_of(defaults) | dict(settings)
 
 
 def build_configs(method: str, arguments: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
@@ -201,128 +209,51 @@ def build_configs(method: str, arguments: Mapping[str, Any]) -> tuple[Any, Any, 
 
 def _split_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     """The recipe of `--config`, and the other words."""
-    found, rest = [], list(argv)
-    while at := next((i for i, word in enumerate(rest, 1) if word == "--config" or word.startswith("--config=")), 0):
-        word = rest.pop(at - 1)
-        if word == "--config" and (at > len(rest) or rest[at - 1].startswith("--")):
-            raise ValueError("--config has no value; give a recipe: --config RECIPE.yaml.")
-        found.append(rest.pop(at - 1) if word == "--config" else word.removeprefix("--config="))
-    if len(found) > 1:
-        raise ValueError(f"--config is given {len(found)} times ({', '.join(found)}); give one recipe.")
-    if found and not Path(found[0]).is_file():
-        raise ValueError(f"--config names {found[0]!r}, which is no file; give a recipe: --config RECIPE.yaml.")
-    return (Path(found[0]) if found else None), rest
-
-
-class _Fields:
-    """The fields of a method's parser, and how a value becomes one of theirs."""
-
-    def __init__(self, parser: Any, method: str | None = None) -> None:
-        self.parser, self.method = parser, method
-        self.hints = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
-        self.actions = {action.dest: action for action in reversed(parser._actions)}
-
-    def of_words(self, words: Sequence[str]) -> dict[str, Any]:
-        """The fields that a command line gives, through argparse."""
-        for action in self.parser._actions:
-            action.default, action.required = argparse.SUPPRESS, False
-        self.actions["resume_from_checkpoint"].nargs, self.actions["resume_from_checkpoint"].const = "?", "true"
-        namespace, rest = self.parser.parse_known_args(list(words))
-        if rest:
-            raise ValueError(self._unknown(rest[0]))
-        return {name: self._typed(name, value, f"--{name}") for name, value in vars(namespace).items()}
-
-    def of_recipe(self, path: Path) -> dict[str, Any]:
-        """The fields of a file."""
-        content = _load_yaml(path)
-        fields: dict[str, Any] = {}
-        for key, value in content.items():
-            name = str(key).replace("-", "_")
-            name = ALIASES.get(name, name)
-            if name in fields:
-                raise ValueError(f"{path} gives {name} twice; give it once.")
-            if name == "method":
-                if value != self.method:
-                    raise ValueError(f"{path}: method is {value!r}; train it with ceu-rl {value} --config {path}.")
-                continue
-            if name == "env":
-                _check_variables(value, path)
-            elif name not in self.actions or name not in self.hints:
-                raise ValueError(f"{path}: {self._unknown(str(key))}")
-            fields[name] = value if name == "env" else self._typed(name, value, f"{path}: {name}")
-        return fields
-
-    def _unknown(self, word: str) -> str:
-        if not word.startswith("-") and Path(word).suffix in (".yaml", ".yml"):
-            return f"{word} is no option; write --config {word}."
-        name = word.lstrip("-").partition("=")[0].replace("-", "_")
-        close = difflib.get_close_matches(name, self.hints, n=1)
-        if not close and not word.startswith("-") and " " in word:
-            return f"{word!r} is no option; write --field value."
-        hint = f"did you mean {close[0]}?" if close else f"{self.parser.prog} --help-all lists what there is."
-        return f"There is no field {word!r}; {hint}"
-
-    def _typed(self, name: str, value: Any, where: str) -> Any:
-        """The value as its field's type has it: text that is a number, a whole number for a float, one for a list."""
-        if name == "resume_from_checkpoint" and isinstance(value, bool):
-            return str(value).lower()  # true is the last one, a text the folder of one
-        if name == "scale_rewards" and isinstance(value, bool):
-            return value  # TRL's type is text, and it takes both
-        hint = self.hints[name]
-        kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-        lists = [kind for kind in kinds if get_origin(kind) is list or kind is list]
-        if lists and not isinstance(value, list | dict | None) and not (isinstance(value, str) and str in kinds):
-            value = [value]
-        if isinstance(value, list) and lists:
-            inner: Any = (*get_args(lists[0]), Any)[0]
-            value = [_convert(each, (inner,)) for each in value]
-        else:
-            value = _convert(value, kinds)
-        try:
-            if not any(hasattr(inner, "__dataclass_fields__") for kind in lists for inner in get_args(kind)):
-                type_validator(name, value, hint)
-        except TypeError:
-            wanted = [WORDS.get(get_origin(kind) or kind) for kind in kinds]
-            words = " or ".join(dict.fromkeys(word for word in wanted if word)) or str(hint)
-            quotes = ", in quotes where YAML reads it as something else" if str in kinds else ""
-            raise ValueError(f"{where} is {value!r}; use {words}{quotes}.") from None
-        return value
-
-
-def _convert(value: Any, kinds: Iterable[Any]) -> Any:
-    """Text of a number or a truth value, and a whole number for a float; what fits no kind is left as it is."""
-    kinds = tuple(kinds)
-    if isinstance(value, str) and str not in kinds:
-        for kind in (bool, int, float):
-            if kind in kinds:
-                try:
-                    return _truth(value) if kind is bool else kind(value)
-                except ValueError:
-                    continue
-    if isinstance(value, int) and not isinstance(value, bool) and int not in kinds:
-        if float in kinds:
-            return float(value)
-        if bool in kinds and value in (0, 1):
-            return bool(value)
-    return value
-
-
-def _truth(text: str) -> bool:
-    from transformers.hf_argparser import string_to_bool
-
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", action="append", type=Path, default=[])
     try:
-        return string_to_bool(text)
-    except argparse.ArgumentTypeError as error:
-        raise ValueError(str(error)) from error
+        found, rest = parser.parse_known_args(list(argv))
+    except argparse.ArgumentError:
+        raise ValueError("--config has no value; give a recipe: --config RECIPE.yaml.") from None
+    if len(found.config) > 1:
+        raise ValueError(
+            f"--config is given {len(found.config)} times ({', '.join(map(str, found.config))}); give one."
+        )
+    if found.config and not found.config[0].is_file():
+        raise ValueError(f"--config names '{found.config[0]}', which is no file; give a recipe: --config RECIPE.yaml.")
+    return (found.config[0] if found.config else None), rest
 
 
-def _check_variables(value: Any, path: Path) -> None:
+def _parse(parser: Any, method: str, words: Sequence[str], where: str = "") -> dict[str, Any]:
+    """The fields that words of a command line give."""
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    try:
+        namespace, rest = parser.parse_known_args(list(words))
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{where}{error}.") from None
+    if rest:
+        raise ValueError(where + _unknown(method, [action.dest for action in parser._actions], rest[0]))
+    return vars(namespace)
+
+
+def _unknown(method: str, known: Iterable[str], word: str) -> str:
+    if Path(word).suffix in (".yaml", ".yml"):
+        return f"{word} is no option; write --config {word}."
+    name = word.lstrip("-").partition("=")[0]
+    close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"ceu-rl {method} --help-all lists what there is."
+    return f"There is no field {name!r}; {hint}"
+
+
+def _check_variables(value: Any, path: Path) -> dict[str, Any]:
     if (
         not isinstance(value, dict)
         or not all(isinstance(name, str) and name and not {"=", "\0"} & set(name) for name in value)
         or not all(isinstance(each, str | int | float) and "\0" not in str(each) for each in value.values())
     ):
         raise ValueError(f"{path}: env is {value!r}; give NAME: value lines, the variables of the environment.")
+    return value
 
 
 class _Dumper(yaml.SafeDumper):
@@ -364,9 +295,14 @@ def dump_recipe(settings: Mapping[str, Any]) -> str:
     return str(yaml.dump(dict(settings), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
-def _load_yaml(path: Path) -> dict[Any, Any]:
+def _load_yaml(path: Path, typed: bool = True) -> dict[Any, Any]:
+    """A mapping; unless `typed`, its numbers and truth values are the texts that stand there."""
     try:
-        content = yaml.load(path.read_bytes().decode("utf-8-sig"), _OnceLoader)  # a subclass of the safe loader
+        loader = _OnceLoader(path.read_bytes().decode("utf-8-sig"))
+        node = loader.get_single_node()
+        content = loader.construct_document(node) if node else None
+        if not typed and isinstance(node, yaml.MappingNode):
+            content = {key.value: _texts(value, loader) for key, value in node.value}
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8.") from error
     except RecursionError:
@@ -379,3 +315,11 @@ def _load_yaml(path: Path) -> dict[Any, Any]:
         held = "nothing" if content is None else repr(content)
         raise ValueError(f"{path} holds {held}; write `field: value` lines.")
     return content
+
+
+def _texts(node: yaml.Node, loader: _OnceLoader) -> Any:
+    if isinstance(node, yaml.SequenceNode):
+        return [_texts(each, loader) for each in node.value]
+    if isinstance(node, yaml.ScalarNode):
+        return None if node.tag.endswith(":null") else re.sub(r"(?i)^([-+]?)\.(inf|nan)$", r"\1\2", node.value)
+    return loader.construct_object(node, deep=True)

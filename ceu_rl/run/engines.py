@@ -6,7 +6,6 @@ processes that each train alone. `engines_on_cpu` changes the answer that it get
 
 import dataclasses
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,18 +40,25 @@ def engines_on_cpu() -> None:
         PartialState._prepare_backend = prepare_backend
 
 
-def check_processes(processes: int) -> None:
+def check_processes(args: Any) -> None:
     """Say where fewer processes train together than were asked for; call it before anything sets an address.
 
     Raises:
-        ValueError: for processes that would each train alone, and write the same files.
+        ValueError: for processes that would each train alone, and write the same files, and for one that sees several
+            GPUs, over which it would split each batch or the model.
     """
     asked, tasks = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "SLURM_NTASKS"))
-    if asked > processes:
+    if asked > args.world_size:
         raise ValueError(
             f"{asked} processes were started and each would train alone, into one folder; on a CPU set use_cpu to true."
         )
-    if processes > 1:
+    if args.n_gpu > 1 and "device_map" not in (args.model_init_kwargs or {}):
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible and one process was started, which trains on one; choose it with "
+            "CUDA_VISIBLE_DEVICES=0, or start a process for each: accelerate launch --config_file "
+            f"recipes/accelerate/ddp.yaml --num_processes {args.n_gpu} -m ceu_rl.cli ..."
+        )
+    if args.world_size > 1:
         return
     # accelerate sets the address of the first process where it was asked for more than one
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and asked == 1:
@@ -67,16 +73,6 @@ def check_processes(processes: int) -> None:
         )
 
 
-def check_gpus(args: Any) -> None:
-    """Raise a ValueError where one process sees several GPUs, over which it would split each batch or the model."""
-    if args.n_gpu > 1 and "device_map" not in (args.model_init_kwargs or {}):
-        raise ValueError(
-            f"{args.n_gpu} GPUs are visible and one process was started, which trains on one; choose it with "
-            "CUDA_VISIBLE_DEVICES=0, or start a process for each: accelerate launch --config_file "
-            f"recipes/accelerate/ddp.yaml --num_processes {args.n_gpu} -m ceu_rl.cli ..."
-        )
-
-
 def note_batch(args: Any) -> None:
     """Say how many rows, in GRPO completions, make a step: it grows with the number of processes."""
     rows, processes, parts = args.per_device_train_batch_size, args.world_size, args.gradient_accumulation_steps
@@ -85,20 +81,6 @@ def note_batch(args: Any) -> None:
         f"Each step takes {rows * processes * parts} {what}: {rows} (per_device_train_batch_size) on {processes} "
         f"process{'es' * (processes > 1)}, {parts} times (gradient_accumulation_steps)."
     )
-
-
-def note_unfinished_builds() -> None:
-    """Say where DeepSpeed would wait, without a word and without an end, for a build that a killed run has left."""
-    if not is_asked_for("DEEPSPEED"):
-        return
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    if locks := [str(path) for path in (*root.glob("*/lock"), *root.glob("*/*/lock"))]:
-        note(
-            f"warning: this run waits while {', '.join(locks)} is there: another run is building this part of "
-            "DeepSpeed, or was killed while it did; if none is, delete it."
-        )
 
 
 def check_engine(accelerator: Any) -> None:

@@ -1,6 +1,7 @@
 """Where a command ends: what its input or its machine caused becomes one sentence, our own faults keep a traceback."""
 
 import functools
+import importlib
 import logging
 import os
 import pickle
@@ -101,3 +102,21 @@ class NameCause:
         if isinstance(error, Exception) and not named:
             text = " ".join(str(error).split())
             raise self.kind(f"{self.what} raised {type(error).__name__}: {text}; {self.remedy}") from error
+
+
+def import_function(path: str, field: str) -> Any:
+    """The function `module.function` that a field names; modules of the working directory are found.
+
+    Raises:
+        ValueError: if the module cannot be imported, or holds no such function.
+    """
+    module, _, name = path.rpartition(".")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    with NameCause(f"{field} names {path!r}, and importing {module}", "mend it, or give module.function."):
+        source = importlib.import_module(module)
+    found = getattr(source, name, None)
+    if not callable(found):
+        what = f"a {type(found).__name__}" if hasattr(source, name) else "not there"
+        raise ValueError(f"{field} names {path!r}, which is {what}; give a function as module.function.")
+    return found

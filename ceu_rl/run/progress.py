@@ -1,22 +1,17 @@
 """How far a long loop is: a bar in a terminal, elsewhere a line for each 5 % with the time left."""
 
 import sys
-import time
-from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
+from tqdm import tqdm
 
 STEPS = 20  # lines of a whole loop
 
 
-class Progress:
-    """Shows on stderr how many of `total` units are done.
+class Progress(tqdm):
+    """tqdm on stderr; without a terminal it prints lines, the first one as soon as it can say how long it will take.
 
-    Without a terminal that is a line after the first units, which says how long it will take, and one for each 5 %; a
-    loop that is over in a second prints none.
+    A loop that is over in a second prints none.
 
     Args:
         name: What is done.
@@ -25,36 +20,24 @@ class Progress:
     """
 
     def __init__(self, name: str, total: int, done: int = 0) -> None:
-        self.name, self.total, self.before, self.done = name, total, done, done
-        self.silent = True
-        self.bars: Any = None
-        if sys.stderr.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.bars = Bars(*columns, console=Console(stderr=True))
-            self.task = self.bars.add_task(name, total=total, completed=done)
+        lines = {
+            "bar_format": "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt}, {remaining} left{postfix}",
+            "delay": 1,
+            "miniters": 1,
+            "maxinterval": float("inf"),
+            "smoothing": 0,
+            "leave": False,
+        }
+        super().__init__(desc=name, total=total, initial=done, **({} if sys.stderr.isatty() else lines))
 
-    def __enter__(self) -> "Progress":
-        self.start = time.perf_counter()
-        if self.bars is not None:
-            self.bars.start()
-        return self
+    @staticmethod
+    def status_printer(file: Any) -> Any:
+        return tqdm.status_printer(file) if file.isatty() else lambda line: line and print(line, file=file, flush=True)
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if self.bars is not None:
-            self.bars.stop()
-
-    def advance(self, units: int) -> None:
-        """Count units that are done."""
-        earlier, self.done = self.done, self.done + units
-        if self.bars is not None:
-            self.bars.advance(self.task, units)
-            return
-        spent, made = time.perf_counter() - self.start, self.done - self.before
-        if spent > 1 and (self.silent or earlier * STEPS // self.total < self.done * STEPS // self.total):
-            self.silent = False
-            left = duration(spent * (self.total - self.done) / made)
-            share = 100 * self.done // self.total
-            print(f"{self.name}: {share} %, {self.done} of {self.total}, {left} left", file=sys.stderr, flush=True)
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if self.delay:
+            self.miniters = max(1, self.total // STEPS)
+        super().display(msg, pos)
 
 
 def duration(seconds: float) -> str:

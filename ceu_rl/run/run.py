@@ -5,7 +5,6 @@ A run leaves the model in `output_dir`, its log in `metrics.jsonl`, and its resu
 
 import ctypes
 import functools
-import importlib
 import json
 import math
 import os
@@ -13,17 +12,17 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
 from datasets import Dataset
 from filelock import FileLock, Timeout
 from jinja2 import TemplateError
-from transformers import AutoConfig, AutoTokenizer, ProgressCallback, TrainerCallback
+from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
 
 from ..data.load import load
 from ..data.prompts import PromptFormat
@@ -39,11 +38,11 @@ from ..models import (
 )
 from ..tasks import articles
 from ..tofu.data import ask, has_questions, is_tofu, load_tofu, to_preferences
-from .callbacks import HeldOutFile, MetricsFile, Pace, Progress, ProgressLines, StartModel, TaskScore
+from .callbacks import HeldOutFile, MetricsFile, Pace, ProgressBar, StartModel, TaskScore
 from .checkpoints import (
+    LENGTH,
     RUN_NAME,
     TRAINER_STATE_NAME,
-    check_resumes,
     differences,
     fingerprint,
     is_json,
@@ -52,16 +51,8 @@ from .checkpoints import (
     traces,
 )
 from .config import build_configs, classes_of, read_arguments, settings_of, with_defaults
-from .engines import (
-    check_engine,
-    check_gpus,
-    check_processes,
-    engines_on_cpu,
-    note_batch,
-    note_unfinished_builds,
-    save_whole,
-)
-from .errors import Boundary, NameCause, note, sentence
+from .engines import check_engine, check_processes, engines_on_cpu, note_batch, save_whole
+from .errors import Boundary, import_function, note, sentence
 from .provenance import describe_run, environment, peak_memory, write_json
 from .retention import TEXTS, KeptScore, load_kept
 
@@ -93,17 +84,17 @@ def _run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
     _check_names(arguments, argv)
     engines_on_cpu()
     script, args, model_config, mixture = build_configs(method, arguments)
-    check_processes(args.world_size)
-    check_gpus(args)
-    note_unfinished_builds()
+    check_processes(args)
     settings = settings_of(arguments)
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    saved = {"settings": moving(with_defaults(method, settings)), "batch": batch}
-    with _hold_folder(args):
+    saved: dict[str, Any] = {"settings": moving(with_defaults(method, settings)), "batch": batch}
+    with _hold_folder(args), ExitStack() as end:
         args.resume_from_checkpoint = checkpoint = _resume_from(method, args, saved)
-        _check_is_the_run(checkpoint, saved, args)
+        datasets, task = load(method, script, mixture, _evaluates(args))
+        saved["rows"] = {name: fingerprint(dataset) for name, dataset in datasets.items() if name != "eval"}
+        began_at = _check_is_the_run(checkpoint, saved, args)
         with whole_weights():
-            trainer, prompt, saved["rows"] = _build_trainer(method, script, args, model_config, mixture)
+            trainer, prompt = _build_trainer(method, script, args, model_config, datasets, task)
         trainer.run_record = saved
         check_engine(trainer.accelerator)
         record = {
@@ -113,41 +104,36 @@ def _run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
             "seed": args.seed,
             "resumed": checkpoint is not None,
             **({"prompt": prompt} if prompt else {}),
-            **_check_is_the_run(checkpoint, saved, args),
+            **began_at,
             **provenance,
             **describe_run(trainer),
         }
-        if checkpoint:
-            check_resumes(checkpoint, trainer.accelerator.distributed_type)
-        trainer.add_callback(_Course(boundary))
         note_batch(args)
-        with ExitStack() as end:
-            if method == "grpo":
-                end.callback(trainer.close)  # vLLM's groups of processes go before torch's
-            end.enter_context(_RecordDivergence(trainer, record))
-            with StopOnSignal(trainer) as stop, _RowsOfTemplate(trainer.train_dataset, trainer.processing_class):
-                trainer.train(resume_from_checkpoint=checkpoint)
-            if stop.stopped_by:
-                step = trainer.state.global_step
+        if method == "grpo":
+            end.callback(trainer.close)  # vLLM's groups of processes go before torch's
+        try:
+            with _Course(trainer, boundary) as course:
+                with _naming_refused_rows(trainer.train_dataset, lambda: trainer.processing_class):
+                    trainer.train(resume_from_checkpoint=checkpoint)
+            if course.stopped_by:
                 print(
-                    f"{boundary.command}: stopped by {stop.stopped_by.name} after step {step}, with a "
-                    f"checkpoint in {args.output_dir}; go on with --resume_from_checkpoint true.",
+                    f"{boundary.command}: stopped by {course.stopped_by.name} after step {trainer.state.global_step}, "
+                    f"with a checkpoint in {args.output_dir}; go on with --resume_from_checkpoint true.",
                     file=sys.stderr,
                 )
-                return 128 + stop.stopped_by
+                return 128 + course.stopped_by
             boundary.failure = 1
             _finish(method, trainer, args, script, record, start)
+        except FloatingPointError as error:  # in each process, since the loss of one alone may be bad
+            found = {**record, "diverged": True, "steps": trainer.state.global_step, "reason": str(error)}
+            part = Path(args.output_dir, f"failure-{args.process_index}.json")
+            write_json(part, found)
+            part.replace(part.with_name(FAILURE))
+            raise
     return 0
 
 
-def _finish(
-    method: str,
-    trainer: Any,
-    args: Any,
-    script: Any,
-    record: Mapping[str, Any],
-    start: float,
-) -> None:
+def _finish(method: str, trainer: Any, args: Any, script: Any, record: Mapping[str, Any], start: float) -> None:
     """Save the model, evaluate it once more if need be, and write the result."""
     step, log = trainer.state.global_step, trainer.state.log_history
     if step == 0:
@@ -216,7 +202,8 @@ def _keep_freed_memory() -> None:
 
 
 def _check_names(arguments: Mapping[str, Any], argv: Sequence[str]) -> None:
-    if not arguments.get("model_name_or_path"):
+    name = arguments.get("model_name_or_path")
+    if not name:
         raise ValueError("model_name_or_path is missing; give a Hub name, a folder, or builtin:smollm2.")
     if "output_dir" in arguments and not str(arguments["output_dir"] or "").strip():
         raise ValueError(f"output_dir is {arguments['output_dir']!r}; give a folder.")
@@ -228,34 +215,19 @@ def _check_names(arguments: Mapping[str, Any], argv: Sequence[str]) -> None:
         if not isinstance(entry, Mapping):
             raise ValueError(f"datasets holds {entry!r}; give a mapping for each dataset, such as {{path: NAME}}.")
     recipe = next((Path(word) for word in argv if Path(word).suffix in (".yaml", ".yml")), None)
-    check_model_name(arguments["model_name_or_path"], recipe)
-    _check_is_whole(arguments["model_name_or_path"])
-    if name := arguments.get("reward_model_name_or_path"):
-        check_model_name(name, recipe, "reward_model_name_or_path")
-        _check_reward_model(name, bool(arguments.get("trust_remote_code")))
-
-
-def _check_is_whole(name: str) -> None:
-    """TRL starts from whole models alone."""
+    check_model_name(name, recipe)
     if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").is_file():
         raise ValueError(
             f"model_name_or_path {name} is an adapter and no whole model; merge it into its base first, with peft's "
             "AutoPeftModelForCausalLM.from_pretrained(NAME).merge_and_unload().save_pretrained(FOLDER), and copy its "
             "tokenizer there."
         )
+    if reward := arguments.get("reward_model_name_or_path"):
+        check_model_name(reward, recipe, "reward_model_name_or_path")
 
 
-def _check_reward_model(name: str, trust_remote_code: bool) -> None:
-    """TRL gives a language model a head with random weights, whose scores mean nothing."""
-    if Path(name, "adapter_config.json").is_file():
-        return
-    kinds = ["language model"]
-    if not name.startswith("builtin:"):
-        kinds = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).architectures or ["model"]
-    if not any("Classification" in kind or "Reward" in kind for kind in kinds):
-        raise ValueError(
-            f"reward_model_name_or_path {name} is a {kinds[0]}, which gives no score; give a sequence classifier."
-        )
+def _evaluates(args: Any) -> bool:
+    return args.eval_strategy != "no" or args.eval_on_start
 
 
 # the folder of a run
@@ -306,7 +278,7 @@ def _resume_from(method: str, args: Any, record: Mapping[str, Any]) -> str | Non
         if is_json(folder / RESULT):
             result = json.loads((folder / RESULT).read_text())
             ended = {**result, "settings": moving(with_defaults(method, result["settings"]))}
-            if not differences(ended, record, by_name=True):
+            if not differences(ended, record):
                 raise NothingLeft(f"nothing is left of this run of {result['steps']} steps; {folder} is as it was.")
         raise ValueError(
             f"There is no checkpoint in {folder} to resume; move away what it holds, and leave resume_from_checkpoint "
@@ -344,6 +316,7 @@ def _check_is_the_run(checkpoint: str | None, record: Mapping[str, Any], args: A
         note(f"{checkpoint} has no {RUN_NAME}, so nothing says whether its settings and rows are those of this run.")
         return {}
     found = differences(json.loads(path.read_text()), record)
+    found = {name: values for name, values in found.items() if name not in LENGTH}
     if found and _is_in(checkpoint, args.output_dir):
         named = "; ".join(f"{name} was {_short(then)} and is {_short(now)}" for name, (then, now) in found.items())
         raise ValueError(
@@ -359,10 +332,30 @@ def _short(value: Any) -> str:
 
 
 class _Course(TrainerCallback):
-    """Tells the boundary how far a run got: what fails before the first step is bad input, what was saved is kept."""
+    """Ends a run at Ctrl-C or SIGTERM after the step that it is in, with a checkpoint; a second signal ends it at once.
 
-    def __init__(self, boundary: Boundary) -> None:
-        self.boundary = boundary
+    Every process stops at the same step, whichever of them got the signal first. It tells the boundary how far the run
+    got: what fails before the first step is bad input, and what was saved is kept.
+    """
+
+    def __init__(self, trainer: Any, boundary: Boundary) -> None:
+        self.trainer, self.boundary, self.number = trainer, boundary, 0
+        self.stopped_by: signal.Signals | None = None
+
+    def __enter__(self) -> "_Course":
+        self.trainer.add_callback(self)
+        self.before = {number: signal.signal(number, self._take) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+        print("Stopping after this step, with a checkpoint; once more ends at once.", file=sys.stderr)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         resumed = args.resume_from_checkpoint
@@ -376,59 +369,6 @@ class _Course(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.boundary.failure = 1
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.boundary.remedy = (
-            f"The checkpoints in {args.output_dir} are intact; go on from the last with --resume_from_checkpoint true."
-        )
-
-
-class _RecordDivergence:
-    """Leaves `failure.json` with `diverged: true` where a run ends at a loss or gradient that is not finite.
-
-    `steps` is the number of steps that were applied. Each process writes, since the loss of one alone may be bad.
-    """
-
-    def __init__(self, trainer: Any, record: Mapping[str, Any]) -> None:
-        self.trainer, self.record = trainer, record
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, FloatingPointError):
-            found = {**self.record, "diverged": True, "steps": self.trainer.state.global_step, "reason": str(error)}
-            part = Path(self.trainer.args.output_dir, f"failure-{self.trainer.args.process_index}.json")
-            write_json(part, found)
-            part.replace(part.with_name(FAILURE))
-
-
-class StopOnSignal(TrainerCallback):
-    """Ends a run at Ctrl-C or SIGTERM after the step that it is in, with a checkpoint; a second signal ends it at once.
-
-    Every process stops at the same step, whichever of them got the signal first.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer, self.number = trainer, 0
-        self.stopped_by: signal.Signals | None = None
-
-    def __enter__(self) -> "StopOnSignal":
-        self.trainer.add_callback(self)
-        self.before = {number: signal.signal(number, self._take) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        if self.number:
-            raise KeyboardInterrupt
-        self.number = number
-        print("Stopping after this step, with a checkpoint; once more ends at once.", file=sys.stderr)
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.accelerator.num_processes > 1:
             mine = torch.tensor([self.number], device=self.trainer.accelerator.device)
@@ -437,62 +377,59 @@ class StopOnSignal(TrainerCallback):
             self.stopped_by = signal.Signals(self.number)
             control.should_save = control.should_training_stop = True
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.boundary.remedy = (
+            f"The checkpoints in {args.output_dir} are intact; go on from the last with --resume_from_checkpoint true."
+        )
+
 
 # the trainer
 
 
-def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixture: Any) -> tuple[Any, Any, Any]:
-    """The trainer, what the result says of the prompt of questions, if the rows are questions, and the rows' marks."""
+def _build_trainer(
+    method: str, script: Any, args: Any, model_config: Any, datasets: dict[str, Any], task: Any
+) -> tuple[Any, Any]:
+    """The trainer with its callbacks, and what the result says of the prompt, where rows are questions."""
     from trl import get_peft_config
 
-    evaluates = args.eval_strategy != "no" or args.eval_on_start
     if getattr(args, "activation_offloading", False) and args.device.type == "cpu":
         raise ValueError("activation_offloading is True, and the model is on a CPU already; leave it out.")
-    datasets, task = load(method, script, mixture, evaluates)
-    rows = {name: fingerprint(dataset) for name, dataset in datasets.items() if name != "eval"}
     kept = load_kept(script)
     if kept and method == "unlearn":
         raise ValueError("eval_facts and eval_solutions are given, and unlearning has no evaluations; use tofu-eval.")
-    if kept and not evaluates:
+    if kept and not _evaluates(args):
         raise ValueError("eval_facts and eval_solutions are scored at evaluations; set eval_strategy, as to steps.")
     asks = method in ASKING and any(has_questions(dataset) for dataset in datasets.values())
-
     if method == "sft" and args.chat_template_path:
         _check_template(args.chat_template_path, asks)
-    train = next(iter(datasets.values()))
-    given, tokenizer = _name_model(method, script, args, model_config, asks, train)
+    given, tokenizer = _name_model(method, script, args, model_config, asks, next(iter(datasets.values())))
     prompt, form = None, PromptFormat(chat_template_kwargs=getattr(args, "chat_template_kwargs", None))
     if method in ASKING:
         form = PromptFormat.of(script, model_config.model_name_or_path)
     if asks:
         make = functools.partial(to_preferences, seed=args.seed) if method == "dpo" else None
-        datasets, prompt = ask(datasets, tokenizer, form, make)
+        datasets, prompt = ask(datasets, tokenizer(), form, make)
     elif method in ASKING and not kept:
         PromptFormat.of(script).check_unused()
-    if method == "sft":  # the other trainers judge their rows themselves
-        field = args.dataset_text_field
-        datasets = {
-            name: check_layout(one, name, "sft", args.dataset_num_proc, field) for name, one in datasets.items()
-        }
-    if method == "grpo":
-        brings_rewards = "completions" in (datasets["train"].column_names or ())
-        given["reward_funcs"] = _load_rewards(script, needed=not brings_rewards)
     _, _, trainer_class = classes_of(method)
-    if method == "grpo" and brings_rewards:
-        from ..offline_grpo import OfflineGRPOTrainer as trainer_class
+    if method == "sft":  # the other trainers judge their rows themselves
+        workers, field = args.dataset_num_proc, args.dataset_text_field
+        datasets = {name: check_layout(one, name, "sft", workers, field) for name, one in datasets.items()}
+    if method == "grpo":
+        given["reward_funcs"] = _load_rewards(script)
+        if "completions" in (datasets["train"].column_names or ()):
+            from ..offline_grpo import OfflineGRPOTrainer as trainer_class
+        elif not given["reward_funcs"]:
+            raise ValueError("reward_funcs is missing; give a dotted path such as ceu_rl.tasks.addition.accuracy.")
     targets = model_config.lora_target_modules
     if isinstance(targets, str) and targets.isidentifier():  # TRL unpacks a list of one, and peft reads a pattern
         model_config.lora_target_modules = [targets]
-    with _RowsOfTemplate(next(iter(datasets.values())), given.get("processing_class") or model_config):
-        trainer = trainer_class(
-            args=args,
-            peft_config=get_peft_config(model_config),
-            **{f"{name}_dataset": dataset for name, dataset in datasets.items()},
-            **given,
-        )
+    with _naming_refused_rows(next(iter(datasets.values())), tokenizer):
+        sets = {f"{name}_dataset": dataset for name, dataset in datasets.items()}
+        trainer = trainer_class(args=args, peft_config=get_peft_config(model_config), **sets, **given)
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(Progress if sys.stderr.isatty() else ProgressLines)
+        trainer.add_callback(ProgressBar)
     trainer.add_callback(MetricsFile)
     trainer.add_callback(Pace())
     scored = datasets.get("eval") if task is not None else None
@@ -503,7 +440,7 @@ def _build_trainer(method: str, script: Any, args: Any, model_config: Any, mixtu
     trainer.add_callback(HeldOutFile(trainer))  # after what it writes
     if kept:
         trainer.add_callback(KeptScore(trainer, kept, form, start))
-    return trainer, prompt, rows
+    return trainer, prompt
 
 
 def _check_template(name: str, asks: bool) -> None:
@@ -519,8 +456,8 @@ def _check_template(name: str, asks: bool) -> None:
 
 def _name_model(
     method: str, script: Any, args: Any, model_config: Any, asks: bool, train: Any
-) -> tuple[dict[str, Any], Any]:
-    """What a trainer takes for `model_name_or_path`, and the tokenizer where one is needed before it is made."""
+) -> tuple[dict[str, Any], Callable[[], Any]]:
+    """What a trainer takes for `model_name_or_path`, and what gives the tokenizer before the trainer is there."""
     from trl import get_quantization_config
 
     name, revision = model_config.model_name_or_path, model_config.model_revision
@@ -537,72 +474,42 @@ def _name_model(
             tokenizer = build_bpe_tokenizer(train["text"])
         model = build_model(tokenizer, seed=args.seed, **(args.model_init_kwargs or {}))
         args.model_init_kwargs = None
-        return {"model": model, "processing_class": tokenizer}, tokenizer
+        return {"model": model, "processing_class": tokenizer}, lambda: tokenizer
     name = model_config.model_name_or_path = resolve_model(name)
+    shared = {"revision": revision or "main", "trust_remote_code": args.trust_remote_code}
     args.model_init_kwargs = {
-        "revision": revision,
-        "trust_remote_code": args.trust_remote_code,
+        **shared,
         "attn_implementation": model_config.attn_implementation,
         "dtype": model_config.dtype,
         **(args.model_init_kwargs or {}),
     }
     given = {"model": name, "quantization_config": get_quantization_config(model_config)}
-    if not asks:
-        return given, None
-    return given, AutoTokenizer.from_pretrained(
-        name, revision=revision or "main", trust_remote_code=args.trust_remote_code
-    )
+    return given, lambda: AutoTokenizer.from_pretrained(name, **shared)
 
 
-class _RowsOfTemplate:
-    """Says which row it was that a chat template refused.
-
-    Args:
-        dataset: The rows.
-        tokenizer: The tokenizer, or a model config that names it.
-    """
-
-    def __init__(self, dataset: Any, tokenizer: Any) -> None:
-        self.dataset, self.tokenizer = dataset, tokenizer
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
-        if not isinstance(error, TemplateError):
-            return
-        tokenizer = self.tokenizer
-        if hasattr(tokenizer, "model_name_or_path"):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer.model_name_or_path)
-        for index, row in enumerate(self.dataset):
+@contextmanager
+def _naming_refused_rows(dataset: Any, tokenizer: Callable[[], Any]) -> Iterator[None]:
+    """Say which row it was that a chat template refused in the block."""
+    try:
+        yield
+    except TemplateError as error:
+        template = tokenizer()
+        for index, row in enumerate(dataset):
             chats = [row[name] for name in ("prompt", "messages") if isinstance(row.get(name), list)] or [[]]
             chats += [chats[0] + row[n] for n in ("completion", "chosen", "rejected") if isinstance(row.get(n), list)]
             try:
                 for chat in filter(None, chats):
-                    tokenizer.apply_chat_template(chat, tokenize=False)
+                    template.apply_chat_template(chat, tokenize=False)
             except TemplateError as refusal:
                 raise ValueError(
                     f"The model's chat template refuses row {index} of the dataset ({sentence(refusal)}); change the "
                     "roles or the order of its messages, or remove it."
                 ) from error
+        raise
 
 
-def _load_rewards(script: Any, needed: bool = True) -> list[Any]:
+def _load_rewards(script: Any) -> list[Any]:
     """The reward model and functions of a recipe: the names that TRL's own script takes, or dotted paths."""
-    import trl.rewards
-
-    rewards: list[Any] = [script.reward_model_name_or_path] if script.reward_model_name_or_path else []
-    for path in script.reward_funcs or []:
-        module, _, name = path.rpartition(".")
-        if module and str(Path.cwd()) not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))
-        with NameCause(f"reward_funcs names {path!r}, and importing {module}", "mend it, or give module.function."):
-            source = importlib.import_module(module) if module else trl.rewards
-        found = getattr(source, name, None)
-        if not callable(found):
-            what = f"a {type(found).__name__}" if hasattr(source, name) else "not there"
-            raise ValueError(f"reward_funcs names {path!r}, which is {what}; give a function as module.function.")
-        rewards.append(found)
-    if not rewards and needed:
-        raise ValueError("reward_funcs is missing; give a dotted path such as ceu_rl.tasks.addition.accuracy.")
-    return rewards
+    names = [name if "." in name else f"trl.rewards.{name}" for name in script.reward_funcs or []]
+    model = [script.reward_model_name_or_path] if script.reward_model_name_or_path else []
+    return [*model, *(import_function(name, "reward_funcs") for name in names)]

@@ -15,7 +15,6 @@ a result and is kept. In options `-` is the same as `_`; `--dataset` is `--datas
 import argparse
 import contextlib
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -585,13 +584,10 @@ def _typed(method: str, name: str, values: Sequence[str]) -> dict[str, Any]:
 
     typed: dict[str, Any] = {}
     for value in values:
-        said = io.StringIO()
         try:
-            with contextlib.redirect_stderr(said):
-                typed[value] = read_settings(method, [f"--{name}={value}"])[name]
-        except SystemExit:  # argparse prints what is wrong
-            message = (said.getvalue().strip().splitlines() or ["it is refused"])[-1].split(": error: ", 1)[-1]
-            raise ValueError(f"--{name} {value}: {message}.") from None
+            typed[value] = read_settings(method, [f"--{name}={value}"])[name]
+        except ValueError as error:
+            raise ValueError(f"--{name} {value}: {error}") from None
     if len({_key(value) for value in typed.values()}) < len(values):
         raise ValueError(f"--{name} has a value twice ({' '.join(values)}); give each once.")
     return typed

@@ -135,7 +135,7 @@ def evaluate(
 
             def when_generated(batch: Sequence[Answer], texts: list[str]) -> None:
                 cache.add("generations", {prompt.key: text for prompt, text in zip(batch, texts, strict=True)})
-                progress.advance(len(batch))
+                progress.update(len(batch))
 
             def when_done(rows: Sequence[int], ids: list[list[int]]) -> None:
                 batch = [asked[row] for row in rows]
@@ -171,7 +171,7 @@ def _score(model: Any, answers: Sequence[Answer], batch_size: int | None, cache:
 
         def when_scored(batch: Sequence[Answer]) -> None:
             cache.add("scores", {answer.key: answer.scores for answer in batch})
-            progress.advance(len(batch))
+            progress.update(len(batch))
 
         score_answers(model, answers, batch_size, when_scored)
 

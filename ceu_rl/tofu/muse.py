@@ -141,7 +141,7 @@ def evaluate(
         for part, prompts in made.items():
 
             def advance(batch: Sequence[Answer], texts: list[str]) -> None:
-                progress.advance(len(batch))
+                progress.update(len(batch))
 
             texts = generate_texts(model, tokenizer, prompts, numbers[longest[part]], batch_size, advance)
             if part in QUESTIONS:

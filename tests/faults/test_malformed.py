@@ -19,7 +19,7 @@ from ceu_rl import CEUDPOConfig, CEUDPOTrainer
 from ceu_rl.cli import main
 from ceu_rl.data.load import open_dataset
 from ceu_rl.data.rows import CONTEXTS, QUESTIONS, SYSTEMS, _leaves, check_layout
-from ceu_rl.run.config import _Fields, parser_for, read_recipe
+from ceu_rl.run.config import parser_for, read_recipe
 from ceu_rl.stability.grid import STATUSES, Run
 from ceu_rl.stability.report import summarize
 from ceu_rl.stability.table import Table
@@ -45,7 +45,7 @@ SCALARS = st.one_of(
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3), max_leaves=5
 )
-FIELDS = sorted(_Fields(parser_for("dpo")).hints)
+FIELDS = sorted({action.dest for action in parser_for("dpo")._actions} - {"help"})
 
 
 @pytest.fixture(scope="module")
