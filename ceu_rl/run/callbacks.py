@@ -25,7 +25,7 @@ class ProgressBar(ProgressCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.training_bar = Progress("training", state.max_steps, state.global_step)
+            self.training_bar: Any = Progress("training", state.max_steps, state.global_step)
         self.current_step = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
