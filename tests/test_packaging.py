@@ -103,7 +103,7 @@ def test_the_wheel_brings_the_recipes(wheel):
     names = set(wheel.namelist())
     expected = {f"ceu_rl/_recipes/{path}" for path in FILES}
     assert expected <= names
-    assert {"ceu_rl/py.typed", "ceu_rl/stability/report.html.jinja"} <= names
+    assert {"ceu_rl/py.typed", "ceu_rl/stability/report.html.jinja", "ceu_rl/tasks/authors.yaml"} <= names
     assert not any(name.startswith(("tests", "docs")) for name in names)
 
 

@@ -237,34 +237,27 @@ def test_a_value_takes_the_type_of_its_field(task, config, seen):
         ("Chain_Sum", None, "reasoning_gym has no task 'Chain_Sum'; the closest name is chain_sum."),
         ("", None, "reasoning_gym has no task ''"),
         ("chain_sum", "max_term=2", "task chain_sum has no field 'max_term'; the closest name is max_terms."),
-        ("chain_sum", "max_terms=two", "sets max_terms='two' of chain_sum; give it the type int, as in 6"),
-        ("chain_sum", "max_terms=2.5", "sets max_terms=2.5 of chain_sum"),
-        ("chain_sum", "max_terms=True", "sets max_terms=True of chain_sum"),
-        ("chain_sum", "allow_negation=1", "give it the type bool, as in False"),
-        ("chain_sum", "max_terms 2", "dataset_config is 'max_terms 2'; write it as in 'min_terms=2, max_terms=2'"),
-        ("chain_sum", "max_terms", "dataset_config is 'max_terms'; write it as"),
-        ("chain_sum", "max_terms=2)+f(", "write it as in"),
-        ("chain_sum", "**{}", "write it as in"),
-        ("chain_sum", "max_terms=2, max_terms=3", "write it as in 'min_terms=2, max_terms=2', each field once."),
-        ("chain_sum", "max_terms=len('ab')", "write it as in"),
+        *[("chain_sum", f"max_terms={value}", "type int") for value in ("two", "2.5", "True")],
+        ("chain_sum", "allow_negation=1", "sets allow_negation=1 of chain_sum; give it the type bool"),
+        *[
+            ("chain_sum", config, f"dataset_config is {config!r}; write it as in 'min_terms=2, max_terms=2'")
+            for config in (
+                *("max_terms 2", "max_terms", "max_terms=2)+f(", "**{}", "max_terms=2, max_terms=3"),
+                *("max_terms=len('ab')", "min_terms={**x}", "min_terms={[1]: 2}"),
+            )
+        ],
         ("chain_sum", "size=0", "sets size=0; it is the number of train rows, at least 1"),
-        ("chain_sum", "seed=abc", "sets seed='abc'; give a whole number"),
-        ("chain_sum", "seed=true", "sets seed=True; give a whole number"),
+        *[("chain_sum", f"seed={value}", "type Optional[int]") for value in ("abc", "true")],
         ("time_intervals", "min_date=yesterday", "sets min_date='yesterday' of time_intervals; give it the type date"),
         ("word_sorting", "transformation=shouted", "sets transformation='shouted'"),
         ("binary_matrix", "p_zero=1.0, min_n=3, max_n=3", "binary_matrix has no question for te"),
         ("composite", None, "reasoning_gym:composite does not work with its default config"),
-        ("composite", "datasets=[chain_sum]", "composite; give it the type list[reasoning_gym.composite.DatasetSpec]"),
-        ("composite", 'datasets=[{"nam": chain_sum}]', "composite; give it the type list[reasoning_gym.composite.Dat"),
-        ("composite", "datasets=3", "reasoning_gym:composite does not work with datasets=3"),
-        (
-            "aiw",
-            "task_types=[friend]",
-            "sets task_types=['friend'] of aiw; give it the type list, as in [<TaskType.SIB",
-        ),
-        ("basic_arithmetic", "allow_parentheses=[true]", "give it the type bool, as in True"),
-        ("chain_sum", "min_terms={**x}", "write it as in"),
-        ("chain_sum", "min_terms={[1]: 2}", "write it as in"),
+        *[
+            ("composite", f"datasets={value}", "composite; give it the type list[reasoning_gym.composite.DatasetSpec]")
+            for value in ("[chain_sum]", '[{"nam": chain_sum}]', "3")
+        ],
+        ("aiw", "task_types=[friend]", "sets task_types=['friend'] of aiw; give it the type list[reasoning_gym"),
+        ("basic_arithmetic", "allow_parentheses=[true]", "give it the type bool"),
         ("chain_sum", "min_terms=5, max_terms=2", "does not work with min_terms=5, max_terms=2: max_terms must be >="),
     ],
 )

@@ -13,11 +13,10 @@ their questions also depend on `PYTHONHASHSEED`.
 import ast
 import contextlib
 import dataclasses
-import datetime
 import difflib
-import enum
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import math
@@ -28,6 +27,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from ceu_rl.run.errors import NameCause
 from ceu_rl.tasks.protocol import Messages, Task, conversation, last_content
@@ -107,8 +107,8 @@ def _rows(task: str, config: str | None, kind: str, split: str, seed: int) -> It
         is_test = hashlib.sha256(question.encode()).digest()[0] % TEST_SHARE == 0
         if is_test != (split == "test") or question in seen:
             continue
-        held = repr({"task": task, "config": config, **_plain(entry)})
-        if not _is_literal(held) or (kind != "prompt" and not (entry["answer"] or "").strip()):
+        held = _kept({"task": task, "config": config, **entry})
+        if held is None or (kind != "prompt" and not (entry["answer"] or "").strip()):
             continue  # what the verifier needs cannot be kept in a column, or there is nothing to show
         wrong = ""
         if kind == "preference":
@@ -147,23 +147,23 @@ def _draws(dataset: Any, indices: Iterable[int]) -> Iterator[Mapping[str, Any]]:
         raise failure
 
 
+def _kept(entry: Mapping[str, Any]) -> str | None:
+    """An entry as a literal of Python, from which `_score` reads it again; None where it is none."""
+    held = repr(_plain(dict(entry)))
+    try:
+        ast.literal_eval(held)
+    except (ValueError, SyntaxError):
+        return None
+    return held
+
+
 def _plain(value: Any) -> Any:
     """The same without types of numpy, whose repr is no literal."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if isinstance(value, dict):
         return {_plain(key): _plain(each) for key, each in value.items()}
-    if type(value) in (list, tuple, set):
-        return type(value)(map(_plain, value))
-    return value
-
-
-def _is_literal(text: str) -> bool:
-    try:
-        ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return False
-    return True
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple, set) else value
 
 
 def wrong_answers(right: str, others: Sequence[str], rng: random.Random) -> Iterator[str]:
@@ -210,18 +210,19 @@ def _registry() -> tuple[dict[str, tuple[Any, Any]], Any]:
 
 
 def _settings(task: str, config: str | None) -> dict[str, Any]:
-    """The fields that `name=value, name=value` sets, with values of the types of their defaults."""
+    """The fields that `name=value, name=value` sets, in the types of their annotations."""
     known = _registry()[0]
     if task not in known:
         raise ValueError(f"reasoning_gym has no task {task!r}{_closest(task, known)}.")
     kind = known[task][1]
-    fields, hints = {field.name: field for field in dataclasses.fields(kind)}, typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(known[task][1])}
+    hints = typing.get_type_hints(known[task][1])
     given: dict[str, Any] = {}
     try:
-        call = ast.parse(f"dict({config or ''})", mode="eval").body
+        call = _Words().visit(ast.parse(f"dict({config or ''})", mode="eval").body)
         if not isinstance(call, ast.Call) or call.args or not all(each.arg for each in call.keywords):
             raise ValueError("no list of fields")
-        given = {str(each.arg): _value(each.value) for each in call.keywords}
+        given = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
         if len(given) < len(call.keywords):
             raise ValueError("a field twice")
     except (SyntaxError, TypeError, ValueError) as error:
@@ -231,60 +232,24 @@ def _settings(task: str, config: str | None) -> dict[str, Any]:
     for name, value in given.items():
         if name not in fields:
             raise ValueError(f"reasoning_gym's task {task} has no field {name!r}{_closest(name, fields)}.")
-        given[name] = _typed(task, fields[name], hints.get(name), value)
-    if type(given.get("seed", 0)) is not int:
-        raise ValueError(f"dataset_config sets seed={given['seed']!r}; give a whole number.")
+        kind, default = hints[name], fields[name].default
+        if isinstance(default, int | float):  # some are not of their annotated type
+            kind |= type(default)
+        try:
+            given[name] = TypeAdapter(kind).validate_python(value, strict=type(value) in (bool, int))
+        except ValidationError as error:
+            shown = inspect.formatannotation(hints[name])
+            raise ValueError(f"dataset_config sets {name}={value!r} of {task}; give it the type {shown}.") from error
     if given.get("size", 1) < 1:
         raise ValueError(f"dataset_config sets size={given['size']}; it is the number of train rows, at least 1.")
     return given
 
 
-def _value(node: ast.expr) -> Any:
-    """A literal, in which a bare word is text."""
-    match node:
-        case ast.Name():
-            return {"true": True, "false": False}.get(node.id, node.id)
-        case ast.List() | ast.Tuple():
-            return (list if isinstance(node, ast.List) else tuple)(map(_value, node.elts))
-        case ast.Dict() if all(node.keys):
-            return {_value(key): _value(value) for key, value in zip(node.keys, node.values, strict=True) if key}
-    return ast.literal_eval(node)
+class _Words(ast.NodeTransformer):
+    """A bare word is text, or true or false."""
 
-
-def _typed(task: str, field: dataclasses.Field, hint: Any, value: Any) -> Any:
-    """The value in the type of the field's default, where it has one, and its items in that of the annotation."""
-    default = field.default
-    if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
-        default = field.default_factory()
-    free = default is None or default is dataclasses.MISSING
-    kind = type(value if free else default)
-    with contextlib.suppress(ValueError, TypeError):
-        if kind in (list, tuple) and isinstance(value, list | tuple):
-            item = next(iter(typing.get_args(hint)), None)
-            return kind(_converted(item, each) for each in value)
-        converted = _converted(kind, value)
-        if type(converted) is kind:
-            return converted
-    wanted = hint if free else f"{kind.__name__}, as in {default!r}"
-    raise ValueError(f"dataset_config sets {field.name}={value!r} of {task}; give it the type {wanted}.")
-
-
-def _converted(kind: Any, value: Any) -> Any:
-    """What Python can write of a value as one of that type: a date or a choice by its text, an object by its fields.
-
-    Raises:
-        ValueError: for a text that is none.
-        TypeError: for fields that the object has not.
-    """
-    if kind is float and type(value) is int:
-        return float(value)
-    if isinstance(value, str) and kind in (datetime.date, datetime.time):
-        return kind.fromisoformat(value)
-    if isinstance(value, str) and isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return kind(value)
-    if dataclasses.is_dataclass(kind):
-        return kind(**value)  # type: ignore[operator]
-    return value
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return node if node.id == "dict" else ast.Constant({"true": True, "false": False}.get(node.id, node.id))
 
 
 def _closest(name: str, known: Mapping[str, Any]) -> str:
