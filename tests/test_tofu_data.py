@@ -56,7 +56,7 @@ def test_a_folder_in_the_layout_of_the_hub(folder):
 @pytest.mark.parametrize(
     ("config", "text", "message"),
     [
-        ("forget07", None, "has no config 'forget07': choose one of forget01, forget01_perturbed, full, retain99"),
+        ("forget07", None, "has no config 'forget07'; choose one of forget01, forget01_perturbed, full, retain99"),
         ("full", "", "full.json is an empty file; give it rows"),
         ("full", '{"question": "x", "answers": "y"}', "no column 'answer' .* rename 'answers'"),
         ("forget01_perturbed", '{"question": "x", "answer": "y"}', "no column 'perturbed_answer'"),
@@ -78,13 +78,13 @@ def test_what_cannot_be_loaded_is_named(folder, config, text, message):
 def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"'builtin:poets': use builtin:authors"):
         load_tofu("builtin:poets", "full")
-    with pytest.raises(ValueError, match="has no config 'ful': choose one of full, forget01"):
+    with pytest.raises(ValueError, match="has no config 'ful'; choose one of full, forget01"):
         load_tofu("builtin:authors", "ful")
-    with pytest.raises(ValueError, match=r"has no .json or .jsonl file; give a folder with full.json"):
+    with pytest.raises(ValueError, match=r"has no config 'full'; give a folder with full\.json"):
         load_tofu(str(tmp_path), "full")
     (tmp_path / "rows.json").touch()
-    for name, problem in (("rows.json", "a file"), ("nowhere", "no folder")):
-        with pytest.raises(ValueError, match=f"{name} is {problem}; give a folder in TOFU's layout, or a name of the"):
+    for name, problem in (("rows.json", "and .*rows.json has no configs"), ("nowhere", "is no folder and no file")):
+        with pytest.raises(ValueError, match=problem):
             load_tofu(str(tmp_path / name), "full")
     with pytest.raises(ValueError, match="Unknown split 'forget20': choose one of forget01, forget05, forget10"):
         get_split("forget20")

@@ -14,6 +14,7 @@ from ceu_rl import UnlearnConfig, UnlearnTrainer
 from ceu_rl.cli import main
 from ceu_rl.models import build_bpe_tokenizer, build_model
 from ceu_rl.tasks import articles
+from ceu_rl.tofu.answer_cache import AnswerCache
 from ceu_rl.tofu.data import prompt_ids, tokenize
 from ceu_rl.tofu.metrics import rouge_l_f1
 from ceu_rl.tofu.muse import evaluate, load_parts
@@ -211,13 +212,34 @@ def test_the_command_writes_a_result(learned, folder, tmp_path, capsys):
     for each in (model, tokenizer):
         each.save_pretrained(tmp_path / "model")
     argv = ["muse-eval", "--model", str(tmp_path / "model"), "--dataset", str(folder), "--prompt_tokens", str(SHOWN)]
-    assert main([*argv, "--text_tokens", "8"]) == 0
+    argv += ["--text_tokens", "8", "--limit", "2"]
+    assert main(argv) == 0
     assert "forget_knowmem" in capsys.readouterr().out
     result = json.loads((tmp_path / "model" / "muse_eval.json").read_text())
     assert {"command", "commit", "versions", "device", "prompt"} <= set(result)
-    assert result["rows"]["forget_qa"] == 3 * FORGOTTEN
+    assert result["limit"] == 2 and set(result["rows"].values()) == {2}
     assert main(argv) == 2
     assert "exists; choose another folder" in capsys.readouterr().err
+
+
+def test_an_interrupted_evaluation_continues(learned, parts, monkeypatch, tmp_path):
+    add, kept = AnswerCache.add, tmp_path / "muse_eval.part.jsonl"
+    settings = {"prompt_tokens": SHOWN, "text_tokens": 4, "answer_tokens": 4, "batch_size": 8}
+
+    def die(self, kind, found):
+        add(self, kind, found)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(AnswerCache, "add", die)
+        evaluate(*learned, parts, keep=kept, **settings)
+    with pytest.raises(ValueError, match="part of an evaluation with another text_tokens"):
+        evaluate(*learned, parts, keep=kept, **{**settings, "text_tokens": 5})
+    found = []
+    monkeypatch.setattr(AnswerCache, "add", lambda self, kind, given: (found.extend(given), add(self, kind, given)))
+    result = evaluate(*learned, parts, keep=kept, **settings)
+    assert len(found) == sum(result["rows"].values()) - FORGOTTEN  # the first batch is kept
+    assert result["items"] == evaluate(*learned, parts, **settings)["items"]
 
 
 @pytest.mark.parametrize(
@@ -225,7 +247,7 @@ def test_the_command_writes_a_result(learned, folder, tmp_path, capsys):
     [
         ({"prompt_tokens": 0}, "prompt_tokens is 0; use at least 1"),
         ({"prompt_tokens": 900}, "None of the .* texts of forget goes on after its prompt_tokens, 900"),
-        ({"text_tokens": 1020}, r"that text_tokens 1020 goes beyond the model's context of 1024; lower text_tokens"),
+        ({"text_tokens": 1020}, r"with text_tokens 1020, and the model's context of 1024 .*; lower text_tokens"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(learned, parts, settings, message):

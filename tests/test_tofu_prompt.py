@@ -94,7 +94,8 @@ def mean_log_prob(model, tokenizer, before, answer):
 
 def test_what_is_scored_is_the_answer_and_one_end_token(kind, folder):
     tokenizer, model, arguments, before, end = kind
-    found = evaluate(model, tokenizer, str(folder), "forget01", max_new_tokens=1, **arguments)
+    prompt = PromptFormat(**arguments)
+    found = evaluate(model, tokenizer, str(folder), "forget01", max_new_tokens=1, template=prompt)
     for config in CONFIGS:
         for item, row in zip(found["items"][config], load_tofu(str(folder), config), strict=True):
 
@@ -258,7 +259,7 @@ def test_a_retain_result_that_does_not_say_its_prompt_is_refused(command, capsys
     found = json.loads(retain.read_text())
     retain.write_text(json.dumps({name: value for name, value in found.items() if name != "prompt"}))
     status, _ = command("out", *PINNED, "--retain", str(retain))
-    assert status == 2 and "does not say with which prompt it was made" in capsys.readouterr().err
+    assert status == 2 and "has no 'prompt'" in capsys.readouterr().err
 
 
 def test_the_prompt_that_a_model_was_trained_with_is_the_default(command, llama):

@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset, get_dataset_config_names, load_dataset
+from datasets import Dataset, get_dataset_config_names
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
-from ..data.load import open_dataset
+from ..data.load import BUILDERS, open_dataset
 from ..data.prompts import PromptFormat
 from ..data.rows import check_columns, check_questions
 from ..run.errors import note
@@ -37,7 +37,7 @@ REAL_AUTHORS = "real_authors_perturbed"
 WORLD_FACTS = "world_facts_perturbed"
 NAMES = {"full", *SPLITS, *(split.retain for split in SPLITS.values())}
 BUILTIN = {each.NAME: each for each in (authors, articles)}
-OTHER_LAYOUTS = ({"prompt", "completion"}, {"messages"}, {"text"})
+OTHER_LAYOUTS = ({"prompt", "completion"}, {"prompt", "gt"}, {"messages"}, {"text"})  # of SFT, and MUSE
 
 
 def get_split(name: str) -> TofuSplit:
@@ -76,17 +76,16 @@ def load_tofu(name: str, config: str) -> Dataset:
         ValueError: for an unknown config, a column that is missing, or no rows.
         OSError: if the dataset cannot be reached.
     """
-    if name.startswith("builtin:"):
-        _check_config(name, config)
-        dataset = Dataset.from_list(BUILTIN[name].make_rows(config))
-    elif Path(name).is_dir():
-        _check_config(name, config)
-        dataset = open_dataset(str(_files(name)[config]), None)["train"]
-    elif Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        problem = "a file" if Path(name).exists() else "no folder"
-        raise ValueError(f"{name} is {problem}; give a folder in TOFU's layout, or a name of the Hub.")
+    if name.startswith("builtin:") or Path(name).is_dir():
+        if config not in (configs := tofu_configs(name)):
+            known = f"choose one of {', '.join(configs)}" if configs else f"give a folder with {config}.json"
+            raise ValueError(f"{name} has no config {config!r}; {known}.")
+        if name in BUILTIN:
+            dataset = Dataset.from_list(BUILTIN[name].make_rows(config))
+        else:
+            dataset = open_dataset(str(_files(name)[config]), None)["train"]
     else:
-        dataset = load_dataset(name, config, split="train")
+        dataset = open_dataset(name, config)["train"]
     required = ["question", "answer"]
     if (config not in NAMES or name == articles.NAME) and any(
         layout <= set(dataset.column_names) for layout in OTHER_LAYOUTS
@@ -114,15 +113,8 @@ def has_questions(dataset: Any) -> bool:
     return {"question", "answer"} <= columns and not columns & made
 
 
-def _check_config(name: str, config: str) -> None:
-    if config not in (configs := tofu_configs(name)):
-        if not configs:
-            raise ValueError(f"{name} has no .json or .jsonl file; give a folder with {config}.json.")
-        raise ValueError(f"{name} has no config {config!r}: choose one of {', '.join(configs)}.")
-
-
 def _files(folder: str) -> dict[str, Path]:
-    return {path.stem: path for ending in ("jsonl", "json") for path in Path(folder).glob(f"*.{ending}")}
+    return {path.stem: path for path in sorted(Path(folder).iterdir()) if path.suffix in BUILDERS}
 
 
 def to_prompt_completion(
@@ -139,21 +131,12 @@ def to_prompt_completion(
         ValueError: with the row, for an empty question or answer and for a chat template that swallows the answer; and
             see [`PromptFormat.settle`].
     """
-    return _made(dataset, tokenizer, template, lambda prompt, question, row: row)
-
-
-def _made(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    template: str | PromptFormat | None,
-    make: Callable[[PromptFormat, str, dict[str, Any]], dict[str, Any]],
-) -> Dataset:
     prompt = (template if isinstance(template, PromptFormat) else PromptFormat(template)).settle(tokenizer)
     check_columns(dataset, str(prompt.template), ("question", "answer"))
     rows = []
     for index, (question, answer) in enumerate(zip(dataset["question"], dataset["answer"], strict=True)):
         check_row(tokenizer, prompt, question, answer, f"row {index}")
-        rows.append(make(prompt, question, prompt.row(question, answer)))
+        rows.append(prompt.row(question, answer))
     return Dataset.from_list(rows)
 
 
@@ -243,9 +226,7 @@ def to_preferences(
     [`to_prompt_completion`].
     """
     draw = random.Random(seed)
-
-    def refuse(prompt: PromptFormat, question: str, row: dict[str, Any]) -> dict[str, Any]:
-        rejected, chosen = row.pop("completion"), prompt.row(question, draw.choice(REFUSALS))["completion"]
-        return {**row, "chosen": chosen, "rejected": rejected}
-
-    return _made(dataset, tokenizer, template, refuse)
+    refusals = [draw.choice(REFUSALS) for _ in range(len(dataset))]
+    refused = dataset.select_columns(["question"]).add_column("answer", refusals)
+    answered, chosen = (to_prompt_completion(each, tokenizer, template) for each in (dataset, refused))
+    return answered.rename_column("completion", "rejected").add_column("chosen", chosen["completion"][:])

@@ -9,14 +9,10 @@ its forget quality says nothing.
 """
 
 import argparse
-import dataclasses
+import functools
 import json
 import math
-import os
-import shlex
 import sys
-import tempfile
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,20 +24,19 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from ..data.prompts import PromptArguments, PromptFormat, fingerprint
-from ..models import end_token_ids, load_model, model_dtype, resolve_model
-from ..run.progress import Progress
-from ..run.provenance import environment, peak_memory_gib, write_json
-from ..tasks.generate import decide_vllm, generate_with_vllm, recorded_decoding
-from . import metrics, open_unlearning
+from ..data.prompts import PromptFormat, fingerprint
+from ..models import end_token_ids
+from ..run.provenance import write_json
+from ..tasks.generate import decide_vllm, recorded_decoding
+from . import command, metrics, open_unlearning
 from .answer_cache import AnswerCache, weights_fingerprint
 from .data import REAL_AUTHORS, RETAIN_PERTURBED, WORLD_FACTS, get_split, load_tofu, tofu_configs
-from .robustness import check_quantizer, load_quantized, load_to_relearn, relearn
-from .scoring import Answer, check_context, generate_texts, make_answers, said, score_answers
+from .robustness import load_quantized, load_to_relearn, relearn
+from .scoring import Answer, check_context, check_counts, make_answers, measure
 
 RESULT = "tofu_eval.json"
-PART = "tofu_eval.part.jsonl"
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus")
+COMPARED = ("split", "limit", "data", "tokenizer", "template", "prompt", "non_members")  # of two results
 
 
 def evaluate(
@@ -50,9 +45,7 @@ def evaluate(
     dataset_name: str,
     split: str,
     *,
-    template: str | None = None,
-    system_prompt: str | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    template: str | PromptFormat | None = None,
     batch_size: int | None = None,
     max_new_tokens: int = 200,
     limit: int | None = None,
@@ -63,16 +56,14 @@ def evaluate(
     seed: int = 0,
     keep: Path | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a model on TOFU and return what `tofu_eval.json` holds, without the command.
+    """Evaluate a model on TOFU and return what `tofu_eval.json` holds, but for the command and provenance.
 
     Args:
         model: A causal language model, or a PEFT model of one; its training mode is restored.
         tokenizer: Its tokenizer.
         dataset_name: As for [`ceu_rl.tofu.load_tofu`].
         split: The forget set: `forget01`, `forget05` or `forget10`.
-        template: As for [`ceu_rl.data.prompts.PromptFormat`], like the next two.
-        system_prompt: Before each question.
-        chat_template_kwargs: What the chat template takes besides.
+        template: How questions are asked, see [`ceu_rl.data.prompts.PromptFormat`], whose `template` a text is.
         batch_size: Answers in one forward pass; None is as many as fit into the memory for a batch.
         max_new_tokens: Most tokens to generate for ROUGE.
         limit: Only the first rows of each config, for a quick look; a retain model's result needs the same.
@@ -90,20 +81,16 @@ def evaluate(
             context cuts off, and logits that are not finite, with the row.
         OSError: if `keep` cannot be written.
     """
-    start, provenance = time.perf_counter(), environment()
-    for name, number in {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit}.items():
-        if number is not None and number < 1:
-            raise ValueError(f"{name} is {number}; use at least 1.")
-    prompt = PromptFormat(template, system_prompt, chat_template_kwargs).settle(tokenizer)
-    given = {"retain model": retain, "base model": base}
-    others = {which: (read_result(path), str(path)) for which, path in given.items() if path}
-    datasets, non_members = _load(dataset_name, split, limit)
-    asked_rows = sum(len(datasets[config]) for config in _asked(split))
-    use_vllm = decide_vllm(use_vllm, model_path, model, asked_rows * max_new_tokens)
+    check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens, limit=limit)
+    prompt = (template if isinstance(template, PromptFormat) else PromptFormat(template)).settle(tokenizer)
+    retained, based = (read_result(path) if path else None for path in (retain, base))
+    asked, (datasets, non_members) = _asked(split), _load(dataset_name, split, limit)
+    tokens = sum(len(datasets[config]) for config in asked) * max_new_tokens
+    use_vllm = decide_vllm(use_vllm, model_path, model, tokens)
     settings = {
         "dataset": dataset_name,
         "split": split,
-        "data": fingerprint(sorted(json.dumps(row, sort_keys=True) for row in datasets[_asked(split)[0]])),
+        "data": fingerprint(sorted(json.dumps(row, sort_keys=True) for row in datasets[asked[0]])),
         "template": prompt.template,
         "prompt": prompt.record(tokenizer),
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -116,64 +103,31 @@ def evaluate(
         "seed": seed,
         "rows": {config: len(dataset) for config, dataset in datasets.items()},
     }
-    for which, (other, name) in others.items():
-        _check_same(settings, other, name, which)
-    ends = end_token_ids(model, tokenizer)
-    answers = make_answers(datasets, tokenizer, prompt, ends)
-    prompts = [answer for answer in answers if answer.kind == "answer" and answer.config in _asked(split)]
-    check_context(model, answers, prompts, max_new_tokens)
-    whole = {"weights": weights_fingerprint(model), "texts": fingerprint([[a.key, a.text] for a in answers])}
-    cache = AnswerCache(keep, {**settings, **whole})
-    first = datasets[_asked(split)[0]][0]
+    for which, other, path in (("retain model", retained, retain), ("base model", based, base)):
+        if other is not None:
+            _check_same(settings, other, str(path), which)
+    answers = make_answers(datasets, tokenizer, prompt, end_token_ids(model, tokenizer))
+    prompts = [answer for answer in answers if answer.kind == "answer" and answer.config in asked]
+    check_context(model, answers)
+    check_context(model, prompts, max_new_tokens, "max_new_tokens")
+    texts = fingerprint([[answer.key, answer.text] for answer in answers])
+    cache = AnswerCache(keep, {**settings, "weights": weights_fingerprint(model), "texts": texts})
+    first = datasets[asked[0]][0]
     print(prompt.example(tokenizer, first["question"], first["answer"]), file=sys.stderr)
-    was_training = model.training
-    model.eval()
-    try:
-        _score(model, answers, batch_size, cache)
-        asked = [prompt for prompt in prompts if prompt.key not in cache.generations]
-        with Progress("generation", len(prompts), done=len(prompts) - len(asked)) as progress:
-
-            def when_generated(batch: Sequence[Answer], texts: list[str]) -> None:
-                cache.add("generations", {prompt.key: text for prompt, text in zip(batch, texts, strict=True)})
-                progress.update(len(batch))
-
-            def when_done(rows: Sequence[int], ids: list[list[int]]) -> None:
-                batch = [asked[row] for row in rows]
-                when_generated(batch, [said(tokenizer, *each, ends) for each in zip(batch, ids, strict=True)])
-
-            if use_vllm and asked:
-                questions = [prompt.question_ids for prompt in asked]
-                generate_with_vllm(str(model_path), model.dtype, questions, ends, max_new_tokens, seed, when_done)
-            else:
-                texts = generate_texts(model, tokenizer, asked, max_new_tokens, batch_size, when_generated)
-                cache.generations |= {prompt.key: text for prompt, text in zip(asked, texts, strict=True)}
-    finally:
-        model.train(was_training)
-    items = _items(answers, {(p.config, p.row): cache.generations[p.key] for p in prompts})
+    vllm_path = str(model_path) if use_vllm else None
+    measure(model, tokenizer, answers, [(prompts, max_new_tokens)], cache, batch_size, vllm_path, seed)
+    items = _items(answers, {(each.config, each.row): cache.generations[each.key] for each in prompts})
     result = {
         "model": model_path or getattr(model.config, "_name_or_path", "") or type(model).__name__,
         **settings,
         "summary": summarize(items, split, non_members),
         "items": items,
-        "wall_time_s": round(time.perf_counter() - start, 1),
-        "peak_memory_gib": round(peak_memory_gib(), 3),
-        **provenance,
     }
-    for which, pair in others.items():
-        (add_retain if which == "retain model" else add_base)(result, *pair)
+    if retained is not None:
+        add_retain(result, retained, str(retain))
+    if based is not None:
+        add_base(result, based, str(base))
     return result
-
-
-def _score(model: Any, answers: Sequence[Answer], batch_size: int | None, cache: AnswerCache) -> None:
-    for answer in answers:
-        answer.scores = cache.scores.get(answer.key, {})
-    with Progress("log-probabilities", len(answers), done=len(cache.scores)) as progress:
-
-        def when_scored(batch: Sequence[Answer]) -> None:
-            cache.add("scores", {answer.key: answer.scores for answer in batch})
-            progress.update(len(batch))
-
-        score_answers(model, answers, batch_size, when_scored)
 
 
 def _asked(split: str) -> tuple[str, ...]:
@@ -311,12 +265,12 @@ def _check_same(run: Mapping[str, Any], other: Mapping[str, Any], name: str, whi
                 f"{ours}; give one of {run['split']} as --retain, or evaluate the {which} here."
             )
         return
-    for field in ("split", "limit", "data", "tokenizer", "template", "prompt", "non_members"):
+    for field in COMPARED:
         found, needed = other.get(field), run.get(field)
-        # Other settings may render the same prompt
-        same = (
-            found["fingerprint"] == needed["fingerprint"] if found and needed and field == "prompt" else found == needed
-        )
+        if field == "prompt":  # other settings may render the same
+            same = other[field]["fingerprint"] == run[field]["fingerprint"]
+        else:
+            same = found == needed
         if not same:
             raise ValueError(
                 f"The {which}'s result {name} has another {field} ({found!r}) than this model's ({needed!r}); evaluate "
@@ -328,7 +282,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
     """Read a result file, of `ceu-rl tofu-eval` or, for a retain model, of open-unlearning.
 
     Raises:
-        ValueError: for a file that is neither, or one that was cut short.
+        ValueError: for a file that is neither.
         OSError: if it cannot be read.
     """
     try:
@@ -337,21 +291,9 @@ def read_result(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is cut short or no JSON ({error}); run ceu-rl tofu-eval for it again.") from error
     if open_unlearning.is_peer(result):
         return result
-    needed = ("split", "data", "tokenizer", "template", "non_members", "rows", "summary", "items")
-    missing = [field for field in (*needed, "prompt") if not isinstance(result, dict) or field not in result]
-    if missing == ["prompt"]:
-        raise ValueError(
-            f"{path} does not say with which prompt it was made, as an earlier version wrote it; evaluate that model "
-            "again."
-        )
-    if missing:
-        raise ValueError(f"{path} has no {missing[0]!r}; give a {RESULT} that ceu-rl tofu-eval wrote.")
-    for config, count in result["rows"].items():
-        if len(result["items"].get(config, ())) != count:
-            raise ValueError(
-                f"{path} is cut short: it has {len(result['items'].get(config, ()))} of {count} rows of {config}; run "
-                "ceu-rl tofu-eval for it again."
-            )
+    for field in (*COMPARED, "rows", "summary", "items"):
+        if not isinstance(result, dict) or (field not in result and field != "limit"):
+            raise ValueError(f"{path} has no {field!r}; give a {RESULT} that this version of ceu-rl tofu-eval wrote.")
     return result
 
 
@@ -364,213 +306,85 @@ def main(argv: Sequence[str]) -> int:
     """`ceu-rl tofu-eval`: returns 0, or raises for bad input as [`evaluate`] does."""
     args = _parser().parse_args(argv)
     if args.results:
+        path, result = Path(args.results), read_result(args.results)
         if not args.retain and not args.base:
             raise ValueError("--results needs --retain or --base, the result of a model to compare with.")
-        path, result = Path(args.results), read_result(args.results)
         if open_unlearning.is_peer(result):
             raise ValueError(f"--results {path} is open-unlearning's; give it as --retain, or a {RESULT} of ours.")
-        if args.retain:
-            add_retain(result, read_result(args.retain), args.retain)
+        for add, other in ((add_retain, args.retain), (add_base, args.base)):
+            if other:
+                add(result, read_result(other), other)
     else:
-        path = _output(args)
-        part = path.with_name(PART)
-        try:
-            result = _evaluate_path(args, part)
-        except KeyboardInterrupt:
-            if part.exists():
-                print(f"What is finished is in {part}; the same command continues from there.", file=sys.stderr)
-            raise
-        result["command"] = shlex.join(["ceu-rl", "tofu-eval", *argv])
+        if args.relearn < 0 or not 0 < args.relearn_learning_rate < math.inf:
+            raise ValueError(
+                f"--relearn is {args.relearn} and --relearn_learning_rate {args.relearn_learning_rate}; use a number "
+                "of steps and a finite rate above 0."
+            )
+        path, result = command.run(["tofu-eval", *argv], args, RESULT, functools.partial(_evaluate, args))
         if not args.base and (found := find_base(args.model_name_or_path)):
             try:
                 add_base(result, read_result(found), found)
             except ValueError as error:  # nobody asked for it
                 print(f"Whether the model collapsed is not said: {error}", file=sys.stderr)
-    if args.results and args.base:
-        add_base(result, read_result(args.base), args.base)
-    write_json(path, result, allow_nan=False)
+    command.save(path, result)
     if args.format == "open-unlearning":
         peer = open_unlearning.to_peer(result, _asked(result["split"]))
         write_json(path.with_name(open_unlearning.FILE), peer, allow_nan=False)
-    path.with_name(PART).unlink(missing_ok=True)
     _print_summary(result)
     print(f"The values of each row are in {path}.")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ceu-rl tofu-eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_model_options(parser)
-    parser.add_argument(
-        *("--dataset_name", "--dataset"),
-        default="locuslab/TOFU",
-        help="Hub name, folder, or builtin:authors (%(default)s)",
-    )
-    parser.add_argument("--split", default="forget10", help="forget01, forget05 or forget10 (%(default)s)")
-    parser.add_argument(
+    parser = command.make_parser("tofu-eval", __doc__, RESULT, "locuslab/TOFU")
+    option = parser.add_argument
+    option("--split", default="forget10", help="forget01, forget05 or forget10 (%(default)s)")
+    option(
         "--retain",
         help=f"{RESULT} of the retain model, or open-unlearning's {open_unlearning.FILE}, for forget quality and "
         "privacy leakage",
     )
-    parser.add_argument(
+    option(
         "--base",
         help=f"{RESULT} of the model before unlearning, to say whether this one collapsed; default: that of the folder "
         "from which result.json says that it was unlearned, if there is one",
     )
-    parser.add_argument("--results", help=f"{RESULT} to add --retain or --base to; no model is needed")
-    parser.add_argument(
-        "--output_dir",
-        help=f"where {RESULT} is written, and {PART} until it is whole, from which the same command continues after a "
-        "kill; default: the folder of the model",
-    )
-    add_prompt_options(parser)
-    parser.add_argument("--batch_size", type=int, help="answers in one forward pass; default: as many as fit in memory")
-    parser.add_argument("--limit", type=int, help="only the first N rows of each set, for a quick look")
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="most tokens of a generation (%(default)s)")
-    parser.add_argument(
-        "--use_vllm", choices=("true", "false"), help="generate through vLLM; default: if it is installed and faster"
-    )
-    parser.add_argument(
+    option("--results", help=f"{RESULT} to add --retain or --base to; no model is needed")
+    option("--max_new_tokens", type=int, default=200, help="most tokens of a generation (%(default)s)")
+    option("--use_vllm", choices=("true", "false"), help="generate through vLLM; default: if installed and faster")
+    option(
         "--format",
         choices=("open-unlearning",),
         help=f"write {open_unlearning.FILE} too, as open-unlearning has it, beside {RESULT}",
     )
-    parser.add_argument("--quantize", help="int8 or int4: evaluate once more with weights rounded by torchao")
-    parser.add_argument(
-        "--relearn",
-        type=int,
-        default=0,
-        help="evaluate once more after N steps on the forget set (%(default)s: do not)",
-    )
-    parser.add_argument("--relearn_learning_rate", type=float, default=1e-5, help="of these steps (%(default)s)")
+    option("--quantize", help="int8 or int4: evaluate once more with weights rounded by torchao")
+    option("--relearn", type=int, default=0, help="evaluate once more after N steps on the forget set (%(default)s)")
+    option("--relearn_learning_rate", type=float, default=1e-5, help="of these steps (%(default)s)")
     return parser
 
 
-def _output(args: argparse.Namespace) -> Path:
-    if not args.model_name_or_path:
-        raise ValueError("--model_name_or_path is missing; give a folder or a Hub name, or --results with --retain.")
-    if args.relearn < 0 or not 0 < args.relearn_learning_rate < math.inf:
-        raise ValueError(
-            f"--relearn is {args.relearn} and --relearn_learning_rate {args.relearn_learning_rate}; use a number of "
-            "steps and a finite rate above 0."
-        )
-    if args.quantize:
-        check_quantizer(args.quantize)
-    for other in filter(None, (args.retain, args.base)):
-        read_result(other)
-    return check_output(args.model_name_or_path, args.output_dir, RESULT)
-
-
-def check_output(model: str, output_dir: str | None, name: str) -> Path:
-    """The path of a result, which must be new and can be written: an hour is lost if that fails in the end.
-
-    Raises:
-        ValueError: if not, or in several processes, which would write the same file.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; start an evaluation alone, without a launcher.")
-    if not output_dir and not Path(model).is_dir():
-        raise ValueError(
-            f"--model_name_or_path {model} is no folder to write to; check its name, or give --output_dir."
-        )
-    path = Path(output_dir or model, name)
-    if path.exists():
-        raise ValueError(f"{path} exists; choose another folder with --output_dir, or move it away.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent) as file:
-            file.write(b"0")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error}); choose another folder with --output_dir.") from error
-    return path
-
-
-def open_model(name: str, dtype: str | None) -> tuple[Any, Any]:
-    """The model of a command, on the GPU where there is one, and its tokenizer.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    from transformers import AutoTokenizer
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    path = resolve_model(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = load_model(path, model_dtype(dtype, device))
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"--model_name_or_path {name} holds no model with its tokenizer ({first}).") from error
-    return model.to(device), tokenizer
-
-
-def add_model_options(parser: argparse.ArgumentParser, required: bool = False) -> None:
-    """The options that name a model, as training has them, and its precision."""
-    parser.add_argument(
-        *("--model_name_or_path", "--model"),
-        required=required,
-        help="folder or Hub name of the model, with its tokenizer",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="precision of the model; auto: as it is stored; default: bfloat16 on a GPU, float32 on a CPU",
-    )
-
-
-def add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    """The options of [`ceu_rl.data.prompts.PromptArguments`]."""
-    prompt = {field.name: field.metadata["help"] for field in dataclasses.fields(PromptArguments) if field.metadata}
-    for name in ("template", "system_prompt", "chat_template_kwargs"):
-        parser.add_argument(f"--{name}", help=prompt[name].replace("%", "%%"))
-
-
-def _evaluate_path(args: argparse.Namespace, keep: Path) -> dict[str, Any]:
-    name = args.model_name_or_path
-    model, tokenizer = open_model(name, args.dtype)
+def _evaluate(args: argparse.Namespace, model: Any, tokenizer: Any, keep: Path) -> dict[str, Any]:
+    """The model of a command, and what becomes of it; what can fail is done before the scores of an hour."""
+    name, variants = args.model_name_or_path, {}
     prompt = PromptFormat.of(args, name)
-    settings: dict[str, Any] = {
-        "template": prompt.template,
-        "system_prompt": prompt.system_prompt,
-        "chat_template_kwargs": prompt.chat_template_kwargs,
-        "batch_size": args.batch_size,
-        "max_new_tokens": args.max_new_tokens,
-        "limit": args.limit,
-        "model_path": name,
-        "retain": args.retain,
-    }
-    use_vllm = {"true": True, "false": False, None: None}[args.use_vllm]
-    given = (tokenizer, args.dataset_name, args.split)
-
-    def quantized() -> Any:
-        return load_quantized(name, args.quantize, model.dtype).to(model.device)
-
-    def relearned(steps: int) -> Any:
+    if args.quantize:
+        rounded = load_quantized(name, args.quantize, model.dtype).to(model.device)
+        rounded(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
+        variants["quantized"] = rounded, {"to": args.quantize}
+    if args.relearn:
         again = load_to_relearn(name)
+        record = {"steps": args.relearn, "learning_rate": args.relearn_learning_rate}
+        record["trained_dtype"] = str(again.dtype).removeprefix("torch.")
         rows = load_tofu(args.dataset_name, get_split(args.split).perturbed)
-        relearn(again, tokenizer, rows, prompt, steps, args.relearn_learning_rate)
-        return again
-
-    # What can fail fails now, and not after an hour
-    if args.quantize:
-        quantized()(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
-    if args.relearn:
-        relearned(1)
-    result = evaluate(model, *given, use_vllm=use_vllm, base=args.base, keep=keep, **settings)
-    settings["use_vllm"] = False  # which would load the folder again, and not what became of it
-    if args.quantize:
-        summary = evaluate(quantized(), *given, **settings)["summary"]
-        result["quantized"] = {"to": args.quantize, "summary": summary}
-    if args.relearn:
-        again = relearned(args.relearn)
-        result["relearned"] = {
-            "steps": args.relearn,
-            "learning_rate": args.relearn_learning_rate,
-            "trained_dtype": str(again.dtype).removeprefix("torch."),
-            "summary": evaluate(again.to(model.device, model.dtype), *given, **settings)["summary"],
-        }
+        relearn(again, tokenizer, rows, prompt, args.relearn, args.relearn_learning_rate)
+        variants["relearned"] = again.to("cpu", model.dtype), record
+    given: dict[str, Any] = {name: getattr(args, name) for name in ("batch_size", "max_new_tokens", "limit", "retain")}
+    given |= {"dataset_name": args.dataset_name, "split": args.split, "template": prompt, "model_path": name}
+    use_vllm = {"true": True, "false": False, None: None}[args.use_vllm]
+    result = evaluate(model, tokenizer, use_vllm=use_vllm, base=args.base, keep=keep, **given)
+    for kind, (variant, record) in variants.items():  # vLLM would load the folder again
+        found = evaluate(variant.to(model.device), tokenizer, use_vllm=False, **given)
+        result[kind] = {**record, "summary": found["summary"]}
     return result
 
 

@@ -19,30 +19,28 @@ questions with their answers that are shown before each; `builtin:articles`; or 
 
 import argparse
 import re
-import shlex
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, get_dataset_split_names, load_dataset
+from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from ..data.load import BUILDERS, open_dataset
-from ..data.prompts import PromptFormat
-from ..run.progress import Progress
-from ..run.provenance import environment, peak_memory_gib, write_json
+from ..data.load import open_dataset
+from ..data.prompts import PromptFormat, fingerprint
 from ..tasks.generate import recorded_decoding
+from . import command
+from .answer_cache import AnswerCache, weights_fingerprint
 from .data import load_tofu, prompt_ids, tofu_configs, tokenize
-from .evaluate import add_model_options, add_prompt_options, check_output, open_model
 from .metrics import rouge_l_f1
-from .scoring import Answer, check_context, generate_texts
+from .scoring import Answer, check_context, check_counts, measure
 
 RESULT = "muse_eval.json"
 TEXTS, QUESTIONS = ("forget", "retain"), ("forget_qa", "retain_qa")
+SHOWN = ("forget_qa_icl", "retain_qa_icl")
 METRICS = {**{part: f"{part}_verbmem" for part in TEXTS}, "forget_qa": "forget_knowmem", "retain_qa": "retain_knowmem"}
 NEXT = re.compile("\n\n|\nQuestion|Question:")  # where the answer of a model that asks more is cut, as in MUSE's code
 
@@ -52,22 +50,12 @@ def load_parts(name: str) -> dict[str, Dataset]:
 
     Raises:
         ValueError: if it has neither texts nor questions, or columns are missing.
-        OSError: if it cannot be reached.
     """
-    names = [*TEXTS, *QUESTIONS, *(f"{part}_icl" for part in QUESTIONS)]
-    if name.startswith("builtin:"):
-        parts = {part: load_tofu(name, part) for part in names if part in tofu_configs(name)}
-    elif Path(name).is_dir():
-        files = {path.stem: str(path) for path in Path(name).iterdir() if path.suffix in BUILDERS}
-        parts = {part: open_dataset(files[part], None)["train"] for part in names if part in files}
+    if name.startswith("builtin:") or Path(name).is_dir():
+        parts = {part: load_tofu(name, part) for part in tofu_configs(name) if part in (*TEXTS, *QUESTIONS, *SHOWN)}
     else:
-        configs = {"verbmem": TEXTS, "knowmem": names[len(TEXTS) :]}
-        parts = {
-            part: load_dataset(name, config, split=part)
-            for config, wanted in configs.items()
-            for part in wanted
-            if part in get_dataset_split_names(name, config)
-        }
+        splits = {**open_dataset(name, "verbmem"), **open_dataset(name, "knowmem")}
+        parts = {part: splits[part] for part in (*TEXTS, *QUESTIONS, *SHOWN) if part in splits}
     if not parts.keys() & METRICS.keys():
         raise ValueError(f"{name} has none of {', '.join(METRICS)}; give files of these names, or builtin:articles.")
     for part, dataset in parts.items():
@@ -88,8 +76,10 @@ def evaluate(
     text_tokens: int = 128,
     answer_tokens: int = 32,
     batch_size: int | None = None,
+    limit: int | None = None,
+    keep: Path | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a model and return what `muse_eval.json` holds, without the command.
+    """Evaluate a model and return what `muse_eval.json` holds, but for the command and provenance.
 
     Args:
         model: A causal language model, or a PEFT model of one; its training mode is restored.
@@ -100,71 +90,62 @@ def evaluate(
         text_tokens: Most tokens to continue a text by, and to compare with (MUSE's 128).
         answer_tokens: Most tokens of an answer (MUSE's 32).
         batch_size: Prompts that are continued at once; None is as many as fit into the memory for a batch.
+        limit: Only the first rows of each part, for a quick look.
+        keep: A file for finished parts, from which the same evaluation continues; the caller removes it.
 
     Raises:
         ValueError: for numbers below 1, a dataset that has not what is needed, texts that are all too short, and, with
             the row, one that the model's context cuts off.
-        OSError: if the dataset cannot be reached.
+        OSError: if the dataset cannot be reached, or `keep` cannot be written.
     """
-    start, provenance = time.perf_counter(), environment()
-    numbers: dict[str, Any] = {
-        "prompt_tokens": prompt_tokens,
-        "text_tokens": text_tokens,
-        "answer_tokens": answer_tokens,
-        "batch_size": batch_size,
-    }
-    for name, value in numbers.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; use at least 1.")
+    numbers = {"prompt_tokens": prompt_tokens, "text_tokens": text_tokens, "answer_tokens": answer_tokens}
+    check_counts(**numbers, batch_size=batch_size, limit=limit)
     parts = load_parts(dataset) if isinstance(dataset, str) else dict(dataset)
+    parts = {  # all examples are shown
+        part: rows if limit is None or part in SHOWN else rows.select(range(min(limit, len(rows))))
+        for part, rows in parts.items()
+    }
     prompt = template if isinstance(template, PromptFormat) else PromptFormat(template or "question_answer")
     prompt = prompt.settle(tokenizer)
     made: dict[str, list[Answer]] = {}
-    for part in TEXTS:
-        if part in parts:
-            rows = (_text(tokenizer, part, *pair, prompt_tokens, text_tokens) for pair in enumerate(parts[part]))
-            made[part] = [text for text in rows if text.question_ids and text.text]
-            if not made[part]:
-                raise ValueError(
-                    f"None of the {len(parts[part])} texts of {part} goes on after its prompt_tokens, {prompt_tokens}; "
-                    "lower prompt_tokens."
-                )
-    for part in QUESTIONS:
-        if part in parts:
+    for part in (each for each in METRICS if each in parts):
+        if part in QUESTIONS:
             shown = parts.get(f"{part}_icl", ())
             made[part] = [_question(tokenizer, prompt, shown, part, *pair) for pair in enumerate(parts[part])]
-    longest = {part: "text_tokens" if part in TEXTS else "answer_tokens" for part in made}
+            continue
+        rows = (_text(tokenizer, part, *pair, prompt_tokens, text_tokens) for pair in enumerate(parts[part]))
+        made[part] = [text for text in rows if text.question_ids and text.text]
+        if not made[part]:
+            raise ValueError(
+                f"None of the {len(parts[part])} texts of {part} goes on after its prompt_tokens, {prompt_tokens}; "
+                "lower prompt_tokens."
+            )
+    setting = {part: "text_tokens" if part in TEXTS else "answer_tokens" for part in made}
     for part, prompts in made.items():
-        check_context(model, prompts, prompts, numbers[longest[part]], longest[part])
-    items: dict[str, list[dict[str, Any]]] = {}
-    with Progress("generation", sum(map(len, made.values()))) as progress:
-        for part, prompts in made.items():
-
-            def advance(batch: Sequence[Answer], texts: list[str]) -> None:
-                progress.update(len(batch))
-
-            texts = generate_texts(model, tokenizer, prompts, numbers[longest[part]], batch_size, advance)
-            if part in QUESTIONS:
-                texts = [NEXT.split(text)[0].strip() for text in texts]
-            items[part] = [
-                {"truth": each.text, "generation": text, "rouge_l_f1": rouge_l_f1(each.text, text)}
-                for each, text in zip(prompts, texts, strict=True)
-            ]
-    return {
-        "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        check_context(model, prompts, numbers[setting[part]], setting[part])
+    settings = {
         "dataset": dataset if isinstance(dataset, str) else None,
         "prompt": prompt.record(tokenizer),
         **numbers,
+        "batch_size": batch_size,
+        "limit": limit,
         "dtype": str(model.dtype).removeprefix("torch."),
         "decoding": recorded_decoding(model, tokenizer, text_tokens) | {"max_new_tokens": [text_tokens, answer_tokens]},
-        "rows": {part: len(rows) for part, rows in items.items()},
+        "rows": {part: len(prompts) for part, prompts in made.items()},
         "too_short": {part: len(parts[part]) - len(made[part]) for part in TEXTS if part in made},
-        "summary": {METRICS[part]: float(np.mean([row["rouge_l_f1"] for row in rows])) for part, rows in items.items()},
-        "items": items,
-        "wall_time_s": round(time.perf_counter() - start, 1),
-        "peak_memory_gib": round(peak_memory_gib(), 3),
-        **provenance,
     }
+    asked = fingerprint([[each.key, each.question_ids, each.text] for prompts in made.values() for each in prompts])
+    cache = AnswerCache(keep, {**settings, "weights": weights_fingerprint(model), "texts": asked})
+    measure(model, tokenizer, [], [(made[part], numbers[setting[part]]) for part in made], cache, batch_size)
+    items: dict[str, list[dict[str, Any]]] = {part: [] for part in made}
+    for part, prompts in made.items():
+        for each in prompts:
+            text = cache.generations[each.key]
+            text = NEXT.split(text)[0].strip() if part in QUESTIONS else text
+            items[part].append({"truth": each.text, "generation": text, "rouge_l_f1": rouge_l_f1(each.text, text)})
+    means = {METRICS[part]: float(np.mean([row["rouge_l_f1"] for row in rows])) for part, rows in items.items()}
+    model_name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    return {"model": model_name, **settings, "summary": means, "items": items}
 
 
 def _text(tokenizer: Any, part: str, index: int, row: Mapping[str, Any], shown: int, longest: int) -> Answer:
@@ -176,7 +157,7 @@ def _text(tokenizer: Any, part: str, index: int, row: Mapping[str, Any], shown: 
         asked = prompt_ids(tokenizer, row["prompt"])
         following = tokenizer(row["gt"], add_special_tokens=False)["input_ids"][:longest]
     truth = tokenizer.decode(following, skip_special_tokens=True).strip()
-    return Answer(part, index, "answer", 0, truth, asked, [], [], 0)
+    return Answer(part, index, "answer", 0, truth, asked)
 
 
 def _question(
@@ -189,21 +170,22 @@ def _question(
     if len(shown):
         examples = [prompt.row(each["question"], each["answer"]) for each in shown]
         pair["prompt"] = "".join(f"{each['prompt']}{each['completion']}\n\n" for each in examples) + pair["prompt"]
-    return Answer(part, index, "answer", 0, row["answer"], tokenize(tokenizer, pair)[0], [], [], 0)
+    return Answer(part, index, "answer", 0, row["answer"], tokenize(tokenizer, pair)[0])
 
 
 def main(argv: Sequence[str]) -> int:
     """`ceu-rl muse-eval`: returns 0, or raises for bad input as [`evaluate`] does."""
     args = _parser().parse_args(argv)
-    name = args.model_name_or_path
-    path = check_output(name, args.output_dir, RESULT)
-    model, tokenizer = open_model(name, args.dtype)
-    prompt = PromptFormat.of(args, name)
-    if prompt == PromptFormat():
-        prompt = PromptFormat("question_answer")
-    numbers = {each: getattr(args, each) for each in ("prompt_tokens", "text_tokens", "answer_tokens", "batch_size")}
-    result = evaluate(model, tokenizer, args.dataset_name, template=prompt, **numbers)
-    write_json(path, {"command": shlex.join(["ceu-rl", "muse-eval", *argv]), **result, "model": name})
+    name, settings = args.model_name_or_path, ("prompt_tokens", "text_tokens", "answer_tokens", "batch_size", "limit")
+
+    def run(model: Any, tokenizer: Any, keep: Path) -> dict[str, Any]:
+        prompt = PromptFormat.of(args, name)
+        given: dict[str, Any] = {each: getattr(args, each) for each in settings}
+        given["template"] = None if prompt == PromptFormat() else prompt
+        return {**evaluate(model, tokenizer, args.dataset_name, keep=keep, **given), "model": name}
+
+    path, result = command.run(["muse-eval", *argv], args, RESULT, run)
+    command.save(path, result)
     table = Table("metric", "value", title=f"{name} on {args.dataset_name}")
     for metric, value in result["summary"].items():
         table.add_row(metric, f"{value:.4g}")
@@ -213,19 +195,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ceu-rl muse-eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_model_options(parser, required=True)
-    parser.add_argument(
-        *("--dataset_name", "--dataset"),
-        required=True,
-        help="folder, builtin:articles, or Hub name of one in MUSE's layout",
-    )
-    parser.add_argument("--output_dir", help=f"where {RESULT} is written; default: the folder of the model")
-    add_prompt_options(parser)
-    parser.add_argument("--prompt_tokens", type=int, default=64, help="tokens of a text that are shown (%(default)s)")
-    parser.add_argument("--text_tokens", type=int, default=128, help="most tokens to continue a text by (%(default)s)")
-    parser.add_argument("--answer_tokens", type=int, default=32, help="most tokens of an answer (%(default)s)")
-    parser.add_argument("--batch_size", type=int, help="prompts continued at once; default: as many as fit in memory")
+    parser = command.make_parser("muse-eval", __doc__, RESULT, None)
+    option = parser.add_argument
+    option("--prompt_tokens", type=int, default=64, help="tokens of a text that are shown (%(default)s)")
+    option("--text_tokens", type=int, default=128, help="most tokens to continue a text by (%(default)s)")
+    option("--answer_tokens", type=int, default=32, help="most tokens of an answer (%(default)s)")
     return parser

@@ -86,18 +86,13 @@ def load_quantized(name: str, bits: str, dtype: torch.dtype) -> Any:
         ValueError: for other `bits` than int8 and int4.
         ImportError: without torchao.
     """
-    check_quantizer(bits)
+    if bits not in BITS:
+        raise ValueError(f"quantize is {bits!r}; use {' or '.join(BITS)}.")
+    if find_spec("torchao") is None:
+        raise ImportError(f"quantize is {bits!r} and torchao is not installed; install torchao, or leave quantize out.")
     from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
     from transformers import TorchAoConfig
 
     four: Any = IntxWeightOnlyConfig(weight_dtype=torch.int4)  # type: ignore[attr-defined]
     config = TorchAoConfig(Int8WeightOnlyConfig() if bits == "int8" else four)
     return AutoModelForCausalLM.from_pretrained(resolve_model(name), quantization_config=config, dtype=dtype)
-
-
-def check_quantizer(bits: str) -> None:
-    """Raise what [`load_quantized`] would, before anything is loaded."""
-    if bits not in BITS:
-        raise ValueError(f"quantize is {bits!r}; use {' or '.join(BITS)}.")
-    if find_spec("torchao") is None:
-        raise ImportError(f"quantize is {bits!r} and torchao is not installed; install torchao, or leave quantize out.")

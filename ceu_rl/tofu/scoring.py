@@ -1,7 +1,7 @@
 """What a model makes of every token of every answer, from one forward pass in batches of similar length."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +11,17 @@ from datasets import Dataset
 from ..data.answer_spans import part_answer, template_edges
 from ..data.prompts import PromptFormat
 from ..models import end_token_ids
-from ..tasks.generate import answers_in_order, forward_bytes, generate_tokens, plan_batches, share
+from ..run.progress import Progress
+from ..tasks.generate import (
+    answers_in_order,
+    forward_bytes,
+    generate_tokens,
+    generate_with_vllm,
+    plan_batches,
+    share,
+)
 from . import metrics
+from .answer_cache import AnswerCache
 from .data import check_row, tokenize
 
 
@@ -26,9 +35,9 @@ class Answer:
     number: int  # among those of its kind
     text: str
     question_ids: list[int]  # what the model generates from
-    added_ids: list[int]  # what the template writes before every answer, and the answer is conditioned on
-    completion_ids: list[int]  # up to its end token
-    text_length: int  # tokens before the end token
+    added_ids: list[int] = field(default_factory=list)  # what the template writes before every answer
+    completion_ids: list[int] = field(default_factory=list)  # up to its end token
+    text_length: int = 0  # tokens before the end token
     scores: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -41,7 +50,7 @@ class Answer:
 
     @property
     def length(self) -> int:
-        return len(self.question_ids) + len(self.added_ids) + len(self.completion_ids)
+        return len(self.prompt_ids) + len(self.completion_ids)
 
     @property
     def log_prob(self) -> float:
@@ -64,65 +73,106 @@ def make_answers(
     made = []
     for config, dataset in datasets.items():
         for index, row in enumerate(dataset):
-            texts = {"answer": [row["answer"]], "perturbed": row.get("perturbed_answer") or []}
-            if not isinstance(texts["perturbed"], list):
-                raise ValueError(
-                    f"Row {index} of {config} has {texts['perturbed']!r:.80} as perturbed_answer; give a list of texts."
-                )
+            where, perturbed = f"row {index} of {config}", row.get("perturbed_answer") or []
+            if not isinstance(perturbed, list) or (config.endswith("_perturbed") and not perturbed):
+                raise ValueError(f"The perturbed_answer of {where} is {perturbed!r:.80}; give a list of wrong answers.")
+            texts = [("answer", row["answer"]), *(("perturbed", text) for text in perturbed)]
             if row.get("paraphrased_answer") is not None:
-                texts["paraphrase"] = [row["paraphrased_answer"]]
-            if config.endswith("_perturbed") and not texts["perturbed"]:
-                raise ValueError(f"Row {index} of {config} has no perturbed_answer; give it a list of wrong answers.")
-            edges = None
-            for kind, several in texts.items():
-                for number, text in enumerate(several):
-                    check_row(tokenizer, prompt, row["question"], text, f"row {index} of {config}")
-                    pair = prompt.row(row["question"], text)
-                    if edges is None:  # the same for all answers to a question
-                        kwargs = pair.get("chat_template_kwargs", {})
-                        edges = template_edges(tokenizer, pair["prompt"], pair["completion"], **kwargs)
-                    asked, completion = tokenize(tokenizer, pair)
-                    ids = asked + completion
-                    parts = part_answer(ids, len(asked), edges, ends)
-                    added, answer = ids[parts.prompt : parts.content], ids[parts.content : parts.stop]
-                    length = max(parts.end - parts.content, 1)
-                    made.append(Answer(config, index, kind, number, text, asked, added, answer, length))
+                texts.append(("paraphrase", row["paraphrased_answer"]))
+            edges, numbers = None, dict.fromkeys(("answer", "perturbed", "paraphrase"), 0)
+            for kind, text in texts:
+                check_row(tokenizer, prompt, row["question"], text, where)
+                pair = prompt.row(row["question"], text)
+                if edges is None:  # the same for all answers to a question
+                    kwargs = pair.get("chat_template_kwargs", {})
+                    edges = template_edges(tokenizer, pair["prompt"], pair["completion"], **kwargs)
+                asked, completion = tokenize(tokenizer, pair)
+                ids = asked + completion
+                parts = part_answer(ids, len(asked), edges, ends)
+                added, answer = ids[parts.prompt : parts.content], ids[parts.content : parts.stop]
+                length = max(parts.end - parts.content, 1)
+                made.append(Answer(config, index, kind, numbers[kind], text, asked, added, answer, length))
+                numbers[kind] += 1
     return made
 
 
-def check_context(
-    model: Any,
-    answers: Iterable[Answer],
-    prompts: Sequence[Answer] = (),
-    most: int = 0,
-    setting: str = "max_new_tokens",
-) -> None:
+def check_context(model: Any, answers: Sequence[Answer], generated: int | None = None, setting: str = "") -> None:
     """Raise a ValueError, with the row, for one that the model's context would cut off.
 
     Args:
         model: A causal language model.
-        answers: What is scored.
-        prompts: What is continued.
-        most: By how many tokens at most.
+        answers: What is scored, or whose question is answered.
+        generated: Most tokens of such an answer. None: the answers are scored.
         setting: What sets that.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is None:
+    lengths = [each.length if generated is None else len(each.question_ids) + generated for each in answers]
+    if context is None or max(lengths) <= context:
         return
-    longest = max(answers, key=lambda answer: answer.length)
-    if longest.length > context:
-        raise ValueError(
-            f"Row {longest.row} of {longest.config} has {longest.length} tokens and the model's context {context}, "
-            "which would cut its answer off; use a model with a longer context."
-        )
-    if not prompts:
-        return
-    prompt = max(prompts, key=lambda answer: len(answer.question_ids))
-    if len(prompt.question_ids) + most > context:
-        raise ValueError(
-            f"The prompt of row {prompt.row} of {prompt.config} has {len(prompt.question_ids)} tokens, so that "
-            f"{setting} {most} goes beyond the model's context of {context}; lower {setting}."
-        )
+    longest = answers[lengths.index(max(lengths))]
+    with_setting, lower = (f" with {setting} {generated}", f"lower {setting}, or ") if setting else ("", "")
+    raise ValueError(
+        f"Row {longest.row} of {longest.config} takes {max(lengths)} tokens{with_setting}, and the model's context of "
+        f"{context} would cut it off; {lower}use a model with a longer context."
+    )
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise a ValueError for a number below 1; None is a default."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name} is {count}; use at least 1.")
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    scored: Sequence[Answer],
+    asked: Sequence[tuple[Sequence[Answer], int]],
+    cache: AnswerCache,
+    batch_size: int | None = None,
+    vllm_path: str | None = None,
+    seed: int = 0,
+) -> None:
+    """Score answers and generate others, as far as the cache does not hold them: their scores, and texts in the cache.
+
+    Args:
+        model: A causal language model, whose training mode is restored.
+        tokenizer: Its tokenizer.
+        scored: Answers to score.
+        asked: Answers whose questions the model answers, with the most tokens that it may write.
+        cache: Keeps each batch.
+        batch_size: As for [`score_answers`].
+        vllm_path: The model's folder, to generate through vLLM.
+        seed: vLLM's.
+    """
+    for answer in scored:
+        answer.scores = cache.scores.get(answer.key, {})
+    left = [([each for each in prompts if each.key not in cache.generations], most) for prompts, most in asked]
+    was_training, total = model.training, sum(len(prompts) for prompts, _ in asked)
+    model.eval()
+    try:
+        if scored:
+            with Progress("log-probabilities", len(scored), done=len(cache.scores)) as progress:
+
+                def when_scored(batch: Sequence[Answer]) -> None:
+                    cache.add("scores", {answer.key: answer.scores for answer in batch})
+                    progress.update(len(batch))
+
+                score_answers(model, scored, batch_size, when_scored)
+        with Progress("generation", total, done=total - sum(len(prompts) for prompts, _ in left)) as progress:
+
+            def when_generated(batch: Sequence[Answer], texts: list[str]) -> None:
+                cache.add("generations", {answer.key: text for answer, text in zip(batch, texts, strict=True)})
+                progress.update(len(batch))
+
+            for prompts, most in left:
+                if prompts:
+                    given = (prompts, most, batch_size, when_generated, vllm_path, seed)
+                    texts = generate_texts(model, tokenizer, *given)
+                    cache.generations |= {answer.key: text for answer, text in zip(prompts, texts, strict=True)}
+    finally:
+        model.train(was_training)
 
 
 @torch.no_grad()
@@ -170,17 +220,30 @@ def generate_texts(
     max_new_tokens: int,
     batch_size: int | None = None,
     when_generated: WhenGenerated = lambda batch, texts: None,
+    vllm_path: str | None = None,
+    seed: int = 0,
 ) -> list[str]:
-    """The greedy answer to the question of each, as text; see [`ceu_rl.tasks.generate.generate_tokens`]."""
+    """The greedy answer to the question of each, as text.
+
+    Through [`ceu_rl.tasks.generate.generate_tokens`], or with a `vllm_path` through vLLM, which loads that folder.
+    """
     ends = end_token_ids(model, tokenizer)
+    found: list[list[int]] = []
+
+    def texts_of(batch: Sequence[Answer], answers: list[list[int]]) -> list[str]:
+        return [said(tokenizer, *each, ends) for each in zip(batch, answers, strict=True)]
 
     def when_done(rows: Sequence[int], answers: list[list[int]]) -> None:
+        found.extend(answers)
         batch = [prompts[row] for row in rows]
-        when_generated(batch, [said(tokenizer, *each, ends) for each in zip(batch, answers, strict=True)])
+        when_generated(batch, texts_of(batch, answers))
 
     ids = [prompt.question_ids for prompt in prompts]
+    if vllm_path is not None:  # in order
+        generate_with_vllm(vllm_path, model.dtype, ids, ends, max_new_tokens, seed, when_done)
+        return texts_of(prompts, found)
     batches = generate_tokens(model, tokenizer, ids, max_new_tokens, batch_size=batch_size, when_done=when_done)
-    return [said(tokenizer, *each, ends) for each in zip(prompts, answers_in_order(batches), strict=True)]
+    return texts_of(prompts, answers_in_order(batches))
 
 
 def said(tokenizer: Any, prompt: Answer, ids: Sequence[int], ends: Sequence[int]) -> str:

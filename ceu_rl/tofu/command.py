@@ -1,0 +1,126 @@
+"""What `ceu-rl tofu-eval` and `ceu-rl muse-eval` share: options, the model, and a result that can be continued."""
+
+import argparse
+import dataclasses
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.prompts import PromptArguments
+from ..models import load_model, model_dtype, resolve_model
+from ..run.provenance import environment, peak_memory_gib, write_json
+
+
+def make_parser(command: str, description: str | None, result: str, dataset: str | None) -> argparse.ArgumentParser:
+    """The options of both commands, to which each adds its own; `dataset` is the default, None if there is none."""
+    parser = argparse.ArgumentParser(
+        prog=f"ceu-rl {command}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    option = parser.add_argument
+    option("--model_name_or_path", "--model", help="folder or Hub name of the model, with its tokenizer")
+    option(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="precision of the model; auto: as it is stored; default: bfloat16 on a GPU, float32 on a CPU",
+    )
+    names = ("--dataset_name", "--dataset")
+    option(*names, default=dataset, required=dataset is None, help="Hub name, folder or built-in set (%(default)s)")
+    option(
+        "--output_dir",
+        help=f"where {result} is written, and what is finished until then, from which the same command continues; "
+        "default: the folder of the model",
+    )
+    prompt = {field.name: field.metadata["help"] for field in dataclasses.fields(PromptArguments) if field.metadata}
+    for name in ("template", "system_prompt", "chat_template_kwargs"):
+        option(f"--{name}", help=prompt[name].replace("%", "%%"))
+    option("--batch_size", type=int, help="answers in one forward pass; default: as many as fit in memory")
+    option("--limit", type=int, help="only the first N rows of each set, for a quick look")
+    return parser
+
+
+def run(
+    argv: Sequence[str], args: argparse.Namespace, result: str, evaluate: Callable[[Any, Any, Path], dict[str, Any]]
+) -> tuple[Path, dict[str, Any]]:
+    """Evaluate the model of a command; see [`save`].
+
+    Args:
+        argv: The words of the command, its name first.
+        args: What they say.
+        result: The name of the file.
+        evaluate: Gets the model, its tokenizer and the file for what is finished.
+
+    Returns:
+        The path of the result, and the result with its provenance.
+
+    Raises:
+        ValueError: for a model or a folder that cannot be used, before anything is loaded.
+    """
+    path = _check_output(args.model_name_or_path, args.output_dir, result)
+    start, provenance, part = time.perf_counter(), environment(), _part(path)
+    model, tokenizer = open_model(args.model_name_or_path, args.dtype)
+    try:
+        found = evaluate(model, tokenizer, part)
+    except KeyboardInterrupt:
+        if part.exists():
+            print(f"What is finished is in {part}; the same command continues from there.", file=sys.stderr)
+        raise
+    times = {"wall_time_s": round(time.perf_counter() - start, 1), "peak_memory_gib": round(peak_memory_gib(), 3)}
+    return path, {**found, "command": shlex.join(["ceu-rl", *argv]), **times, **provenance}
+
+
+def save(path: Path, result: dict[str, Any]) -> None:
+    """Write a result, and remove what was kept until then."""
+    write_json(path, result, allow_nan=False)
+    _part(path).unlink(missing_ok=True)
+
+
+def open_model(name: str, dtype: str | None) -> tuple[Any, Any]:
+    """A model, on the GPU where there is one, and its tokenizer.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    from transformers import AutoTokenizer
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    path = resolve_model(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = load_model(path, model_dtype(dtype, device))
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"--model_name_or_path {name} holds no model with its tokenizer ({first}).") from error
+    return model.to(device), tokenizer
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.part.jsonl")
+
+
+def _check_output(model: str | None, output_dir: str | None, name: str) -> Path:
+    """The path of a result, which must be new and can be written: an hour is lost if that fails in the end."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; start an evaluation alone, without a launcher.")
+    if not model:
+        raise ValueError("--model_name_or_path is missing; give a folder or a Hub name.")
+    if not output_dir and not Path(model).is_dir():
+        raise ValueError(
+            f"--model_name_or_path {model} is no folder to write to; check its name, or give --output_dir."
+        )
+    path = Path(output_dir or model, name)
+    if path.exists():
+        raise ValueError(f"{path} exists; choose another folder with --output_dir, or move it away.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error}); choose another folder with --output_dir.") from error
+    return path
