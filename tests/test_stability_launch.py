@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 
 from ceu_rl.cli import main
-from ceu_rl.stability import courses, grid, report
+from ceu_rl.stability import grid, report, runs
 from ceu_rl.stability import launch as launch_module
 
 # Trains for two seconds, with a checkpoint at each step; a killed one goes on from the last of them
@@ -75,7 +75,7 @@ def starts(folder):
 
 def assert_all_finished(status, out, folder):
     assert status == 0, out
-    assert [run.status for run in grid.find_runs(folder / "runs")] == ["finished"] * 4
+    assert [run.status for run in runs.find_runs(folder / "runs")] == ["finished"] * 4
 
 
 def test_submitit_runs_them_at_the_same_time_and_keeps_what_is_done(launch, tmp_path):
@@ -206,39 +206,36 @@ def test_each_job_gets_one_of_the_visible_gpus(at_once, monkeypatch):
     assert launched["CUDA_VISIBLE_DEVICES"] == ("5,7" if at_once == 1 else "5")
 
 
-def test_the_time_of_each_run_is_its_own_and_the_first_estimate_is_from_its_first_steps(tmp_path, monkeypatch):
+def test_the_time_of_each_run_is_its_own_and_the_first_estimate_is_from_its_first_steps(tmp_path):
     """The second run's bar kept the end of the first, with nothing left. Loading takes 20 s here and a step 5 s."""
-    now = SimpleNamespace(at=0.0)
-    monkeypatch.setattr(courses, "time", SimpleNamespace(monotonic=lambda: now.at))
-    console = Console(file=io.StringIO(), width=200)
+    now, console = SimpleNamespace(at=0.0), Console(file=io.StringIO(), width=200)
 
-    def logged(name, seconds, **entry):
+    def job(name, **settings):
+        (tmp_path / name).mkdir()
+        return SimpleNamespace(name=name, folder=tmp_path / name, settings=settings)
+
+    def logged(task, seconds, done, **entry):
         now.at = seconds
-        (tmp_path / name).mkdir(exist_ok=True)
-        (tmp_path / name / "metrics.jsonl").write_text(json.dumps({"step": 0}) + "\n" + json.dumps(entry) + "\n")
+        lines = [json.dumps({"step": 0}), json.dumps(entry)]
+        (task.fields["job"].folder / "metrics.jsonl").write_text("\n".join(lines))
+        bars.show([task], done)
 
-    with courses.Courses(3, console) as shown:
-        first = shown.start("stock/recipe/0", tmp_path / "first", {"max_steps": 10})
+    with launch_module.Bars(3, console, get_time=lambda: now.at) as bars:
+        first = bars.add(job("stock", max_steps=10))
         for seconds, step in ((20, 0), (25, 1), (30, 2), (35, 3)):
-            logged("first", seconds, step=step)
-            shown.show([first], 2)
-        assert first.told == "3 of 10 steps, 0 min 35 s gone, about 0 min 35 s left"
-        (bar,) = (task for task in shown.bars.tasks if task.id == first.task)
-        assert bar.completed == pytest.approx(0.3)
+            logged(first, seconds, 0, step=step)
+        assert (first.fields["at"], first.completed) == ("3 of 10 steps", pytest.approx(0.3))
+        assert (first.elapsed, first.time_remaining) == (35, 35)
+        assert bars.all.elapsed == 35 and bars.all.time_remaining == pytest.approx(135, abs=1)
         now.at = 70.0
-        shown.end(first, "finished")
-        second = shown.start("ceu/recipe/0", tmp_path / "second", {"num_train_epochs": 2.0})
-        shown.show([second], 1)
-        assert second.told == "step 0, 0 min 00 s gone"  # nothing is known of it yet
-        (bar,) = (task for task in shown.bars.tasks if task.id == second.task)
-        assert bar.completed == 0 and len(shown.bars.tasks) == 2
-        told = shown.bars.tasks[0].fields["told"]
-        assert told == "1 of 3 done, 1 min 10 s gone, about 2 min 20 s left"  # as long as the first, each
+        bars.end(first, "finished")
+        second = bars.add(job("ceu", num_train_epochs=2.0))
+        bars.show([second], 1)
+        # Nothing is known of it yet
+        assert (second.fields["at"], second.completed, second.elapsed, second.time_remaining) == ("", 0, 0, None)
+        assert len(bars.tasks) == 2 and bars.all.fields["at"] == "1 of 3" and bars.all.elapsed == 70
         for seconds, epoch in ((90, 0.5), (100, 1.0)):
-            logged("second", seconds, step=9, epoch=epoch)
-            shown.show([second], 1)
-        assert second.told == "step 9, 0 min 30 s gone, about 0 min 20 s left"
-    lines = [line for line in console.file.getvalue().splitlines() if "about" in line]
-    assert lines[0].startswith(
-        "stock/recipe/0: 2 of 10 steps, 0 min 30 s gone, about 0 min 40 s left; runs: 0 of 3 done"
-    )
+            logged(second, seconds, 1, step=9, epoch=epoch)
+        assert (second.fields["at"], second.elapsed, second.time_remaining) == ("step 9", 30, 20)
+    lines = [line for line in console.file.getvalue().splitlines() if "left" in line]
+    assert lines == ["stock: 2 of 10 steps, about 0 min 40 s left"]

@@ -13,8 +13,8 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
-from ceu_rl.stability.grid import Run
 from ceu_rl.stability.report import summarize, write_report
+from ceu_rl.stability.runs import Run
 from ceu_rl.stability.table import Table
 
 ORIGIN = {"commit": "0" * 40, "versions": {"torch": "2.13.0"}, "device": "CPU"}

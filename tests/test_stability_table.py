@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ceu_rl.stability.grid import Run, rate
+from ceu_rl.stability.runs import Run, rate
 from ceu_rl.stability.table import (
     PREFERENCE,
     Table,

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from .grid import rate
+from .runs import rate
 from .table import KEEP, STEP_MEANS, Score, Table, number, unique
 
 # The baseline in grey, then Okabe and Ito, then Tol's wine and olive: safe for colour blindness

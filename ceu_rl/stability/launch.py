@@ -7,6 +7,8 @@ comparison has to be shared; a run whose machine died starts again from its last
 
 import contextlib
 import importlib
+import json
+import math
 import os
 import pickle
 import shlex
@@ -14,27 +16,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import filelock
 from rich.console import Console
+from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .courses import Course, Courses
-from .grid import (
-    EVALUATIONS,
-    FAILURE,
-    MODULE,
-    RESULT,
-    Job,
-    is_done,
-    lacks_evaluation,
-    lock_of,
-    prepare_folder,
-    write_record,
-)
+from ..run.progress import duration
+from .grid import MODULE, Job, commands_of
+from .runs import FAILURE, LOG, lock_of
 
 LAUNCHERS = ("local", "ray", "submitit")
 OUTPUT, OUTPUT_TAIL = "log.txt", 15  # what the processes of a run print; lines of it that a failure keeps
@@ -54,25 +46,15 @@ def run_job(job: Job) -> str:
     try:
         job.folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(lock_of(job.folder)):
-            if is_done(job):
-                return f"{job.found.status}, by an earlier call"
-            trained = job.found.record(RESULT)
-            resume = None if trained and trained.get("steps") != 0 else prepare_folder(job)
-            write_record(job)
-            (job.folder / FAILURE).unlink(missing_ok=True)
-            commands = [] if resume is None else [[*job.launcher, "ceu_rl.cli", *job.command, *resume]]
-            commands += [[*MODULE, "ceu_rl.cli", *words] for words in lacks_evaluation(job)]
-            for path in (job.folder / name for name in EVALUATIONS):
-                if path.is_file() and not job.found.record(path.name):  # one that cannot be used
-                    path.rename(path.with_name(f"{path.name}.broken"))
-            ended = all(_succeeds(job, command) for command in commands)
-        return job.found.status if ended else f"{job.found.status}: {job.found.reason}"
+            all(_succeeds(job, command) for command in commands_of(job))
     except OSError as error:
         return f"failed: {error.filename or job.folder} cannot be written ({error.strerror}); the other runs continue."
+    found = job.found
+    return f"{found.status}: {found.reason}" if found.reason else found.status
 
 
 def _succeeds(job: Job, command: Sequence[str]) -> bool:
-    with open(job.folder / OUTPUT, "a") as log:
+    with open(job.folder / OUTPUT, "a+", errors="replace") as log:
         log.write(f"$ {shlex.join(command)}\n")
         log.flush()
         start = log.tell()
@@ -83,8 +65,10 @@ def _succeeds(job: Job, command: Sequence[str]) -> bool:
         except BaseException:
             _end(process)
             raise
+        log.seek(start)
+        lines = [line.rstrip() for line in log if line.strip()] or ["it printed nothing"]
     if process.returncode and not (job.folder / FAILURE).exists():  # a run that diverged wrote its own
-        _write_failure(job, command, process.returncode, start)
+        _write_failure(job, command, process.returncode, lines)
     return process.returncode == 0
 
 
@@ -99,12 +83,9 @@ def _end(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def _write_failure(job: Job, command: Sequence[str], status: int, start: int) -> None:
+def _write_failure(job: Job, command: Sequence[str], status: int, lines: Sequence[str]) -> None:
     from ..run.provenance import environment, write_json
 
-    with open(job.folder / OUTPUT, errors="replace") as log:
-        log.seek(start)
-        lines = [line.rstrip() for line in log if line.strip()] or ["it printed nothing"]
     reason = next((line for line in reversed(lines) if ": error: " in line), lines[-1]).split(": error: ", 1)[-1]
     failure = {
         "status": status,
@@ -114,32 +95,11 @@ def _write_failure(job: Job, command: Sequence[str], status: int, start: int) ->
         "command": shlex.join(command),
         "method": job.method,
         "settings": dict(job.settings),
-        **environment(),
     }
-    write_json(job.folder / FAILURE, failure)
+    write_json(job.folder / FAILURE, failure | environment())
 
 
-# Where
-
-
-class There:
-    """A job on any machine that shares the folder in which the comparison was started.
-
-    A scheduler that ends it asks for a `checkpoint` first and submits what that returns again (submitit's protocol).
-    """
-
-    def __init__(self, job: Job) -> None:
-        self.job = replace(job, run=replace(job.run, folder=job.folder.absolute()))
-        self.at = os.getcwd()
-
-    def __call__(self) -> str:
-        os.chdir(self.at)
-        return run_job(self.job)
-
-    def checkpoint(self) -> Any:
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
+# Where: what starts a job returns a handle with done(), result() and cancel(), as submitit's
 
 
 class Worker:
@@ -149,11 +109,10 @@ class Worker:
         self.slot, self.slots = slots.pop(0), slots
         given: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         # In a session of its own: Ctrl-C reaches the comparison alone, which ends the runs
-        words = [sys.executable, "-m", __name__]
-        variables = _variables(self.slot, at_once, alone=job.launcher == MODULE)
-        self.process = subprocess.Popen(words, env=variables, start_new_session=True, **given)
-        with self.process.stdin:  # type: ignore[union-attr]
-            pickle.dump(job, self.process.stdin)  # type: ignore[arg-type]
+        given |= {"env": _variables(self.slot, at_once, alone=job.launcher == MODULE), "start_new_session": True}
+        self.process = subprocess.Popen([sys.executable, "-m", __name__], **given)
+        with self.process.stdin as pipe:  # type: ignore[union-attr]
+            pickle.dump(job, pipe)
 
     def done(self) -> bool:
         return self.process.poll() is not None
@@ -181,11 +140,28 @@ def _variables(slot: int, at_once: int, alone: bool = True) -> dict[str, str]:
     return variables
 
 
+class There:
+    """A job on any machine that shares the folder in which the comparison was started."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.at = job, os.getcwd()
+
+    def __call__(self) -> str:
+        os.chdir(self.at)
+        return run_job(self.job)
+
+    def checkpoint(self) -> Any:
+        """What a scheduler that ends it submits again (submitit's protocol)."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
 class RayTask:
     """A task of Ray, which starts one whose machine died again elsewhere."""
 
-    def __init__(self, ray: Any, task: Any, job: Job) -> None:
-        self.ray, self.handle, self.asked = ray, task.remote(There(job)), False
+    def __init__(self, ray: Any, handle: Any) -> None:
+        self.ray, self.handle, self.asked = ray, handle, False
 
     def done(self) -> bool:
         return bool(self.ray.wait([self.handle], timeout=0)[0])
@@ -202,12 +178,10 @@ def _there(work: There) -> str:
     return work()
 
 
-Submit = Callable[[Job], Any]  # starts a job; what it returns has done(), result() and cancel()
+Launcher = tuple[Callable[[Job], Any], tuple[type[Exception], ...]]
 
 
-def make_launcher(
-    name: str, folder: Path, at_once: int | None, options: Mapping[str, Any]
-) -> tuple[Submit, tuple[type[Exception], ...]]:
+def make_launcher(name: str, folder: Path, at_once: int | None, options: Mapping[str, Any]) -> Launcher:
     """What starts a job, and the errors that the result of one may raise.
 
     Args:
@@ -235,7 +209,7 @@ def make_launcher(
         if name == "ray":
             engine.init(ignore_reinit_error=True, log_to_driver=False)
             task = engine.remote(_there).options(**{"max_retries": -1, **options})
-            return lambda job: RayTask(engine, task, job), (engine.exceptions.RayError,)
+            return lambda job: RayTask(engine, task.remote(There(job))), (engine.exceptions.RayError,)
         parameters = {"timeout_min": DAYS * 24 * 60, "name": "ceu-rl", **options}
         executor = engine.AutoExecutor(folder / "submitit", cluster=parameters.pop("cluster", None))
         executor.update_parameters(**parameters)
@@ -249,11 +223,7 @@ def make_launcher(
 
 
 def run_jobs(
-    jobs: Sequence[Job],
-    launcher: tuple[Submit, tuple[type[Exception], ...]],
-    at_once: int | None,
-    console: Console,
-    draw: Callable[[], object],
+    jobs: Sequence[Job], launcher: Launcher, at_once: int | None, console: Console, draw: Callable[[], object]
 ) -> None:
     """Run every job, `at_once` of them at the same time; `draw` is called each time that one has ended.
 
@@ -261,23 +231,22 @@ def run_jobs(
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once every run has ended; a second one ends them at once.
     """
     submit, errors = launcher
-    waiting, running = list(jobs), dict[Any, Course]()
-    with Courses(len(jobs), console) as courses:
+    waiting, running = list(jobs), dict[Any, Task]()
+    with Bars(len(jobs), console) as bars:
         try:
             while waiting or running:
                 while waiting and len(running) < (at_once or len(jobs)):
                     job = waiting.pop(0)
-                    running[submit(job)] = courses.start(job.name, job.folder, job.settings)
+                    running[submit(job)] = bars.add(job)
                 time.sleep(POLL)
                 ended = [handle for handle in running if handle.done()]
                 for handle in ended:
-                    course = running.pop(handle)
                     try:
                         outcome = handle.result()
                     except errors as error:
                         outcome = f"failed: {' '.join(str(error).split())[-300:]}"
-                    courses.end(course, outcome)
-                courses.show(list(running.values()), len(waiting))
+                    bars.end(running.pop(handle), outcome)
+                bars.show(running.values(), len(jobs) - len(waiting) - len(running))
                 if ended and running:
                     draw()
         except BaseException:
@@ -298,6 +267,56 @@ def _stop(handles: Sequence[Any]) -> None:
             return
         except KeyboardInterrupt:
             continue
+
+
+class Bars(Progress):
+    """A bar for each run and one for all: the time since its start, and what is left by the pace since its first step.
+
+    Without a terminal the first estimate is one line.
+    """
+
+    def __init__(self, total: int, console: Console, **options: Any) -> None:
+        text = [TextColumn("{task.description}", markup=False), BarColumn(20), TextColumn("{task.fields[at]}")]
+        clock = [TimeElapsedColumn(), TextColumn("gone,"), TimeRemainingColumn(), TextColumn("left")]
+        hidden = not console.is_terminal
+        super().__init__(*text, *clock, console=console, disable=hidden, speed_estimate_period=math.inf, **options)
+        self.told = not hidden
+        self.all = self._added("all runs", total)
+
+    def _added(self, name: str, total: float, **fields: Any) -> Task:
+        self.add_task(name, total=total, at="", **fields)
+        return self.tasks[-1]
+
+    def add(self, job: Job) -> Task:
+        return self._added(job.name, 1.0, job=job)
+
+    def end(self, task: Task, outcome: str) -> None:
+        self.remove_task(task.id)
+        self._say(f"{task.description}: {outcome} ({duration(task.elapsed or 0)})")
+
+    def show(self, running: Iterable[Task], done: int) -> None:
+        for task in running:
+            if found := _share(task.fields["job"]):
+                self.update(task.id, completed=found[0], at=found[1])
+            if not self.told and task.time_remaining is not None:
+                self.told = True
+                self._say(f"{task.description}: {task.fields['at']}, about {duration(task.time_remaining)} left")
+        at = f"{done} of {self.all.total:.0f}"
+        self.update(self.all.id, completed=done + sum(task.completed for task in running), at=at)
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _share(job: Job) -> tuple[float, str] | None:
+    """The share of its steps that a run has done by its log, and its step in words."""
+    try:
+        entry = json.loads((job.folder / LOG).read_bytes().splitlines()[-1])
+        step, epoch = int(entry["step"]), float(entry.get("epoch", 0))
+    except (OSError, LookupError, ValueError, TypeError, RecursionError):
+        return None  # not there yet, or a line that is being written
+    steps, epochs = job.settings.get("max_steps") or -1, job.settings.get("num_train_epochs") or 3.0
+    return (min(step / steps, 1), f"{step} of {steps} steps") if steps > 0 else (min(epoch / epochs, 1), f"step {step}")
 
 
 if __name__ == "__main__":

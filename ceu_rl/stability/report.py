@@ -34,7 +34,7 @@ from rich.table import Column
 from rich.table import Table as Grid
 
 from . import figures
-from .grid import RECORD, STATUSES, Run, rate
+from .runs import RECORD, STATUSES, Run, rate, write_whole
 from .table import (
     ABOUT,
     REWARD,
@@ -107,24 +107,10 @@ def write_report(folder: Path, runs: Sequence[Run], console: Console, command: s
     report = summarize(table, command)
     _print(report, console)
     plain = _clean({name: value for name, value in report.items() if name != "about"})
-    _write_whole({folder / "report.json": _json(plain), folder / "report.html": _html(folder, table, report)})
+    write_whole({folder / "report.json": _json(plain), folder / "report.html": _html(folder, table, report)})
     files = f"Report: {folder / 'report.html'}, numbers: {folder / 'report.json'}"
     console.print(files, markup=False, soft_wrap=True)
     return plain
-
-
-def _write_whole(files: Mapping[Path, str]) -> None:
-    """Write all of the files, or leave all of them as they were."""
-    parts = {path: path.with_name(f"{path.name}.part") for path in files}
-    try:
-        for path, part in parts.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(files[path], encoding="utf-8")
-        for path, part in parts.items():
-            part.replace(path)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
 
 
 # The numbers

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .grid import Run, is_number, rate
+from .runs import Run, is_number, rate
 
 KEEP = 0.95  # share of the base's score that is kept
 RESAMPLES, CONFIDENCE = 2000, 0.95

@@ -20,8 +20,8 @@ from ceu_rl.cli import main
 from ceu_rl.data.load import open_dataset
 from ceu_rl.data.rows import CONTEXTS, QUESTIONS, SYSTEMS, _leaves, check_layout
 from ceu_rl.run.config import parser_for, read_recipe
-from ceu_rl.stability.grid import STATUSES, Run
 from ceu_rl.stability.report import summarize
+from ceu_rl.stability.runs import STATUSES, Run
 from ceu_rl.stability.table import Table
 from ceu_rl.tofu.evaluate import read_result
 

@@ -1,0 +1,276 @@
+"""What a run of a comparison left in its folder, read once. A file that is cut, empty or of another form is named, and
+costs no other run."""
+
+import contextlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+RECORD, RESULT, FAILURE = "run.json", "result.json", "failure.json"
+LOG, HELD_OUT, EVALUATIONS = "metrics.jsonl", "held_out.jsonl", ("tofu_eval.json", "muse_eval.json")
+STATUSES = ("finished", "diverged", "failed", "running", "interrupted", "waiting")
+LOST = ("eval_loss", "eval_logps/chosen", "eval_logps/rejected", "eval_reward", "eval_kl", "eval_solutions_nll")
+TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("settings", "overrides", "metrics", "eval_tokens", "versions", "summary", "base"), dict),
+    **dict.fromkeys(("wall_time_s", "peak_memory_gib"), (int, float)),
+    **dict.fromkeys(("method", "command", "date", "device", "reason", "retain"), str),
+    **{"steps": int, "diverged": bool, "resumed": bool, "log_tail": list},
+}
+# How the names of what has to be a number begin
+LOGGED = ("eval_", "ceu/", "loss", "grad_norm", "row", "chosen", "rejected", "ref_", "greedy", "sampled")
+SUMMED = ("eval_", "forget_", "model_", "chosen", "rejected")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def key_of(value: Any) -> str:
+    """A value as text, the same however it was written."""
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def rate(value: float) -> str:
+    """A learning rate as people write it: 3e-05 is 3e-5."""
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def lock_of(folder: Path) -> Path:
+    """What a process holds while it works on a run."""
+    return folder.with_name(f"{folder.name}.lock")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a comparison.
+
+    Args:
+        arm: The stem of its recipe, such as stock.
+        setting: The fields of the grid that vary, such as `{"learning_rate": 3e-5}`.
+        seed: Its seed.
+        folder: Where it left what it logged and its result.
+        planned: What is known of it before it starts, as in `run.json`.
+    """
+
+    arm: str
+    setting: Mapping[str, Any]
+    seed: int
+    folder: Path
+    planned: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def _records(self) -> tuple[dict[str, dict[str, Any]], list[str]]:
+        found, problems = {}, []
+        for name in (RESULT, FAILURE, RECORD, *EVALUATIONS):
+            try:
+                if (content := read_json(self.folder / name)) is not None:
+                    found[name] = {key: value for key, value in content.items() if key not in ("items", "rows")}
+            except ValueError as error:
+                problems.append(str(error))
+        return found, problems
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        return self._records[0].get(name)
+
+    @property
+    def outcome(self) -> Mapping[str, Any]:
+        return self.record(RESULT) or self.record(FAILURE) or self.record(RECORD) or self.planned
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return self.outcome.get("settings") or {}
+
+    @property
+    def method(self) -> str | None:
+        return self.outcome.get("method")
+
+    @property
+    def rate(self) -> float:
+        """Its learning rate; NaN where none was set."""
+        value = self.setting.get("learning_rate", self.settings.get("learning_rate"))
+        return float(value) if is_number(value) and value > 0 else math.nan
+
+    @property
+    def condition(self) -> dict[str, Any]:
+        """Its setting without the learning rate."""
+        return {name: value for name, value in self.setting.items() if name != "learning_rate"}
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """What its evaluation after training found."""
+        found = [(self.record(name) or {}).get("summary") for name in EVALUATIONS]
+        return next(filter(None, found), {})
+
+    @cached_property
+    def status(self) -> str:
+        """One of `STATUSES`; diverged is a loss, a gradient or a final evaluation that is not finite."""
+        result, failure = self.record(RESULT), self.record(FAILURE)
+        if failure and failure.get("diverged"):
+            return "diverged"
+        if self._records[1] or failure:
+            return "failed"
+        if result:
+            return "failed" if result.get("steps") == 0 else "diverged" if self._not_finite else "finished"
+        return "running" if self.is_running else "interrupted" if self.steps else "waiting"
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a process holds its lock."""
+        if not lock_of(self.folder).exists():
+            return False
+        try:
+            with filelock.FileLock(lock_of(self.folder), timeout=0):
+                return False
+        except (filelock.Timeout, OSError) as error:
+            return isinstance(error, filelock.Timeout)
+
+    @property
+    def _not_finite(self) -> str | None:
+        metrics = (self.record(RESULT) or {}).get("metrics") or {}
+        found = ((key, metrics.get(key)) for key in LOST)
+        return next((f"{k} ({v})" for k, v in found if isinstance(v, float) and not math.isfinite(v)), None)
+
+    @property
+    def steps(self) -> int:
+        """The last step that it logged."""
+        return max((entry["step"] for entry in self.log), default=0)
+
+    @property
+    def reason(self) -> str | None:
+        """Why there is no result; None if there is."""
+        failure, of = self.record(FAILURE) or {}, self.settings.get("max_steps", -1)
+        match self.status:
+            case "finished":
+                return None
+            case "running":
+                return f"It is at step {self.steps}" + (f" of {of}." if is_number(of) and of > 0 else ".")
+            case "interrupted":
+                return f"Its log ends at step {self.steps}; the same command continues it."
+            case "waiting":
+                return "It has not started."
+        if self._records[1]:
+            return " ".join(self._records[1])
+        if failure:
+            return str(failure.get("reason") or f"It ended with exit status {failure.get('status')}.")
+        if self._not_finite:
+            return f"Its last evaluation met a non-finite {self._not_finite}."
+        return "It ended after 0 steps, so nothing was trained."
+
+    @cached_property
+    def _lines(self) -> tuple[tuple[list[dict[str, Any]], str | None], ...]:
+        return _read_lines(self.folder / LOG, ("step",)), _read_lines(self.folder / HELD_OUT, ("step", "row"))
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        return self._lines[0][0]
+
+    @property
+    def held_out(self) -> list[dict[str, Any]]:
+        return self._lines[1][0]
+
+    @property
+    def log_problem(self) -> str | None:
+        """What is left out of its log and of its held-out rows, and why."""
+        return " ".join(problem for _, problem in self._lines if problem) or None
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A record of a run; None where there is none.
+
+    Raises:
+        ValueError: with the file, for what is cut short or of another form.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is empty, cut short or no JSON ({str(error)[:80]}).") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {str(found)[:40]}, no mapping.")
+    for name, kind in TYPES.items():
+        value = found.get(name)
+        if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+            raise ValueError(f"{path}: {name} is {str(value)[:40]!r}, of another type.")
+    for name in ("metrics", "summary", "eval_tokens"):
+        for key, value in (found.get(name) or {}).items():
+            if value is not None and not is_number(value) and key.startswith(SUMMED):
+                raise ValueError(f"{path}: {name}.{key} is {str(value)[:40]!r}, not a number.")
+    return found
+
+
+def _read_lines(path: Path, needed: tuple[str, ...]) -> tuple[list[dict[str, Any]], str | None]:
+    """The lines of a log; a last one that a kill cut short is left out, others that are no entry are named."""
+    try:
+        *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError:
+        return [], None
+    except OSError as error:
+        return [], f"{path} cannot be read ({error.strerror})."
+    entries, bad = [], []
+    for number, line in enumerate([*lines, last], 1):
+        try:
+            entry = json.loads(line)
+            for name in (*needed, *(key for key in entry if key.startswith(LOGGED))):
+                value = entry[name]
+                whole = name not in needed or (is_number(value) and value == int(value) and abs(value) < 2**53)
+                if not whole or not (value is None or is_number(value)):
+                    raise ValueError(f"its {name} is {value!r}")
+            entries.append({**entry, "step": int(entry["step"])})
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            if line.strip() and number <= len(lines):
+                bad.append((number, " ".join(str(error).split())[:80]))
+    if not bad:
+        return entries, None
+    which = "line" if len(bad) == 1 else f"{len(bad)} lines, the first of them line"
+    return entries, f"{path} is read without {which} {bad[0][0]}: {bad[0][1]}."
+
+
+def write_whole(files: Mapping[Path, str]) -> None:
+    """Write all of the files, or leave all of them as they were."""
+    parts = {path: path.with_name(f"{path.name}.part") for path in files}
+    try:
+        for path, part in parts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(files[path], encoding="utf-8")
+        for path, part in parts.items():
+            part.replace(path)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+def find_runs(folder: Path) -> list[Run]:
+    """The runs that lie in the folder of a comparison, in the order of its last report, else stock first.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    overrides: dict[Path, dict[str, Any]] = {}
+    for path in (path for path in sorted(folder.glob(f"*/*/*/{RECORD}")) if path.parent.name.isdecimal()):
+        overrides[path.parent] = {}
+        with contextlib.suppress(ValueError):  # the run says it
+            overrides[path.parent] = dict((read_json(path) or {}).get("overrides") or {})
+    if not overrides:
+        raise ValueError(f"{folder} holds no runs; they lie in <arm>/<what varies>/<seed>/{RECORD}.")
+    names = {name for each in overrides.values() for name in each}
+    varied = {name for name in names if len({key_of(each.get(name)) for each in overrides.values()}) > 1}
+    varied.add("learning_rate")
+    runs = [
+        Run(path.parent.parent.name, {n: v for n, v in each.items() if n in varied}, int(path.name), path)
+        for path, each in overrides.items()
+    ]
+    try:
+        order = [str(arm["name"]) for arm in json.loads((folder / "report.json").read_bytes())["arms"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        order = []
+    return sorted(runs, key=lambda r: (order.index(r.arm) if r.arm in order else len(order), r.arm != "stock", r.arm))
