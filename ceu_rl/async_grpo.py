@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .losses import anchor_log_ratio
-from .route import ANCHORED, CITATION, DescentConfig, DescentTrainer, check_trl_version
+from .route import CITATION, DescentConfig, DescentTrainer, check_trl_version
 from .run.checkpoints import WholeCheckpoints
 from .run.checks import StopAtNonFinite, check_language_model, check_numbers
 from .run.engines import Float32Outputs
@@ -81,8 +81,8 @@ class CEUAsyncGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Flo
             anchor = torch.full_like(forwards[0].log_probs, torch.nan).flatten()
             anchor[inputs["token_index"][selected]] = inputs["old_log_probs"][selected].to(anchor.dtype)
             forwards[0].anchor = anchor = anchor.view_as(forwards[0].log_probs)
-            if self.args.descent_rule in ANCHORED:  # in place of TRL's ratio
-                forwards[0].scale = (-anchor_log_ratio(forwards[0].log_probs, anchor)).clamp(max=80).exp()
+            if self.args.is_anchored:
+                forwards[0].log_importance = anchor_log_ratio(forwards[0].log_probs, anchor)
         return loss
 
     def describe_rows(self, inputs: Any) -> list[str]:

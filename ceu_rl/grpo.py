@@ -17,7 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 from .data.rows import check_layout, name_rows
 from .losses import anchor_log_ratio
 from .rollouts import ReloadingVLLMGeneration, check_rewards, check_vllm, drift_by_sign, name_vllm_settings
-from .route import ANCHORED, CITATION, DescentConfig, DescentTrainer, Scored, Weight, descent_rule
+from .route import CITATION, DescentConfig, DescentTrainer, Scored, Weight, descent_rule
 from .run.checkpoints import WholeCheckpoints
 from .run.checks import (
     RolloutError,
@@ -64,7 +64,7 @@ class CEUGRPOConfig(DescentConfig, GRPOConfig):
     def check(self) -> None:
         super().check()
         steps = self.weight_sync_steps
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        if type(steps) is not int or steps < 1:
             raise ValueError(f"weight_sync_steps is {steps}; use a whole number from 1, which syncs before each step.")
         if steps > 1 and not self.use_vllm:
             raise ValueError(
@@ -78,7 +78,7 @@ class CEUGRPOConfig(DescentConfig, GRPOConfig):
             )
         if self.bdpo_lambda is not None:
             raise ValueError(f"bdpo_lambda is {self.bdpo_lambda}, and sequence_ratio is TOPR in GRPO; leave it out.")
-        if self.ceu_coef == 0 or self.descent_rule not in ANCHORED:
+        if not self.is_anchored:
             return
         # The rule takes the place of TRL's importance weight, which it must know
         for name, value, allowed in (
@@ -247,11 +247,11 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
                 f"{tuple(log_probs.shape)}; give one for each token."
             )
         policy.anchor = anchor
-        if self.args.descent_rule in ANCHORED:
+        if self.args.is_anchored:
             log_weight = torch.zeros_like(log_probs) if old is None else anchor_log_ratio(log_probs, old)
             if self.args.use_vllm and self.args.vllm_importance_sampling_correction:
                 log_weight = log_weight + inputs["importance_sampling_ratio"].log()
-            policy.scale = (-log_weight).nan_to_num(nan=0.0).clamp(max=80).exp()
+            policy.log_importance = log_weight
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._is_training and self._ages:

@@ -5,6 +5,7 @@ e_y its one-hot vector, q = softmax(z with z_y = -inf), odds = p_y / (1 - p_y).
 """
 
 import math
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -61,8 +62,7 @@ def cross_entropy_unlearning_loss(
             f"use 0 to {vocabulary - 1}, or ignore_index ({ignore_index}) for positions to leave out."
         )
 
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
+    logits = _exact(logits)
     index = labels.masked_fill(~kept, 0).unsqueeze(-1)
     others = logits.scatter(-1, index, float("-inf"))
     log_normalizer = others.logsumexp(dim=-1)
@@ -105,24 +105,30 @@ def descent_weight(
     Raises:
         ValueError: if a coefficient is outside its range.
     """
-    check_descent_coefficients(coef, scale, max_weight)
-    log_probs = log_probs.detach()
-    if log_probs.dtype in (torch.float16, torch.bfloat16):
-        log_probs = log_probs.float()
+    check_ranges(ceu_coef=coef, ceu_scale=scale, ceu_max_weight=max_weight)
+    log_probs = _exact(log_probs.detach())
     inverse_odds = torch.expm1(-log_probs).clamp(min=16 * torch.finfo(log_probs.dtype).eps)
     return (1.0 - coef) + coef / (inverse_odds / scale + 1.0 / max_weight)
 
 
-def check_descent_coefficients(ceu_coef: float, ceu_scale: float, ceu_max_weight: float) -> None:
-    """Raise a ValueError that names the first coefficient of `descent_weight` outside its range (NaN included)."""
-    if not (isinstance(ceu_coef, int | float) and 0 <= ceu_coef <= 1):
-        raise ValueError(f"ceu_coef is {ceu_coef}; use a number from 0 (stock gradient ascent) to 1 (the rule alone).")
-    if not (isinstance(ceu_scale, int | float) and 0 < ceu_scale <= 1e30):  # what float32 holds
-        raise ValueError(
-            f"ceu_scale is {ceu_scale}; use a finite number above 0 and up to 1e30 (1 is CE-U's own scale)."
-        )
-    if not (isinstance(ceu_max_weight, int | float) and ceu_max_weight > 0):
-        raise ValueError(f"ceu_max_weight is {ceu_max_weight}; use a number above 0 (1 is bounded, inf is no cap).")
+RANGES = {  # of the numbers that a descent rule takes: above or from the first, up to the second
+    "ceu_coef": (0, 1, True),
+    "ceu_scale": (0, 1e30, False),  # what float32 holds
+    "ceu_max_weight": (0, math.inf, False),
+    "constant_weight": (0, 1e30, True),
+    "tnpo_beta": (0, 1e30, False),
+    "bdpo_lambda": (0, 1 - 1e-6, False),
+    "gate_alpha": (0, 1e30, False),
+    "gate_tau": (0, 1, True),
+}
+
+
+def check_ranges(**numbers: Any) -> None:
+    """Raise a ValueError that names the first number of a rule outside its range (NaN included)."""
+    for name, value in numbers.items():
+        low, high, includes = RANGES[name]
+        if not (isinstance(value, int | float) and (low <= value if includes else low < value) and value <= high):
+            raise ValueError(f"{name} is {value}; use a number {'from' if includes else 'above'} {low} up to {high:g}.")
 
 
 # Rules that measure a token, or its response, against an anchor: its probability where the data were judged
@@ -130,8 +136,7 @@ def check_descent_coefficients(ceu_coef: float, ceu_scale: float, ceu_max_weight
 
 def anchor_log_ratio(log_probs: torch.Tensor, anchor_log_probs: torch.Tensor) -> torch.Tensor:
     """x = log(p / p_a) of each token, detached, at least in float32; 0 where the anchor is not known (NaN)."""
-    dtype = torch.promote_types(log_probs.dtype, torch.float32)
-    return log_ratio(log_probs.detach().to(dtype), anchor_log_probs.detach().to(dtype)).nan_to_num(nan=0.0)
+    return log_ratio(_exact(log_probs.detach()), _exact(anchor_log_probs.detach())).nan_to_num(nan=0.0)
 
 
 def anchored_weight(log_probs: torch.Tensor, anchor_log_probs: torch.Tensor) -> torch.Tensor:
@@ -203,8 +208,7 @@ def gate_weight(
     Returns:
         The weights, detached, of shape (B, 1), in float32 (float64 for float64 input).
     """
-    dtype = torch.promote_types(log_probs.dtype, torch.float32)
-    low = log_probs.detach().to(dtype).exp().masked_fill(~mask, math.nan).nanquantile(0.1, dim=-1, keepdim=True)
+    low = _exact(log_probs.detach()).exp().masked_fill(~mask, math.nan).nanquantile(0.1, dim=-1, keepdim=True)
     return torch.sigmoid(slope * (low - threshold)).nan_to_num(nan=1.0)
 
 
@@ -315,10 +319,10 @@ def undial_loss(
     Returns:
         The loss of each token, shape (...), in float32 (float64 for float64 logits).
     """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    lowered = torch.full_like(labels, -strength, dtype=dtype).unsqueeze(-1)
-    target = teacher_logits.detach().to(dtype).scatter_add(-1, labels.unsqueeze(-1), lowered).softmax(dim=-1)
-    return -(target * _log_softmax(logits.to(dtype))).sum(dim=-1)
+    teacher = _exact(teacher_logits.detach())
+    lowered = torch.full_like(labels, -strength, dtype=teacher.dtype).unsqueeze(-1)
+    target = teacher.scatter_add(-1, labels.unsqueeze(-1), lowered).softmax(dim=-1)
+    return -(target * _log_softmax(logits)).sum(dim=-1)
 
 
 def kl_loss(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
@@ -331,14 +335,18 @@ def kl_loss(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
     Returns:
         The divergence at each token, in nats, shape (...), in float32 (float64 for float64 logits).
     """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    log_p, log_ref = _log_softmax(logits.to(dtype)), _log_softmax(ref_logits.detach().to(dtype))
+    log_p, log_ref = _log_softmax(logits), _log_softmax(ref_logits.detach())
     return F.kl_div(log_p, log_ref, reduction="none", log_target=True).sum(dim=-1)
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
     """Finite also for tokens that a model rules out, whose probability of 0 it is multiplied with."""
-    return logits.log_softmax(dim=-1).clamp(min=-1e4)
+    return _exact(logits).log_softmax(dim=-1).clamp(min=-1e4)
+
+
+def _exact(values: torch.Tensor) -> torch.Tensor:
+    """Half precision as float32; float32 and float64 as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def activation_loss(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -356,5 +364,4 @@ def activation_loss(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     Returns:
         The loss of each token, shape (...), in float32 (float64 for float64 activations).
     """
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return (hidden.to(dtype) - target.detach().to(dtype)).square().mean(dim=-1)
+    return (_exact(hidden) - _exact(target.detach())).square().mean(dim=-1)

@@ -155,33 +155,26 @@ def check_rewards(function: Callable[..., Any], name: str | None = None) -> Call
                 f"The reward function {name!r} returned {len(rewards)} values for {len(prompts)} completions; "
                 "return one for each."
             )
-        return [check_one(reward, prompt) for reward, prompt in zip(rewards, prompts, strict=True)]
+        numbers = [None if reward is None else _float32(reward) for reward in rewards]
+        for reward, number, prompt in zip(rewards, numbers, prompts, strict=True):
+            if reward is not None and number is None:
+                raise RolloutError(
+                    f"The reward function {name!r} returned {reward!r} for the prompt {str(prompt)[:80]!r}; "
+                    "return a finite number, or None for a completion that it cannot judge."
+                )
+        return numbers
 
-    def check_one(reward: Any, prompt: Any) -> float | None:
-        if reward is None or (number := _float32(reward)) is not None:
-            return None if reward is None else number
-        raise RolloutError(
-            f"The reward function {name!r} returned {reward!r} for the prompt {str(prompt)[:80]!r}; "
-            "return a finite number, or None for a completion that it cannot judge."
-        )
-
-    if is_async_callable(function):
-
-        @functools.wraps(function)
-        async def checked_async(prompts: Sequence[Any], **kwargs: Any) -> list[float | None]:
-            with named:
-                return check(await function(prompts=prompts, **kwargs), prompts)
-
-        checked_async.__name__ = name
-        return checked_async
-
-    @functools.wraps(function)
     def checked(prompts: Sequence[Any], **kwargs: Any) -> list[float | None]:
         with named:
             return check(function(prompts=prompts, **kwargs), prompts)
 
-    checked.__name__ = name
-    return checked
+    async def checked_async(prompts: Sequence[Any], **kwargs: Any) -> list[float | None]:
+        with named:
+            return check(await function(prompts=prompts, **kwargs), prompts)
+
+    wrapper = functools.update_wrapper(checked_async if is_async_callable(function) else checked, function)
+    wrapper.__name__ = name
+    return wrapper
 
 
 def _float32(value: Any) -> float | None:

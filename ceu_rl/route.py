@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import trl
@@ -28,7 +28,14 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from trl.trainer.utils import get_config_model_id
 
-from .losses import anchored_weight, descent_weight, gate_weight, sequence_ratio_weight, token_ratio_weight
+from .losses import (
+    anchored_weight,
+    check_ranges,
+    descent_weight,
+    gate_weight,
+    sequence_ratio_weight,
+    token_ratio_weight,
+)
 from .run.errors import import_function
 
 SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
@@ -44,69 +51,42 @@ CITATION = textwrap.dedent("""\
 # weight(log_probs, anchor_log_probs or None, descending, mask) -> the weights of the tokens, all of shape (B, T), or
 # what broadcasts to it; 1 where a gradient is left alone
 Weight = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor], torch.Tensor]
-Tokens = torch.Tensor
 
 
-# the rules by name: functions of log-probabilities, anchor, and mask, and of the fields of `DescentConfig`
+# the rules by name
 
 
-def _ceu(
-    log_probs: Tokens, anchor: Tokens, mask: Tokens, ceu_scale: float = 1.0, ceu_max_weight: float = 1.0
-) -> Tokens:
-    return descent_weight(log_probs, 1.0, ceu_scale, ceu_max_weight)
+class Rule(NamedTuple):
+    """A rule of `losses.py`: its weight of log-probabilities, anchor, mask and parameters, and these with defaults."""
+
+    weight: Callable[..., torch.Tensor]
+    parameters: dict[str, float | None] = {}  # fields of `DescentConfig`; None has to be given
+    anchored: bool = False  # whether it measures against an anchor
 
 
-def _constant(log_probs: Tokens, anchor: Tokens, mask: Tokens, constant_weight: float) -> Tokens:
-    return torch.full_like(log_probs, constant_weight)
-
-
-def _anchored(log_probs: Tokens, anchor: Tokens, mask: Tokens) -> Tokens:
-    return anchored_weight(log_probs, anchor)
-
-
-def _token_ratio(log_probs: Tokens, anchor: Tokens, mask: Tokens, tnpo_beta: float = 1.0) -> Tokens:
-    return token_ratio_weight(log_probs, anchor, tnpo_beta)
-
-
-def _sequence_ratio(log_probs: Tokens, anchor: Tokens, mask: Tokens, bdpo_lambda: float = 0.5) -> Tokens:
-    return sequence_ratio_weight(log_probs, anchor, mask, bdpo_lambda)
-
-
-def _truncated_sequence_ratio(log_probs: Tokens, anchor: Tokens, mask: Tokens) -> Tokens:
-    return sequence_ratio_weight(log_probs, anchor, mask)
-
-
-def _gate(log_probs: Tokens, anchor: Tokens, mask: Tokens, gate_alpha: float = 100.0, gate_tau: float = 0.05) -> Tokens:
-    return gate_weight(log_probs, mask, gate_alpha, gate_tau)
-
-
-RULES: dict[str, Callable[..., Tokens]] = {
-    "ceu": _ceu,
-    "anchored": _anchored,
-    "constant": _constant,
-    "token_ratio": _token_ratio,
-    "sequence_ratio": _sequence_ratio,
-    "gate": _gate,
-    "truncated_sequence_ratio": _truncated_sequence_ratio,  # what sequence_ratio is in GRPO
+RULES = {
+    "ceu": Rule(
+        lambda log_probs, anchor, mask, scale, max_weight: descent_weight(log_probs, 1.0, scale, max_weight),
+        {"ceu_scale": 1.0, "ceu_max_weight": 1.0},
+    ),
+    "anchored": Rule(lambda log_probs, anchor, mask: anchored_weight(log_probs, anchor), anchored=True),
+    "constant": Rule(
+        lambda log_probs, anchor, mask, weight: torch.full_like(log_probs, weight), {"constant_weight": None}
+    ),
+    "token_ratio": Rule(
+        lambda log_probs, anchor, mask, beta: token_ratio_weight(log_probs, anchor, beta), {"tnpo_beta": 1.0}, True
+    ),
+    "sequence_ratio": Rule(sequence_ratio_weight, {"bdpo_lambda": 0.5}, True),
+    "gate": Rule(
+        lambda log_probs, anchor, mask, slope, threshold: gate_weight(log_probs, mask, slope, threshold),
+        {"gate_alpha": 100.0, "gate_tau": 0.05},
+    ),
+    "truncated_sequence_ratio": Rule(sequence_ratio_weight, anchored=True),  # what sequence_ratio is in GRPO
 }
-ANCHORED = (
-    "anchored",
-    "token_ratio",
-    "sequence_ratio",
-    "truncated_sequence_ratio",
-)  # rules that measure against an anchor
-RANGES = {  # of the parameters: above or from the first number, up to the second
-    "ceu_scale": (0, 1e30, False),
-    "ceu_max_weight": (0, math.inf, False),
-    "constant_weight": (0, 1e30, True),
-    "tnpo_beta": (0, 1e30, False),
-    "bdpo_lambda": (0, 1 - 1e-6, False),
-    "gate_alpha": (0, 1e30, False),
-    "gate_tau": (0, 1, True),
-}
+PARAMETERS = {parameter: name for name, rule in RULES.items() for parameter in rule.parameters}
 
 
-def descent_rule(name: str = "ceu", **parameters: Any) -> Weight:
+def descent_rule(name: str = "ceu", **parameters: float | None) -> Weight:
     """The weight function of a rule, for [`route_descent`].
 
     Args:
@@ -118,41 +98,41 @@ def descent_rule(name: str = "ceu", **parameters: Any) -> Weight:
         ValueError: for an unknown rule, a parameter that the rule does not read, or one out of range.
     """
     given = {key: value for key, value in parameters.items() if value is not None}
-    if "." in name:
-        if given:
-            raise ValueError(f"{next(iter(given))} is given, and descent_rule {name} does not read it; leave it out.")
-        return import_function(name, "descent_rule")
-    if name not in RULES:
+    own = "." in name
+    if name not in RULES and not own:
         raise ValueError(
             f"descent_rule is {name!r}; use one of {', '.join(RULES)}, or the dotted path of a function of your own."
         )
-    reads = {key: each for key, each in inspect.signature(RULES[name]).parameters.items() if key in RANGES}
+    reads = {} if own else RULES[name].parameters
     for key, value in given.items():
         if key not in reads:
-            reader = next(rule for rule, weight in RULES.items() if key in inspect.signature(weight).parameters)
-            raise ValueError(
-                f"{key} is {value}, and descent_rule {name!r} does not read it; leave it out, or set descent_rule to "
-                f"{reader!r}."
-            )
-        low, high, includes = RANGES[key]
-        fits = isinstance(value, int | float) and (low <= value if includes else low < value) and value <= high
-        if not fits:
-            raise ValueError(f"{key} is {value}; use a number {'from' if includes else 'above'} {low:g} to {high:g}.")
-    for key, parameter in reads.items():
-        if parameter.default is inspect.Parameter.empty and key not in given:
-            raise ValueError(f"{key} is missing, which descent_rule {name!r} needs; give a number.")
-    return functools.partial(_on_descending, name, given)
+            other = f", or set descent_rule to {PARAMETERS[key]!r}" if key in PARAMETERS else ""
+            raise ValueError(f"{key} is {value}, and descent_rule {name!r} does not read it; leave it out{other}.")
+    if own:
+        return import_function(name, "descent_rule")
+    check_ranges(**given)
+    values = [given.get(key, default) for key, default in reads.items()]
+    if None in values:
+        missing = [*reads][values.index(None)]
+        raise ValueError(f"{missing} is missing, which descent_rule {name!r} needs; give a number.")
+    return functools.partial(_on_descending, name, values)
 
 
 def _on_descending(
-    name: str, parameters: dict[str, Any], log_probs: Tokens, anchor: Tokens | None, descending: Tokens, mask: Tokens
-) -> Tokens:
-    if anchor is None and name in ANCHORED:
+    name: str,
+    parameters: list[float | None],
+    log_probs: torch.Tensor,
+    anchor: torch.Tensor | None,
+    descending: torch.Tensor,
+    mask: torch.Tensor,
+) -> torch.Tensor:
+    rule = RULES[name]
+    if anchor is None and rule.anchored:
         raise ValueError(
             f"descent_rule {name!r} measures each token against an anchor, and this trainer knows none; use ceu, "
             "constant or gate."
         )
-    return torch.where(descending, RULES[name](log_probs, anchor, mask, **parameters), 1.0)
+    return torch.where(descending, rule.weight(log_probs, anchor, mask, *parameters), 1.0)
 
 
 # the route
@@ -165,7 +145,7 @@ class Scored:
     log_probs: torch.Tensor  # (B, T), detached
     mask: torch.Tensor  # (B, T), True at the tokens that are scored
     anchor: torch.Tensor | None = None  # (B, up to T), the last tokens; NaN where it is not known
-    scale: torch.Tensor | None = None  # (B, up to T), what the weights are multiplied by
+    log_importance: torch.Tensor | None = None  # (B, up to T), of the loss's own weight, whose place the rule takes
 
 
 class DescentRoute:
@@ -194,11 +174,10 @@ class DescentRoute:
 
     @contextmanager
     def collect(self) -> Iterator[list[Scored]]:
-        """The forwards of one loss: those of the policy, and of a reference that [`attach_reference`] has seen."""
-        forwards: list[Scored] = []
-        self._forwards = forwards
+        """The forwards of one loss, in their order: of the policy, and of a reference that has this hook too."""
+        self._forwards = []
         try:
-            yield forwards
+            yield self._forwards
         finally:
             self._forwards = None
 
@@ -223,8 +202,9 @@ class DescentRoute:
         if self.weight is not None:
             anchor = None if scored.anchor is None else _aligned(scored.anchor, log_probs, math.nan)
             weights = self.weight(log_probs, anchor, descending, mask)
-            if scored.scale is not None:
-                weights = weights * _aligned(scored.scale, log_probs, 1.0)
+            if scored.log_importance is not None:
+                log_importance = _aligned(scored.log_importance, log_probs, 0.0).nan_to_num(nan=0.0)
+                weights = weights * (-log_importance).clamp(max=80).exp()
             weights = ((1.0 - self.coef) + self.coef * weights).expand_as(grad)
             weighed = grad * torch.where(mask, weights, 1.0).to(grad.dtype)
         descended = weights.masked_fill(~descending, 0.0)
@@ -255,18 +235,6 @@ def _aligned(values: torch.Tensor, log_probs: torch.Tensor, fill: float) -> torc
     return F.pad(values, (log_probs.size(-1) - values.size(-1), 0), value=fill)
 
 
-class ReferenceHook:
-    """Forward hook of a reference model: its fused forwards join those that the route of the policy collects."""
-
-    def __init__(self, route: DescentRoute) -> None:
-        self.route = route
-
-    @torch.compiler.disable
-    def __call__(self, module: Any, args: Any, kwargs: Any, outputs: Any) -> None:
-        if kwargs.get("fused_lm_head") and self.route._forwards is not None:
-            self.route._forwards.append(Scored(outputs.log_probs.detach(), outputs.label_mask))
-
-
 def route_descent(model: PreTrainedModel, weight: Weight | None = None, coef: float = 1.0) -> DescentRoute:
     """Attach a rule to a model that has TRL's fused LM head.
 
@@ -290,7 +258,7 @@ def route_descent(model: PreTrainedModel, weight: Weight | None = None, coef: fl
         ImportError: if TRL is of another version than the one whose fused head this was written for.
     """
     check_trl_version()
-    check_coef(coef)
+    check_ranges(ceu_coef=coef)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if "fused_lm_head" not in inspect.signature(base.forward, follow_wrapped=False).parameters:
         raise ValueError(
@@ -307,16 +275,8 @@ def route_descent(model: PreTrainedModel, weight: Weight | None = None, coef: fl
     return route
 
 
-def check_coef(coef: float) -> None:
-    """Raise a ValueError unless a share of the rule is a number from 0 to 1 (NaN is none)."""
-    if not (isinstance(coef, int | float) and 0 <= coef <= 1):
-        raise ValueError(f"ceu_coef is {coef}; use a number from 0 (stock gradient ascent) to 1 (the rule alone).")
-
-
 def merge_records(records: list[torch.Tensor]) -> torch.Tensor:
     """One record of several of shape (RECORD,). The last number is a maximum, the others are sums."""
-    if len(records) == 1:
-        return records[0]
     stacked = torch.stack(records)
     return torch.cat([stacked[:, :-1].sum(dim=0), stacked[:, -1:].amax(dim=0)])
 
@@ -417,7 +377,7 @@ class DescentConfig:
             )
             self.descent_rule, self.constant_weight, self.ceu_coef = "constant", 0.0, 1.0
             self.drop_descending = False
-        check_coef(self.ceu_coef)
+        check_ranges(ceu_coef=self.ceu_coef)
         self.weight()
         if getattr(self, "use_liger_kernel", False):
             raise ValueError(
@@ -427,12 +387,17 @@ class DescentConfig:
 
     def weight(self) -> Weight:
         """The weight function of the rule."""
-        return descent_rule(self.descent_rule, **{name: getattr(self, name) for name in RANGES})
+        return descent_rule(self.descent_rule, **{name: getattr(self, name) for name in PARAMETERS})
+
+    @property
+    def is_anchored(self) -> bool:
+        """Whether the rule is one of ours that measures against an anchor."""
+        return self.ceu_coef != 0 and self.descent_rule in RULES and RULES[self.descent_rule].anchored
 
     @property
     def needs_anchor(self) -> bool:
-        """Whether the rule measures against an anchor; a function of the user's may."""
-        return self.ceu_coef != 0 and (self.descent_rule in ANCHORED or "." in self.descent_rule)
+        """Whether the rule may measure against an anchor, as a function of the user's may."""
+        return self.is_anchored or (self.ceu_coef != 0 and "." in self.descent_rule)
 
     @classmethod
     def given(cls, args: Any, model: Any) -> Any:
@@ -469,7 +434,7 @@ class DescentTrainer:
         if getattr(trainer, "ref_model", None) is not None:
             # Before the hook of FSDP2, which rounds outputs
             reference = trainer.accelerator.unwrap_model(trainer.ref_model, keep_torch_compile=False)
-            reference.register_forward_hook(ReferenceHook(self.descent_route), with_kwargs=True, prepend=True)
+            reference.register_forward_hook(self.descent_route, with_kwargs=True, prepend=True)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]

@@ -1,6 +1,6 @@
 """CE-U under TRL's asynchronous GRPO, on a CPU: the test's own worker generates from a copy of the policy that lags."""
 
-import importlib.util
+import importlib
 import queue
 import sys
 import types
@@ -11,13 +11,17 @@ import torch
 import trl
 from datasets import Dataset
 from torch.nn.functional import scaled_dot_product_attention
+from trl.experimental import async_grpo
+from trl.experimental.async_grpo.async_grpo_trainer import DataCollatorForRollout
+from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
+from trl.experimental.async_grpo.packing import TreeRow
 
 from ceu_rl import CEUAsyncGRPOConfig, CEUAsyncGRPOTrainer
 from ceu_rl.run.checkpoints import saved_checkpoints
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("trl.experimental.async_grpo") is None, reason="this TRL has no AsyncGRPOTrainer"
-)
+from .reference import keep_log_probs
+from .trainers import build, losses, same, save_model
+
 PROMPTS = [{"prompt": f"{a}+{b}="} for a in range(4) for b in range(4)]
 
 
@@ -44,8 +48,6 @@ class Worker:
         self.ready = []
 
     def get(self, timeout=None):
-        from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
-
         if not self.ready:
             prompt = PROMPTS[self.next_group % len(PROMPTS)]["prompt"]
             ids = torch.tensor(self.tokenizer([prompt] * self.generations)["input_ids"])
@@ -90,61 +92,33 @@ class Worker:
 
 
 @pytest.fixture
-def train(tiny_model, tokenizer, tmp_path, monkeypatch):
-    from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer, packing
+def run(tiny_model, tokenizer, tmp_path, monkeypatch):
+    """Train a few steps; returns the trainer and the worker."""
+    from trl.experimental.async_grpo import async_grpo_trainer, packing
 
     monkeypatch.setattr(async_grpo_trainer, "get_peak_flops_per_device", lambda *args: None)  # which asks for CUDA
     monkeypatch.setattr(packing, "_flash_attn", lambda: types.SimpleNamespace(flash_attn_varlen_func=varlen_attention))
-    tiny_model(1).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    model = save_model(tiny_model(1), tokenizer, tmp_path / "model")
 
     def run(trainer_class=CEUAsyncGRPOTrainer, **settings):
-        config_class = CEUAsyncGRPOConfig if trainer_class is CEUAsyncGRPOTrainer else AsyncGRPOConfig
-        defaults = {
-            "output_dir": str(tmp_path / f"run{len(list(tmp_path.iterdir()))}"),
-            "max_steps": 4,
-            "per_device_train_batch_size": 8,
-            "gradient_accumulation_steps": 1,
-            "num_generations": 4,
-            "token_budget": -1,
-            "learning_rate": 1e-2,
-            "gradient_checkpointing": False,
-            "bf16": False,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "weight_sync_steps": 2,
-            "max_staleness": 8,
-        }
         worker = Worker(tiny_model(1), tokenizer)
+        given = {"model": model, "train_dataset": Dataset.from_list(PROMPTS), "token_budget": -1}
+        given |= {"rollout_worker": worker, "weight_transfer": worker, "weight_sync_steps": 2, "max_staleness": 8}
+        given |= {"max_steps": 4, "num_generations": 4, "gradient_accumulation_steps": 1, "learning_rate": 1e-2}
         torch.manual_seed(0)
-        trainer = trainer_class(
-            str(tmp_path / "model"),
-            args=config_class(**{**defaults, **settings}),
-            train_dataset=Dataset.from_list(PROMPTS),
-            rollout_worker=worker,
-            weight_transfer=worker,
-        )
+        trainer = build(trainer_class, tmp_path, **{**given, **settings})
         trainer.train()
-        return trainer, worker, [entry for entry in trainer.state.log_history if "loss" in entry]
+        return trainer, worker
 
-    return run, AsyncGRPOTrainer
-
-
-def same(first, second):
-    pairs = zip(first.model.parameters(), second.model.parameters(), strict=True)
-    return all(torch.equal(one, other) for one, other in pairs)
+    return run
 
 
-def test_coef_zero_equals_stock_bit_for_bit_and_the_default_does_not(train):
-    run, stock_class = train
-    stock, worker, log = run(stock_class)
-    ours, _, our_log = run(ceu_coef=0.0)
-    routed, _, routed_log = run()
+def test_coef_zero_equals_stock_bit_for_bit_and_the_default_does_not(run):
+    stock, worker = run(async_grpo.AsyncGRPOTrainer)
+    ours, routed = run(ceu_coef=0.0)[0], run()[0]
     assert same(stock, ours) and not same(stock, routed)
     assert worker.syncs == 3  # at the start, and after steps 2 and 4
+    log, our_log, routed_log = map(losses, (stock, ours, routed))
     assert [entry["ratio"] for entry in our_log] == [entry["ratio"] for entry in log]
     assert abs(log[0]["ratio"] - 1) < 1e-3 < abs(log[1]["ratio"] - 1)  # rollouts lag
     assert routed_log[0]["loss"] == log[0]["loss"]
@@ -152,14 +126,11 @@ def test_coef_zero_equals_stock_bit_for_bit_and_the_default_does_not(train):
     assert all(entry["ceu/weight_mean"] == 1 for entry in our_log)  # it looks on
 
 
-def test_the_route_weighs_the_net_gradient_of_a_token_that_completions_share(train, tiny_model):
+def test_the_route_weighs_the_net_gradient_of_a_token_that_completions_share(run):
     """Two completions share their first token, with advantages 2 and -1: net it rises, and keeps stock's gradient."""
-    from trl.experimental.async_grpo.async_grpo_trainer import DataCollatorForRollout
-    from trl.experimental.async_grpo.packing import TreeRow
-
-    run, _ = train
-    trainer, _, _ = run(max_steps=1, ceu_coef=1.0)
+    trainer, _ = run(max_steps=1, ceu_coef=1.0)
     trainer.descent_route.pop_metrics()
+    kept = keep_log_probs(trainer)
     for advantages, fraction in (((2.0, -1.0), 1 / 3), ((1.0, -2.0), 2 / 3)):
         row = TreeRow()
         for tokens, advantage in zip(([9, 10, 11, 12], [9, 10, 11, 13]), advantages, strict=True):
@@ -167,26 +138,11 @@ def test_the_route_weighs_the_net_gradient_of_a_token_that_completions_share(tra
             sample = {"input_ids": np.array(tokens), "completion_mask": mask, "old_log_probs": np.zeros(4, np.float32)}
             row.add({**sample, "advantage": advantage, "group_id": 0, "metrics": {}})
         batch = DataCollatorForRollout(0)([[row]])
-        batch["old_log_probs"] = reference_log_probs(trainer, batch)
+        trainer.compute_loss(trainer.model, batch)
+        # The policy's own log-probabilities of the targets, so that the ratio is 1
+        batch["old_log_probs"] = kept["log_probs"].detach().flatten()[batch["token_index"]]
         trainer.compute_loss(trainer.model, batch).backward()
         assert trainer.descent_route.pop_metrics()["ceu/descending_fraction"] == pytest.approx(fraction)
-
-
-def reference_log_probs(trainer, batch):
-    """The policy's own log-probabilities of the targets, so that the ratio is 1."""
-    kept = {}
-    forward = trainer.model.forward
-
-    def keep(*args, **kwargs):
-        outputs = forward(*args, **kwargs)
-        kept["log_probs"] = outputs.log_probs.detach()
-        return outputs
-
-    trainer.model.forward = keep
-    with torch.no_grad():
-        trainer.compute_loss(trainer.model, batch)
-    trainer.model.forward = forward
-    return kept["log_probs"].flatten()[batch["token_index"]]
 
 
 def test_it_is_refused_under_another_trl_and_for_a_wrong_coefficient(monkeypatch):
@@ -194,20 +150,16 @@ def test_it_is_refused_under_another_trl_and_for_a_wrong_coefficient(monkeypatch
         CEUAsyncGRPOConfig("out", use_cpu=True, bf16=False, ceu_coef=2)
     monkeypatch.setattr(trl, "__version__", "1.17.0")
     with pytest.raises(ImportError, match=r"trl is 1\.17\.0.*pip install"):
-        CEUAsyncGRPOConfig("out", use_cpu=True, bf16=False)
-    with pytest.raises(ImportError, match=r"trl is 1\.17\.0.*pip install"):
         importlib.reload(sys.modules[CEUAsyncGRPOConfig.__module__])  # before TRL's module is looked for
 
 
-def test_a_step_that_is_not_finite_ends_the_run(train):
-    run, _ = train
+def test_a_step_that_is_not_finite_ends_the_run(run):
     with pytest.raises(FloatingPointError, match="tokens of rollouts that begin with"):
         run(learning_rate=1e30)
 
 
-def test_a_checkpoint_that_is_written_again_counts_once_it_is_whole_again(train, monkeypatch):
-    run, _ = train
-    trainer, *_ = run(save_strategy="steps", save_steps=4)
+def test_a_checkpoint_that_is_written_again_counts_once_it_is_whole_again(run, monkeypatch):
+    trainer, _ = run(save_strategy="steps", save_steps=4)
     assert [step for step, _ in saved_checkpoints(trainer.args.output_dir)] == [4]
 
     def killed(*args, **kwargs):

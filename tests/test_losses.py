@@ -263,7 +263,7 @@ def test_neighbours_are_the_same_family_with_another_x(ratio):
         ({"scale": 0.0}, "ceu_scale is 0.0"),
         ({"scale": float("nan")}, "ceu_scale is nan"),
         ({"scale": float("inf")}, "ceu_scale is inf"),
-        ({"scale": 1e40}, r"ceu_scale is 1e\+40; use a finite number above 0 and up to 1e30"),
+        ({"scale": 1e40}, r"ceu_scale is 1e\+40; use a number above 0 up to"),
         ({"max_weight": -1.0}, "ceu_max_weight is -1.0"),
         ({"max_weight": float("nan")}, "ceu_max_weight is nan"),
     ],
