@@ -134,7 +134,7 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32Ou
         if self.args.needs_anchor and isinstance(dataset, Dataset):
             longest = max(len(ids) for column in ("chosen_ids", "rejected_ids") for ids in dataset[column])
             self._width = min(longest, self.args.max_length or longest)
-            if not isinstance(self._precompute_model_hash, tuple):  # another cache file than that of the sums alone
+            if not isinstance(self._precompute_model_hash, tuple):  # stock's cache file has the sums alone
                 self._precompute_model_hash: Any = (self._precompute_model_hash, "tokens")
         return super()._precompute_ref_logps(dataset, name, batch_size)
 

@@ -5,18 +5,18 @@
     logits = hidden @ weight.T                                     tokens x vocabulary, never held here
     loss   = where(unlearn_mask, CE(sg[q], p), -log p_y)           CE-U (Yang 2025, arXiv 2503.01224) | cross entropy
 
-with the symbols of `losses.py`. Both gradients have the direction q - e_y, since p - e_y = (1 - p_y)(q - e_y) and
-p - q = p_y (e_y - q), so one masked softmax serves both:
+The symbols are defined in `losses.py`. Both gradients point along q - e_y, so one masked softmax serves both:
 
+    p - e_y = (1 - p_y)(q - e_y)                     p - q = -p_y (q - e_y)
     log_odds = z_y - logsumexp_{i != y} z_i
     cross entropy:  -logsigmoid(log_odds)            dL/dz =  sigmoid(-log_odds) (q - e_y)
     CE-U:           H(q) - logsigmoid(-log_odds)     dL/dz = -sigmoid(log_odds)  (q - e_y)
 
-No difference of nearly equal numbers occurs, so nothing is lost as p_y -> 0 or p_y -> 1. The loss is a scalar, so the
-gradients are formed in the forward pass, chunk by chunk of tokens: three matrix products, nothing recomputed.
+Nothing is lost as p_y -> 0 or p_y -> 1, since no two nearly equal numbers are subtracted. The loss is a scalar, so the
+forward pass forms the gradients, chunk by chunk of tokens: three matrix products, and nothing is computed again.
 
-Two ways compute it. The exact one keeps the logits in float32, with torch alone. The one for a GPU, where Triton is
-installed, keeps them in bfloat16 or float32 and reads them twice, in the kernel of `fused_kernels.py`.
+Two ways compute it. The exact one is plain torch with logits in float32. The one for a GPU with Triton holds them in
+bfloat16 or float32 and reads them twice, in the kernel of `fused_kernels.py`.
 """
 
 import importlib.util

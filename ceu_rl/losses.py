@@ -178,14 +178,8 @@ def sequence_ratio_weight(
         w = l R / (l R + 1 - l)        with the mixture l: BDPO (arXiv 2506.12725), whose policy is l p + (1 - l) p_a
         w = min(1, R)                  without a mixture: TOPR (arXiv 2503.14286)
 
-    Args:
-        log_probs: (B, T), log p of each token, in nats.
-        anchor_log_probs: (B, T), log p_a; NaN where it is not known.
-        mask: (B, T), True at the tokens of the response.
-        mixture: l between 0 and 1, or None.
-
-    Returns:
-        The weights, detached, of shape (B, 1), in float32 (float64 for float64 input).
+    Arguments of shape (B, T) as for [`anchored_weight`], `mask` True at the tokens of the response; l is between 0 and
+    1. The weights have shape (B, 1).
     """
     log_sequence = (anchor_log_ratio(log_probs, anchor_log_probs) * mask).sum(dim=-1, keepdim=True)
     if mixture is None:
@@ -198,28 +192,20 @@ def gate_weight(
 ) -> torch.Tensor:
     """Gate-DPO's weight of a whole response (arXiv 2605.02626): w = sigmoid(a (p_10 - t)).
 
-    p_10 is the tenth percentile of the probabilities of its tokens. The defaults of a and t are ours.
-
-    Args:
-        log_probs: (B, T), log p of each token, in nats.
-        mask: (B, T), True at the tokens of the response.
-        slope, threshold: a > 0, and t from 0 to 1.
-
-    Returns:
-        The weights, detached, of shape (B, 1), in float32 (float64 for float64 input).
+    p_10 is the tenth percentile of the probabilities of its tokens: `log_probs` (B, T), in nats, where `mask` is True.
+    a > 0 is the slope and t, from 0 to 1, the threshold; their defaults are ours. The weights have shape (B, 1).
     """
     low = _exact(log_probs.detach()).exp().masked_fill(~mask, math.nan).nanquantile(0.1, dim=-1, keepdim=True)
     return torch.sigmoid(slope * (low - threshold)).nan_to_num(nan=1.0)
 
 
+# Forget losses
+
+
 def gradient_ascent_loss(log_probs: torch.Tensor) -> torch.Tensor:
     """Gradient ascent on the likelihood, per token: L = log p_y (Jang et al. 2023, arXiv 2210.01504, eq. 2).
 
-    Args:
-        log_probs: log p_y of each token, in nats, of any shape.
-
-    Returns:
-        The loss of each token, of the same shape. It has no lower bound.
+    `log_probs`, in nats, and the loss are of one shape. It has no lower bound.
     """
     return log_probs
 
@@ -227,14 +213,8 @@ def gradient_ascent_loss(log_probs: torch.Tensor) -> torch.Tensor:
 def weighted_gradient_ascent_loss(log_probs: torch.Tensor, beta: float = 1.0) -> torch.Tensor:
     """Weighted gradient ascent (WGA), per token: L = sg[p_y^b] log p_y (Wang et al. 2025, arXiv 2502.19301, sec. 4).
 
-    With b = 1 its gradient is that of p_y: CE-U's descent weight at M = 1.
-
-    Args:
-        log_probs: log p_y of each token, in nats, of any shape.
-        beta: b >= 0; 0 is gradient ascent.
-
-    Returns:
-        The loss of each token, of the same shape.
+    With b = 1 its gradient is p_y's own: CE-U's descent weight at M = 1. With b = 0 it is gradient ascent; b >= 0.
+    `log_probs`, in nats, and the loss are of one shape.
     """
     log_probs = _above_minus_inf(log_probs)
     return (beta * log_probs.detach()).exp() * log_probs
@@ -243,13 +223,8 @@ def weighted_gradient_ascent_loss(log_probs: torch.Tensor, beta: float = 1.0) ->
 def satimp_loss(log_probs: torch.Tensor, beta1: float = 5.0, beta2: float = 1.0) -> torch.Tensor:
     """SatImp, per token: L = sg[p_y^b1 (1 - p_y)^b2] log p_y (Yang et al. 2025, arXiv 2505.11953, sec. 5).
 
-    Args:
-        log_probs: log p_y of each token, in nats, of any shape.
-        beta1: b1 >= 0, which spares the tokens that are unlikely already.
-        beta2: b2 >= 0, which spares the tokens that the model is sure of.
-
-    Returns:
-        The loss of each token, of the same shape.
+    b1 >= 0 spares the tokens that are unlikely already, b2 >= 0 the tokens that the model is sure of. `log_probs`, in
+    nats, and the loss are of one shape.
     """
     log_probs = _above_minus_inf(log_probs)
     detached = log_probs.detach()
@@ -272,17 +247,11 @@ def log_ratio(log_probs: torch.Tensor, ref_log_probs: torch.Tensor) -> torch.Ten
 def npo_loss(log_ratios: torch.Tensor, beta: float = 0.1) -> torch.Tensor:
     """Negative preference optimization, of sequences or of tokens, with R = p / p_ref under a reference model.
 
-        L = -(2 / b) log sigmoid(-b log R)        dL/d(log p) = 2 p^b / (p^b + p_ref^b)
+        L = -(2 / b) log sigmoid(-b log R) >= 0        dL/d(log p) = 2 p^b / (p^b + p_ref^b)
 
     NPO (Zhang et al. 2024, arXiv 2404.05868, eq. 3) takes R of each answer, TNPO (Wang et al. 2025, arXiv 2502.19301)
-    of each token.
-
-    Args:
-        log_ratios: log R, in nats, of any shape: `log_ratio`, for NPO summed over the tokens of each answer.
-        beta: b > 0; as b -> 0 the gradient becomes gradient ascent's.
-
-    Returns:
-        The loss of each unit, of the same shape. It is bounded below by 0.
+    of each token. `log_ratios` is log R, in nats: `log_ratio`, for NPO summed over the tokens of each answer. The loss
+    has its shape. b > 0; as b -> 0 the gradient becomes gradient ascent's.
     """
     return -2 / beta * F.logsigmoid(-beta * log_ratios)
 
@@ -290,15 +259,10 @@ def npo_loss(log_ratios: torch.Tensor, beta: float = 0.1) -> torch.Tensor:
 def simnpo_loss(mean_log_probs: torch.Tensor, beta: float = 4.5, margin: float = 0.0) -> torch.Tensor:
     """Simple NPO (SimNPO; Fan et al. 2024, arXiv 2410.07163, eq. 4), per sequence; it needs no reference model.
 
-        L = -(2 / b) log sigmoid(-(b / |y|) log p(y|x) - g)
+        L = -(2 / b) log sigmoid(-(b / |y|) log p(y|x) - g) >= 0
 
-    Args:
-        mean_log_probs: log p(y|x) / |y|: the mean over the tokens of each answer, in nats; shape (B,).
-        beta: b > 0.
-        margin: g, the reward margin.
-
-    Returns:
-        The loss of each sequence, shape (B,). It is bounded below by 0.
+    `mean_log_probs` (B,) is log p(y|x) / |y|, the mean over the tokens of each answer, in nats; b > 0, and g is the
+    reward margin. The loss has shape (B,).
     """
     return -2 / beta * F.logsigmoid(-beta * mean_log_probs - margin)
 
@@ -310,14 +274,9 @@ def undial_loss(
 
         L = -sum_i t_i log p_i,    t = softmax(z_teacher - b e_y)
 
-    Args:
-        logits: (..., V), of the model that is trained.
-        teacher_logits: (..., V), of the model before unlearning.
-        labels: (...), the tokens to unlearn, each in the vocabulary.
-        strength: b >= 0, by which the logit of the label is lowered.
-
-    Returns:
-        The loss of each token, shape (...), in float32 (float64 for float64 logits).
+    `logits` (..., V) come from the model that is trained, `teacher_logits` (..., V) from the model before unlearning.
+    `labels` (...) are the tokens to unlearn, each in the vocabulary. b >= 0 is the strength. The loss has shape (...),
+    in float32 (float64 for float64 logits).
     """
     teacher = _exact(teacher_logits.detach())
     lowered = torch.full_like(labels, -strength, dtype=teacher.dtype).unsqueeze(-1)
@@ -328,15 +287,24 @@ def undial_loss(
 def kl_loss(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
     """KL(p_ref || p), per token: the retain term that holds the model to its reference (TOFU, arXiv 2401.06121, eq. 7).
 
-    Args:
-        logits: (..., V), of the model that is trained.
-        ref_logits: (..., V), of the reference model.
-
-    Returns:
-        The divergence at each token, in nats, shape (...), in float32 (float64 for float64 logits).
+    `logits` of the model that is trained and `ref_logits` of its reference have shape (..., V). The divergence, in
+    nats, has shape (...), in float32 (float64 for float64 logits).
     """
     log_p, log_ref = _log_softmax(logits), _log_softmax(ref_logits.detach())
     return F.kl_div(log_p, log_ref, reduction="none", log_target=True).sum(dim=-1)
+
+
+def activation_loss(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Both terms of RMU, per token: the distance to given activations (Li et al. 2024, arXiv 2403.03218, section 4.2).
+
+        L = |h - target|^2 / d
+
+    To forget, the target is c u, with a random unit vector u, and to retain it is what the frozen model has there. The
+    paper leaves out the division by d, the width; its code has it, and the steering coefficients in use are for that.
+    `hidden` (..., d) is of the model that is trained, after one layer; `target` broadcasts to its shape. The loss has
+    shape (...), in float32 (float64 for float64 activations).
+    """
+    return (_exact(hidden) - _exact(target.detach())).square().mean(dim=-1)
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
@@ -347,21 +315,3 @@ def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
 def _exact(values: torch.Tensor) -> torch.Tensor:
     """Half precision as float32; float32 and float64 as they are."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def activation_loss(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Both terms of RMU, per token: the distance to given activations (Li et al. 2024, arXiv 2403.03218, section 4.2).
-
-        L = |h - target|^2 / d
-
-    To forget, the target is c u, with a random unit vector u, and to retain it is what the frozen model has there. The
-    paper leaves out the division by d, the width; its code has it, and the steering coefficients in use are for that.
-
-    Args:
-        hidden: (..., d), of the model that is trained, after one layer.
-        target: Broadcasts to the shape of `hidden`.
-
-    Returns:
-        The loss of each token, shape (...), in float32 (float64 for float64 activations).
-    """
-    return (_exact(hidden) - _exact(target.detach())).square().mean(dim=-1)

@@ -21,28 +21,15 @@ from trl.trainer.dpo_trainer import use_adapter
 from ceu_rl import CEUDPOConfig, CEUDPOTrainer
 from ceu_rl.data.rows import mean_response_tokens
 from ceu_rl.dpo import CHOICES
+from ceu_rl.run import checks
 
 from .reference import assert_gradients_follow, distance, keep_log_probs, routed_gradients
+from .trainers import build, losses, same, save_model, trained
 
-LOSS_TYPES = {
-    "sigmoid": {},
-    "hinge": {},
-    "ipo": {},
-    "exo_pair": {"label_smoothing": 0.1},
-    "nca_pair": {},
-    "robust": {"label_smoothing": 0.1},
-    "bco_pair": {},
-    "sppo_hard": {},
-    "aot": {},
-    "aot_unpaired": {},
-    "apo_zero": {},
-    "apo_down": {},
-    "discopop": {},
-    "sft": {},
-    "sigmoid_norm": {},
-}
 SETTINGS = {
-    **{loss: {"loss_type": loss, **extra} for loss, extra in LOSS_TYPES.items()},
+    **{loss: {"loss_type": loss} for loss in CHOICES["loss_type"]},
+    "exo_pair": {"loss_type": "exo_pair", "label_smoothing": 0.1},
+    "robust": {"loss_type": "robust", "label_smoothing": 0.1},
     "two losses": {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.8, 0.3]},
     "forward_kl": {"f_divergence_type": "forward_kl"},
     "js_divergence": {"f_divergence_type": "js_divergence"},
@@ -68,64 +55,32 @@ class KeepGradients(TrainerCallback):
 
 @pytest.fixture
 def make_trainer(tiny_model, tokenizer, preferences, tmp_path):
-    def make(trainer_class, *, model=None, ref_model=None, train_dataset=None, peft_config=None, **settings):
-        eval_dataset = settings.pop("eval_dataset", None)
-        config_class = CEUDPOConfig if trainer_class is CEUDPOTrainer else DPOConfig
-        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        folder.mkdir()
-        defaults = {
-            "output_dir": str(folder),
-            "max_steps": 10,
-            "per_device_train_batch_size": 8,
-            "learning_rate": 1e-3,
-            "lr_scheduler_type": "constant",
-            "gradient_checkpointing": False,
-            "bf16": False,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "logging_steps": 1,
-            "save_strategy": "no",
-        }
+    def make(trainer_class, **given):
+        default = {"model": tiny_model(1), "train_dataset": preferences, "processing_class": tokenizer}
+        default |= {"max_steps": 10, "learning_rate": 1e-3}
+        if not given.get("peft_config"):
+            default["ref_model"] = tiny_model(0)
         if trainer_class is CEUDPOTrainer:
-            defaults["ceu_coef"] = 1.0  # the weight that the references are written for
-        return trainer_class(
-            model or tiny_model(1),
-            None if peft_config or ref_model is False else ref_model or tiny_model(0),
-            args=config_class(**{**defaults, **settings}),
-            train_dataset=train_dataset or preferences,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            peft_config=peft_config,
-        )
+            default["ceu_coef"] = 1.0  # the weight that the references are written for
+        return build(trainer_class, tmp_path, **{**default, **given})
 
     return make
 
 
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-
-
-def assert_same_weights(first, second):
-    for name, value in weights(first).items():
-        assert torch.equal(value, weights(second)[name]), f"{name} differs"
-
-
-def differ(first, second):
-    other = weights(second)
-    return any(not torch.equal(value, other[name]) for name, value in weights(first).items())
+def train_three(make, **settings):
+    """Stock, ours with `ceu_coef` 0, which trains the same weights, and the rule, which does not."""
+    stock = trained(make(DPOTrainer, **settings))
+    ours = trained(make(CEUDPOTrainer, ceu_coef=0.0, **settings))
+    routed = trained(make(CEUDPOTrainer, **settings))
+    assert same(stock, ours) and not same(stock, routed)
+    return stock, ours, routed
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_coef_zero_equals_stock_bit_for_bit(make_trainer, name):
-    stock = make_trainer(DPOTrainer, **SETTINGS[name])
-    ours = make_trainer(CEUDPOTrainer, ceu_coef=0.0, **SETTINGS[name])
-    start = weights(stock)
-    stock.train()
-    ours.train()
-    assert any(not torch.equal(value, start[key]) for key, value in weights(stock).items())
-    assert_same_weights(stock, ours)
-    for stock_log, our_log in zip(stock.state.log_history[:-1], ours.state.log_history[:-1], strict=True):
-        assert stock_log == our_log
+    stock = trained(make_trainer(DPOTrainer, **SETTINGS[name]))
+    ours = trained(make_trainer(CEUDPOTrainer, ceu_coef=0.0, **SETTINGS[name]))
+    assert same(stock, ours) and losses(stock) == losses(ours)
 
 
 def first_batch(trainer):
@@ -163,15 +118,15 @@ def test_loss_equals_stock_and_gradient_follows_the_rule(make_trainer, name, coe
     assert (descending > 0) == (distance(stock.model, expected) > 0.01)
 
 
-def test_default_differs_from_stock_and_logs_what_it_met(make_trainer):
-    stock, ours = make_trainer(DPOTrainer), make_trainer(CEUDPOTrainer)
-    stock.train()
-    ours.train()
-    assert differ(stock, ours)
+def test_default_differs_from_stock_and_logs_what_it_met(make_trainer, preferences):
+    stock, _, ours = train_three(make_trainer)
     log = ours.state.log_history[0]
     assert 0 < log["ceu/descending_fraction"] < 1
     assert 0 < log["ceu/weight_mean"] <= log["ceu/weight_max"] < 1
     assert stock.state.log_history[0]["loss"] == log["loss"]
+    ours.evaluate(preferences.select(range(8)))
+    assert "eval_logps/chosen" in ours.state.log_history[-1]
+    assert not any("ceu" in key for key in ours.state.log_history[-1])
 
 
 def reference_probabilities(trainer, batch):
@@ -211,13 +166,9 @@ def test_the_anchor_is_the_references_probability_of_the_same_token(make_trainer
 
 
 def test_at_the_start_an_anchored_step_is_stocks(make_trainer, tiny_model):
-    trainers = [
-        make_trainer(trainer_class, model=tiny_model(0), max_steps=1, **settings)
-        for trainer_class, settings in ((DPOTrainer, {}), (CEUDPOTrainer, {"descent_rule": "anchored"}))
-    ]
-    for trainer in trainers:
-        trainer.train()
-    assert_same_weights(*trainers)
+    stock = make_trainer(DPOTrainer, model=tiny_model(0), max_steps=1)
+    ours = make_trainer(CEUDPOTrainer, model=tiny_model(0), max_steps=1, descent_rule="anchored")
+    assert same(trained(stock), trained(ours))
 
 
 @pytest.mark.parametrize("kind", ["a new adapter", "an adapter of before", "prompt tuning"])
@@ -228,7 +179,7 @@ def test_the_anchor_of_an_adapted_policy_is_the_model_without_it(make_trainer, t
     prompt = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     given = {"peft_config": prompt if kind == "prompt tuning" else lora}
     if kind == "an adapter of before":
-        given = {"model": get_peft_model(tiny_model(0), lora, autocast_adapter_dtype=False), "ref_model": False}
+        given = {"model": get_peft_model(tiny_model(0), lora, autocast_adapter_dtype=False), "ref_model": None}
     ours = make_trainer(CEUDPOTrainer, precompute_ref_log_probs=precompute, descent_rule="anchored", **given)
     batch = first_batch(ours)
     ours.compute_loss(ours.model, batch).backward()
@@ -275,9 +226,10 @@ def test_each_held_out_pair_is_kept(make_trainer, preferences):
         assert found["eval_loss"] is not None and all(row["chosen_tokens"] >= 1 for row in rows)
 
 
-def test_a_stock_config_is_refused_by_the_name_of_ours(make_trainer, tokenizer, tiny_model, preferences):
-    args = make_trainer(DPOTrainer).args
-    with pytest.raises(ValueError, match="args is a DPOConfig; give a CEUDPOConfig"):
+@pytest.mark.parametrize("config_class", [KTOConfig, DPOConfig, dict])
+def test_args_of_another_kind_are_refused_by_the_name_of_ours(tiny_model, preferences, tokenizer, config_class):
+    args = config_class(output_dir="x", **({} if config_class is dict else {"use_cpu": True, "bf16": False}))
+    with pytest.raises(ValueError, match=f"args is a {config_class.__name__}; give a CEUDPOConfig"):
         CEUDPOTrainer(tiny_model(), args=args, train_dataset=preferences, processing_class=tokenizer)
 
 
@@ -306,8 +258,7 @@ def test_the_model_card_cites_both_papers(make_trainer):
 
 @pytest.mark.parametrize("named", [True, False])
 def test_no_args_write_where_stock_writes(named, tiny_model, tokenizer, preferences, tmp_path, monkeypatch):
-    tiny_model().save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    save_model(tiny_model(), tokenizer, tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(transformers.training_args, "is_torch_bf16_gpu_available", lambda: True)  # TRL's default
     model = "./base" if named else AutoModelForCausalLM.from_pretrained("./base")
@@ -317,30 +268,10 @@ def test_no_args_write_where_stock_writes(named, tiny_model, tokenizer, preferen
     assert isinstance(ours, CEUDPOConfig)
 
 
-@pytest.mark.parametrize("args", [KTOConfig("x", bf16=False), {"output_dir": "x"}])
-def test_args_of_another_kind_are_refused(args, tiny_model, preferences, tokenizer):
-    with pytest.raises(ValueError, match=f"args is a {type(args).__name__}; give a CEUDPOConfig"):
-        CEUDPOTrainer(tiny_model(), args=args, train_dataset=preferences, processing_class=tokenizer)
-
-
-def test_eval_logs_hold_no_training_metrics(make_trainer, preferences):
-    trainer = make_trainer(CEUDPOTrainer, max_steps=3, logging_steps=2)
-    trainer.train()
-    trainer.evaluate(preferences.select(range(8)))
-    assert not any("ceu" in key for key in trainer.state.log_history[-1])
-    assert "eval_logps/chosen" in trainer.state.log_history[-1]
-
-
-def test_sync_ref_model(make_trainer):
+def test_sync_ref_model(make_trainer, tiny_model):
     settings = {"sync_ref_model": True, "ref_model_sync_steps": 2, "max_steps": 5}
-    stock, ours = make_trainer(DPOTrainer, **settings), make_trainer(CEUDPOTrainer, ceu_coef=0.0, **settings)
-    routed = make_trainer(CEUDPOTrainer, **settings)
-    for trainer in (stock, ours, routed):
-        before = trainer.ref_model.lm_head.weight.clone()
-        trainer.train()
-        assert not torch.equal(before, trainer.ref_model.lm_head.weight)
-    assert_same_weights(stock, ours)
-    assert differ(stock, routed)
+    for trainer in train_three(make_trainer, **settings):
+        assert not torch.equal(tiny_model(0).lm_head.weight, trainer.ref_model.lm_head.weight)
 
 
 @pytest.mark.parametrize(
@@ -351,16 +282,13 @@ def test_sync_ref_model(make_trainer):
     ],
     ids=["lora", "prompt tuning"],
 )
-def test_peft(make_trainer, peft_config):
-    stock = make_trainer(DPOTrainer, peft_config=copy.deepcopy(peft_config))
-    ours = make_trainer(CEUDPOTrainer, peft_config=copy.deepcopy(peft_config), ceu_coef=0.0)
-    routed = make_trainer(CEUDPOTrainer, peft_config=copy.deepcopy(peft_config))
-    frozen = {name: p.detach().clone() for name, p in routed.model.named_parameters() if not p.requires_grad}
-    for trainer in (stock, ours, routed):
-        trainer.train()
-    assert_same_weights(stock, ours)
-    assert differ(stock, routed)
-    assert all(torch.equal(value, routed.model.get_parameter(name)) for name, value in frozen.items())
+def test_peft(make_trainer, tiny_model, peft_config):
+    def make(trainer_class, **settings):
+        return make_trainer(trainer_class, peft_config=copy.deepcopy(peft_config), **settings)
+
+    _, _, routed = train_three(make)
+    frozen = {name.replace(".base_layer", ""): p for name, p in routed.model.get_base_model().named_parameters()}
+    assert all(torch.equal(value, frozen[name]) for name, value in tiny_model(1).named_parameters())
     assert routed.state.log_history[0]["ceu/descending_fraction"] > 0
 
 
@@ -380,52 +308,39 @@ def test_mixture_of_experts(make_trainer, tokenizer):
             )
         )
 
-    settings = {"max_steps": 3, "router_aux_loss_coef": 0.1}
-    stock = make_trainer(DPOTrainer, model=moe(), ref_model=moe(), **settings)
-    ours = make_trainer(CEUDPOTrainer, model=moe(), ref_model=moe(), ceu_coef=0.0, **settings)
-    routed = make_trainer(CEUDPOTrainer, model=moe(), ref_model=moe(), **settings)
-    for trainer in (stock, ours, routed):
-        trainer.train()
-    assert_same_weights(stock, ours)
-    assert differ(stock, routed)
+    def make(trainer_class, **settings):
+        return make_trainer(trainer_class, model=moe(), ref_model=moe(), **settings)
+
+    stock, _, routed = train_three(make, max_steps=3, router_aux_loss_coef=0.1)
     assert routed.state.log_history[0]["aux_loss"] == stock.state.log_history[0]["aux_loss"] > 0
 
 
 def gradients_of(trainer):
+    """Of each parameter at each step."""
     keep = KeepGradients()
     trainer.add_callback(keep)
     trainer.train()
-    return keep.steps
+    return [{name.removeprefix("_orig_mod."): each for name, each in step.items()} for step in keep.steps]
 
 
-def assert_close_gradients(first, second):
-    for one, other in zip(first, second, strict=True):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        {"gradient_checkpointing": True},  # which counts each token once, although its layers run twice
+        {"precompute_ref_log_probs": True},
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    ],
+    ids=lambda settings: next(reversed(settings)),
+)
+def test_the_same_gradients_come_another_way(make_trainer, settings):
+    plain, other = make_trainer(CEUDPOTrainer, max_steps=2), make_trainer(CEUDPOTrainer, max_steps=2, **settings)
+    for one, two in zip(gradients_of(plain), gradients_of(other), strict=True):
         scale = max(value.abs().max().item() for value in one.values())
         for name, value in one.items():
-            torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-5 * scale)
-
-
-def test_gradient_accumulation_equals_one_large_batch(make_trainer):
-    large = make_trainer(CEUDPOTrainer, max_steps=2)
-    small = make_trainer(CEUDPOTrainer, max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    assert_close_gradients(gradients_of(large), gradients_of(small))
+            torch.testing.assert_close(value, two[name], rtol=1e-4, atol=1e-5 * scale)
     for key in ("ceu/descending_fraction", "ceu/weight_mean", "ceu/weight_max"):
-        assert small.state.log_history[0][key] == pytest.approx(large.state.log_history[0][key], rel=1e-4)
-
-
-def test_gradient_checkpointing_gives_the_same_gradients(make_trainer):
-    plain = make_trainer(CEUDPOTrainer, max_steps=2)
-    checkpointed = make_trainer(CEUDPOTrainer, max_steps=2, gradient_checkpointing=True)
-    assert_close_gradients(gradients_of(plain), gradients_of(checkpointed))
-    # Each token is counted once, although its layers run twice
-    first, second = (trainer.state.log_history[0]["ceu/descending_fraction"] for trainer in (plain, checkpointed))
-    assert first == second
-
-
-def test_precomputed_reference_gives_the_same_training(make_trainer):
-    on_the_fly = make_trainer(CEUDPOTrainer, max_steps=3)
-    precomputed = make_trainer(CEUDPOTrainer, max_steps=3, precompute_ref_log_probs=True)
-    assert_close_gradients(gradients_of(on_the_fly), gradients_of(precomputed))
+        assert other.state.log_history[0][key] == pytest.approx(plain.state.log_history[0][key], rel=1e-4)
 
 
 def test_resume_gives_the_weights_of_the_uninterrupted_run(make_trainer):
@@ -434,18 +349,7 @@ def test_resume_gives_the_weights_of_the_uninterrupted_run(make_trainer):
     whole.train()
     resumed = make_trainer(CEUDPOTrainer, **settings)
     resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-3")
-    assert resumed.state.global_step == 6
-    assert_same_weights(whole, resumed)
-
-
-def test_torch_compile(make_trainer):
-    plain = make_trainer(CEUDPOTrainer, max_steps=2)
-    compiled = make_trainer(CEUDPOTrainer, max_steps=2, torch_compile=True, torch_compile_backend="aot_eager")
-    assert_close_gradients(
-        gradients_of(plain),
-        [{name.removeprefix("_orig_mod."): g for name, g in step.items()} for step in gradients_of(compiled)],
-    )
-    assert compiled.state.log_history[0]["ceu/weight_max"] > 0
+    assert resumed.state.global_step == 6 and same(whole, resumed)
 
 
 TWO_PROCESSES = """
@@ -478,62 +382,32 @@ os._exit(0)  # under load a thread of gloo can abort the interpreter at its exit
 """
 
 
-def run(command, **environment):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result
-
-
-def read_log(path):
-    """The log entries of each step as one."""
-    steps = {}
-    for entry in json.loads(path.read_text())[:-1]:
-        steps.setdefault(entry["step"], {}).update(entry)
-    assert steps[2]["alone"] == 2 and len(steps) == 4
-    return [*steps.values()]
-
-
 def test_two_processes_log_the_metrics_of_one(tiny_model, tokenizer, tmp_path):
-    tiny_model().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    script = tmp_path / "train.py"
+    save_model(tiny_model(), tokenizer, tmp_path / "model")
+    script, logs = tmp_path / "train.py", []
     script.write_text(TWO_PROCESSES)
-    run([sys.executable, script, tmp_path, "8"])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run([*torchrun, script, tmp_path, "4"])
-    one, two = (read_log(tmp_path / f"log{size}.json") for size in (8, 4))
-    for first, second in zip(one, two, strict=True):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for launcher, size in (([], "8"), (torchrun, "4")):
+        command = [sys.executable, *launcher, script, tmp_path, size]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+        steps = {}  # the entries of each as one
+        for entry in json.loads((tmp_path / f"log{size}.json").read_text())[:-1]:
+            steps.setdefault(entry["step"], {}).update(entry)
+        assert steps[2]["alone"] == 2 and len(steps) == 4
+        logs.append(steps)
+    one, two = logs
+    for step, first in one.items():
         for key in ("loss", "grad_norm", "rewards/chosen", "logps/rejected", "num_tokens"):
-            assert second[key] == pytest.approx(first[key], rel=1e-3, abs=1e-5), key
+            assert two[step][key] == pytest.approx(first[key], rel=1e-3, abs=1e-5), key
         for key in ("ceu/descending_fraction", "ceu/weight_mean", "ceu/weight_max"):
-            assert second[key] == pytest.approx(first[key], rel=1e-4), key
+            assert two[step][key] == pytest.approx(first[key], rel=1e-4), key
 
 
-ACCELERATE = Path(__file__).parents[1] / "recipes" / "accelerate"
-
-
-def launch_fsdp(tmp_path, config):
-    """Run the same script under `accelerate launch`; the batch is 4 on each of two processes."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
-    return subprocess.run(
-        [*launch, config, tmp_path / "train.py", tmp_path, "4"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
-def test_fsdp_without_reference_weights_is_refused(tiny_model, tokenizer, tmp_path):
-    tiny_model().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "train.py").write_text(TWO_PROCESSES)
-    config = tmp_path / "efficient.yaml"
-    text = (ACCELERATE / "fsdp2_cpu.yaml").read_text()
-    config.write_text(text.replace("cpu_ram_efficient_loading: false", "cpu_ram_efficient_loading: true"))
-    result = launch_fsdp(tmp_path, config)
-    assert result.returncode != 0
-    assert "fsdp_cpu_ram_efficient_loading is true" in result.stderr
+def test_fsdp_without_reference_weights_is_refused(make_trainer, monkeypatch):
+    """Under `accelerate launch`: test_engines.py."""
+    monkeypatch.setattr(checks, "is_fsdp_enabled", lambda: True)
+    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading is true"):
+        make_trainer(CEUDPOTrainer)
 
 
 def test_the_choices_are_those_of_trl(make_trainer):
@@ -545,18 +419,17 @@ def test_the_choices_are_those_of_trl(make_trainer):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("name", "value"),
     [
-        {"loss_type": "sigmoidd"},
-        {"truncation_mode": "keep"},
-        {"f_divergence_type": "kl"},
-        {"loss_type": ["sigmoid", "x"]},
+        ("loss_type", "sigmoidd"),
+        ("loss_type", ["sigmoid", "x"]),
+        ("truncation_mode", "keep"),
+        ("f_divergence_type", "kl"),
     ],
 )
-def test_a_choice_that_there_is_not_is_refused_before_the_first_step(make_trainer, settings):
-    (name,) = settings
+def test_a_choice_that_there_is_not_is_refused_before_the_first_step(make_trainer, name, value):
     with pytest.raises(ValueError, match=f"{name} is .*; use one of"):
-        make_trainer(CEUDPOTrainer, **settings)
+        make_trainer(CEUDPOTrainer, **{name: value})
 
 
 # rows
@@ -586,13 +459,8 @@ def test_pairs_whose_answers_are_the_same_are_left_out_and_counted(make_trainer,
 
 def test_stock_keeps_pairs_whose_answers_are_the_same(make_trainer):
     rows = Dataset.from_list([PAIR, {**PAIR, "rejected": "3"}] * 8)
-    stock, ours = (
-        make_trainer(c, train_dataset=rows, max_steps=3, **k)
-        for c, k in ((DPOTrainer, {}), (CEUDPOTrainer, {"ceu_coef": 0.0}))
-    )
-    stock.train()
-    ours.train()
-    assert_same_weights(stock, ours)
+    stock = trained(make_trainer(DPOTrainer, train_dataset=rows, max_steps=3))
+    assert same(stock, trained(make_trainer(CEUDPOTrainer, ceu_coef=0.0, train_dataset=rows, max_steps=3)))
 
 
 def test_a_dataset_of_ties_alone_is_refused(make_trainer):
@@ -684,7 +552,7 @@ def test_a_dataset_with_a_format_trains_as_without(make_trainer, preferences, fo
     for rows in (preferences, preferences.with_format(form)):
         trainer = make_trainer(CEUDPOTrainer, train_dataset=rows, max_steps=2)
         trainer.train()
-        logs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        logs.append([entry["loss"] for entry in losses(trainer)])
     assert logs[0] == logs[1] and len(logs[0]) == 2
 
 

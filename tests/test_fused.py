@@ -7,7 +7,6 @@ import sys
 import mpmath
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,7 +16,7 @@ from ceu_rl import fused
 from ceu_rl.fused import fused_linear_unlearning_loss, lm_head_options
 from ceu_rl.losses import cross_entropy_unlearning_loss
 
-from .test_losses import LOG_ODDS, logits_with
+from .test_losses import LOG_ODDS, logits_with, worst_relative_error
 
 mpmath.mp.dps = 60
 
@@ -75,13 +74,9 @@ def test_value_and_gradients_are_exact_at_any_probability(log_odds, unlearn):
     bias = torch.zeros(5, requires_grad=True)
     loss = fused_linear_unlearning_loss(hidden, weight, torch.tensor([2]), torch.tensor([unlearn]), bias)
     loss.backward()
-
-    def relative(found, truth):
-        return max(abs((mpmath.mpf(f) - t) / t) for f, t in zip(found, truth, strict=True))
-
-    assert relative([loss.item()], [value]) <= 1e-5
-    assert relative(bias.grad.tolist(), gradient) <= 1e-5
-    assert relative(weight.grad[:, 0].tolist(), gradient) <= 1e-5
+    assert worst_relative_error([loss.item()], [value]) <= 1e-5
+    assert worst_relative_error(bias.grad.tolist(), gradient) <= 1e-5
+    assert worst_relative_error(weight.grad[:, 0].tolist(), gradient) <= 1e-5
     assert (weight.grad[:, 1] == 0).all()
     # The second column has no spread to speak of, so its product may cancel: its own terms are the measure
     columns = weight.detach().T.tolist()
@@ -120,16 +115,14 @@ def test_equals_the_losses_on_logits(dtype, tolerance, options, chunk_size):
         assert (hidden.grad[labels == -100] == 0).all()
 
 
-def test_without_a_mask_all_is_unlearned():
-    hidden, weight, labels, _, _ = batch()
+def test_without_a_mask_all_is_unlearned_but_what_is_ignored():
+    hidden, weight, labels, mask, _ = batch()
     loss = fused_linear_unlearning_loss(hidden, weight, labels)
     torch.testing.assert_close(loss, cross_entropy_unlearning_loss(F.linear(hidden, weight), labels))
-    everywhere = torch.ones_like(labels, dtype=torch.bool)
-    assert loss == fused_linear_unlearning_loss(hidden, weight, labels, everywhere)
-    torch.testing.assert_close(
-        fused_linear_unlearning_loss(hidden, weight, labels, ~everywhere),
-        F.cross_entropy(F.linear(hidden, weight).flatten(0, 1), labels.flatten()),
-    )
+    assert loss == fused_linear_unlearning_loss(hidden, weight, labels, torch.ones_like(mask))
+    other = labels.masked_fill(labels == -100, 7)
+    loss = fused_linear_unlearning_loss(hidden, weight, other, mask, ignore_index=7)
+    assert loss == fused_linear_unlearning_loss(hidden, weight, other.masked_fill(other == 7, -100), mask)
 
 
 def test_a_vocabulary_larger_than_the_cache_and_one_that_nothing_divides(monkeypatch):
@@ -143,47 +136,6 @@ def test_a_vocabulary_larger_than_the_cache_and_one_that_nothing_divides(monkeyp
     for other in found[1:]:
         for first, second in zip(found[0], other, strict=True):
             torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-7)
-
-
-def test_another_ignore_index():
-    hidden, weight, labels, mask, _ = batch()
-    other = labels.masked_fill(labels == -100, 7)
-    kept = other != 7
-    loss = fused_linear_unlearning_loss(hidden, weight, other, mask, ignore_index=7)
-    assert loss == fused_linear_unlearning_loss(hidden, weight, other.masked_fill(~kept, -100), mask)
-
-
-class WithoutEntropy(torch.autograd.Function):
-    """The loss less the entropy of q, which carries no gradient, so that finite differences see the function.
-
-    It computes the loss again in each backward pass, since gradcheck runs several.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, mask, options):
-        ctx.save_for_backward(hidden, weight, bias)
-        ctx.rest = labels, mask, options
-        logits = F.linear(hidden, weight, bias) * options.get("logit_scale", 1.0)
-        if "softcap" in options:
-            logits = options["softcap"] * torch.tanh(logits / options["softcap"])
-        q = logits.scatter(-1, labels.clamp(min=0).unsqueeze(-1), float("-inf")).softmax(-1)
-        entropy = torch.special.entr(q).sum(-1)[(labels != -100) & mask].sum()
-        return fused_linear_unlearning_loss(hidden, weight, labels, mask, bias, reduction="sum", **options) - entropy
-
-    @staticmethod
-    def backward(ctx, grad):
-        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-        labels, mask, options = ctx.rest
-        with torch.enable_grad():
-            loss = fused_linear_unlearning_loss(*inputs[:2], labels, mask, inputs[2], reduction="sum", **options)
-        return *torch.autograd.grad(loss, inputs, grad), None, None, None
-
-
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_gradcheck(options):
-    hidden, weight, labels, mask, bias = batch(tokens=9, size=3, vocabulary=5, dtype=torch.float64)
-    assert ((labels != -100) & mask).any() and ((labels != -100) & ~mask).any()
-    assert torch.autograd.gradcheck(WithoutEntropy.apply, (hidden, weight, bias, labels, mask, options))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -309,7 +261,6 @@ def test_without_grad_mode_no_gradient_is_formed():
         allocations = record(hidden, weight, labels, mask, bias, chunk_size=100)
         loss = fused_linear_unlearning_loss(hidden, weight, labels, mask, bias)
     assert allocations.products == 1 and not loss.requires_grad
-    assert loss == fused_linear_unlearning_loss(hidden, weight, labels, mask, bias).detach()
 
 
 def test_the_gradients_serve_one_backward_pass():
@@ -434,19 +385,13 @@ HEADS = {
     "logit_scale": {"logit_scale": 0.5},
     "logit_scale of zero": {"logit_scale": 0.0},
     "logit_scale of None": {"logit_scale": None, "output_multiplier": 3.0},
-    "output_multiplier": {"output_multiplier": 2.0},
     "lm_head_multiplier": {"lm_head_multiplier": 3.0},
     "logits_scaling": {"logits_scaling": 4.0},
     "logits_scaling of HyperCLOVA X": {"logits_scaling": 4.0, "model_type": "hyperclovax"},
     "final_logit_softcapping": {"final_logit_softcapping": 0.3},
-    "all of them": {
-        "final_logit_softcapping": 0.3,
-        "logit_scale": 2.0,
-        "output_multiplier": 3.0,
-        "lm_head_multiplier": 5.0,
-        "logits_scaling": 7.0,
-    },
 }
+HEADS["all of them"] = {**HEADS["final_logit_softcapping"], **HEADS["logits_scaling"], "lm_head_multiplier": 5.0}
+HEADS["all of them"] |= {"logit_scale": 2.0, "output_multiplier": 3.0}
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -469,27 +414,6 @@ def test_lm_head_options_are_those_of_trl(tiny_model, name):
     plain = fused_linear_unlearning_loss(hidden, model.lm_head.weight, labels, learn)
     assert (options == {"softcap": None, "logit_scale": 1.0}) == (name == "none")
     assert (plain == found) == (name == "none")
-
-
-def test_lora_leaves_the_head_frozen(tiny_model):
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-    torch.manual_seed(0)
-    model = get_peft_model(tiny_model(), config)
-    input_ids = torch.randint(0, model.config.vocab_size, (2, 9))
-    labels, mask = input_ids[:, 1:], torch.rand(2, 8) < 0.5
-    base = model.get_base_model()
-    hidden = base.model(input_ids=input_ids).last_hidden_state[:, :-1]
-    fused_linear_unlearning_loss(hidden, base.lm_head.weight, labels, mask, **lm_head_options(model)).backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-    assert found and all(p.grad is None for p in model.parameters() if not p.requires_grad)
-    model.zero_grad()
-    logits = model(input_ids=input_ids).logits[:, :-1]
-    identity = torch.eye(logits.shape[-1])
-    on_logits(logits, identity, labels, mask).backward()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-7)
-    assert any(value.abs().max() > 1e-4 for value in found.values())
 
 
 TWO_PROCESSES = """

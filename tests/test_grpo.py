@@ -16,7 +16,7 @@ import transformers
 import trl
 from packaging.version import Version
 from peft import LoraConfig
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from ceu_rl import CEUGRPOConfig, CEUGRPOTrainer
 from ceu_rl.grpo import CHOICES
@@ -24,6 +24,7 @@ from ceu_rl.rollouts import ReloadingVLLMGeneration, RolloutError
 
 from .reference import assert_gradients_follow, distance, keep_log_probs, routed_gradients
 from .stand_in_engine import StandInClient, StandInEngine
+from .trainers import GRPO, build, log_prob_gradient, losses, same, save_model, trained, weights
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 SETTINGS = {
@@ -52,66 +53,40 @@ def digits(completions, **kwargs):
 @pytest.fixture
 def make_trainer(tiny_model, tokenizer, tmp_path):
     # A folder: with beta > 0 TRL loads the reference model from where the policy came
-    tiny_model(1).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    model = save_model(tiny_model(1), tokenizer, tmp_path / "model")
     prompts = datasets.Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(8) for b in range(8)])
+    default = {**GRPO, "model": model, "reward_funcs": digits, "train_dataset": prompts}
 
-    def make(trainer_class, *, peft_config=None, model=None, reward_funcs=digits, train_dataset=prompts, **settings):
-        others = ("environment_factory", "processing_class", "eval_dataset", "rollout_func")
-        given = {key: settings.pop(key) for key in others if key in settings}
-        config_class = CEUGRPOConfig if trainer_class is CEUGRPOTrainer else GRPOConfig
-        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        folder.mkdir()
-        defaults = {
-            "output_dir": str(folder),
-            "max_steps": 5,
-            "per_device_train_batch_size": 8,
-            "num_generations": 4,
-            "max_completion_length": 8,
-            "learning_rate": 1e-2,
-            "lr_scheduler_type": "constant",
-            "gradient_checkpointing": False,
-            "bf16": False,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "logging_steps": 1,
-            "save_strategy": "no",
-        }
-        return trainer_class(
-            model or str(tmp_path / "model"),
-            reward_funcs,
-            config_class(**{**defaults, **settings}),
-            train_dataset=train_dataset,
-            peft_config=peft_config,
-            **given,
-        )
+    def make(trainer_class, **given):
+        return build(trainer_class, tmp_path, **{**default, **given})
 
     return make
 
 
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+def rollouts(trainer):
+    """A batch of the trainer's own, each prompt four times."""
+    rows = [trainer.train_dataset[i // 4] for i in range(8 * trainer.args.steps_per_generation)]
+    return trainer._prepare_inputs(rows)
 
 
-def same(first, second):
-    other = weights(second)
-    return all(torch.equal(value, other[name]) for name, value in weights(first).items())
+def sequences(batch):
+    """Token ids and attention mask of prompts and completions together."""
+    return (torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], 1) for name in ("ids", "mask"))
 
 
-def train(make_trainer, *args, **kwargs):
-    """Construct, which seeds the rollouts, and train at once."""
-    trainer = make_trainer(*args, **kwargs)
-    start = weights(trainer)
-    trainer.train()
-    assert any(not torch.equal(value, start[name]) for name, value in weights(trainer).items())
-    return trainer
+@torch.no_grad()
+def log_probs_of(trainer, batch):
+    """The policy's log-probabilities of the completions, (B, T)."""
+    width = batch["completion_ids"].size(1)
+    return trainer._get_per_token_logps_and_entropies(trainer.model, *sequences(batch), width)[0]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_coef_zero_equals_stock_bit_for_bit_and_the_default_does_not(make_trainer, name):
-    stock = train(make_trainer, GRPOTrainer, **SETTINGS[name])
-    ours = train(make_trainer, CEUGRPOTrainer, ceu_coef=0.0, **SETTINGS[name])
-    routed = train(make_trainer, CEUGRPOTrainer, **SETTINGS[name])
+    # Constructed one by one: it seeds the rollouts
+    stock = trained(make_trainer(GRPOTrainer, **SETTINGS[name]))
+    ours = trained(make_trainer(CEUGRPOTrainer, ceu_coef=0.0, **SETTINGS[name]))
+    routed = trained(make_trainer(CEUGRPOTrainer, **SETTINGS[name]))
     assert same(stock, ours)
     assert not same(stock, routed)
     # The first rollouts are the same, and so is the first loss
@@ -138,13 +113,9 @@ def test_coef_zero_equals_stock_bit_for_bit_and_the_default_does_not(make_traine
 def test_loss_equals_stock_and_gradient_follows_the_rule(make_trainer, name, off_policy):
     """One batch of the stock trainer, on-policy or with ratios from far below to far above the clipping range."""
     stock, ours = (make_trainer(c, **SETTINGS.get(name, {})) for c in (GRPOTrainer, CEUGRPOTrainer))
-    rows = [stock.train_dataset[i // 4] for i in range(8 * stock.args.steps_per_generation)]
-    batch = stock._prepare_inputs(rows)
+    batch = rollouts(stock)
     if off_policy:
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-        with torch.no_grad():
-            log_probs, _, _ = stock._get_per_token_logps_and_entropies(stock.model, ids, mask, 8)
+        log_probs = log_probs_of(stock, batch)
         torch.manual_seed(0)
         batch["old_per_token_logps"] = log_probs + 0.4 * torch.randn_like(log_probs)
     if name == "tool mask":
@@ -153,12 +124,7 @@ def test_loss_equals_stock_and_gradient_follows_the_rule(make_trainer, name, off
     if name == "vLLM correction":
         batch["importance_sampling_ratio"] = torch.rand(batch["completion_ids"].shape) + 0.5
         stock.use_vllm = ours.use_vllm = True  # the loss alone looks at it from here on
-    kept = keep_log_probs(stock)
-    stock_loss = stock.compute_loss(stock.model, copy.deepcopy(batch))
-    stock_loss.backward()
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-    expected, descending = routed_gradients(stock, kept, ids, mask, default_weight, stock.temperature)
+    stock_loss, expected, descending = stock_and_routed(stock, batch, lambda p: 0.5 + 0.5 * p)
     our_loss = ours.compute_loss(ours.model, copy.deepcopy(batch))
     our_loss.backward()
     assert descending > 0
@@ -167,23 +133,12 @@ def test_loss_equals_stock_and_gradient_follows_the_rule(make_trainer, name, off
     assert distance(stock.model, expected) > 0.01
 
 
-def default_weight(p):
-    return 0.5 + 0.5 * p
-
-
-def log_prob_gradient(trainer, batch):
-    """What reaches the policy's log-probabilities, of shape (B, T), and these."""
-    seen = {}
-
-    def see(module, args, outputs):
-        seen["log_probs"] = outputs.log_probs.detach()
-        outputs.log_probs.register_hook(lambda grad: seen.update(grad=grad))
-
-    handle = trainer.model.register_forward_hook(see)
-    trainer.compute_loss(trainer.model, copy.deepcopy(batch)).backward()
-    handle.remove()
-    width = batch["completion_ids"].size(1)
-    return seen["grad"][:, -width:], seen["log_probs"][:, -width:]
+def stock_and_routed(stock, batch, weight):
+    """Stock's loss, the gradients of the rule worked out from its own, and how many tokens descend."""
+    kept = keep_log_probs(stock)
+    loss = stock.compute_loss(stock.model, copy.deepcopy(batch))
+    loss.backward()
+    return loss, *routed_gradients(stock, kept, *sequences(batch), weight, stock.temperature)
 
 
 RATIOS = {
@@ -204,13 +159,8 @@ def test_an_anchored_rule_takes_the_place_of_trls_importance_weight(make_trainer
             (CEUGRPOTrainer, {"descent_rule": rule, "ceu_coef": 1.0, "top_k": 5 if known == "cut distribution" else 0}),
         )
     )
-    batch = stock._prepare_inputs([stock.train_dataset[i // 4] for i in range(16)])
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-    with torch.no_grad():
-        log_probs, _, _ = stock._get_per_token_logps_and_entropies(
-            stock.model, ids, attention, batch["completion_ids"].size(1)
-        )
+    batch = rollouts(stock)
+    log_probs = log_probs_of(stock, batch)
     torch.manual_seed(0)
     batch["advantages"] = torch.tensor([1.0, -1.0] * (len(batch["advantages"]) // 2))
     batch["old_per_token_logps"] = anchor = log_probs + 0.1 * torch.randn_like(log_probs)
@@ -218,13 +168,10 @@ def test_an_anchored_rule_takes_the_place_of_trls_importance_weight(make_trainer
         anchor = anchor + 0.5 * torch.randn_like(log_probs)
         batch["sampling_per_token_logps"] = anchor
         batch["importance_sampling_ratio"] = (batch["old_per_token_logps"] - anchor).exp().clamp(max=1.5)
+        correction = known != "vLLM uncorrected"
         for trainer in (stock, ours):
-            trainer.use_vllm = True
-        ours.args.use_vllm = True
-        for trainer in (stock, ours):
-            correction = known != "vLLM uncorrected"
-            trainer.vllm_importance_sampling_correction = correction
-            trainer.args.vllm_importance_sampling_correction = correction
+            trainer.use_vllm, trainer.vllm_importance_sampling_correction = True, correction
+        ours.args.use_vllm, ours.args.vllm_importance_sampling_correction = True, correction
         if known == "cut distribution":
             anchor = batch["old_per_token_logps"]
     g, p = log_prob_gradient(stock, batch)
@@ -246,7 +193,7 @@ def test_a_missing_anchor_is_said_once_or_refused(make_trainer, caplog):
         with pytest.raises(ValueError, match=f"{name} is {value!r}"):
             make_trainer(CEUGRPOTrainer, descent_rule="anchored", steps_per_generation=2, **{name: value})
     trainer = make_trainer(CEUGRPOTrainer, descent_rule="anchored", steps_per_generation=2)
-    batch = trainer._prepare_inputs([trainer.train_dataset[i // 4] for i in range(16)])
+    batch = rollouts(trainer)
     batch.pop("old_per_token_logps")
     with caplog.at_level("INFO", "ceu_rl"):
         for _ in range(2):
@@ -261,12 +208,9 @@ def test_a_missing_anchor_is_said_once_or_refused(make_trainer, caplog):
 def test_clipped_tokens_are_not_descended(make_trainer):
     """A negative advantage with a ratio below the clipping range sends no gradient, and is not counted."""
     trainer = make_trainer(CEUGRPOTrainer)
-    batch = trainer._prepare_inputs([trainer.train_dataset[i // 4] for i in range(8)])
+    batch = rollouts(trainer)
     batch["advantages"] = -torch.ones_like(batch["advantages"])
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-    with torch.no_grad():
-        log_probs, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 8)
+    log_probs = log_probs_of(trainer, batch)
     for shift, fraction in ((0.0, 1.0), (1.0, 0.0)):
         batch["old_per_token_logps"] = log_probs + shift
         trainer.compute_loss(trainer.model, batch).backward()
@@ -275,18 +219,10 @@ def test_clipped_tokens_are_not_descended(make_trainer):
 
 def test_lora(make_trainer):
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    stock = train(make_trainer, GRPOTrainer, peft_config=copy.deepcopy(config))
-    ours = train(make_trainer, CEUGRPOTrainer, peft_config=copy.deepcopy(config), ceu_coef=0.0)
-    routed = train(make_trainer, CEUGRPOTrainer, peft_config=copy.deepcopy(config))
+    stock = trained(make_trainer(GRPOTrainer, peft_config=copy.deepcopy(config)))
+    ours = trained(make_trainer(CEUGRPOTrainer, peft_config=copy.deepcopy(config), ceu_coef=0.0))
+    routed = trained(make_trainer(CEUGRPOTrainer, peft_config=copy.deepcopy(config)))
     assert same(stock, ours) and not same(stock, routed)
-
-
-def test_bad_input_is_named(make_trainer):
-    rows = datasets.Dataset.from_list([{"promt": "1+2="}])
-    with pytest.raises(ValueError, match=r"no column 'prompt'.*rename 'promt' to 'prompt'"):
-        make_trainer(CEUGRPOTrainer, train_dataset=rows)
-    with pytest.raises(ValueError, match="The train dataset has no rows"):
-        make_trainer(CEUGRPOTrainer, train_dataset=rows.select([]))
 
 
 def test_a_step_that_is_not_finite_ends_the_run(make_trainer):
@@ -301,12 +237,13 @@ def test_a_step_that_is_not_finite_ends_the_run(make_trainer):
         trainer.train()
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_fewer_prompts_than_one_generation_takes_are_refused_with_the_numbers(make_trainer, rows):
-    few = datasets.Dataset.from_list([{"prompt": f"{n}="} for n in range(rows)])
-    message = f"has {rows} prompts, and one generation takes 4: a batch of 16 completions .* with 4 for each prompt"
-    with pytest.raises(ValueError, match=message):
-        make_trainer(CEUGRPOTrainer, train_dataset=few, steps_per_generation=2)
+def test_too_few_prompts_are_refused_with_the_numbers(make_trainer):
+    rows = datasets.Dataset.from_list([{"prompt": f"{n}="} for n in range(3)])
+    with pytest.raises(ValueError, match="has 3 prompts, and one generation takes 4: a batch of 16 completions"):
+        make_trainer(CEUGRPOTrainer, train_dataset=rows, steps_per_generation=2)
+    for given in ({}, {"environment_factory": Echo}):
+        with pytest.raises(ValueError, match="The train dataset has no rows"):
+            make_trainer(CEUGRPOTrainer, train_dataset=rows.select([]), **given)
 
 
 def test_prompts_that_a_partial_batch_drops_are_counted(make_trainer, caplog):
@@ -335,17 +272,11 @@ def test_the_choices_are_those_of_trl():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"loss_type": "ppo"}, {"importance_sampling_level": "word"}, {"scale_rewards": "x"}]
-)
-def test_a_choice_that_there_is_not_is_refused_before_the_first_step(make_trainer, settings):
-    (name,) = settings
-    with pytest.raises(ValueError, match=f"{name} is .*; use one of"):
-        make_trainer(CEUGRPOTrainer, **settings)
-
-
-@pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"loss_type": "ppo"}, "loss_type is 'ppo'; use one of grpo"),
+        ({"importance_sampling_level": "word"}, "importance_sampling_level is 'word'; use one of token"),
+        ({"scale_rewards": "x"}, "scale_rewards is 'x'; use one of group"),
         ({"epsilon": -1}, "epsilon is -1; use a number from 0"),
         ({"epsilon_high": -3.0}, "epsilon_high is -3.0; use a number from 0"),
         ({"delta": -2.0}, "delta is -2.0; use a number above 0"),
@@ -356,13 +287,10 @@ def test_a_choice_that_there_is_not_is_refused_before_the_first_step(make_traine
         ({"min_p": 3.0}, "min_p is 3.0; use a number from 0 to 1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; use a number above 0"),
         ({"chat_template_kwargs": [1]}, r"chat_template_kwargs is \[1\]; give a mapping"),
-        (
-            {"generation_kwargs": {"num_return_sequences": 2}},
-            "generation_kwargs has num_return_sequences, which num_gen",
-        ),
+        ({"generation_kwargs": {"num_return_sequences": 2}}, "generation_kwargs has num_return_sequences"),
     ],
 )
-def test_a_number_that_would_train_something_else_is_refused(make_trainer, settings, message):
+def test_a_setting_that_would_train_something_else_is_refused(make_trainer, settings, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(CEUGRPOTrainer, **settings)
 
@@ -387,7 +315,7 @@ def test_rewards_are_logged_under_the_names_of_stock(make_trainer):
     logs = []
     for trainer_class in (GRPOTrainer, CEUGRPOTrainer):
         given = list(rewards)
-        trainer = train(make_trainer, trainer_class, reward_funcs=given, max_steps=1)
+        trainer = trained(make_trainer(trainer_class, reward_funcs=given, max_steps=1))
         assert trainer.reward_funcs == given == rewards  # the user's own, for a callback to look at
         logs.append({key: value for key, value in trainer.state.log_history[0].items() if key.startswith("reward")})
     stock, ours = logs
@@ -438,12 +366,6 @@ def test_an_environment_may_own_the_prompts(make_trainer, tokenizer, rows):
     assert "Say" in trainer.describe_rows(words)[0] or "row" in trainer.describe_rows(words)[0]
 
 
-def test_an_environment_dataset_without_rows_is_refused(make_trainer):
-    with pytest.raises(ValueError, match="The train dataset has no rows"):
-        words = datasets.Dataset.from_list([{"word": "yes"}]).select([])
-        make_trainer(CEUGRPOTrainer, train_dataset=words, environment_factory=Echo)
-
-
 def test_the_model_card_cites_both_papers(make_trainer):
     trainer = make_trainer(CEUGRPOTrainer)
     trainer.create_model_card("mine")
@@ -475,7 +397,7 @@ def train_with_lag(make_trainer, trainer_class=CEUGRPOTrainer, checkpoint=None, 
     if trainer_class is GRPOTrainer and trainer.vllm_mode == "colocate":  # whose own sync does not work on a CPU
         trainer.vllm_generation.__class__ = ReloadingVLLMGeneration
     trainer.train(resume_from_checkpoint=checkpoint)
-    return trainer, [entry for entry in trainer.state.log_history if "loss" in entry]
+    return trainer, losses(trainer)
 
 
 def ages(log):
@@ -530,21 +452,24 @@ def test_a_rollout_func_that_does_not_know_the_probabilities_trains_as_stock(mak
         known = placeholder if placeholder is None else [[placeholder]] * len(prompts)
         return {"prompt_ids": tokenizer(prompts)["input_ids"], "completion_ids": ids, "logprobs": known}
 
-    stock = train(make_trainer, GRPOTrainer, rollout_func=rollout, max_steps=2)
-    ours = train(make_trainer, CEUGRPOTrainer, rollout_func=rollout, max_steps=2, ceu_coef=0.0)
+    stock = trained(make_trainer(GRPOTrainer, rollout_func=rollout, max_steps=2))
+    ours = trained(make_trainer(CEUGRPOTrainer, rollout_func=rollout, max_steps=2, ceu_coef=0.0))
     assert not any(key.startswith("rollout/ratio") for entry in ours.state.log_history for key in entry)
     assert same(stock, ours)
 
 
-def test_logs_of_several_steps_hold_the_mean_and_the_largest_age(make_trainer, engine):
-    _, log = train_with_lag(make_trainer, weight_sync_steps=4, logging_steps=4)
-    assert [entry["rollout/age_mean"] for entry in log] == [1.5, 1.5]
-    assert ages(log) == [3, 3]
-
-
-def test_rollouts_that_are_used_again_grow_older(make_trainer, engine):
-    _, log = train_with_lag(make_trainer, weight_sync_steps=3, num_iterations=2)
-    assert ages(log) == [0, 1, 2, 3, 0, 1, 2, 3]  # generated at steps 0, 2, 4 and 6; synced at 0 and 4
+@pytest.mark.parametrize(
+    ("settings", "largest"),
+    [
+        ({"weight_sync_steps": 4, "logging_steps": 4}, [3, 3]),
+        # Rollouts that are used again grow older: generated at steps 0, 2, 4 and 6, synced at 0 and 4
+        ({"weight_sync_steps": 3, "num_iterations": 2}, [0, 1, 2, 3, 0, 1, 2, 3]),
+    ],
+)
+def test_the_age_of_rollouts_is_logged(make_trainer, engine, settings, largest):
+    _, log = train_with_lag(make_trainer, **settings)
+    assert ages(log) == largest
+    assert [entry["rollout/age_mean"] for entry in log] == ([1.5, 1.5] if len(log) == 2 else largest)
 
 
 @pytest.mark.parametrize("vllm_mode", ["colocate", "server"])
@@ -592,8 +517,7 @@ def test_an_evaluation_scores_the_weights_of_its_own_step(make_trainer, engine):
     rows = datasets.Dataset.from_list([{"prompt": "1+1="}, {"prompt": "2+2="}])
     trainer = make_trainer(CEUGRPOTrainer, eval_dataset=rows, weight_sync_steps=3, **{**STALE, **settings})
     trainer.train()
-    log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert ages(log) == [0, 1, 0, 1]
+    assert ages(losses(trainer)) == [0, 1, 0, 1]
     last = trainer.vllm_generation.llm.syncs[-1]
     assert all(torch.equal(value, last[name]) for name, value in weights(trainer).items())
     evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -630,13 +554,8 @@ def test_a_lag_that_cannot_be_is_refused(settings, message):
 def test_dropping_descending_tokens_trains_on_the_others_as_stock_does(make_trainer):
     """The gradient is that of the rule with w = 0, whatever the coefficients."""
     stock = make_trainer(GRPOTrainer)
-    batch = stock._prepare_inputs([stock.train_dataset[i // 4] for i in range(8)])
-    kept = keep_log_probs(stock)
-    stock_loss = stock.compute_loss(stock.model, copy.deepcopy(batch))
-    stock_loss.backward()
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-    expected, descending = routed_gradients(stock, kept, ids, mask, torch.zeros_like)
+    batch = rollouts(stock)
+    stock_loss, expected, descending = stock_and_routed(stock, batch, torch.zeros_like)
     assert descending > 0
     for coef in (0.0, 0.5):
         ours = make_trainer(CEUGRPOTrainer, drop_descending=True, ceu_coef=coef)

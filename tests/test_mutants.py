@@ -25,7 +25,7 @@ MUTANTS = [
     ("dpo.py", "policy.anchor = references[0].log_probs if anchor is None", "policy.anchor = policy.log_probs if anchor is None", "test_dpo.py::test_the_anchor_is_the_references_probability_of_the_same_token"),
     ("dpo.py", "tokens[_first(mask.sum(dim=1), tokens.size(1))]", "tokens.flip(1)[_first(mask.sum(dim=1), tokens.size(1))]", "test_dpo.py::test_the_anchor_is_the_references_probability_of_the_same_token"),
     ("dpo.py", "self.accelerator.gather_for_metrics(scores).cpu()", "self.accelerator.gather_for_metrics(scores.flip(1)).cpu()", "test_dpo.py::test_each_held_out_pair_is_kept"),
-    ("grpo.py", "policy.scale = (-log_weight)", "policy.scale = log_weight", "test_grpo.py::test_an_anchored_rule_takes_the_place_of_trls_importance_weight"),
+    ("grpo.py", "policy.log_importance = log_weight", "policy.log_importance = -log_weight", "test_grpo.py::test_an_anchored_rule_takes_the_place_of_trls_importance_weight"),
     ("grpo.py", 'inputs["importance_sampling_ratio"].log()', "0.0", "test_grpo.py::test_an_anchored_rule_takes_the_place_of_trls_importance_weight"),
     ("fused.py", "losses = -F.logsigmoid(sign * log_odds)", "losses = -F.logsigmoid(log_odds)", "test_fused.py::test_equals_the_losses_on_logits"),
     ("stability/table.py", "for seed in sorted(seeds[0].keys() & seeds[1].keys())", "for seed in sorted(seeds[0].keys() & seeds[1].keys())[::-1][:1]", "test_stability_table.py::test_differences_are_paired_by_row_and_seed"),

@@ -4,7 +4,6 @@ import asyncio
 import collections
 import contextlib
 import functools
-import http.server
 import importlib.metadata
 import importlib.util
 import json
@@ -12,7 +11,6 @@ import math
 import os
 import subprocess
 import sys
-import threading
 from decimal import Decimal
 from fractions import Fraction
 from types import SimpleNamespace
@@ -75,9 +73,6 @@ def test_a_reward_that_cannot_be_used_is_named(function, message):
 class Judge:
     """A callable object, as users write them for a judge that keeps a connection."""
 
-    def __init__(self, later=False):
-        self.later = later
-
     def score(self, prompts, completions=(), **kwargs):
         return [1.0] * len(prompts)
 
@@ -90,10 +85,6 @@ class LaterJudge(Judge):
         return self.score(prompts)
 
 
-class OtherLaterJudge(LaterJudge):
-    pass
-
-
 async def later(prompts, weight=1.0, **kwargs):
     return [weight] * len(prompts)
 
@@ -102,7 +93,6 @@ async def later(prompts, weight=1.0, **kwargs):
     "function",
     [
         good,
-        functools.partial(good, scale=2),
         functools.partial(functools.partial(good, scale=2), shift=1),
         lambda prompts, **kwargs: [1.0] * len(prompts),
         Judge(),
@@ -111,7 +101,6 @@ async def later(prompts, weight=1.0, **kwargs):
         later,
         functools.partial(later, weight=1.0),
         LaterJudge(),
-        OtherLaterJudge(),
         functools.partial(LaterJudge(), scale=2),
     ],
 )
@@ -155,19 +144,8 @@ def test_every_finite_value_that_stock_takes_is_taken(make):
     torch.testing.assert_close(stock_rewards(checked), stock_rewards(make()), rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_good_reward_passes():
-    checked = check_rewards(good)
-    assert checked.__name__ == "good"
-    assert checked(prompts=["a", "b"], completions=["x", ""]) == [1.0, None]
-    for returned in (torch.tensor([1.0, 0.5]), numpy.array([1.0, 0.5], dtype="float32"), (1, 0.5)):
-        assert check_rewards(lambda prompts, returned=returned: returned)(prompts=["a", "b"]) == [1.0, 0.5]
-    partial = functools.partial(good, scale=2)
-    assert check_rewards(partial)(prompts=["a"], completions=["x"]) == [1.0]
-
-
 def test_the_verifier_as_a_reward():
-    prompts = ["827+695="] * 2
-    assert accuracy(prompts, ["7+5+0=12 2+9+1=12 8+6+1=15 1522", "1522"]) == [1.0, 0.0]
+    assert accuracy(["827+695="] * 2, ["7+5+0=12 2+9+1=12 8+6+1=15 1522", "1522"]) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("of_tokens", [False, True])
@@ -433,23 +411,6 @@ class TestEngine:
         assert "error: The vLLM server can't be reached at http://0.0.0.0:1" in result.stderr
         assert "Traceback" not in result.stderr
         assert not (tmp_path / "out" / "metrics.jsonl").exists()
-
-    def test_a_server_without_weight_sync_is_named_before_training(self, recipe, tmp_path):
-        class Healthy(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                body = {"/v1/models": b'{"data": [{"id": "tiny"}]}', "/health": b""}.get(self.path)
-                self.send_response(404 if body is None else 200)
-                self.end_headers()
-                self.wfile.write(body or b"")
-
-        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as server:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            port = server.server_address[1]
-            result = self.train(recipe(vllm_mode="server", vllm_server_host="127.0.0.1", vllm_server_port=port))
-            server.shutdown()
-        assert result.returncode == 2
-        assert "does not expose its development endpoints" in result.stderr
-        assert "Traceback" not in result.stderr
 
     @pytest.mark.slow
     def test_a_server_that_dies_is_named(self, model, tmp_path):
