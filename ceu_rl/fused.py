@@ -356,24 +356,14 @@ def _gather(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def lm_head_options(model: Any) -> dict[str, Any]:
-    """The `softcap` and `logit_scale` of a model's LM head, read from its config as TRL 1.16's fused head does.
-
-    Args:
-        model: A `transformers` model, or one that PEFT wraps.
-
-    Returns:
-        The keyword arguments of the same names for `fused_linear_unlearning_loss`.
-    """
+    """The `softcap` and `logit_scale` of a model's LM head for the loss above, from its config as TRL 1.16 reads it."""
     config = model.config.get_text_config()
-    scales = (getattr(config, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
-    scale = next((value for value in scales if value is not None), None)
-    divisor = getattr(config, "logits_scaling", None)
-    if scale is None and divisor is not None:
-        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor  # which multiplies by it
-    return {
-        "softcap": getattr(config, "final_logit_softcapping", None),
-        "logit_scale": 1.0 if scale is None else scale,
-    }
+    names = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    scales = {name: value for name in names if (value := getattr(config, name, None)) is not None}
+    name, scale = next(iter(scales.items()), ("logit_scale", 1.0))
+    if name == "logits_scaling" and config.model_type != "hyperclovax":  # which multiplies by it
+        scale = 1 / scale
+    return {"softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": scale}
 
 
 def _check(

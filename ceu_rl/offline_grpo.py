@@ -34,7 +34,8 @@ COLUMNS = {  # and what each has for one completion
 class OfflineGRPOTrainer(CEUGRPOTrainer):
     """`CEUGRPOTrainer` that learns from the completions and rewards of its train dataset, and generates none.
 
-    `reward_funcs` score evaluations on prompts alone, and may be left out. Where the rows have `log_probs`, TRL's
+    `reward_funcs` score evaluations on prompts alone, and may be left out. `reward_weights` begins with the weight of
+    the logged rewards. Where the rows have `log_probs`, TRL's
     importance ratios and clip are relative to them, and so is the anchor of a rule; a rule that measures against it
     takes the place of both. Where they have none, every ratio is 1.
 
@@ -52,17 +53,11 @@ class OfflineGRPOTrainer(CEUGRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         bound = inspect.signature(GRPOTrainer.__init__).bind(self, *args, **kwargs)
         given = bound.arguments
-        given["args"] = config = CEUGRPOConfig.given(given.get("args"), given["model"])
+        given["args"] = CEUGRPOConfig.given(given.get("args"), given["model"])
         self._rows: list[dict[str, Any]] = []  # those that are being answered
         _check_offline(given)
         rewards = given.get("reward_funcs") or []
         given["reward_funcs"] = [logged, *(rewards if isinstance(rewards, list) else [rewards])]
-        weights = config.reward_weights
-        if weights is not None and len(weights) != len(given["reward_funcs"]):
-            raise ValueError(
-                f"reward_weights is {weights}; give {len(given['reward_funcs'])} numbers, the first for the logged "
-                "rewards and one for each of reward_funcs."
-            )
         if isinstance(given.get("reward_processing_classes"), list):
             given["reward_processing_classes"] = [None, *given["reward_processing_classes"]]
         super().__init__(*bound.args[1:], **bound.kwargs)
@@ -229,10 +224,7 @@ def _check_offline(given: dict[str, Any]) -> None:
 def take_logged(dataset: Any, name: str, generations: int) -> Any:
     """Check the logged completions of a dataset, and put them in columns whose names TRL does not use itself.
 
-    Args:
-        dataset: A dataset; one without a column `completions` is returned as it is.
-        name: What it is called in messages, such as train.
-        generations: `num_generations`, the completions of each row.
+    A dataset without a column `completions` is returned as it is. Each row has `generations` (num_generations) of them.
 
     Raises:
         ValueError: with row and column, for completions, rewards or log-probabilities that cannot be learned from.

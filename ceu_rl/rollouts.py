@@ -110,13 +110,8 @@ def drift_by_sign(
     """How far a policy has moved from what generated its rollouts, on tokens of positive and of negative advantage.
 
     With d = log p - log p_generated of a token: its importance ratio exp(d), unclipped and whether or not the loss uses
-    it, and its mismatch |d|.
-
-    Args:
-        log_probs: (B, T), of the policy, in nats.
-        generated: (B, T), of what generated the tokens; NaN where it is not known, and the token is left out.
-        advantages: (B,) or (B, T).
-        mask: (B, T), of the tokens that count.
+    it, and its mismatch |d|. `log_probs` and `generated` (B, T) are in nats, and a token whose `generated` is NaN is
+    left out; `advantages` are (B,) or (B, T); `mask` (B, T) has the tokens that count.
 
     Returns:
         Shape (2, 3), a row for each sign: the number of tokens, and the sums of their ratios and of their mismatches.
@@ -131,12 +126,9 @@ def drift_by_sign(
 def check_rewards(function: Callable[..., Any], name: str | None = None) -> Callable[..., Any]:
     """Wrap a reward function, plain or async, so that what it raises or wrongly returns is named.
 
+    The function is what TRL takes: a function, a `partial`, a callable object; `name` is by default what TRL calls it.
     It must return one number for each completion, finite in float32, or None for "not applicable": anything that can be
     gone through, such as a list, an array, a tensor of shape (B,) or (B, 1) or a generator.
-
-    Args:
-        function: What TRL takes: a function, a `partial`, a callable object.
-        name: What to call it; by default what TRL calls it.
 
     Raises (from the wrapper):
         RolloutError: with the function, and the row and value that cannot be used.

@@ -156,14 +156,8 @@ class Toy(torch.nn.Module):
 
 def fsdp2(device: str, folder: Path) -> dict[str, Any]:
     """FSDP2 with a world of one: the gradients of the fused loss are those without it."""
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29533",
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-    }
-    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    backend, store = "nccl" if device == "cuda" else "gloo", torch.distributed.HashStore()
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     mesh = init_device_mesh(device, (1,))
     plain, sharded = Toy().to(device), Toy().to(device)
     fully_shard(sharded.head, mesh=mesh)
@@ -216,12 +210,9 @@ def unlearn(device: str, folder: Path, loss_type: str, dtype: torch.dtype, **giv
     model = build_model(tokenizer, **(M135 if device == "cuda" else SMALL)).to(dtype)
     rows = [{"prompt": f"{a}+{b}=", "completion": f" {a + b} it is"} for a in range(4) for b in range(6)]
     forget, retain = Dataset.from_list(rows[:12]), Dataset.from_list(rows[12:])
-    given = {
-        "gradient_checkpointing": False,
-        "max_steps": 3,
-        **({"rmu_layer": 1} if loss_type == "rmu" else {}),
-        **given,
-    }
+    given = {"gradient_checkpointing": False, "max_steps": 3, **given}
+    if loss_type == "rmu":
+        given["rmu_layer"] = 1
     args = UnlearnConfig(**settings(device, folder, loss_type=loss_type, **given))
     kept = None if loss_type == "grad_ascent" else retain
     return UnlearnTrainer(model, args, forget, kept, processing_class=tokenizer)
@@ -336,10 +327,8 @@ def main() -> int:
     checks: dict[str, Any] = {}
     for name in args.only:
         checks[name] = run(name, device, end - time.perf_counter())
-        print(
-            f"{name}: {checks[name]['state']} ({checks[name]['seconds']} s) {checks[name].get('reason', '')}",
-            flush=True,
-        )
+        said = f"{name}: {checks[name]['state']} ({checks[name]['seconds']} s) {checks[name].get('reason', '')}"
+        print(said, flush=True)
         write_json(args.output, {"command": command, "device": device, "checks": checks})
     return int(any(check["state"] == "failed" for check in checks.values()))
 

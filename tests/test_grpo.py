@@ -366,15 +366,6 @@ def test_an_environment_may_own_the_prompts(make_trainer, tokenizer, rows):
     assert "Say" in trainer.describe_rows(words)[0] or "row" in trainer.describe_rows(words)[0]
 
 
-def test_the_model_card_cites_both_papers(make_trainer):
-    trainer = make_trainer(CEUGRPOTrainer)
-    trainer.create_model_card("mine")
-    card = Path(trainer.args.output_dir, "README.md").read_text()
-    assert "Cite CE-U GRPO as:" in card and "trained with CE-U GRPO." in card
-    assert "@article{yang2025ceu," in card and "@article{shao2024deepseekmath," in card
-    assert "a method introduced in" not in card
-
-
 @pytest.fixture
 def engine(monkeypatch, tiny_model):
     """vLLM's place is taken by a copy of the policy that lags behind as an engine does."""

@@ -230,7 +230,7 @@ def test_what_is_evaluated_is_looked_at_too_and_what_is_cut_is_counted(make_trai
     [
         ({"use_vllm": True}, "use_vllm is True, and the train dataset brings its completions"),
         ({"off_policy_mask_threshold": 0.5}, r"off_policy_mask_threshold is 0\.5, .* no 'log_probs'"),
-        ({"reward_weights": [1.0, 1.0]}, r"reward_weights is \[1\.0, 1\.0\]; give 1 numbers"),
+        ({"reward_weights": [1.0, 1.0]}, r"reward weights \(2\) must match .* reward functions \(1\)"),
         ({"multi_objective_aggregation": "sum"}, "multi_objective_aggregation is 'sum'; use one of sum_then_normalize"),
         ({"rollout_func": print}, "rollout_func is given, and the train dataset brings its completions"),
     ],

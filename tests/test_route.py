@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import io
 import pickle
 import types
 
@@ -11,11 +10,13 @@ import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from trl import DPOTrainer, KTOConfig, KTOTrainer
+from trl import DPOTrainer, KTOTrainer
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from ceu_rl.losses import anchored_weight
 from ceu_rl.route import DescentRoute, Scored, descent_rule, route_descent
+
+from .trainers import build
 
 
 class ToyHead(torch.nn.Module):
@@ -137,11 +138,11 @@ PARAMETERS = {"constant": {"constant_weight": 0.75}}
 
 
 def response_ratio(p, anchor, kept):
-    return torch.stack([(p / anchor)[row][kept[row]].prod() for row in range(len(p))])[:, None].expand_as(p)
+    return (p / anchor).where(kept, 1).prod(dim=1, keepdim=True)
 
 
 def low(p, kept):
-    return torch.stack([p[row][kept[row]].quantile(0.1) for row in range(len(p))])[:, None].expand_as(p)
+    return torch.stack([row[each].quantile(0.1) for row, each in zip(p, kept, strict=True)])[:, None]
 
 
 @pytest.mark.parametrize("coef", [1.0, 0.4])
@@ -163,7 +164,7 @@ def test_each_rule_against_its_formula_in_float64(name, coef):
     factor = torch.where(g > 0, g * (1 - coef + coef * RULES[name](p, anchor, kept)), g) * kept
     expected = factor.unsqueeze(-1) * (torch.nn.functional.one_hot(labels.clamp(min=0), 5) - logits.softmax(-1))
     torch.testing.assert_close(toy.logits.grad, expected, rtol=1e-9, atol=1e-12)
-    assert not torch.equal(RULES[name](p, anchor, kept), torch.ones_like(p))
+    assert (RULES[name](p, anchor, kept) != 1).any()
 
 
 def test_anchored_is_the_gradient_of_a_loss_of_at_most_one_nat():
@@ -193,9 +194,8 @@ def test_a_function_of_ones_own_may_scale_both_sides():
     route_descent(toy, double)
     g, labels = torch.tensor([[1.0, -1.0, 1.0]]), torch.tensor([[0, 1, -100]])
     (toy(labels, fused_lm_head=True).log_probs * g).sum().backward()
-    expected = torch.tensor([[0.5, -2.0, 0.0]])[..., None] * (
-        torch.nn.functional.one_hot(labels.clamp(min=0), 4) - 0.25
-    )
+    one_hot = torch.nn.functional.one_hot(labels.clamp(min=0), 4)
+    expected = torch.tensor([[0.5, -2.0, 0.0]])[..., None] * (one_hot - 0.25)
     torch.testing.assert_close(toy.logits.grad, expected)
 
 
@@ -321,43 +321,23 @@ def test_coef_zero_leaves_the_gradient(tiny_model, tokenizer):
         assert torch.equal(parameter.grad, stock.get_parameter(name).grad)
 
 
-def test_a_peft_model_is_routed(tiny_model, tokenizer):
-    base = tiny_model()
-    add_fused_lm_head(base)
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
-    route = route_descent(model)
-    model(**fused_batch(model, tokenizer)).log_probs.sum().backward()
-    assert route.pop_metrics()["ceu/descending_fraction"] == 1
-
-
-def through_a_file(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
-
-
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": through_a_file,
-    "moving average": lambda model: torch.optim.swa_utils.AveragedModel(model).module,
-}
-
-
 @pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_has_its_own_weights_and_route(tiny_model, tokenizer, how, kind):
     """In its fused forwards; pickle forgets TRL's head, which is then put on again."""
-    model = tiny_model()
-    add_fused_lm_head(model)
-    if kind == "lora":
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+
+    def make(seed):
+        lora = LoraConfig(r=2, target_modules=["q_proj"])
+        return get_peft_model(tiny_model(seed), lora) if kind == "lora" else tiny_model(seed)
+
+    model, plain = make(0), make(1)
+    add_fused_lm_head(model.get_base_model() if kind == "lora" else model)
     route = route_descent(model, descent_rule("ceu", ceu_scale=2.0), 0.5)
-    other = COPIES[how](model)
-    if how in ("pickle", "torch.save"):
+    if how == "deepcopy":
+        other = copy.deepcopy(model)
+    else:
+        other = pickle.loads(pickle.dumps(model))
         add_fused_lm_head(other.get_base_model() if kind == "lora" else other)
-    plain = tiny_model(1)
-    plain = get_peft_model(plain, LoraConfig(r=2, target_modules=["q_proj"])) if kind == "lora" else plain
     other.load_state_dict(plain.state_dict())
     batch = fused_batch(model, tokenizer)
     outputs = other(**batch)
@@ -396,20 +376,9 @@ def test_it_works_under_another_trl_trainer(tiny_model, tokenizer, tmp_path):
     rows = [{"prompt": f"{a}+1=", "completion": f"{a + a % 2}", "label": a % 2 == 1} for a in range(8)]
 
     def train(**settings):
-        args = KTOConfig(
-            str(tmp_path / str(settings)),
-            max_steps=3,
-            per_device_train_batch_size=8,
-            learning_rate=1e-3,
-            logging_steps=1,
-            use_cpu=True,
-            bf16=False,
-            disable_tqdm=True,
-            save_strategy="no",
-        )
-        trainer = KTOTrainer(
-            tiny_model(1), tiny_model(0), args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
-        )
+        given = {"model": tiny_model(1), "ref_model": tiny_model(0), "train_dataset": Dataset.from_list(rows)}
+        given |= {"processing_class": tokenizer, "max_steps": 3, "learning_rate": 1e-3}
+        trainer = build(KTOTrainer, tmp_path, **given)
         route = route_descent(trainer.model, **settings)
         trainer.train()
         return trainer.model.lm_head.weight, route
