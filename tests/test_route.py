@@ -223,7 +223,7 @@ def test_where_an_anchor_is_not_known_the_weight_is_one():
         ("gate", {"gate_tau": 2}, ["gate_tau is 2"]),
         ("token_ratio", {"tnpo_beta": "1"}, ["tnpo_beta is 1"]),
         ("no_such_module.rule", {}, ["no_such_module"]),
-        ("math.tau", {}, ["'math.tau'", "no function"]),
+        ("math.tau", {}, ["'math.tau'", "a float"]),
         ("math.sqrt", {"ceu_scale": 1.0}, ["ceu_scale", "math.sqrt"]),
     ],
 )
