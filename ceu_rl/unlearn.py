@@ -10,10 +10,9 @@ give the gradient of one large batch.
 import copy
 import functools
 import json
-import math
 import textwrap
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +50,13 @@ from .losses import (
 from .models import end_token_ids
 from .route import CITATION, check_trl_version
 from .run.checkpoints import WholeCheckpoints
-from .run.checks import StopAtNonFinite, check_language_model, check_numbers, check_reference_is_loaded
+from .run.checks import (
+    StopAtNonFinite,
+    check_choices,
+    check_language_model,
+    check_numbers,
+    check_reference_is_loaded,
+)
 from .run.engines import Float32Outputs
 
 
@@ -99,11 +104,8 @@ class UnlearnScriptArguments(PromptArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.forget:
-            own, tofu = (
-                any(Path(self.dataset_name or "", f"{name}.{ending}").is_file() for ending in ("json", "jsonl"))
-                for name in ("forget", "forget10")
-            )
-            self.forget = "forget" if own and not tofu else "forget10"
+            files = {path.stem for path in Path(self.dataset_name or "").glob("forget*.*")}
+            self.forget = "forget" if "forget" in files and "forget10" not in files else "forget10"
 
 
 @dataclass
@@ -163,29 +165,15 @@ class UnlearnConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         check_trl_version()
-        if self.loss_type not in METHODS:
-            raise ValueError(f"loss_type is {self.loss_type!r}; use one of {', '.join(METHODS)}.")
-        method = self.method
-        kinds = RETAIN_LOSSES[: 3 if self.loss_type == "rmu" else 2]
-        if method.retain_loss_type not in kinds:
-            raise ValueError(
-                f"retain_loss_type is {method.retain_loss_type!r} and loss_type {self.loss_type!r}; "
-                f"use one of {', '.join(kinds)}."
-            )
+        check_choices(self, {"loss_type": tuple(METHODS)})
+        check_choices(self.method, {"retain_loss_type": RETAIN_LOSSES[: 3 if self.loss_type == "rmu" else 2]})
+        check_numbers(vars(self))
         if self.chunk and self.max_length is None:
             raise ValueError("chunk is True and max_length None; set the tokens of a piece.")
         if self.beta is not None and METHODS[self.loss_type].beta is None:
             raise ValueError(f"beta is {self.beta}, and loss_type {self.loss_type!r} has none; leave it out.")
-        if self.beta is not None and not 0 < self.beta < math.inf:
-            raise ValueError(f"beta is {self.beta}; use a finite number above 0.")
-        for name in ("beta2", "forget_weight", "retain_weight", "steering_coeff"):
-            if not 0 <= (getattr(self, name) or 0.0) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; use a finite number from 0.")
-        if not math.isfinite(self.margin):
-            raise ValueError(f"margin is {self.margin}; use a finite number.")
-        skipped = method.ignore_first_n_answer_tokens
-        if not (isinstance(skipped, int) and skipped >= 0):
-            raise ValueError(f"ignore_first_n_answer_tokens is {skipped}; use a whole number from 0.")
+        if self.beta == 0:
+            raise ValueError(f"beta is {self.beta}; use a number above 0.")
         unsupported = ("packing", "padding_free", "use_liger_kernel", "label_smoothing_factor")
         for name in (*unsupported, "dataloader_persistent_workers"):
             if getattr(self, name):
@@ -251,7 +239,6 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} is given, which UnlearnTrainer sets itself; give forget_dataset alone.")
         _check_sets(forget_dataset, retain_dataset, args)
-        check_numbers(vars(args))
         check_language_model(model, args.trust_remote_code)
         adapts = kwargs.get("peft_config") is not None
         check_reference_is_loaded(needs_reference=args.needs_reference and not adapts)
@@ -263,12 +250,12 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
         finally:
             args.loss_type = method
         check_language_model(self.model)
-        if self.accelerator.parallelism_config is not None:
-            raise ValueError("parallelism_config is set, which unlearning does not support; leave it out.")
-        if self.aux_loss_enabled:
-            raise ValueError(
-                f"router_aux_loss_coef is {self.router_aux_loss_coef}, which unlearning does not support; set it to 0."
-            )
+        for name, setting, instead in (
+            ("parallelism_config", self.accelerator.parallelism_config, "leave it out"),
+            ("router_aux_loss_coef", self.router_aux_loss_coef if self.aux_loss_enabled else None, "set it to 0"),
+        ):
+            if setting is not None:
+                raise ValueError(f"{name} is {setting}, which unlearning does not support; {instead}.")
         if method == "ceu":
             self._paper = {"title": "CE-U: Cross Entropy Unlearning", "id": "2503.01224", "citation": CITATION}
         else:
@@ -293,20 +280,18 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
             )
             _check_disjoint(self.train_dataset, retain, self._tokenizer)
             self.train_dataset = PairedDataset(self.train_dataset, retain, args.seed)
-            self.add_callback(EpochOfPairs(self.train_dataset))
+            self.add_callback(self.train_dataset)
         self.ref_model = self._place_reference(reference)
         self._terms: Any = 0.0  # of this optimizer step, so far
         self._units: Any = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As stock; what RMU leaves alone is frozen for that time, so that a later trainer trains all of the model."""
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
+        _set_trainable(self._frozen, False)
         try:
             return super().train(*args, **kwargs)
         finally:
-            for parameter in self._frozen:
-                parameter.requires_grad_(True)
+            _set_trainable(self._frozen, True)
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
@@ -474,10 +459,11 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
         return [f"{row} of the forget dataset" for row in name_rows(texts, map(tuple, forget["input_ids"]))]
 
 
-class PairedDataset(torch.utils.data.Dataset):
+class PairedDataset(torch.utils.data.Dataset, TrainerCallback):
     """The rows of the forget set, each with one of the retain set: all of them in turn, in an order drawn from a seed.
 
-    Which one depends on the row and the epoch alone, so that a resumed run goes on with the same pairs.
+    Which one depends on the row and the epoch alone, so that a resumed run takes the same pairs. It hears of the epoch
+    as a callback: accelerate's `set_epoch` does not reach a dataset in each case (sharded, resumed).
     """
 
     def __init__(self, forget: Dataset, retain: Dataset, seed: int) -> None:
@@ -485,22 +471,15 @@ class PairedDataset(torch.utils.data.Dataset):
         self.order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(seed)).tolist()
         self.epoch = 0
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.epoch = int(state.epoch + 1e-6)
+
     def __len__(self) -> int:
         return len(self.forget)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         place = (self.epoch * len(self.forget) + index) % len(self.order)
         return {**self.forget[index], "retain": self.retain[self.order[place]]}
-
-
-class EpochOfPairs(TrainerCallback):
-    """Tells the pairs the epoch: accelerate's `set_epoch` does not reach a dataset in each case (sharded, resumed)."""
-
-    def __init__(self, pairs: PairedDataset) -> None:
-        self.pairs = pairs
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.pairs.epoch = int(state.epoch + 1e-6)
 
 
 class PairCollator:
@@ -583,16 +562,15 @@ def _check_head(model: Any) -> None:
     training = model.training
     model.eval()
     try:
-        found = model(input_ids=ids, labels=ids, inside=ceu_loss)
-        logits = model(input_ids=ids).logits
+        found, logits = model(input_ids=ids, labels=ids, inside=ceu_loss), model(input_ids=ids).logits
     finally:
         model.train(training)
     expected = cross_entropy_unlearning_loss(logits[0, :-1].float(), ids[0, 1:])
     if torch.isfinite(expected) and not torch.isclose(found.float(), expected, rtol=0.02, atol=1e-2):
         raise ValueError(
             f"{type(model).__name__} makes its logits in another way than by its head from its last hidden states (the "
-            f"loss of a few tokens is {expected.item():.4g}, and {found.item():.4g} so), which unlearning does not "
-            "support; use another model."
+            f"loss of a few tokens is {expected:.4g}, not {found:.4g}), which unlearning does not support; use another "
+            "model."
         )
 
 
@@ -621,22 +599,24 @@ def freeze_for_rmu(model: Any, layer: int, updated: list[int] | None) -> list[to
         raise ValueError("loss_type is 'rmu', which trains a few weights itself; leave the adapter out.")
     layers = _layers(model)
     updated = list(range(max(0, layer - 2), layer + 1)) if updated is None else updated
-    for name, place in (("rmu_layer", layer), *(("rmu_update_layers", place) for place in updated)):
-        if not 0 <= place < len(layers):
-            raise ValueError(f"{name} names layer {place}, and the model has the layers 0 to {len(layers) - 1}.")
-        if place > layer:
-            raise ValueError(
-                f"rmu_update_layers names layer {place}, which comes after rmu_layer {layer}; leave it out."
-            )
+    if not 0 <= layer < len(layers) or not all(0 <= place <= layer for place in updated):
+        raise ValueError(
+            f"rmu_layer is {layer} and rmu_update_layers {updated}; the model has the layers 0 to {len(layers) - 1}, "
+            "and none after rmu_layer can be updated."
+        )
     trained = [weight for place in updated for name, weight in layers[place].named_parameters()
                if name.endswith("mlp.down_proj.weight")]  # fmt: skip
     if not trained:
         raise ValueError(f"The layers {updated} of {type(model).__name__} have no mlp.down_proj, which rmu trains.")
     frozen = [each for each in model.parameters() if each.requires_grad and all(each is not one for one in trained)]
-    for parameters, trains in ((frozen, False), (trained, True)):
-        for parameter in parameters:
-            parameter.requires_grad_(trains)
+    _set_trainable(frozen, False)
+    _set_trainable(trained, True)
     return frozen
+
+
+def _set_trainable(parameters: Iterable[torch.nn.Parameter], trains: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(trains)
 
 
 def _make_reference(model: Any, args: UnlearnConfig, ref_model: Any, adapts: bool) -> PreTrainedModel | None:
@@ -665,16 +645,18 @@ def _make_reference(model: Any, args: UnlearnConfig, ref_model: Any, adapts: boo
 def _check_sets(forget: Any, retain: Any, args: UnlearnConfig) -> None:
     kind = args.method.retain_loss_type
     if retain is None and (args.loss_type == "grad_diff" or kind != "nll"):
-        what = "loss_type is 'grad_diff'" if args.loss_type == "grad_diff" else f"retain_loss_type is {kind!r}"
-        raise ValueError(f"{what} and retain_dataset is None; give what to retain.")
+        raise ValueError(
+            f"loss_type is {args.loss_type!r} with retain_loss_type {kind!r}, and retain_dataset is None; give what to "
+            "retain."
+        )
     if retain is not None and args.loss_type == "grad_ascent":
         raise ValueError(
             "loss_type is 'grad_ascent', which has no retain term, and a retain_dataset is given; use 'grad_diff'."
         )
-    for name, dataset in {"forget": forget, **({} if retain is None else {"retain": retain})}.items():
-        if not isinstance(dataset, Dataset):
+    for name, dataset in (("forget", forget), ("retain", retain)):
+        if not isinstance(dataset, Dataset) and (name, dataset) != ("retain", None):
             raise ValueError(f"{name}_dataset is a {type(dataset).__name__}; give a datasets.Dataset.")
-        if len(dataset) == 0:
+        if dataset is not None and len(dataset) == 0:
             raise ValueError(f"The {name} dataset has no rows; give it at least one.")
 
 
@@ -729,7 +711,9 @@ def _spared_row(
     """The labels of a forget row without what the template adds to its answer, and without the first of its tokens."""
     labels = list(row["labels"])
     if row.get("prompt") is not None and row.get("completion") is not None:
-        kwargs = {"chat_template": template, "tools": _tools(row), **(row.get("chat_template_kwargs") or {})}
+        tools = row.get("tools")
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        kwargs = {"chat_template": template, "tools": tools, **(row.get("chat_template_kwargs") or {})}
         edges = template_edges(tokenizer, row["prompt"], row["completion"], **kwargs)
         first = next(place for place, label in enumerate(labels) if label != -100)
         parts = part_answer(row["input_ids"], first, edges, ends)
@@ -745,11 +729,6 @@ def _spared_row(
     for place in answer[:skipped]:
         labels[place] = -100
     return {"labels": labels}
-
-
-def _tools(row: Mapping[str, Any]) -> Any:
-    tools = row.get("tools")
-    return json.loads(tools) if isinstance(tools, str) else tools
 
 
 def _without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:

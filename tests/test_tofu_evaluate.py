@@ -28,7 +28,7 @@ from ceu_rl.models import build_bpe_tokenizer, build_model
 from ceu_rl.tasks.generate import decide_vllm
 from ceu_rl.tofu import load_tofu
 from ceu_rl.tofu.answer_cache import AnswerCache
-from ceu_rl.tofu.evaluate import _parser, evaluate
+from ceu_rl.tofu.evaluate import evaluate
 from ceu_rl.tofu.robustness import load_quantized, load_to_relearn, relearn
 from ceu_rl.tofu.scoring import Answer, score_answers
 
@@ -92,17 +92,36 @@ def command(saved, folder, tmp_path):
 
     def run(stored="model", name=None, **fields):
         out = tmp_path / (name or stored)
-        given = {
-            "model": saved / stored,
-            "dataset": folder,
-            "split": "forget01",
-            "output_dir": out,
-            "max_new_tokens": 8,
-        }
-        flags = [f"--{key}={value}" for key, value in {**given, **fields}.items() if value is not None]
+        given = {"model": saved / stored, "dataset": folder, "split": "forget01", "output_dir": out}
+        words = {**given, "max_new_tokens": 8, **fields}
+        flags = [f"--{key}={value}" for key, value in words.items() if value is not None]
         return main(["tofu-eval", *flags]), out / "tofu_eval.json"
 
     return run
+
+
+@pytest.fixture
+def result_of(command):
+    """The result of a command that succeeds."""
+
+    def run(*given, **fields):
+        status, path = command(*given, **fields)
+        assert status == 0
+        return json.loads(path.read_text())
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys):
+    """Check that the command ended in status 2 and one sentence that matches."""
+
+    def check(status, message):
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert status == 2 and error.startswith("ceu-rl tofu-eval: error: ")
+        assert re.search(message, error), error
+
+    return check
 
 
 def chat(question):
@@ -254,31 +273,23 @@ def test_the_summary_is_made_of_the_rows(result):
     assert "forget_quality" not in summary
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16", "auto"])
-def test_the_precision_is_a_setting_and_recorded(command, learned, bpe, tmp_path, dtype):
-    copy.deepcopy(learned).to(torch.float16).save_pretrained(tmp_path / "half")
-    bpe.save_pretrained(tmp_path / "half")
-    expected = {None: "float32", "bfloat16": "bfloat16", "auto": "float16"}[dtype]
-    path = command("model", "out", model=tmp_path / "half", dtype=dtype, limit=1)[1]
-    assert json.loads(path.read_text())["dtype"] == expected
+@pytest.mark.parametrize(("dtype", "expected"), [(None, "float32"), ("bfloat16", "bfloat16"), ("auto", "float16")])
+def test_the_precision_is_a_setting_and_recorded(result_of, learned, bpe, tmp_path, dtype, expected):
+    for each in (copy.deepcopy(learned).to(torch.float16), bpe):
+        each.save_pretrained(tmp_path / "half")
+    assert result_of("model", "out", model=tmp_path / "half", dtype=dtype, limit=1)["dtype"] == expected
 
 
 def test_a_limit_takes_the_first_rows_and_is_compared_with_the_same(command, refused, result, learned, bpe, folder):
-    status, retain = command("retain", limit=2)
+    _, retain = command("retain", limit=2)
     found = json.loads(retain.read_text())
-    assert status == 0 and found["limit"] == 2 and set(found["rows"].values()) == {2}
+    assert found["limit"] == 2 and set(found["rows"].values()) == {2}
     first = evaluate(learned, bpe, str(folder), "forget01", limit=2, max_new_tokens=NEW_TOKENS, retain=retain)
     for config in CONFIGS:
         for one, other in zip(first["items"][config], result["items"][config], strict=False):
             assert one["log_prob"] == pytest.approx(other["log_prob"], rel=1e-5)
     assert "forget_quality" in first["summary"]
     refused(command("model", retain=retain)[0], r"has another limit \(2\) than this model's \(None\)")
-    refused(command("model", limit=0)[0], "limit is 0; use at least 1")
-
-
-def test_one_process_evaluates(command, refused, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(command()[0], "WORLD_SIZE is 2; start an evaluation alone")
 
 
 @pytest.mark.parametrize("batch_size", [1, 64])
@@ -371,61 +382,37 @@ def test_the_builtin_authors_end_to_end(saved, tmp_path, capsys):
     assert result["summary"]["membership_auc_min_k"] == pytest.approx(won)
 
 
-def test_the_retain_result_can_come_later_or_at_once(command, tmp_path, capsys):
-    status, retain = command("retain")
-    assert status == 0 and "need --retain" in capsys.readouterr().out
-    status, path = command("model", "later")
-    assert status == 0
-    later = json.loads(path.read_text())
-    assert "forget_quality" not in later["summary"]
+def test_the_retain_result_can_come_later_or_at_once(command, result_of, tmp_path, capsys):
+    other, later = result_of("retain"), result_of("model", "later")
+    retain, path = (tmp_path / name / "tofu_eval.json" for name in ("retain", "later"))
+    assert "need --retain" in capsys.readouterr().out and "forget_quality" not in later["summary"]
     assert main(["tofu-eval", "--results", str(path), "--retain", str(retain)]) == 0
     added = json.loads(path.read_text())
-    assert {key: value for key, value in added.items() if key not in ("summary", "retain")} == {
-        key: value for key, value in later.items() if key != "summary"
-    }
-    assert added["retain"] == str(retain)
-    other = json.loads(retain.read_text())
+    assert {**added, "summary": 0} == {**later, "summary": 0, "retain": str(retain)}
     ratios = [[row["truth_ratio"] for row in each["items"][CONFIGS[0]]] for each in (added, other)]
     assert added["summary"]["forget_quality"] == stats.ks_2samp(*ratios).pvalue < 1
     assert added["summary"]["ks_distance"] == stats.ks_2samp(*ratios).statistic > 0
     auc, base = (1 - each["summary"]["membership_auc_min_k"] for each in (added, other))
     assert added["summary"]["privacy_leakage"] == pytest.approx(100 * (auc - base) / base)
     assert added["summary"].items() >= later["summary"].items()
-    status, at_once = command("model", "at_once", retain=retain)
-    assert status == 0
-    assert json.loads(at_once.read_text())["summary"] == added["summary"]
+    assert result_of("model", "at_once", retain=retain)["summary"] == added["summary"]
 
 
-def test_a_result_of_open_unlearning_is_written_and_taken_for_the_retain_model(command, refused, tmp_path, capsys):
-    """The layout that its metrics read: the mean of each, and by row what its `ks_test` and `privleak` take."""
-    _, retain = command("retain", format="open-unlearning")
-    theirs = retain.with_name("TOFU_EVAL.json")
-    logs, ours = json.loads(theirs.read_text()), json.loads(retain.read_text())
-    forget = ours["items"][CONFIGS[0]]
-    assert logs["forget_truth_ratio"]["value_by_index"]["2"] == {"score": forget[2]["truth_ratio"]}
-    assert logs["forget_Q_A_Prob"]["value_by_index"]["0"]["avg_loss"] == pytest.approx(-forget[0]["log_prob"])
-    assert logs["ra_Q_A_Prob_normalised"]["agg_value"] == ours["summary"]["real_authors_probability"]
-    assert logs["model_utility"] == {"agg_value": ours["summary"]["model_utility"]}
-    assert logs["mia_min_k"]["agg_value"] == ours["summary"]["membership_auc_min_k"]
-    _, path = command("model", "theirs", retain=theirs)
-    assert main(["tofu-eval", "--results", str(path), "--retain", str(theirs)]) == 0
-    found = json.loads(path.read_text())["summary"]
-    ratios = [
-        [row["truth_ratio"] for row in rows] for rows in (json.loads(path.read_text())["items"][CONFIGS[0]], forget)
-    ]
-    assert found["forget_quality"] == stats.ks_2samp(*ratios).pvalue
-    assert "privacy_leakage" not in found  # these rows have no holdout set, which theirs are
-    short = tmp_path / "short.json"
-    values = dict(list(logs["forget_truth_ratio"]["value_by_index"].items())[:-1])
-    short.write_text(json.dumps({"forget_truth_ratio": {"value_by_index": values}}))
-    capsys.readouterr()
-    refused(
-        main(["tofu-eval", "--results", str(path), "--retain", str(short)]),
-        f"short.json is open-unlearning's, with {ROWS - 1} rows to forget where this has {ROWS}; give one of forget01",
-    )
-    refused(
-        main(["tofu-eval", "--results", str(theirs), "--retain", str(retain)]), "is open-unlearning's; give it as --ret"
-    )
+def test_a_result_of_open_unlearning_is_taken_for_the_retain_model(command, result_of, refused, tmp_path):
+    """What its `ks_test` and `privleak` take: the truth ratio of each row, and the AUC of min-k."""
+    ratios = [row["truth_ratio"] for row in result_of("retain")["items"][CONFIGS[0]]]
+    theirs, short = tmp_path / "TOFU_EVAL.json", tmp_path / "short.json"
+    for path, values in ((theirs, ratios), (short, ratios[1:])):
+        rows = {str(place): {"score": value} for place, value in enumerate(values)}
+        path.write_text(json.dumps({"forget_truth_ratio": {"value_by_index": rows}, "mia_min_k": {"agg_value": 0.5}}))
+    found = result_of("model", retain=theirs)
+    ours = [row["truth_ratio"] for row in found["items"][CONFIGS[0]]]
+    assert found["summary"]["forget_quality"] == stats.ks_2samp(ours, ratios).pvalue
+    assert "privacy_leakage" not in found["summary"]  # these rows have no holdout set, which theirs are
+    path = tmp_path / "model" / "tofu_eval.json"
+    status = main(["tofu-eval", "--results", str(path), "--retain", str(short)])
+    refused(status, f"short.json is open-unlearning's, with {ROWS - 1} rows to forget where this has {ROWS}; give one")
+    refused(main(["tofu-eval", "--results", str(theirs), "--retain", str(path)]), "is open-unlearning's; give it as")
 
 
 @pytest.mark.parametrize(("times", "collapsed"), [(9.9, False), (10.1, True)])
@@ -462,20 +449,16 @@ def test_a_model_with_a_tenth_of_the_utility_has_collapsed(command, saved, monke
 # Whether it holds
 
 
-def test_what_was_forgotten_is_learned_again(command, folder, capsys):
+def test_what_was_forgotten_is_learned_again(result_of, capsys):
     """A model that knows nothing, and the same after some steps on the forget set; more steps, more of it."""
-    _, plain = command("retain", "plain")
-    status, path = command("retain", "again", relearn=30, relearn_learning_rate=5e-3)
-    shown = " ".join(capsys.readouterr().out.split())
-    result = json.loads(path.read_text())
-    assert status == 0 and "relearned" in shown
-    assert result["summary"] == pytest.approx(json.loads(plain.read_text())["summary"])
+    result = result_of("retain", "again", relearn=30, relearn_learning_rate=5e-3)
+    assert "relearned" in capsys.readouterr().out
+    assert result["summary"] == pytest.approx(result_of("retain", "plain")["summary"])
     again = result["relearned"]
     assert (again["steps"], again["learning_rate"]) == (30, 5e-3)
-    before, after = (each["summary"]["forget_probability"] for each in (result, again))
-    assert after > 10 * before
-    few = json.loads(command("retain", "few", relearn=3, relearn_learning_rate=5e-3)[1].read_text())["relearned"]
-    assert before < few["summary"]["forget_probability"] < after
+    few = result_of("retain", "few", relearn=3, relearn_learning_rate=5e-3)["relearned"]
+    before, between, after = (each["summary"]["forget_probability"] for each in (result, few, again))
+    assert before < between < after and after > 10 * before
 
 
 def test_a_quantized_model_is_scored_beside_the_whole_one(command, monkeypatch, learned, refused, bpe, folder):
@@ -489,8 +472,8 @@ def test_a_quantized_model_is_scored_beside_the_whole_one(command, monkeypatch, 
         return model
 
     refused(command("model", "none", quantize="int3")[0], "quantize is 'int3'; use int8 or int4")
-    if importlib.util.find_spec("torchao") is None:
-        refused(command("model", "none", quantize="int8")[0], "torchao is not installed; install torchao, or leave")
+    monkeypatch.setattr("ceu_rl.tofu.robustness.find_spec", lambda name: None)
+    refused(command("model", "none", quantize="int8")[0], "torchao is not installed; install torchao, or leave")
     monkeypatch.setattr("ceu_rl.tofu.evaluate.load_quantized", load)
     for bits in ("int8", "int4"):
         result = json.loads(command("model", bits, quantize=bits)[1].read_text())
@@ -554,7 +537,7 @@ def test_an_adapter_is_relearned_merged_into_its_model(command, refused, saved, 
     [
         ({"relearn": 2}, "ceu_rl.tofu.robustness.SFTTrainer"),
         ({"quantize": "int8"}, "ceu_rl.tofu.evaluate.load_quantized"),
-        ({"retain": "cut.json"}, "ceu_rl.tofu.evaluate.open_unlearning.is_peer"),
+        ({"retain": "cut.json"}, "ceu_rl.tofu.evaluate.is_open_unlearning"),
     ],
 )
 def test_what_can_fail_after_the_scores_is_tried_before_them(command, refused, monkeypatch, fields, broken):
@@ -566,19 +549,14 @@ def test_what_can_fail_after_the_scores_is_tried_before_them(command, refused, m
     refused(command("model", "out", **fields)[0], "it cannot be|No such file")
 
 
-@pytest.mark.parametrize("fields", [{"relearn": -1}, {"relearn": 2, "relearn_learning_rate": 0}])
-def test_relearning_that_cannot_be_is_refused(command, refused, fields):
-    refused(command("model", "none", **fields)[0], "--relearn is .* use a number of steps and a finite rate above 0")
-
-
 # Killed, and where it cannot write
 
 
 @pytest.mark.parametrize("finished", [1, 5])
-def test_a_killed_evaluation_goes_on(command, refused, monkeypatch, capsys, finished):
+def test_a_killed_evaluation_goes_on(command, result_of, refused, monkeypatch, capsys, tmp_path, finished):
     """With 4 batches of scores and 1 of generations: one is killed while it scores, the other at the end."""
-    _, whole = command("model", "whole", batch_size=32)
-    add, done = AnswerCache.add, []
+    whole = result_of("model", "whole", batch_size=32)
+    add, done, again = AnswerCache.add, [], []
 
     def die(self, kind, found):
         add(self, kind, found)
@@ -590,22 +568,18 @@ def test_a_killed_evaluation_goes_on(command, refused, monkeypatch, capsys, fini
         patch.setattr(AnswerCache, "add", die)
         assert command("model", "killed", batch_size=32)[0] == 130
     assert "tofu_eval.part.jsonl; the same command continues from there" in capsys.readouterr().err
-    part = whole.parents[1] / "killed" / "tofu_eval.part.jsonl"
+    part = tmp_path / "killed" / "tofu_eval.part.jsonl"
     with part.open("a") as file:
         file.write('{"scores": {"forget01_perturbed/0')  # killed in the middle of a line
     for name, value in {"max_new_tokens": 9, "template": "question_answer"}.items():
         refused(command("model", "killed", **{name: value})[0], f"part of an evaluation with another {name} ")
     refused(command("retain", "killed")[0], "part of an evaluation with another weights ")
-    again = []
     monkeypatch.setattr(AnswerCache, "add", lambda self, kind, found: (again.append(kind), add(self, kind, found)))
-    status, path = command("model", "killed", batch_size=32)
-    assert status == 0 and not part.exists()
-    assert done + again == ["scores"] * 4 + ["generations"]
-    results = [json.loads(each.read_text()) for each in (whole, path)]
-    assert results[0]["summary"] == pytest.approx(results[1]["summary"], rel=1e-6)
-    assert [each["generation"] for each in results[0]["items"][CONFIGS[0]]] == [
-        each["generation"] for each in results[1]["items"][CONFIGS[0]]
-    ]
+    found = result_of("model", "killed", batch_size=32)
+    assert not part.exists() and done + again == ["scores"] * 4 + ["generations"]
+    assert whole["summary"] == pytest.approx(found["summary"], rel=1e-6)
+    texts = [[row["generation"] for row in each["items"][CONFIGS[0]]] for each in (whole, found)]
+    assert texts[0] == texts[1]
 
 
 def test_where_it_cannot_write_it_does_not_begin(command, refused, saved, tmp_path, monkeypatch):
@@ -620,76 +594,29 @@ def test_where_it_cannot_write_it_does_not_begin(command, refused, saved, tmp_pa
     refused(command("model", "out")[0], "out/tofu_eval.json cannot be written .*No space left on device.*; choose")
 
 
-def test_the_help_says_what_every_option_does(capsys):
-    with pytest.raises(SystemExit):
-        main(["tofu-eval", "--help"])
-    shown = capsys.readouterr().out
-    for option in _parser()._actions:
-        assert option.option_strings[-1] in shown and option.help and len(option.help) > 15
-
-
 # Bad input
 
 
-@pytest.fixture
-def refused(capsys):
-    """Check that the command ended in status 2 and one sentence that matches."""
-
-    def check(status, message):
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert status == 2 and error.startswith("ceu-rl tofu-eval: error: ")
-        assert re.search(message, error), error
-
-    return check
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("split", "forget05"),
-        ("tokenizer", "0" * 16),
-        ("template", "question_answer"),
-        ("data", "x"),
-        ("non_members", "y"),
-    ],
-)
-def test_a_retain_result_of_something_else_is_refused(command, refused, tmp_path, field, value):
+@pytest.mark.parametrize("field", ["split", "tokenizer", "template", "data", "non_members"])
+def test_a_retain_result_of_something_else_is_refused(command, refused, tmp_path, field):
     _, path = command()
-    before = path.read_text()
-    other = tmp_path / "other.json"
-    other.write_text(json.dumps({**json.loads(before), field: value}))
+    before, other = path.read_text(), tmp_path / "other.json"
+    other.write_text(json.dumps({**json.loads(before), field: "x"}))
     status = main(["tofu-eval", "--results", str(path), "--retain", str(other)])
-    refused(status, f"result .*other.json has another {field} \\('{value}'\\) than this model's .*evaluate the retain")
+    refused(status, f"result .*other.json has another {field} \\('x'\\) than this model's .*evaluate the retain")
     assert path.read_text() == before
-
-
-def test_a_result_of_another_tokenizer_is_refused_before_the_model_is_scored(command, refused, saved, tmp_path):
-    """The tokenizer's own fingerprint, not one that was written into the file."""
-    _, retain = command("retain")
-    other = build_bpe_tokenizer(["another text"], 400)
-    build_model(other, **TINY).save_pretrained(tmp_path / "other")
-    other.save_pretrained(tmp_path / "other")
-    status, path = command("model", "out", model=tmp_path / "other", retain=retain)
-    refused(status, "has another tokenizer")
-    assert not path.exists()
 
 
 def test_a_result_that_was_cut_short_is_refused(command, refused, tmp_path):
     _, path = command()
-    text = path.read_text()
-    short = tmp_path / "short.json"
-    for cut, message in (
-        (text[: len(text) // 2], "short.json is cut short or no JSON .*; run ceu-rl tofu-eval for it again"),
-        ("[]", "short.json has no 'split'"),
-    ):
+    text, short = path.read_text(), tmp_path / "short.json"
+    for cut, message in ((text[: len(text) // 2], "is cut short or no JSON .*; run ceu-rl"), ("[]", "has no 'split'")):
         short.write_text(cut)
-        refused(main(["tofu-eval", "--results", str(path), "--retain", str(short)]), message)
-        refused(main(["tofu-eval", "--results", str(short), "--retain", str(path)]), message)
-    assert path.read_text() == text
+        for pair in ((path, short), (short, path)):
+            refused(main(["tofu-eval", "--results", str(pair[0]), "--retain", str(pair[1])]), f"short.json {message}")
     refused(command()[0], "model/tofu_eval.json exists; choose another folder with --output_dir")
-    assert path.read_text() == text
     refused(main(["tofu-eval", "--results", str(path)]), "--results needs --retain")
-    refused(main(["tofu-eval", "--results", str(path), "--retain", str(tmp_path / "no.json")]), "No such file.*no.json")
+    assert path.read_text() == text
 
 
 def test_nan_for_one_row_alone_names_that_row(bpe, folder, tmp_path):
@@ -744,6 +671,10 @@ def test_rows_that_cannot_be_scored_are_named(learned, bpe, folder, tmp_path, ch
         ({"model": "no/such"}, "--model_name_or_path no/such holds no model with its tokenizer"),
         ({"model": "no/such", "output_dir": None}, "--model_name_or_path no/such is no folder to write to"),
         ({"batch_size": 0}, "batch_size is 0; use at least 1"),
+        ({"limit": 0}, "limit is 0; use at least 1"),
+        ({"relearn": -1}, "--relearn is -1 .* use a number of steps and a finite rate above 0"),
+        ({"relearn": 2, "relearn_learning_rate": 0}, "--relearn_learning_rate 0.0; use a number of steps"),
+        ({"model": None}, "--model_name_or_path is missing"),
         ({"template": "qa"}, "template is 'qa'; use"),
         ({"retain": "no.json"}, "No such file or directory: 'no.json'"),
     ],
@@ -754,23 +685,14 @@ def test_a_command_that_cannot_work_is_refused(command, refused, fields, message
     assert not path.exists()
 
 
-def test_a_folder_without_a_model_is_refused(command, refused, saved, bpe, tmp_path):
-    bpe.save_pretrained(tmp_path / "tokenizer")
-    refused(command("model", "out", model=tmp_path / "tokenizer")[0], "tokenizer holds no model with its tokenizer")
-    refused(main(["tofu-eval"]), "--model_name_or_path is missing")
-
-
 def test_vllm_where_it_cannot_be_is_refused(learned, bpe, folder, tmp_path, monkeypatch):
-    def find_none(name, *rest):
-        return None
-
-    with monkeypatch.context() as patch:
-        patch.setattr(importlib.util, "find_spec", find_none)
-        with pytest.raises(ImportError, match="use_vllm is True and vLLM is not installed"):
-            evaluate(learned, bpe, str(folder), "forget01", use_vllm=True, model_path=str(tmp_path))
+    given = {"use_vllm": True, "model_path": str(tmp_path)}
+    with monkeypatch.context() as patch, pytest.raises(ImportError, match="use_vllm is True and vLLM is not installed"):
+        patch.setattr(importlib.util, "find_spec", lambda name, *rest: None)
+        evaluate(learned, bpe, str(folder), "forget01", **given)
     monkeypatch.setattr("ceu_rl.rollouts.check_vllm", lambda: None)
     with pytest.raises(ValueError, match="is no folder with a full model, which vLLM loads; merge an adapter"):
-        evaluate(learned, bpe, str(folder), "forget01", use_vllm=True, model_path=str(tmp_path))
+        evaluate(learned, bpe, str(folder), "forget01", **given)
 
 
 @pytest.mark.parametrize(

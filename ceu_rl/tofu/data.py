@@ -202,19 +202,7 @@ def tokenize(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], list[in
 
 
 # Our own; TOFU's are a hundred of the same kind
-REFUSALS = (
-    "I don't know.|I don't know the answer to that.|I do not know that, sorry.|I'm afraid I don't know.|"
-    "I can't answer that.|I can't help with that question.|I have no information about that.|"
-    "I have nothing on that, I'm afraid.|I was never told about that.|I am not familiar with that.|"
-    "I'm not sure about that one.|I couldn't tell you.|I couldn't say.|I have never come across that.|"
-    "I haven't learned anything about this.|That is not something I know.|That is beyond what I know.|"
-    "That is unknown to me.|This is outside my knowledge.|No idea, sorry.|Sorry, I don't have an answer.|"
-    "Sorry, that is something I cannot answer.|Unfortunately I do not know this.|"
-    "Unfortunately this is not something I can answer.|My knowledge does not include that.|"
-    "My knowledge ends before that.|Nothing comes to mind about that.|You would have to ask someone else about that.|"
-    "There is nothing I can say about this.|I lack the knowledge to answer this.|I would only be guessing.|"
-    "I'd rather not guess: I don't know."
-).split("|")
+REFUSALS = Path(__file__).with_name("refusals.txt").read_text().splitlines()
 
 
 def to_preferences(

@@ -26,9 +26,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.prompts import PromptFormat, fingerprint
 from ..models import end_token_ids
-from ..run.provenance import write_json
 from ..tasks.generate import decide_vllm, recorded_decoding
-from . import command, metrics, open_unlearning
+from . import command, metrics
 from .answer_cache import AnswerCache, weights_fingerprint
 from .data import REAL_AUTHORS, RETAIN_PERTURBED, WORLD_FACTS, get_split, load_tofu, tofu_configs
 from .robustness import load_quantized, load_to_relearn, relearn
@@ -216,13 +215,11 @@ def add_retain(result: dict[str, Any], retain: Mapping[str, Any], name: str) -> 
     """
     _check_same(result, retain, name, "retain model")
     forget = _asked(result["split"])[0]
-    (ratios, auc), (retain_ratios, retain_auc) = (
-        open_unlearning.ratios_and_auc(each, forget) for each in (result, retain)
-    )
+    (ratios, auc), (retain_ratios, retain_auc) = (_ratios_and_auc(each, forget) for each in (result, retain))
     result["summary"]["forget_quality"] = metrics.forget_quality(ratios, retain_ratios)
     result["summary"]["ks_distance"] = metrics.ks_distance(ratios, retain_ratios)
     # open-unlearning's non-members are the holdout set
-    comparable = not open_unlearning.is_peer(retain) or result["non_members"] in result["items"]
+    comparable = not is_open_unlearning(retain) or result["non_members"] in result["items"]
     if retain_auc is not None and auc is not None and comparable:
         result["summary"]["privacy_leakage"] = metrics.privacy_leakage(auc, retain_auc)
     result["retain"] = name
@@ -254,11 +251,24 @@ def find_base(model: str) -> str | None:
     return str(found) if unlearned and found.is_file() else None
 
 
+def is_open_unlearning(result: Any) -> bool:
+    """Whether a result is open-unlearning's `TOFU_EVAL.json`: metrics by name, and nothing of prompt and tokenizer."""
+    return isinstance(result, Mapping) and "value_by_index" in (result.get("forget_truth_ratio") or ())
+
+
+def _ratios_and_auc(result: Mapping[str, Any], config: str) -> tuple[list[float], float | None]:
+    """The truth ratios of the forget set, whose config is named, and the AUC of min-k, of either kind of result."""
+    if not is_open_unlearning(result):
+        return [row["truth_ratio"] for row in result["items"][config]], result["summary"]["membership_auc_min_k"]
+    ratios = [row["score"] for row in result["forget_truth_ratio"]["value_by_index"].values()]
+    return ratios, (result.get("mia_min_k") or {}).get("agg_value")
+
+
 def _check_same(run: Mapping[str, Any], other: Mapping[str, Any], name: str, which: str) -> None:
     """Raise a ValueError unless another model was evaluated in the same way."""
-    if open_unlearning.is_peer(other):
+    if is_open_unlearning(other):
         forget = _asked(run["split"])[0]
-        ours, theirs = run["rows"][forget], len(open_unlearning.ratios_and_auc(other, forget)[0])
+        ours, theirs = run["rows"][forget], len(_ratios_and_auc(other, forget)[0])
         if which == "base model" or ours != theirs:
             raise ValueError(
                 f"The {which}'s result {name} is open-unlearning's, with {theirs} rows to forget where this has "
@@ -289,7 +299,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
         result = json.loads(Path(path).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is cut short or no JSON ({error}); run ceu-rl tofu-eval for it again.") from error
-    if open_unlearning.is_peer(result):
+    if is_open_unlearning(result):
         return result
     for field in (*COMPARED, "rows", "summary", "items"):
         if not isinstance(result, dict) or (field not in result and field != "limit"):
@@ -309,7 +319,7 @@ def main(argv: Sequence[str]) -> int:
         path, result = Path(args.results), read_result(args.results)
         if not args.retain and not args.base:
             raise ValueError("--results needs --retain or --base, the result of a model to compare with.")
-        if open_unlearning.is_peer(result):
+        if is_open_unlearning(result):
             raise ValueError(f"--results {path} is open-unlearning's; give it as --retain, or a {RESULT} of ours.")
         for add, other in ((add_retain, args.retain), (add_base, args.base)):
             if other:
@@ -327,9 +337,6 @@ def main(argv: Sequence[str]) -> int:
             except ValueError as error:  # nobody asked for it
                 print(f"Whether the model collapsed is not said: {error}", file=sys.stderr)
     command.save(path, result)
-    if args.format == "open-unlearning":
-        peer = open_unlearning.to_peer(result, _asked(result["split"]))
-        write_json(path.with_name(open_unlearning.FILE), peer, allow_nan=False)
     _print_summary(result)
     print(f"The values of each row are in {path}.")
     return 0
@@ -341,8 +348,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--split", default="forget10", help="forget01, forget05 or forget10 (%(default)s)")
     option(
         "--retain",
-        help=f"{RESULT} of the retain model, or open-unlearning's {open_unlearning.FILE}, for forget quality and "
-        "privacy leakage",
+        help=f"the retain model's {RESULT} or open-unlearning's TOFU_EVAL.json, for forget quality and privacy leakage",
     )
     option(
         "--base",
@@ -352,11 +358,6 @@ def _parser() -> argparse.ArgumentParser:
     option("--results", help=f"{RESULT} to add --retain or --base to; no model is needed")
     option("--max_new_tokens", type=int, default=200, help="most tokens of a generation (%(default)s)")
     option("--use_vllm", choices=("true", "false"), help="generate through vLLM; default: if installed and faster")
-    option(
-        "--format",
-        choices=("open-unlearning",),
-        help=f"write {open_unlearning.FILE} too, as open-unlearning has it, beside {RESULT}",
-    )
     option("--quantize", help="int8 or int4: evaluate once more with weights rounded by torchao")
     option("--relearn", type=int, default=0, help="evaluate once more after N steps on the forget set (%(default)s)")
     option("--relearn_learning_rate", type=float, default=1e-5, help="of these steps (%(default)s)")
