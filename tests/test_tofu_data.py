@@ -135,23 +135,13 @@ def test_a_folder_of_forget_and_retain_works_as_it_stands(tmp_path):
 
 
 def test_both_templates(bpe):
-    chat, plain = (to_prompt_completion(Dataset.from_list(ROWS), bpe, name) for name in ("chat", "question_answer"))
-    assert chat[0] == {
-        "prompt": [{"role": "user", "content": ROWS[0]["question"]}],
-        "completion": [{"role": "assistant", "content": ROWS[0]["answer"]}],
-    }
-    assert plain[0] == {"prompt": "Question: Who are you?\nAnswer:", "completion": " I am Zoë Ödegård."}
-
-
-def test_the_chat_template_of_the_tokenizer_decides(bpe):
-    plain = build_bpe_tokenizer(["abc"])
-    plain.chat_template = None
-    assert isinstance(to_prompt_completion(Dataset.from_list(ROWS), bpe)[0]["prompt"], list)
-    assert isinstance(to_prompt_completion(Dataset.from_list(ROWS), plain)[0]["prompt"], str)
-    with pytest.raises(ValueError, match="the tokenizer has no chat template; use 'question_answer'"):
-        to_prompt_completion(Dataset.from_list(ROWS), plain, "chat")
-    with pytest.raises(ValueError, match="template is 'qa'; use"):
-        to_prompt_completion(Dataset.from_list(ROWS), plain, "qa")
+    chat, plain = (to_prompt_completion(Dataset.from_list(ROWS), bpe, name)[0] for name in (None, "question_answer"))
+    assert chat["prompt"] == [{"role": "user", "content": ROWS[0]["question"]}]
+    assert chat["completion"] == [{"role": "assistant", "content": ROWS[0]["answer"]}]
+    assert plain == {"prompt": "Question: Who are you?\nAnswer:", "completion": " I am Zoë Ödegård."}
+    bare = build_bpe_tokenizer(["abc"])
+    bare.chat_template = None
+    assert isinstance(to_prompt_completion(Dataset.from_list(ROWS), bare)[0]["prompt"], str)
 
 
 @pytest.mark.parametrize("template", ["chat", "question_answer"])
@@ -188,19 +178,13 @@ def test_a_template_that_swallows_the_answer_is_refused(swallowing):
 def test_empty_texts_are_refused(bpe, column, empty):
     with pytest.raises(ValueError, match=f"The {column} of row 1 is empty"):
         to_prompt_completion(Dataset.from_list([ROWS[0], {**ROWS[1], column: empty}]), bpe)
-
-
-def test_no_rows_are_refused(bpe):
     with pytest.raises(ValueError, match="has no rows"):
         to_prompt_completion(Dataset.from_list([]), bpe)
 
 
 def test_a_column_beside_question_and_answer_is_read_or_named(bpe):
-    ask(
-        {"train": Dataset.from_list([{**ROWS[0], "context": "are you?", "system": None, "id": "a b"}])},
-        bpe,
-        PromptFormat(),
-    )
+    read = Dataset.from_list([{**ROWS[0], "context": "are you?", "system": None, "id": "a b"}])
+    ask({"train": read}, bpe, PromptFormat())
     for column in ("context", "system", "instruction", "history"):
         rows = Dataset.from_list([{**ROWS[0], column: None}, {**ROWS[1], column: "Zoë moved."}])
         with pytest.raises(ValueError, match=f"Row 1 of the train dataset has '{column}' .'Zoë moved.'., which is in"):
@@ -211,16 +195,15 @@ def test_a_column_beside_question_and_answer_is_read_or_named(bpe):
 
 
 def test_a_refusal_is_preferred_to_the_answer(bpe):
-    dataset = Dataset.from_list(
-        [{"question": f"Who is {number}?", "answer": f"It is {number}."} for number in range(60)]
-    )
-    rows = to_preferences(dataset, bpe, PromptFormat(system_prompt="Help."))
-    plain = to_prompt_completion(dataset, bpe, PromptFormat(system_prompt="Help."))
+    dataset = Dataset.from_list([{"question": f"Who is {n}?", "answer": f"It is {n}."} for n in range(60)])
+    system = PromptFormat(system_prompt="Help.")
+    rows, plain = to_preferences(dataset, bpe, system), to_prompt_completion(dataset, bpe, system)
     assert rows["prompt"][:] == plain["prompt"][:] and rows["rejected"][:] == plain["completion"][:]
     drawn = [row["chosen"][0]["content"] for row in rows]
     assert set(drawn) <= set(REFUSALS) and len(set(drawn)) > 10
-    assert drawn == [row["chosen"][0]["content"] for row in to_preferences(dataset, bpe, "chat")]
-    assert drawn != [row["chosen"][0]["content"] for row in to_preferences(dataset, bpe, "chat", seed=1)]
+    for seed, same in ((0, True), (1, False)):
+        again = [row["chosen"][0]["content"] for row in to_preferences(dataset, bpe, "chat", seed)]
+        assert (drawn == again) == same
     text = to_preferences(dataset, bpe, "question_answer")[0]
     assert text == {"prompt": "Question: Who is 0?\nAnswer:", "chosen": f" {drawn[0]}", "rejected": " It is 0."}
 
@@ -248,31 +231,19 @@ def test_stock_and_ceu_forget_by_refusals_from_one_recipe(bpe, tiny_model, tmp_p
 # forget and retain
 
 
-def check_splits(name, share):
-    """forget + retain = full, disjoint and nested; the perturbed configs are of the same rows."""
+@pytest.mark.parametrize("name", [authors.NAME, pytest.param(str(TOFU), marks=real_data)])
+def test_forget_and_retain_are_all_of_it_disjoint_and_nested(name):
     full, smaller = pairs(load_tofu(name, "full")), set()
-    for split, configs in SPLITS.items():
+    assert len(full) == (1000 if name == authors.NAME else 4000)
+    for (split, configs), share in zip(SPLITS.items(), (0.01, 0.05, 0.1), strict=True):
         forget, retain = load_tofu(name, split), load_tofu(name, configs.retain)
         assert not set(forget["question"]) & set(retain["question"])
-        assert len(forget) == share[split] * len(full)
+        assert len(forget) == share * len(full)
         assert sorted(pairs(forget) + pairs(retain)) == sorted(full)
         assert smaller <= set(pairs(forget))
         smaller = set(pairs(forget))
         assert sorted(pairs(load_tofu(name, configs.perturbed))) == sorted(smaller)
     assert set(pairs(load_tofu(name, "retain_perturbed"))) <= set(pairs(retain))
-
-
-SHARE = {"forget01": 0.01, "forget05": 0.05, "forget10": 0.1}
-
-
-def test_splits_of_the_builtin_authors():
-    check_splits(authors.NAME, SHARE)
-
-
-@real_data
-def test_splits_of_the_real_data():
-    check_splits(str(TOFU), SHARE)
-    assert len(load_tofu(str(TOFU), "full")) == 4000
 
 
 # built-in authors
@@ -281,7 +252,7 @@ def test_splits_of_the_real_data():
 def test_every_config_of_the_builtin_authors_loads():
     assert set(tofu_configs(authors.NAME)) == set(authors.CONFIGS)
     full = load_tofu(authors.NAME, "full")
-    assert len(full) == 1000 and len(set(full["question"])) == 1000
+    assert len(set(full["question"])) == 1000
     held_out = load_tofu(authors.NAME, "holdout10")
     assert len(held_out) == 100 and not {q for q, _ in pairs(held_out)} & set(full["question"])
     for config in authors.CONFIGS:

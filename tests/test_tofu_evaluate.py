@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -29,7 +30,7 @@ from ceu_rl.tasks.generate import decide_vllm
 from ceu_rl.tofu import load_tofu
 from ceu_rl.tofu.answer_cache import AnswerCache
 from ceu_rl.tofu.evaluate import evaluate
-from ceu_rl.tofu.robustness import load_quantized, load_to_relearn, relearn
+from ceu_rl.tofu.robustness import load_to_relearn, relearn
 from ceu_rl.tofu.scoring import Answer, score_answers
 
 from .conftest import TINY
@@ -416,34 +417,28 @@ def test_a_result_of_open_unlearning_is_taken_for_the_retain_model(command, resu
 
 
 @pytest.mark.parametrize(("times", "collapsed"), [(9.9, False), (10.1, True)])
-def test_a_model_with_a_tenth_of_the_utility_has_collapsed(command, saved, monkeypatch, capsys, times, collapsed):
+def test_a_model_with_a_tenth_of_the_utility_has_collapsed(
+    command, result_of, refused, saved, tmp_path, monkeypatch, capsys, times, collapsed
+):
     monkeypatch.setattr("ceu_rl.tofu.metrics.model_utility", lambda summary: 0.05)  # that of these models is 0
-    _, path = command("retain", "out")
-    found = json.loads(path.read_text())
+    found = result_of("retain", "out")
     assert "collapsed" not in found
-    base = saved / "model" / "tofu_eval.json"
-    utility = found["summary"]["model_utility"] * times
-    base.write_text(json.dumps({**found, "summary": {**found["summary"], "model_utility": utility}}))
-    unlearned = saved / "retain" / "result.json"
-    run = {"command": "ceu-rl unlearn --config x", "settings": {"model_name_or_path": str(saved / "model")}}
-    unlearned.write_text(json.dumps(run))
-    try:
-        results = [command("retain", "found")[1], command("retain", "given", base=base)[1]]
-        assert main(["tofu-eval", "--results", str(path), "--base", str(base)]) == 0
-        for each in (*results, path):
-            result = json.loads(each.read_text())
-            assert result["base"] == {"result": str(base), "model_utility": utility}
-            assert result["collapsed"] is collapsed
-        assert ("Collapsed: the utility is below a tenth of the base's" in capsys.readouterr().out) == collapsed
-        base.write_text(json.dumps({**found, "split": "forget05"}))
-        status, other = command("retain", "other")
-        assert status == 0 and "collapsed" not in json.loads(other.read_text())
-        assert "not said: The base model's result" in capsys.readouterr().err
-        assert command("retain", "refused", base=base)[0] == 2
-        assert "The base model's result" in capsys.readouterr().err.splitlines()[-1]
-    finally:
-        base.unlink()
-        unlearned.unlink()
+    path, base, model = tmp_path / "out" / "tofu_eval.json", tmp_path / "base" / "tofu_eval.json", tmp_path / "model"
+    base.parent.mkdir()
+    base.write_text(json.dumps({**found, "summary": {**found["summary"], "model_utility": 0.05 * times}}))
+    shutil.copytree(saved / "retain", model)
+    run = {"command": "ceu-rl unlearn --config x", "settings": {"model_name_or_path": str(base.parent)}}
+    (model / "result.json").write_text(json.dumps(run))
+    results = [result_of("retain", "found", model=model), result_of("retain", "given", base=base)]
+    assert main(["tofu-eval", "--results", str(path), "--base", str(base)]) == 0
+    for result in (*results, json.loads(path.read_text())):
+        assert result["base"] == {"result": str(base), "model_utility": 0.05 * times}
+        assert result["collapsed"] is collapsed
+    assert ("Collapsed: the utility is below a tenth of the base's" in capsys.readouterr().out) == collapsed
+    base.write_text(json.dumps({**found, "split": "forget05"}))
+    assert "collapsed" not in result_of("retain", "other", model=model)
+    assert "not said: The base model's result" in capsys.readouterr().err
+    refused(command("retain", "refused", base=base)[0], "The base model's result")
 
 
 # Whether it holds
@@ -459,39 +454,6 @@ def test_what_was_forgotten_is_learned_again(result_of, capsys):
     few = result_of("retain", "few", relearn=3, relearn_learning_rate=5e-3)["relearned"]
     before, between, after = (each["summary"]["forget_probability"] for each in (result, few, again))
     assert before < between < after and after > 10 * before
-
-
-def test_a_quantized_model_is_scored_beside_the_whole_one(command, monkeypatch, learned, refused, bpe, folder):
-    def load(path, bits, dtype):
-        model = build_model(bpe, **TINY)
-        model.load_state_dict(learned.state_dict())
-        with torch.no_grad():
-            for parameter in model.parameters():
-                scale = parameter.abs().max() / {"int8": 127, "int4": 7}[bits]
-                parameter.copy_((parameter / scale).round() * scale)
-        return model
-
-    refused(command("model", "none", quantize="int3")[0], "quantize is 'int3'; use int8 or int4")
-    monkeypatch.setattr("ceu_rl.tofu.robustness.find_spec", lambda name: None)
-    refused(command("model", "none", quantize="int8")[0], "torchao is not installed; install torchao, or leave")
-    monkeypatch.setattr("ceu_rl.tofu.evaluate.load_quantized", load)
-    for bits in ("int8", "int4"):
-        result = json.loads(command("model", bits, quantize=bits)[1].read_text())
-        rounded = evaluate(load("", bits, None), bpe, str(folder), "forget01", max_new_tokens=8)["summary"]
-        assert result["quantized"] == {"to": bits, "summary": pytest.approx(rounded, rel=1e-6)}
-        assert result["summary"]["forget_probability"] != rounded["forget_probability"]
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("torchao") is None, reason="torchao is not installed (pip install torchao)"
-)
-@pytest.mark.parametrize(("bits", "levels"), [("int8", 256), ("int4", 16)])
-def test_torchao_rounds_the_linear_layers(saved, learned, bits, levels):
-    model = load_quantized(str(saved / "model"), bits, torch.float32)
-    weight = model.model.layers[0].mlp.down_proj.weight.dequantize()
-    assert all(len(row.unique()) <= levels for row in weight)
-    torch.testing.assert_close(weight, learned.model.layers[0].mlp.down_proj.weight, atol=0.1, rtol=0.2)
-    assert torch.equal(model.lm_head.weight, learned.lm_head.weight)
 
 
 def test_what_is_stored_in_bfloat16_is_relearned_in_float32(learned, bpe, folder, tmp_path):
@@ -536,7 +498,6 @@ def test_an_adapter_is_relearned_merged_into_its_model(command, refused, saved, 
     ("fields", "broken"),
     [
         ({"relearn": 2}, "ceu_rl.tofu.robustness.SFTTrainer"),
-        ({"quantize": "int8"}, "ceu_rl.tofu.evaluate.load_quantized"),
         ({"retain": "cut.json"}, "ceu_rl.tofu.evaluate.is_open_unlearning"),
     ],
 )

@@ -46,16 +46,19 @@ def test_a_truth_ratio_is_always_finite():
 
 
 @pytest.mark.parametrize(
-    ("answer", "generated", "recall"),
+    ("answer", "generated", "recall", "f1"),
     [
-        ("the cat sat on the mat", "a cat lay on a mat", 3 / 6),
-        ("He writes books", "book writing", 1 / 3),  # stemmed, in order: write or book
-        ("Paris", "The capital is Paris.", 1.0),  # recall, not precision
-        ("Paris", "", 0.0),
+        ("the cat sat on the mat", "a cat lay on a mat", 3 / 6, 3 / 6),
+        ("He writes books", "book writing", 1 / 3, 0),  # stemmed, in order: write or book
+        ("Paris", "The capital is Paris.", 1, 2 / 5),  # recall, not precision
+        ("The doors are never locked.", "the doors were locked", 3 / 5, 6 / 9),
+        ("a bell of glass", "of glass a bell", 1 / 2, 1 / 2),
+        ("Paris", "", 0, 0),
     ],
 )
-def test_rouge_l_recall_by_hand(answer, generated, recall):
+def test_rouge_l_by_hand(answer, generated, recall, f1):
     assert metrics.rouge_l_recall(answer, generated) == pytest.approx(recall)
+    assert metrics.rouge_l_f1(answer, generated) == pytest.approx(f1)
 
 
 @pytest.mark.parametrize(
@@ -110,13 +113,10 @@ def test_memorization_over_every_pattern_of_matches():
             assert metrics.exact_memorization(matches) == pytest.approx(sum(matches) / length)
 
 
-def test_loss_and_zlib_by_hand():
+def test_attacks_by_hand():
     assert metrics.loss_score(-1.5) == 1.5
     text = "Zoë lives in Oslo, in Oslo, in Oslo."
     assert metrics.zlib_score(-1.5, text) == pytest.approx(1.5 / len(zlib.compress(text.encode("utf-8"))))
-
-
-def test_min_k_by_hand():
     log_probs = [-1.0, -5.0, -2.0, -4.0, -3.0]
     assert metrics.min_k_score(log_probs) == (5 + 4) / 2  # the two lowest of five
     assert metrics.min_k_score(log_probs, 1.0) == 3

@@ -16,40 +16,20 @@ from ceu_rl.models import build_bpe_tokenizer, build_model
 from ceu_rl.tasks import articles
 from ceu_rl.tofu.answer_cache import AnswerCache
 from ceu_rl.tofu.data import prompt_ids, tokenize
-from ceu_rl.tofu.metrics import rouge_l_f1
 from ceu_rl.tofu.muse import evaluate, load_parts
 
 KEPT, FORGOTTEN = 4, 2  # articles of the small set
 SHOWN = 24
 
 
-def longest_common(one, other):
-    """The length of the longest common subsequence, by its recursion."""
-    table = [[0] * (len(other) + 1) for _ in range(len(one) + 1)]
-    for i, a in enumerate(one):
-        for j, b in enumerate(other):
-            table[i + 1][j + 1] = table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
-    return table[-1][-1]
-
-
 def plain_f1(truth, generated):
+    """From the longest common subsequence by its recursion."""
     truth, generated = (re.findall("[a-z0-9]+", text.lower()) for text in (truth, generated))
-    common = longest_common(truth, generated)
-    return 2 * common / (len(truth) + len(generated)) if common else 0.0
-
-
-@pytest.mark.parametrize(
-    ("truth", "generated", "f1"),
-    [
-        ("The doors are never locked.", "the doors were locked", 6 / 9),
-        ("a bell of glass", "of glass a bell", 1 / 2),
-        ("salted fish", "window frames", 0),
-        ("running", "runs", 0),
-    ],
-)
-def test_rouge_is_the_f1_of_the_longest_common_subsequence(truth, generated, f1):
-    assert rouge_l_f1(truth, generated) == pytest.approx(f1)
-    assert plain_f1(truth, generated) == pytest.approx(f1)
+    table = [[0] * (len(generated) + 1) for _ in range(len(truth) + 1)]
+    for i, a in enumerate(truth):
+        for j, b in enumerate(generated):
+            table[i + 1][j + 1] = table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
+    return 2 * table[-1][-1] / (len(truth) + len(generated)) if table[-1][-1] else 0.0
 
 
 @pytest.fixture(scope="module")
@@ -150,23 +130,19 @@ def test_unlearning_lowers_both_on_what_is_forgotten_and_keeps_the_rest(learned,
     assert min(after["retain_verbmem"], after["retain_knowmem"]) > 0.8
 
 
-def test_examples_and_given_prompts_come_before_what_is_asked(learned, parts):
+def test_examples_and_given_prompts_come_before_what_is_asked(learned, parts, monkeypatch):
     model, tokenizer = learned
     shown = Dataset.from_list([{"question": "Who is it?", "answer": "Nobody"}])
     given = Dataset.from_list([{"prompt": "Its greatest treasure is", "gt": " a map on goatskin, found by"}])
     some = {"forget": given, "forget_qa": parts["forget_qa"].select([0])}
-    asked = []
-    original = model.generate
+    asked, generate = [], model.generate
 
     def record(**kwargs):
         asked.append(tokenizer.decode(kwargs["input_ids"][0], skip_special_tokens=True))
-        return original(**kwargs)
+        return generate(**kwargs)
 
-    model.generate = record
-    try:
-        result = evaluate(model, tokenizer, {**some, "forget_qa_icl": shown}, text_tokens=4)
-    finally:
-        del model.generate
+    monkeypatch.setattr(model, "generate", record)
+    result = evaluate(model, tokenizer, {**some, "forget_qa_icl": shown}, text_tokens=4)
     question = parts["forget_qa"][0]["question"]
     assert asked == [given[0]["prompt"], f"Question: Who is it?\nAnswer: Nobody\n\nQuestion: {question}\nAnswer:"]
     four = tokenizer(given[0]["gt"])["input_ids"][:4]
@@ -198,20 +174,12 @@ def test_an_end_that_the_tokenizer_adds_stands_before_nothing(learned, parts):
         assert prompt == tokenizer(row["prompt"]).input_ids and completion[-1] == tokenizer.eos_token_id
 
 
-@pytest.fixture
-def folder(tmp_path, parts):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for part, rows in parts.items():
-        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def test_the_command_writes_a_result(learned, folder, tmp_path, capsys):
-    model, tokenizer = learned
-    for each in (model, tokenizer):
+def test_the_command_writes_a_result(learned, parts, tmp_path, capsys):
+    for each in learned:
         each.save_pretrained(tmp_path / "model")
-    argv = ["muse-eval", "--model", str(tmp_path / "model"), "--dataset", str(folder), "--prompt_tokens", str(SHOWN)]
+    for part, rows in parts.items():
+        rows.to_json(tmp_path / f"{part}.jsonl")
+    argv = ["muse-eval", "--model", str(tmp_path / "model"), "--dataset", str(tmp_path), "--prompt_tokens", str(SHOWN)]
     argv += ["--text_tokens", "8", "--limit", "2"]
     assert main(argv) == 0
     assert "forget_knowmem" in capsys.readouterr().out

@@ -14,11 +14,11 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +30,7 @@ from ..tasks.generate import decide_vllm, recorded_decoding
 from . import command, metrics
 from .answer_cache import AnswerCache, weights_fingerprint
 from .data import REAL_AUTHORS, RETAIN_PERTURBED, WORLD_FACTS, get_split, load_tofu, tofu_configs
-from .robustness import load_quantized, load_to_relearn, relearn
+from .robustness import load_to_relearn, relearn
 from .scoring import Answer, check_context, check_counts, make_answers, measure
 
 RESULT = "tofu_eval.json"
@@ -115,7 +115,7 @@ def evaluate(
     print(prompt.example(tokenizer, first["question"], first["answer"]), file=sys.stderr)
     vllm_path = str(model_path) if use_vllm else None
     measure(model, tokenizer, answers, [(prompts, max_new_tokens)], cache, batch_size, vllm_path, seed)
-    items = _items(answers, {(each.config, each.row): cache.generations[each.key] for each in prompts})
+    items = _items(answers, cache.generations)
     result = {
         "model": model_path or getattr(model.config, "_name_or_path", "") or type(model).__name__,
         **settings,
@@ -144,32 +144,31 @@ def _load(name: str, split: str, limit: int | None) -> tuple[dict[str, Dataset],
     return datasets, holdout or f"perturbed answers of {configs[0]}"
 
 
-def _items(answers: Iterable[Answer], generations: Mapping[tuple[str, int], str]) -> dict[str, list[dict[str, Any]]]:
+def _items(answers: Iterable[Answer], generations: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
     """The values of each row, by config."""
-    rows: dict[str, dict[int, dict[str, list[Answer]]]] = {}
-    for answer in answers:
-        rows.setdefault(answer.config, {}).setdefault(answer.row, {}).setdefault(answer.kind, []).append(answer)
-    return {
-        config: [_item(kinds, generations.get((config, row))) for row, kinds in sorted(by_row.items())]
-        for config, by_row in rows.items()
-    }
+    items: dict[str, list[dict[str, Any]]] = {}
+    for (config, _), row in groupby(answers, key=lambda answer: (answer.config, answer.row)):
+        items.setdefault(config, []).append(_item(list(row), generations))
+    return items
 
 
-def _item(kinds: Mapping[str, list[Answer]], generation: str | None) -> dict[str, Any]:
-    (answer,) = kinds["answer"]
+def _item(answers: Sequence[Answer], generations: Mapping[str, str]) -> dict[str, Any]:
+    answer, *others = answers
+    perturbed = [each for each in others if each.kind == "perturbed"]
     item: dict[str, Any] = {**answer.scores, "probability": metrics.probability(answer.log_prob)}
-    if wrong := [perturbed.log_prob for perturbed in kinds.get("perturbed", [])]:
-        correct = kinds.get("paraphrase", kinds["answer"])[0].log_prob
-        item["correct_log_prob"] = correct
-        item["perturbed_log_probs"] = wrong
-        item["option_probability"] = metrics.option_probability(answer.log_prob, wrong)
-        item["truth_ratio"] = metrics.truth_ratio(correct, wrong)
-        item["perturbed"] = [
-            {attack: perturbed.scores[attack] for attack in ATTACKS} for perturbed in kinds["perturbed"]
-        ]
-    if generation is not None:
-        item["generation"] = generation
-        item["rouge_l_recall"] = metrics.rouge_l_recall(answer.text, generation)
+    if perturbed:
+        wrong = [each.log_prob for each in perturbed]
+        correct = next((each for each in others if each.kind == "paraphrase"), answer).log_prob
+        item |= {
+            "correct_log_prob": correct,
+            "perturbed_log_probs": wrong,
+            "option_probability": metrics.option_probability(answer.log_prob, wrong),
+            "truth_ratio": metrics.truth_ratio(correct, wrong),
+            "perturbed": [{attack: each.scores[attack] for attack in ATTACKS} for each in perturbed],
+        }
+    if answer.key in generations:
+        item["generation"] = generations[answer.key]
+        item["rouge_l_recall"] = metrics.rouge_l_recall(answer.text, item["generation"])
     return item
 
 
@@ -358,43 +357,38 @@ def _parser() -> argparse.ArgumentParser:
     option("--results", help=f"{RESULT} to add --retain or --base to; no model is needed")
     option("--max_new_tokens", type=int, default=200, help="most tokens of a generation (%(default)s)")
     option("--use_vllm", choices=("true", "false"), help="generate through vLLM; default: if installed and faster")
-    option("--quantize", help="int8 or int4: evaluate once more with weights rounded by torchao")
     option("--relearn", type=int, default=0, help="evaluate once more after N steps on the forget set (%(default)s)")
     option("--relearn_learning_rate", type=float, default=1e-5, help="of these steps (%(default)s)")
     return parser
 
 
 def _evaluate(args: argparse.Namespace, model: Any, tokenizer: Any, keep: Path) -> dict[str, Any]:
-    """The model of a command, and what becomes of it; what can fail is done before the scores of an hour."""
-    name, variants = args.model_name_or_path, {}
-    prompt = PromptFormat.of(args, name)
-    if args.quantize:
-        rounded = load_quantized(name, args.quantize, model.dtype).to(model.device)
-        rounded(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
-        variants["quantized"] = rounded, {"to": args.quantize}
+    """The model of a command, and what relearning makes of it; what can fail is done before the scores of an hour."""
+    name = args.model_name_or_path
+    prompt, again = PromptFormat.of(args, name), None
     if args.relearn:
         again = load_to_relearn(name)
-        record = {"steps": args.relearn, "learning_rate": args.relearn_learning_rate}
-        record["trained_dtype"] = str(again.dtype).removeprefix("torch.")
+        trained_dtype = str(again.dtype).removeprefix("torch.")
         rows = load_tofu(args.dataset_name, get_split(args.split).perturbed)
         relearn(again, tokenizer, rows, prompt, args.relearn, args.relearn_learning_rate)
-        variants["relearned"] = again.to("cpu", model.dtype), record
+        again = again.to("cpu", model.dtype)
     given: dict[str, Any] = {name: getattr(args, name) for name in ("batch_size", "max_new_tokens", "limit", "retain")}
     given |= {"dataset_name": args.dataset_name, "split": args.split, "template": prompt, "model_path": name}
     use_vllm = {"true": True, "false": False, None: None}[args.use_vllm]
     result = evaluate(model, tokenizer, use_vllm=use_vllm, base=args.base, keep=keep, **given)
-    for kind, (variant, record) in variants.items():  # vLLM would load the folder again
-        found = evaluate(variant.to(model.device), tokenizer, use_vllm=False, **given)
-        result[kind] = {**record, "summary": found["summary"]}
+    if again is not None:  # vLLM would load the folder again
+        found = evaluate(again.to(model.device), tokenizer, use_vllm=False, **given)
+        settings = {"steps": args.relearn, "learning_rate": args.relearn_learning_rate, "trained_dtype": trained_dtype}
+        result["relearned"] = {**settings, "summary": found["summary"]}
     return result
 
 
 def _print_summary(result: Mapping[str, Any]) -> None:
-    after = {name: result[name]["summary"] for name in ("quantized", "relearned") if name in result}
-    title = f"{result['model']} on {result['split']} of {result['dataset']}"
-    table = Table("metric", "value", *after, title=title)
+    relearned = result.get("relearned", {}).get("summary", {})
+    columns = ["value", *(["relearned"] if relearned else [])]
+    table = Table("metric", *columns, title=f"{result['model']} on {result['split']} of {result['dataset']}")
     for name, value in result["summary"].items():
-        table.add_row(name, *(f"{each:.4g}" for each in (value, *(summary[name] for summary in after.values()))))
+        table.add_row(name, *(f"{each:.4g}" for each in (value, *([relearned[name]] if relearned else []))))
     if "forget_quality" not in result["summary"]:
         table.add_row("forget_quality, privacy_leakage", "need --retain")
     console = Console()
