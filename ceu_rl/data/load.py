@@ -71,8 +71,8 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
         if mixture.datasets or _share(script.dataset_test_split) is not None:
             given = "datasets" if mixture.datasets else "dataset_test_split"
             raise ValueError(f"{given} is given, which unlearning does not read; name dataset_name, forget and retain.")
-        if is_task(name) and not name.startswith("builtin:"):  # of which some are made for this
-            raise ValueError(f"dataset_name is {name!r}, a task, of which there is nothing to forget; name other rows.")
+        if is_task(name) and not name.startswith("builtin:"):
+            raise ValueError(f"dataset_name is {name!r}, a task, which has nothing to forget; name other rows.")
         sets = {"forget": script.forget, **({"retain": script.retain} if script.retain else {})}
         if config is None and Path(name).suffix not in BUILDERS:
             return {role: load_tofu(name, one) for role, one in sets.items()}, None
@@ -102,18 +102,13 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
                 f"dataset_test_split is {script.dataset_test_split}, and a streamed dataset cannot be parted; name a "
                 "split."
             )
-        if not 0 < round(share * len(train)) < len(train):
-            raise ValueError(
-                f"dataset_test_split is {script.dataset_test_split}, which leaves a part of the {len(train)} rows "
-                "empty; choose another share."
-            )
-        test = _test_rows(train, share)
+        test = _test_rows(train, share) if 0 < round(share * len(train)) < len(train) else []
         taken = set(test)
         rest = [index for index in range(len(train)) if index not in taken]
-        if not rest:
+        if not test or not rest:
             raise ValueError(
-                f"dataset_test_split is {script.dataset_test_split}, which takes all of the {len(train)} rows, because "
-                "rows with the same prompt stay together; choose a smaller share."
+                f"dataset_test_split is {script.dataset_test_split}, which leaves a part of the {len(train)} rows "
+                "empty (rows with the same prompt stay together); choose another share."
             )
         return {"train": train.select(rest), **({"eval": train.select(test)} if evaluates else {})}, task
     datasets = {"train": train}
@@ -285,16 +280,13 @@ def _integer(digits: str) -> int:
 
 
 def _merge(kind: Any, value: Any) -> Any:
-    """The feature that holds `value` too: Json where objects have other keys, or values are of other kinds."""
+    """The feature that holds `value` too: Json for objects, and where values are of other kinds."""
     if value is None or isinstance(kind, Json):
         return kind
     first = kind == NOTHING
     if isinstance(value, list) and (first or isinstance(kind, List)):
         inner = functools.reduce(_merge, value, NOTHING if first else kind.feature)
         return inner if isinstance(inner, Json) else List(inner)
-    if isinstance(value, dict) and value and (first or (isinstance(kind, dict) and set(kind) == set(value))):
-        found = {key: _merge(NOTHING if first else kind[key], each) for key, each in value.items()}
-        return Json() if any(isinstance(each, Json) for each in found.values()) else found
     own = SCALARS.get(type(value), Json())
     if first or own == kind:
         return own
@@ -318,14 +310,15 @@ class _reading:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, Exception):
-            cause = error.__cause__ or error
-            if "corresponds to no data" in str(cause):
-                raise ValueError(f"{self.field} {self.name} has no rows; give it at least one.") from error
-            raise ValueError(
-                f"{self.field} {self.name} cannot be read ({type(cause).__name__}: {' '.join(str(cause).split())}); "
-                "check its name and its rows."
-            ) from error
+        if not isinstance(error, Exception):
+            return
+        cause = error.__cause__ or error
+        problem = (
+            f"cannot be read ({type(cause).__name__}: {' '.join(str(cause).split())}); check its name and its rows"
+        )
+        if "corresponds to no data" in str(cause):
+            problem = "has no rows; give it at least one"
+        raise ValueError(f"{self.field} {self.name} {problem}.") from error
 
 
 def _share(split: str) -> float | None:

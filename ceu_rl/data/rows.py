@@ -3,21 +3,20 @@
 | columns | become |
 |---|---|
 | `question`, `query`, `instruction` (with `input`) or `input`, where there is no `prompt` | the prompt |
-| `messages` beside answers, where there is no `prompt` | the prompt |
 | `system`, `system_prompt` | a system message before the prompt; before a text, a paragraph |
 | a `prompt` beside whole conversations, or messages beside text | one of TRL's two layouts |
 
 A column of these whose words are in neither prompt nor answer is refused.
 """
 
-import ast
 import contextlib
 import difflib
 import functools
 import json
+import re
 import textwrap
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from datasets import Dataset, Features, IterableDataset, Json, Value, concatenate_datasets
@@ -30,13 +29,13 @@ Rows = Dataset | IterableDataset
 
 COMPLETIONS = {"sft": ("completion",), "preference": ("chosen", "rejected"), "prompt": ()}
 TEXTS = ("messages", "text", "conversations", "input_ids")  # what else supervised fine-tuning can be made of
-LAYOUT = ("prompt", "completion", "chosen", "rejected", "messages", "conversations")  # TRL takes any for the layout
+MESSAGES = ("prompt", "completion", "chosen", "rejected", "messages")
+LAYOUT = (*MESSAGES, "conversations")  # TRL takes any for the layout
 QUESTIONS = ("question", "query", "instruction", "input")
 SYSTEMS = ("system", "system_prompt")
 CONTEXTS = ("context", "history", "messages", "conversations")
 BESIDE = ("tools", "chat_template_kwargs")  # what the chat template takes of a row
-# What TRL passes to a reward function beside the columns of the dataset
-REWARD_ARGUMENTS = ("prompts", "completions")
+WRITTEN_CHAT = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")  # messages as Python or JSON writes them
 
 
 def check_layout(
@@ -74,31 +73,25 @@ def check_layout(
         if kind != "prompt":  # what tokenization adds would not be among what the transform gives
             raise ValueError(f"The {name} dataset has a transform, which tokenization loses; apply it with map.")
         return dataset  # its rows are made when they are read, from columns that only it knows
-    normal = functools.partial(_normal_row, name=name, kind=kind, text_field=text_field, blank_user=blank_user)
+    judge = _Judge(name, kind, text_field, blank_user)
     if isinstance(dataset, IterableDataset):
         if kind != "preference":  # of pairs TRL looks at the first row itself
             with FirstRow(name):
                 next(iter(dataset))
-        return _judged_stream(dataset, normal, name, kind, text_field)
+        unread = [] if kind == "prompt" else list(LAYOUT)
+        return dataset.map(judge, with_indices=True, remove_columns=unread)
     columns = dataset.column_names
     judged = _judged(columns, kind, text_field)
-    _note_columns(columns, judged, name, kind)
+    judge.note_columns(columns)
     unread = [column for column in LAYOUT if column in columns and column not in judged and kind != "prompt"]
     plain = dataset.with_format(None)  # not the tensors or arrays that it was set to give
     if kind != "prompt" and dataset.format["type"] is not None:  # TRL joins the lists of ids
         dataset = plain
-    seen = [column for column in columns if column in (*judged, *QUESTIONS, *SYSTEMS, *CONTEXTS, *BESIDE)]
+    others = ("prompt", *QUESTIONS, *SYSTEMS, *CONTEXTS, *BESIDE)
+    seen = [column for column in columns if column in (*judged, *others)]
     given = plain if kind == "preference" and "prompt" not in columns else plain.select_columns(seen)
-    found = given.map(
-        lambda row, index: {
-            "_changed": bool(new := normal(row, index)),
-            "_chat": any(isinstance({**row, **new}.get(column), list) for column in judged),
-        },
-        with_indices=True,
-        remove_columns=given.column_names,
-        num_proc=num_proc,
-        desc=f"Checking {name} dataset",
-    )
+    settings: dict[str, Any] = {"with_indices": True, "remove_columns": given.column_names, "num_proc": num_proc}
+    found = given.map(judge.describe, desc=f"Checking {name} dataset", **settings)
     chats = found["_chat"][:]
     if len(set(chats)) > 1:
         index = chats.index(not chats[0])
@@ -108,34 +101,51 @@ def check_layout(
             "them one or the other."
         )
     if any(found["_changed"]):
-        kept = [column for column in judged if column in columns or (column == "prompt" and _sources(columns, kind))]
-        parts = given.map(
-            lambda row, index: {column: {**row, **normal(row, index)}[column] for column in kept},
-            with_indices=True,
-            remove_columns=given.column_names,
-            features=Features({column: Json() if chats[0] else Value("string") for column in kept}),
-            num_proc=num_proc,
-            desc=f"Taking the prompt of the {name} dataset from its other columns",
-        )
-        dataset = concatenate_datasets([plain.remove_columns([c for c in kept if c in columns]), parts], axis=1)
+        made = [column for column in judged if column in columns or (column == "prompt" and _sources(columns, kind))]
+        features = Features({column: Json() if chats[0] else Value("string") for column in made})
+        parts = given.map(judge, features=features, desc=f"Bringing the {name} dataset into TRL's layout", **settings)
+        dataset = concatenate_datasets([plain.remove_columns([c for c in made if c in columns]), parts], axis=1)
     return dataset.remove_columns(unread) if unread else dataset
 
 
-def _judged_stream(
-    dataset: IterableDataset, normal: Callable[..., dict[str, Any]], name: str, kind: Kind, text_field: str
-) -> IterableDataset:
-    """The stream with each row judged when it comes, so that nothing is read ahead; the first one tells the columns."""
-    noted = False
+@dataclass
+class _Judge:
+    """Judges a row of a dataset, and gives the columns of it that TRL reads."""
 
-    def judge(row: dict[str, Any], index: int) -> dict[str, Any]:
-        nonlocal noted
-        new, judged = normal(row, index), _judged(row, kind, text_field)
-        if not noted:
-            _note_columns(list(row), judged, name, kind)
-            noted = True
-        return {column: row[column] for column in judged if column in row} | new
+    name: str
+    kind: Kind
+    text_field: str
+    blank_user: bool
+    noted: bool = False
 
-    return dataset.map(judge, with_indices=True, remove_columns=[] if kind == "prompt" else list(LAYOUT))
+    def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        new = _normal_row(row, index, self.name, self.kind, self.text_field, self.blank_user)
+        if not self.noted:  # of a stream the first row tells the columns
+            self.note_columns(list(row))
+        return {column: row[column] for column in _judged(row, self.kind, self.text_field) if column in row} | new
+
+    def describe(self, row: Mapping[str, Any], index: int) -> dict[str, bool]:
+        """Whether a row has to change, and whether it is messages."""
+        made = self(row, index)
+        changed = any(value is not row.get(column) for column, value in made.items())
+        return {
+            "_changed": changed,
+            "_chat": any(column != "input_ids" and isinstance(made[column], list) for column in made),
+        }
+
+    def note_columns(self, columns: Sequence[str]) -> None:
+        """Say what is taken from where."""
+        self.noted, name, judged = True, self.name, _judged(columns, self.kind, self.text_field)
+        if sources := _sources(columns, self.kind):
+            note(f"The {name} dataset has no column 'prompt'; {' and '.join(map(repr, sources))} is the prompt.")
+        elif self.kind == "preference" and "prompt" not in columns:
+            if others := sorted({*columns} - {*judged, *BESIDE}):
+                note(
+                    f"The {name} dataset has no column 'prompt': the prompt is what 'chosen' and 'rejected' begin with "
+                    f"alike, and {others} is not read."
+                )
+        if (system := next((column for column in SYSTEMS if column in columns), None)) and judged[0] in LAYOUT:
+            note(f"Each prompt of the {name} dataset begins with its {system!r}.")
 
 
 def check_dataset(dataset: Any, name: str, kind: Kind, text_field: str = "text") -> None:
@@ -145,7 +155,10 @@ def check_dataset(dataset: Any, name: str, kind: Kind, text_field: str = "text")
         ValueError: if not.
     """
     if not isinstance(dataset, Rows):
-        raise ValueError(f"The {name} dataset is {_describe(dataset)}.")
+        raise ValueError(
+            f"The {name} dataset is a {type(dataset).__name__} ({_short(dataset)}); give one datasets.Dataset, such as "
+            "load_dataset gives of a name and a split."
+        )
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise ValueError(f"The {name} dataset has no rows; give it at least one.")
     columns = list(dataset[0]) if _is_transformed(dataset) else dataset.column_names
@@ -202,22 +215,7 @@ def prompt_of(row: Mapping[str, Any]) -> str:
 
 # tokenized rows
 
-
-def find_ties(
-    dataset: Dataset, max_length: int | None, truncation_mode: str = "keep_start", num_proc: int | None = None
-) -> tuple[list[bool], list[int]]:
-    """Of each pair of TRL's `prompt_ids`, `chosen_ids` and `rejected_ids`: whether truncation leaves two answers that
-    are the same, and how many of the two it cuts."""
-    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
-
-    def compare(row: Mapping[str, Any]) -> dict[str, Any]:
-        chosen, rejected = (_kept(row, column, max_length, truncation_mode) for column in columns[1:])
-        return {"tie": chosen == rejected, "cut": (chosen != row[columns[1]]) + (rejected != row[columns[2]])}
-
-    found = dataset.select_columns(columns).map(
-        compare, remove_columns=columns, num_proc=num_proc, desc="Comparing answers"
-    )
-    return found["tie"][:], found["cut"][:]
+ANSWER_IDS = ("chosen_ids", "rejected_ids")
 
 
 def leave_ties_out(prepared: Any, dataset: Any, name: str, args: Any, leaves_out: bool) -> Any:
@@ -233,23 +231,34 @@ def leave_ties_out(prepared: Any, dataset: Any, name: str, args: Any, leaves_out
     Raises:
         ValueError: if no pair is left.
     """
-    cut = args.max_length, args.truncation_mode
+
+    def kept(row: Mapping[str, Any]) -> list[list[int]]:
+        return [_kept(row, column, args.max_length, args.truncation_mode) for column in ANSWER_IDS]
+
+    def compare(row: Mapping[str, Any]) -> dict[str, Any]:
+        chosen, rejected = kept(row)
+        return {
+            "tie": chosen == rejected,
+            "cut": sum(ids != row[c] for ids, c in zip(kept(row), ANSWER_IDS, strict=True)),
+        }
+
     if isinstance(prepared, IterableDataset):
-        columns = ("chosen_ids", "rejected_ids")
-        same = lambda row: _kept(row, columns[0], *cut) == _kept(row, columns[1], *cut)  # noqa: E731
-        return prepared.filter(lambda row: not same(row)) if leaves_out else prepared
+        return prepared.filter(lambda row: not compare(row)["tie"]) if leaves_out else prepared
     if len(prepared) == 0:
         raise ValueError(
             f"Every prompt of the {name} dataset has max_length ({args.max_length}) tokens or more, which leaves no "
             "completion to learn from; raise max_length."
         )
-    if "chosen_ids" not in prepared.column_names:  # of images, which are tokenized with their batch
+    if ANSWER_IDS[0] not in prepared.column_names:  # of images, which are tokenized with their batch
         return prepared
-    tied, cuts = find_ties(prepared, *cut, args.dataset_num_proc)
-    ties, rows = sum(tied), len(dataset)
+    columns = ["prompt_ids", *ANSWER_IDS]
+    found = prepared.select_columns(columns).map(
+        compare, remove_columns=columns, num_proc=args.dataset_num_proc, desc="Comparing answers"
+    )
+    tied, ties, rows = found["tie"][:], sum(found["tie"]), len(dataset)
     note(
         f"The {name} dataset has {rows} rows: {rows - len(prepared)} dropped, whose prompt fills max_length "
-        f"({args.max_length}); {sum(cuts)} answers cut there; {ties} pairs "
+        f"({args.max_length}); {sum(found['cut'])} answers cut there; {ties} pairs "
         f"{'left out' if leaves_out else 'without effect'}, whose two answers are the same."
     )
     if not ties or not leaves_out:
@@ -267,16 +276,15 @@ def mean_response_tokens(dataset: Any, max_length: int | None, truncation_mode: 
 
     Empty for a dataset that was not tokenized beforehand (a stream, images).
     """
-    columns = dict(zip(COMPLETIONS["preference"], ("chosen_ids", "rejected_ids"), strict=True))
-    if not isinstance(dataset, Dataset) or not {"prompt_ids", *columns.values()} <= set(dataset.column_names):
+    if not isinstance(dataset, Dataset) or not {"prompt_ids", *ANSWER_IDS} <= set(dataset.column_names):
         return {}
 
     def scored(row: Mapping[str, Any], column: str) -> int:  # the first of a sequence is predicted from nothing
         kept = len(_kept(row, column, max_length, truncation_mode))
         return max(kept - (not row["prompt_ids"] or kept == max_length), 0)
 
-    rows = dataset.select_columns(["prompt_ids", *columns.values()])
-    return {name: sum(scored(row, ids) for row in rows) / len(rows) for name, ids in columns.items()}
+    rows = dataset.select_columns(["prompt_ids", *ANSWER_IDS])
+    return {column.removesuffix("_ids"): sum(scored(row, column) for row in rows) / len(rows) for column in ANSWER_IDS}
 
 
 def _kept(row: Mapping[str, Any], column: str, max_length: int | None, truncation_mode: str) -> list[int]:
@@ -306,16 +314,6 @@ def _is_transformed(dataset: Any) -> bool:
     return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
 
 
-def _describe(value: Any) -> str:
-    """What was given in place of a dataset, and what to do."""
-    kind = type(value).__name__
-    if isinstance(value, Mapping) and value and all(hasattr(each, "column_names") for each in value.values()):
-        return f"a {kind} with the splits {sorted(map(str, value))}; give one of them"
-    if isinstance(value, str | Path):
-        return f"the path {str(value)!r}; load it first, with datasets.load_dataset"
-    return f"a {kind}; give a datasets.Dataset, such as Dataset.from_list makes of rows"
-
-
 def _judged(columns: Iterable[str], kind: Kind, text_field: str) -> list[str]:
     if kind == "sft" and "completion" not in columns:
         return [next((column for column in (*TEXTS, text_field) if column in columns), text_field)]
@@ -326,27 +324,17 @@ def _sources(columns: Iterable[str], kind: Kind) -> list[str]:
     """The columns that are the prompt, where there is no other."""
     if "prompt" in columns or (kind == "sft" and "completion" not in columns):
         return []
-    return [column for column in QUESTIONS if column in columns] or [c for c in ("messages",) if c in columns]
+    return [column for column in QUESTIONS if column in columns]
 
 
 def _check_columns(columns: Iterable[str], name: str, kind: Kind, text_field: str) -> None:
     columns = list(columns)
-    if kind == "prompt" and (clash := [column for column in REWARD_ARGUMENTS if column in columns]):
-        raise ValueError(
-            f"The {name} dataset has a column {clash[0]!r}, which is what the trainer itself passes to reward "
-            "functions; rename it."
-        )
-    required, texts = list(COMPLETIONS[kind]), [column for column in (*TEXTS, text_field) if column in columns]
+    sources, required = _sources(columns, kind), list(COMPLETIONS[kind])
     if kind == "sft" and "completion" not in columns:
-        if "prompt" in columns and texts and "input_ids" not in columns:
-            raise ValueError(
-                f"The {name} dataset has 'prompt' beside {texts[0]!r}, and TRL reads a prompt with a 'completion' "
-                f"alone; rename {texts[0]!r} to 'completion', or remove 'prompt'."
-            )
+        texts = any(column in columns for column in (*TEXTS, text_field))
         required = [] if texts else ["completion" if "prompt" in columns else "messages"]
-    elif kind != "preference" and not _sources(columns, kind):
+    elif kind != "preference" and not sources:
         required = ["prompt"]
-    sources = _sources(columns, kind)
     _require(columns, name, required)
     if len(sources) > 1 and sources != ["instruction", "input"]:
         raise ValueError(f"The {name} dataset has {sources} and no 'prompt'; make one column 'prompt' of them.")
@@ -358,19 +346,6 @@ def _require(columns: Iterable[str], name: str, required: Iterable[str]) -> None
             close = difflib.get_close_matches(column, columns, n=1)
             fix = f"rename {close[0]!r} to {column!r}" if close else f"add {column!r}, or rename the one that holds it"
             raise ValueError(f"The {name} dataset has no column {column!r} among {sorted(columns)}; {fix}.")
-
-
-def _note_columns(columns: Sequence[str], judged: Sequence[str], name: str, kind: Kind) -> None:
-    """Say what is taken from where."""
-    if sources := _sources(columns, kind):
-        note(f"The {name} dataset has no column 'prompt'; {' and '.join(map(repr, sources))} is the prompt.")
-    elif kind == "preference" and "prompt" not in columns and (others := sorted({*columns} - {*judged, *BESIDE})):
-        note(
-            f"The {name} dataset has no column 'prompt': the prompt is what 'chosen' and 'rejected' begin with alike, "
-            f"and {others} is not read."
-        )
-    if (system := next((column for column in SYSTEMS if column in columns), None)) and judged[0] in LAYOUT:
-        note(f"Each prompt of the {name} dataset begins with its {system!r}.")
 
 
 # rows
@@ -392,11 +367,15 @@ def _normal_row(
             _check_cell(new[column], column, column in COMPLETIONS[kind], blank_user, functools.partial(refuse, column))
     if kind != "prompt":
         tools, kwargs = row.get("tools"), row.get("chat_template_kwargs", {})
-        if not (tools is None or isinstance(tools, list) or (isinstance(tools, str) and _is_json(tools))):
-            raise refuse("tools", f"a {type(tools).__name__} as", "give a list, or JSON of one, or remove the column")
-        if not isinstance(kwargs, Mapping):
-            what = f"a {type(kwargs).__name__} as"
-            raise refuse("chat_template_kwargs", what, "give an object, or remove the column")
+        with contextlib.suppress(ValueError):
+            tools = json.loads(tools) if isinstance(tools, str) else tools
+        for column, wrong in (
+            ("tools", not isinstance(tools, list | None)),
+            ("chat_template_kwargs", not isinstance(kwargs, Mapping)),
+        ):
+            if wrong:
+                fix = "give what the chat template takes, or remove the column"
+                raise refuse(column, f"a {type(row[column]).__name__} as", fix)
     new |= {column: plain_content(new[column]) for column in (*sources[:1], *judged) if column in new}
     completions = tuple(column for column in COMPLETIONS[kind] if column in row)
     if sources:
@@ -404,7 +383,7 @@ def _normal_row(
     new |= _joined(new, completions, refuse)
     new |= _with_system(new, judged, refuse)
     if kind != "prompt" and judged != ["input_ids"]:
-        others = [c for c in (*QUESTIONS, *SYSTEMS, *CONTEXTS) if c in row and c not in (*judged, *sources)]
+        others = [c for c in ("prompt", *QUESTIONS, *SYSTEMS, *CONTEXTS) if c in row and c not in (*judged, *sources)]
         _check_unread(new, judged, others, where)
         if kind == "preference" and "prompt" not in new and not _is_asked(new):
             prose = [c for c, value in row.items() if isinstance(value, str) and len(value.split()) > 1]
@@ -432,25 +411,13 @@ def _check_cell(value: Any, column: str, completes: bool, blank_user: bool, refu
             raise refuse("an empty", rest)
     elif not isinstance(value, str) or column in ("messages", "conversations"):
         raise refuse(f"a {type(value).__name__} as", "make it text, or a list of messages")
-    elif _is_written_chat(value):
+    elif WRITTEN_CHAT.match(value):
         raise refuse("messages that are written as text in", "save them as jsonl or parquet, not as CSV")
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _asked(row: Mapping[str, Any], sources: Sequence[str], completions: tuple[str, ...], refuse: Any) -> dict[str, Any]:
     """The prompt out of the columns that hold it."""
     asked = row[sources[0]]
-    if sources == ["messages"] and asked[-1]["role"] == "assistant":
-        if not completions:
-            raise refuse("messages", "an answer at the end of", "remove it, or name the column prompt")
-        asked = asked[:-1]
     for more in sources[1:]:
         if not isinstance(asked, str) or not isinstance(row[more] or "", str):
             raise refuse(more, f"a {type(row[more]).__name__} as", "make it text, or one column 'prompt' of both")
@@ -510,16 +477,10 @@ def _with_system(row: Mapping[str, Any], judged: Sequence[str], refuse: Any) -> 
         raise refuse(column, f"a {type(text).__name__} as", "make it text")
     if isinstance(prompt, str):
         return {} if _squeezed(text) in _squeezed(prompt) else {"prompt": f"{text}\n\n{prompt}"}
-    places = ["prompt"] if prompt else [c for c in judged if c != "input_ids" and isinstance(row.get(c), list)]
-    for place in places:
-        first = row[place][0]
-        if (first.get("role") or first.get("from")) == "system":
-            if _squeezed(text) != _squeezed(" ".join(_leaves(first))):
-                raise refuse(column, f"another text than the system message of {place!r} as", "keep one of the two")
-            return {}
-    said = {"role": "system", "content": text}
-    turn = {"from": "system", "value": text}
-    return {place: [turn if place == "conversations" else said, *row[place]] for place in places}
+    places = ["prompt"] if prompt else [c for c in judged if c in MESSAGES and isinstance(row.get(c), list)]
+    if any(row[place][0]["role"] == "system" for place in places):
+        return {}  # the words of another system prompt are unread
+    return {place: [{"role": "system", "content": text}, *row[place]] for place in places}
 
 
 def _check_unread(row: Mapping[str, Any], judged: Sequence[str], others: Sequence[str], where: str) -> None:
@@ -599,21 +560,10 @@ def plain_content(value: Any) -> Any:
     return [{**each, "content": _text(each)} if isinstance(each.get("content"), list) else each for each in messages]
 
 
-def _is_written_chat(text: str) -> bool:
-    """Whether a text is a list of messages as Python or JSON writes it."""
-    if not text.lstrip().startswith("[{") or "role" not in text:
-        return False
-    for read in (ast.literal_eval, json.loads):
-        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            found = read(text.strip())
-            return isinstance(found, list) and all(isinstance(each, dict) and "role" in each for each in found)
-    return False
-
-
 def _plain(messages: Iterable[Mapping[str, Any]]) -> list[tuple[Any, str]]:
     return [(message.get("role"), _text(message).strip()) for message in messages]
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -24,9 +24,6 @@ __all__ = [
     "load_task_dataset",
 ]
 
-# Each module makes a task out of the full name and the `dataset_config`
-_MODULES = {addition.NAME: addition, reasoning_gym.PREFIX: reasoning_gym}
-
 
 def is_task(name: str) -> bool:
     """Whether a `dataset_name` means a task."""
@@ -40,14 +37,17 @@ def get_task(name: str, config: str | None = None) -> Task:
         ValueError: if there is no such task or config.
         ImportError: if the library of the task is not installed.
     """
-    return _module(name).make_task(name, config)
+    task: Task = _module(name).make_task(name, config)
+    return task
 
 
 def _module(name: str) -> Any:
-    key = reasoning_gym.PREFIX if name.startswith(reasoning_gym.PREFIX) else name
-    if key not in _MODULES:
+    """The module that makes a task out of its full name and `dataset_config`."""
+    if name.startswith(reasoning_gym.PREFIX):
+        return reasoning_gym
+    if name != addition.NAME:
         raise ValueError(f"Unknown built-in task {name!r}: choose {addition.NAME} or {reasoning_gym.PREFIX}TASK.")
-    return _MODULES[key]
+    return addition
 
 
 def load_task_dataset(name: str, kind: str, config: str | None = None, seed: int = 0) -> DatasetDict:

@@ -49,28 +49,24 @@ def main(argv: Sequence[str]) -> int:
         ValueError: for a line that is no JSON or lacks a field, with its number, or a file to write that is there.
         OSError: for a file that cannot be read or written.
     """
-    help_as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="ceu-rl gsm8k", description=__doc__, formatter_class=help_as_written)
+    parser = argparse.ArgumentParser(
+        "ceu-rl gsm8k", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("solutions", type=Path, help="grade_school_math/data/example_model_solutions.jsonl")
     parser.add_argument("pairs", type=Path, help="the file to write")
     args = parser.parse_args(argv)
     if args.pairs.exists():
         raise ValueError(f"{args.pairs} exists; choose another name, or move it away.")
     pairs: list[dict[str, Any]] = []
+    number = 0
     try:
-        lines = args.solutions.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{args.solutions} is not UTF-8 ({error.reason}); take example_model_solutions.jsonl."
-        ) from error
-    for number, line in enumerate(filter(str.strip, lines)):
-        try:
+        for number, line in enumerate(filter(str.strip, args.solutions.read_text(encoding="utf-8-sig").split("\n"))):
             pairs += make_pairs(number, json.loads(line))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{args.solutions} is not as published: problem {number + 1} is no JSON object with question, "
-                f"ground_truth and {', '.join(MODELS)} ({error}); take example_model_solutions.jsonl."
-            ) from error
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{args.solutions} is not as published: problem {number + 1} is no JSON object with question, "
+            f"ground_truth and {', '.join(MODELS)} ({error}); take example_model_solutions.jsonl."
+        ) from error
     if not pairs:
         raise ValueError(f"{args.solutions} has no wrong solution to reject; take example_model_solutions.jsonl.")
     args.pairs.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")

@@ -4,12 +4,12 @@
 
 METHOD is dpo, unlearn, grpo (with vLLM) or compare. A run is a fork of this process, which has imported everything
 already, so that a try takes the seconds of its steps. Half of the kills fall between two steps, the others while a
-checkpoint is being written. What is lost, and what is left behind, is counted. A count of the same commit that FILE
-holds goes on up to N tries.
+checkpoint is being written. What is lost, and what is left behind, is counted.
 """
 
 import argparse
 import filecmp
+import importlib
 import inspect
 import json
 import os
@@ -84,13 +84,15 @@ def make(folder):
     size["head_dim"] = 32  # the least that vLLM's attention for CPU takes
     build_model(tokenizer, seed=1, **size).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
+    answers = [{"question": f"{a}+{b}?", "answer": f"{a + b} it is"} for a, b in ROWS]
+    wrong = [f"{a + b}{b}"[: 1 + b % 3] for a, b in ROWS]
+    pairs = [{"chosen": f"{a + b}", "rejected": text} for (a, b), text in zip(ROWS, wrong, strict=True)]
+    prompts = [{"prompt": f"{a}+{b}="} for a, b in ROWS]
     rows = {
-        "preferences/train": [
-            {"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a + b}{b}"[: 1 + b % 3]} for a, b in ROWS
-        ],
-        "prompts/train": [{"prompt": f"{a}+{b}="} for a, b in ROWS],
-        "questions/forget": [{"question": f"{a}+{b}?", "answer": f"{a + b} it is"} for a, b in ROWS[:24]],
-        "questions/retain": [{"question": f"{a}+{b}?", "answer": f"{a + b} it is"} for a, b in ROWS[24:]],
+        "preferences/train": [prompt | pair for prompt, pair in zip(prompts, pairs, strict=True)],
+        "prompts/train": prompts,
+        "questions/forget": answers[:24],
+        "questions/retain": answers[24:],
     }
     for name, content in rows.items():
         path = folder / "data" / f"{name}.json"
@@ -236,15 +238,16 @@ def kill_compare(folder, out, chance):
     return found
 
 
-def try_method(folder, method, tries, seed, count):
-    """Count, try after try: kills, half-written checkpoints that were skipped, and what was lost or left behind."""
+def try_method(folder, method, tries, seed):
+    """Count over the tries: kills, half-written checkpoints that were skipped, and what was lost or left behind."""
     whole = folder / f"{method}-whole"
     shutil.rmtree(whole, ignore_errors=True)
     run = compare(folder, whole) if method == "compare" else train(folder, method, whole)
     assert run.wait() == 0, run.log
     expected = {path.parent.relative_to(whole): path.parent for path in models(whole)}
     assert len(expected) == (2 if method == "compare" else 1)
-    for number in range(count["tries"], tries):
+    count = {**NOTHING, "steps": []}
+    for number in range(tries):
         out, chance = folder / f"{method}-{number}", random.Random(f"{method} {seed} {number}")
         shutil.rmtree(out, ignore_errors=True)
         found = (
@@ -258,7 +261,7 @@ def try_method(folder, method, tries, seed, count):
         count["processes_left_behind"] += found["left_behind"]
         count["steps"].append(found["step"])
         print(method, number, found, "kept" if kept else "LOST", flush=True)
-        yield
+    return count
 
 
 def models(folder):
@@ -281,23 +284,15 @@ def main(words=None):
             make(args.folder)
             os._exit(0)
         assert os.waitpid(maker, 0)[1] == 0
-    # Imported once, before the forks
-    import ceu_rl.dpo
-    import ceu_rl.run.run
-    import ceu_rl.unlearn
-
-    if "grpo" in args.methods:
-        import ceu_rl.grpo  # noqa: F401
-    failures = 0
+    for module in ("dpo", "run.run", "unlearn", *(["grpo"] if "grpo" in args.methods else [])):
+        importlib.import_module(f"ceu_rl.{module}")  # once, before the forks
+    found, failures = {}, 0
     for method in args.methods:
-        found = json.loads(args.output.read_text())["sigkill"] if args.output and args.output.exists() else {}
-        origin, count = environment(), {**NOTHING, "steps": []}
-        if found.get(method, {}).get("commit") == origin["commit"]:
-            count = {key: found[method][key] for key in count}
-        for _ in try_method(args.folder, method, args.tries, args.seed, count):
-            if args.output:
-                command = f"python -m tests.faults.harness FOLDER {method} --tries {args.tries}"
-                write_json(args.output, {"sigkill": {**found, method: {**count, "command": command, **origin}}})
+        count = try_method(args.folder, method, args.tries, args.seed)
+        command = f"python -m tests.faults.harness FOLDER {method} --tries {args.tries}"
+        found[method] = {**count, "command": command, **environment()}
+        if args.output:
+            write_json(args.output, {"sigkill": found})
         failures += count["lost"] + count["processes_left_behind"]
     return failures
 
