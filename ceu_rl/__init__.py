@@ -1,4 +1,4 @@
-"""CE-U for TRL: a bounded term in the place of the gradient ascent of DPO and GRPO (arXiv 2503.01224)."""
+"""CE-U for TRL: a bounded term instead of the gradient ascent of DPO and GRPO (arXiv 2503.01224)."""
 
 import importlib
 from typing import Any

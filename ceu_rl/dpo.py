@@ -167,7 +167,7 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32Ou
         with FirstRow(dataset_name):
             prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         # On equal answers stock's two gradients cancel; weighed on one side they would train on the answer. Nothing is
-        # trained in an evaluation, whose scores are to be those of the same rows as stock's
+        # trained in an evaluation, which scores the same rows as stock's
         leaves_out = dataset_name == "train" and args.ceu_coef > 0
         return leave_ties_out(prepared, dataset, dataset_name, args, leaves_out)
 

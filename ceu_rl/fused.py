@@ -60,9 +60,9 @@ def fused_linear_unlearning_loss(
         logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)
 
     A chunk of the logits is held at a time, besides one gradient for each input that requires one. Under autocast the
-    matrix products run in its dtype, else in that of `hidden`; the loss, and sums over chunks, are in float32 (float64
-    for float64 input). So is the softmax, exact at any label probability. On a GPU with Triton the logits of other
-    tokens than the label are rounded to bfloat16 where `hidden` is; `exact=True` keeps them in float32.
+    matrix products run in its dtype, else in the dtype of `hidden`. The loss, the softmax and sums over chunks are in
+    float32 (float64 for float64 input), exact at any label probability. On a GPU with Triton the logits of other tokens
+    than the label are rounded to bfloat16 where `hidden` is; `exact=True` keeps them in float32.
 
     Under FSDP2 the weight may be a sharded DTensor: it is gathered, and its gradient averaged over the ranks. Under
     ZeRO-3 the caller gathers it, with `trl.trainer.utils.maybe_gather_lm_head_ctx` around this call and inside the
@@ -266,7 +266,7 @@ def _exactly(
 
 
 def _losses(log_odds: torch.Tensor, entropy: torch.Tensor, unlearned: int) -> torch.Tensor:
-    """The losses (n,) of rows, the first `unlearned` of which are CE-U, the others cross entropy."""
+    """The losses (n,) of rows: CE-U for the first `unlearned`, cross entropy for the others."""
     sign = torch.ones_like(log_odds)
     sign[:unlearned] = -1.0
     losses = -F.logsigmoid(sign * log_odds)

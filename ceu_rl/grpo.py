@@ -80,7 +80,7 @@ class CEUGRPOConfig(DescentConfig, GRPOConfig):
             raise ValueError(f"bdpo_lambda is {self.bdpo_lambda}, and sequence_ratio is TOPR in GRPO; leave it out.")
         if not self.is_anchored:
             return
-        # The rule takes the place of TRL's importance weight, which it must know
+        # The rule replaces TRL's importance weight, which it must know
         for name, value, allowed in (
             ("importance_sampling_level", self.importance_sampling_level, ("token",)),
             ("loss_type", self.loss_type, ("grpo", "bnpo", "dr_grpo", "dapo")),
@@ -88,8 +88,8 @@ class CEUGRPOConfig(DescentConfig, GRPOConfig):
         ):
             if value not in allowed:
                 raise ValueError(
-                    f"{name} is {value!r}, and descent_rule {self.descent_rule!r} takes the place of TRL's importance "
-                    f"weight of a token, which it knows for {' or '.join(map(repr, allowed))} alone; use that."
+                    f"{name} is {value!r}, and descent_rule {self.descent_rule!r} replaces TRL's importance weight, "
+                    f"which it knows for {' or '.join(map(repr, allowed))} alone; use that."
                 )
 
     def weight(self) -> Weight:
@@ -109,10 +109,9 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
     clipping or the KL term says otherwise. With `ceu_coef` 0 it trains the same weights as `trl.GRPOTrainer`, bit for
     bit: the route then only looks on. It takes the same arguments, and a `CEUGRPOConfig`.
 
-    The anchor of a rule is the token's probability under what generated it: vLLM's, else that of the policy when the
-    rollouts came. A rule that measures against it (anchored, token_ratio, sequence_ratio) takes the place of TRL's
-    importance weight: descending tokens get the rule's, ascending ones 1. TRL's clip and masks still decide which
-    tokens have a gradient.
+    The anchor of a rule is the token's probability under what generated it: vLLM's, else the policy's when the rollouts
+    came. A rule that measures against it (anchored, token_ratio, sequence_ratio) replaces TRL's importance weight:
+    descending tokens get the rule's, ascending ones 1. TRL's clip and masks still decide which tokens have a gradient.
 
     It logs what `route.descent_metrics` returns, and with vLLM `rollout/age_mean`, `rollout/age_max` (steps between the
     weights that generated and those that learn) and `rollout/sync_seconds`. Where the log-probabilities of what
@@ -314,6 +313,6 @@ def _check_prompts(dataset: Any, args: GRPOConfig) -> None:
             "would be trained; give more prompts, or lower per_device_train_batch_size or steps_per_generation."
         )
     note(
-        f"The train dataset has {len(dataset)} prompts, of which one generation takes {prompts}: "
+        f"The train dataset has {len(dataset)} prompts, and one generation takes {prompts}: "
         f"{len(dataset) % prompts} are left out of each epoch."
     )

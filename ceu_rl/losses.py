@@ -145,11 +145,12 @@ def anchored_weight(log_probs: torch.Tensor, anchor_log_probs: torch.Tensor) -> 
         w = min(1, p / p_a)
 
     At the start w = 1, which is gradient ascent. As the token falls, its push is (p / p_a)(e_y - p), the gradient of
-    p / p_a: CE-U's bounded push in units of the anchor. It is the gradient of stock's log-ratio x = log(p / p_a) with
+    p / p_a: CE-U's bounded push in units of the anchor. It is the gradient of stock's loss with its log-ratio
+    x = log(p / p_a) replaced by
 
         phi(x) = x for x >= 0, e^x - 1 for x < 0
 
-    in its place, so that no token pays more than one nat. A token that chosen and rejected responses share is neutral
+    so that no token pays more than one nat. A token that chosen and rejected responses share is neutral
     at or above its anchor, as with stock, and is drawn back to it from below.
 
     Args:

@@ -37,7 +37,7 @@ class OfflineGRPOTrainer(CEUGRPOTrainer):
     `reward_funcs` score evaluations on prompts alone, and may be left out. `reward_weights` begins with the weight of
     the logged rewards. Where the rows have `log_probs`, TRL's
     importance ratios and clip are relative to them, and so is the anchor of a rule; a rule that measures against it
-    takes the place of both. Where they have none, every ratio is 1.
+    replaces both. Where they have none, every ratio is 1.
 
     Raises:
         ValueError: as `CEUGRPOTrainer`, and with row and column for completions, rewards or log-probabilities that
@@ -84,7 +84,7 @@ class OfflineGRPOTrainer(CEUGRPOTrainer):
         self._rows = inputs
         outputs = super()._generate_and_score_completions(inputs)
         if _is_logged(inputs):
-            # The ratio is to what wrote the completions, and 1 where that is not known or a rule takes its place
+            # The ratio is to what wrote the completions, and 1 where that is not known or a rule replaces it
             outputs.pop("old_per_token_logps", None)
             if "sampling_per_token_logps" in outputs and not self.args.is_anchored:
                 outputs["old_per_token_logps"] = outputs["sampling_per_token_logps"]
@@ -120,7 +120,7 @@ class OfflineGRPOTrainer(CEUGRPOTrainer):
 
         Raises:
             ValueError: for the first row with a token outside the vocabulary, or log-probabilities that are not as many
-                as the tokens of a completion; that of an end which no token id stands for may be missing.
+                as the tokens of a completion; an end which no token id stands for needs none.
         """
         model: Any = self.model
         vocabulary, longest, cut = model.get_input_embeddings().num_embeddings, self.max_completion_length, 0

@@ -182,12 +182,7 @@ def _float32(value: Any) -> float | None:
 
 @contextmanager
 def name_vllm_settings() -> Iterator[None]:
-    """Say in one sentence what vLLM lacks when a trainer starts: KV-cache space, or settings of its server.
-
-    Raises:
-        ValueError: with our settings for the KV cache, where vLLM names those of its own command line, and for a server
-            without the endpoints that weight sync needs.
-    """
+    """Raise a ValueError with our settings for the KV cache, where vLLM names its own command line's."""
     try:
         yield
     except ValueError as error:
@@ -197,10 +192,6 @@ def name_vllm_settings() -> Iterator[None]:
             f"vLLM has too little KV-cache space: lower vllm_max_model_length, or give it more with "
             f"VLLM_CPU_KVCACHE_SPACE (GiB) on a CPU, vllm_gpu_memory_utilization on a GPU. vLLM says: {error}"
         ) from error
-    except RuntimeError as error:
-        if not str(error).startswith("The vLLM server"):
-            raise
-        raise ValueError(str(error)) from error
 
 
 def check_vllm(adapts: bool = False, args: Any = None) -> None:

@@ -3,7 +3,7 @@
     python -m tests.engines FOLDER ENGINE CASE[@STEP][+STEP] ...
 
 FOLDER/model is the model; FOLDER/ENGINE/CASE gets the weights and `log.json`. `case+3` ends after step 3 with a
-checkpoint there; `case@FOLDER` goes on from that checkpoint.
+checkpoint there; `case@FOLDER` continues from that checkpoint.
 """
 
 import json
@@ -27,7 +27,7 @@ ROWS = 37
 
 
 def filled(rows):
-    """What accelerate makes of an odd last batch on several processes: it goes on with the first rows."""
+    """What accelerate makes of an odd last batch on several processes: it takes the first rows again."""
     return Dataset.from_list(rows if PROCESSES > 1 else rows + rows[:3])
 
 

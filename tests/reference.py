@@ -1,4 +1,4 @@
-"""The backward rule worked out in float64 from plain logits: what the trainers are held against."""
+"""The backward rule worked out in float64 from plain logits: what the trainers are compared with."""
 
 import copy
 
@@ -39,7 +39,7 @@ def routed_gradients(trainer, kept, input_ids, attention_mask, weight, temperatu
 
 
 def assert_gradients_follow(model, expected):
-    """Hold the gradients of a float32 model against those of the reference."""
+    """Compare the gradients of a float32 model with the reference's."""
     scale = max(value.abs().max() for value in expected.values()).item()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad.double(), expected[name], rtol=1e-3, atol=2e-6 * scale)

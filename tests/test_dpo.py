@@ -174,7 +174,7 @@ def test_at_the_start_an_anchored_step_is_stocks(make_trainer, tiny_model):
 @pytest.mark.parametrize("kind", ["a new adapter", "an adapter of before", "prompt tuning"])
 @pytest.mark.parametrize("precompute", [False, True])
 def test_the_anchor_of_an_adapted_policy_is_the_model_without_it(make_trainer, tiny_model, kind, precompute):
-    """Or with the adapter that it began with, of which TRL keeps a copy: the first step is then stock's again."""
+    """Or with the adapter that it began with, which TRL copies: the first step is then stock's again."""
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     prompt = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     given = {"peft_config": prompt if kind == "prompt tuning" else lora}

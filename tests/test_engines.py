@@ -141,7 +141,7 @@ def test_bfloat16_keeps_log_probabilities_and_ratios(launch, engine):
     for key in ("logps/chosen", "logps/rejected"):
         assert first[0][0][key] < -360
         assert second[0][0][key] == pytest.approx(first[0][0][key], abs=0.04)  # a mean of four sums
-    for sign in ("positive", "negative"):  # of the second step, whose rollouts are those of the first
+    for sign in ("positive", "negative"):  # of the second step, which uses the first's rollouts again
         assert first[1][1][f"rollout/mismatch_{sign}"] > 0.05
         for key in ("ratio", "mismatch"):
             of_float32 = first[1][1][f"rollout/{key}_{sign}"]

@@ -250,7 +250,7 @@ def test_prompts_that_a_partial_batch_drops_are_counted(make_trainer, caplog):
     rows = datasets.Dataset.from_list([{"prompt": f"{n}="} for n in range(7)])
     with caplog.at_level("INFO", "ceu_rl"):
         trainer = make_trainer(CEUGRPOTrainer, train_dataset=rows, num_train_epochs=1, max_steps=-1)
-    assert "has 7 prompts, of which one generation takes 2: 1 are left out of each epoch" in caplog.text
+    assert "has 7 prompts, and one generation takes 2: 1 are left out of each epoch" in caplog.text
     trainer.train()
     assert trainer.state.log_history[-1]["step"] == 3
 
@@ -543,7 +543,7 @@ def test_a_lag_that_cannot_be_is_refused(settings, message):
 
 
 def test_dropping_descending_tokens_trains_on_the_others_as_stock_does(make_trainer):
-    """The gradient is that of the rule with w = 0, whatever the coefficients."""
+    """The gradient follows the rule with w = 0, whatever the coefficients."""
     stock = make_trainer(GRPOTrainer)
     batch = rollouts(stock)
     stock_loss, expected, descending = stock_and_routed(stock, batch, torch.zeros_like)

@@ -190,7 +190,7 @@ def test_descent_weight_of_the_published_form_in_float32():
 
 
 def test_ascent_vanishes_where_ce_u_is_largest_and_the_other_way_round():
-    """The L1 norm of ascent's gradient on the logits is 2 (1 - p_y), that of CE-U's 2 p_y."""
+    """The L1 norm of the gradient on the logits is 2 (1 - p_y) for ascent, 2 p_y for CE-U."""
     for log_odds in (-12.0, -3.0, 0.0, 3.0, 12.0):
         logits = logits_with(log_odds, torch.float64).requires_grad_()
         p = logits.softmax(-1)[2].item()

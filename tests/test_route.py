@@ -71,7 +71,7 @@ def test_the_rule_against_plain_logits_in_float64(coef, scale, max_weight):
 
 
 def test_published_form_gives_the_ce_u_gradient():
-    """With a = s = 1, M = inf and g = 1 the routed gradient on the logits is p - q, that of the paper's loss."""
+    """With a = s = 1, M = inf and g = 1 the routed gradient on the logits is p - q, as of the paper's loss."""
     torch.manual_seed(1)
     logits, labels = torch.randn(5, 8, dtype=torch.float64), torch.randint(0, 8, (5,))
     toy = ToyHead(logits.clone())
@@ -94,7 +94,7 @@ def test_metrics_add_up_over_backward_passes():
 
 @pytest.mark.parametrize("rule", [None, descent_rule("constant", constant_weight=0.75), descent_rule()])
 def test_metrics_tell_rare_and_sure_tokens_apart(rule):
-    """Their shares of the gradient are those of its L1 norm on the logits, which are the toy's parameters."""
+    """A share of the gradient is a share of its L1 norm on the logits, which are the toy's parameters."""
     p = torch.tensor([0.001, 0.009, 0.02, 0.5, 0.98, 0.995, 0.9999, 0.001], dtype=torch.float64)
     toy = ToyHead(torch.stack([p, 0.7 * (1 - p), 0.3 * (1 - p)], dim=-1).log())
     route = DescentRoute(rule, observe=True, always=True)

@@ -96,7 +96,7 @@ def measure(row: Mapping[str, Any], device: str = "cpu") -> dict[str, Any]:
 
 
 def _on_ranks(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The same in so many processes, of which the first writes what it measured."""
+    """The same in so many processes; the first writes what it measured."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "row.json")
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(row["ranks"])]
@@ -135,7 +135,7 @@ def peak_gib(work: Callable[[], Any], device: str) -> float:
 
 
 class Clock(TrainerCallback):
-    """The least seconds of a step, from its beginning to that of the next: what comes between only adds to them."""
+    """The least seconds of a step, from its beginning to the next one's: what comes between only adds to them."""
 
     def __init__(self, device: str) -> None:
         self.device = device
