@@ -111,26 +111,6 @@ def descent_weight(
     return (1.0 - coef) + coef / (inverse_odds / scale + 1.0 / max_weight)
 
 
-RANGES = {  # of the numbers that a descent rule takes: above or from the first, up to the second
-    "ceu_coef": (0, 1, True),
-    "ceu_scale": (0, 1e30, False),  # what float32 holds
-    "ceu_max_weight": (0, math.inf, False),
-    "constant_weight": (0, 1e30, True),
-    "tnpo_beta": (0, 1e30, False),
-    "bdpo_lambda": (0, 1 - 1e-6, False),
-    "gate_alpha": (0, 1e30, False),
-    "gate_tau": (0, 1, True),
-}
-
-
-def check_ranges(**numbers: Any) -> None:
-    """Raise a ValueError that names the first number of a rule outside its range (NaN included)."""
-    for name, value in numbers.items():
-        low, high, includes = RANGES[name]
-        if not (isinstance(value, int | float) and (low <= value if includes else low < value) and value <= high):
-            raise ValueError(f"{name} is {value}; use a number {'from' if includes else 'above'} {low} up to {high:g}.")
-
-
 # Rules that measure a token, or its response, against an anchor: its probability where the data were judged
 
 
@@ -150,8 +130,8 @@ def anchored_weight(log_probs: torch.Tensor, anchor_log_probs: torch.Tensor) -> 
 
         phi(x) = x for x >= 0, e^x - 1 for x < 0
 
-    so that no token pays more than one nat. A token that chosen and rejected responses share is neutral
-    at or above its anchor, as with stock, and is drawn back to it from below.
+    so that no token pays more than one nat. A token that chosen and rejected responses share is neutral at or above its
+    anchor, as with stock, and is drawn back to it from below.
 
     Args:
         log_probs: log p of each token, in nats, of any shape.
@@ -316,3 +296,23 @@ def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
 def _exact(values: torch.Tensor) -> torch.Tensor:
     """Half precision as float32; float32 and float64 as they are."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+RANGES = {  # of the numbers that a descent rule takes: above or from the first, up to the second
+    "ceu_coef": (0, 1, True),
+    "ceu_scale": (0, 1e30, False),  # what float32 holds
+    "ceu_max_weight": (0, math.inf, False),
+    "constant_weight": (0, 1e30, True),
+    "tnpo_beta": (0, 1e30, False),
+    "bdpo_lambda": (0, 1 - 1e-6, False),
+    "gate_alpha": (0, 1e30, False),
+    "gate_tau": (0, 1, True),
+}
+
+
+def check_ranges(**numbers: Any) -> None:
+    """Raise a ValueError that names the first number of a rule outside its range (NaN included)."""
+    for name, value in numbers.items():
+        low, high, includes = RANGES[name]
+        if not (isinstance(value, int | float) and (low <= value if includes else low < value) and value <= high):
+            raise ValueError(f"{name} is {value}; use a number {'from' if includes else 'above'} {low} up to {high:g}.")

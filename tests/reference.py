@@ -1,8 +1,37 @@
-"""The backward rule worked out in float64 from plain logits: what the trainers are compared with."""
+"""What losses and trainers are compared with: 60-digit arithmetic, and the rule in float64 on plain logits."""
 
 import copy
+import math
 
+import mpmath
 import torch
+
+mpmath.mp.dps = 60
+OTHERS = [0.3, -1.2, 0.9, -0.4]  # logits of the tokens that are not the label
+# Label probabilities 1e-30, 1e-10, 1e-3, 1/2, 1 - 1e-3, 1 - 1e-10, 1 - 1e-26
+LOG_ODDS = [math.log(odds) for odds in (1e-30, 1e-10, 1e-3, 1, 1e3, 1e10, 1e26)]
+
+
+def logits_with(log_odds, dtype):
+    """Logits whose label, at index 2, has these log-odds, as exactly as the type allows."""
+    normalizer = torch.tensor(OTHERS, dtype=torch.float64).logsumexp(0).item()
+    return torch.tensor([*OTHERS[:2], normalizer + log_odds, *OTHERS[2:]], dtype=dtype)
+
+
+def exact(logits, label, unlearn=True):
+    """Value and gradient with 60 digits, from the very numbers in `logits`: -sum q_i log p_i, or -log p_y."""
+    e = [mpmath.exp(mpmath.mpf(value)) for value in logits.tolist()]
+    p = [value / mpmath.fsum(e) for value in e]
+    target = [mpmath.mpf(i == label) for i in range(len(e))]
+    if unlearn:
+        rest = mpmath.fsum(value for i, value in enumerate(e) if i != label)
+        target = [mpmath.mpf(0) if i == label else value / rest for i, value in enumerate(e)]
+    value = -mpmath.fsum(t * mpmath.log(p_i) for t, p_i in zip(target, p, strict=True))
+    return value, [p_i - t for t, p_i in zip(target, p, strict=True)]
+
+
+def worst_relative_error(found, truth):
+    return max(abs((mpmath.mpf(f) - t) / t) for f, t in zip(found, truth, strict=True))
 
 
 def keep_log_probs(trainer):

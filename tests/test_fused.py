@@ -16,9 +16,7 @@ from ceu_rl import fused
 from ceu_rl.fused import fused_linear_unlearning_loss, lm_head_options
 from ceu_rl.losses import cross_entropy_unlearning_loss
 
-from .test_losses import LOG_ODDS, logits_with, worst_relative_error
-
-mpmath.mp.dps = 60
+from .reference import LOG_ODDS, exact, logits_with, worst_relative_error
 
 
 def on_logits(hidden, weight, labels, mask, bias=None, softcap=None, logit_scale=1.0, reduction="mean"):
@@ -49,18 +47,6 @@ def doubled(*tensors):
 
 def error(found, truth):
     return ((found.double() - truth).norm() / truth.norm()).item()
-
-
-def exact(logits, label, unlearn):
-    """Value and gradient with 60 digits, from the very numbers in `logits`: -sum q_i log p_i, or -log p_y."""
-    e = [mpmath.exp(mpmath.mpf(value)) for value in logits.tolist()]
-    p = [value / mpmath.fsum(e) for value in e]
-    target = [mpmath.mpf(i == label) for i in range(len(e))]
-    if unlearn:
-        rest = mpmath.fsum(value for i, value in enumerate(e) if i != label)
-        target = [mpmath.mpf(0) if i == label else value / rest for i, value in enumerate(e)]
-    value = -mpmath.fsum(t * mpmath.log(p_i) for t, p_i in zip(target, p, strict=True))
-    return value, [p_i - t for t, p_i in zip(target, p, strict=True)]
 
 
 @pytest.mark.parametrize("unlearn", [True, False], ids=["ce-u", "cross entropy"])

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from ceu_rl import fused
 from ceu_rl.fused import fused_linear_unlearning_loss
 
-from .test_fused import OPTIONS, HostReads, batch, error, exact, on_logits
-from .test_losses import LOG_ODDS, logits_with, worst_relative_error
+from .reference import LOG_ODDS, exact, logits_with, worst_relative_error
+from .test_fused import OPTIONS, HostReads, batch, error, on_logits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 kernels = pytest.mark.skipif(
