@@ -21,6 +21,8 @@ from ceu_rl.run.callbacks import StartModel, TaskScore
 from ceu_rl.run.engines import check_engine, engines_on_cpu, save_whole
 from ceu_rl.tasks.protocol import Task
 
+from .trainers import SETTINGS
+
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 # One epoch: five steps of two micro-batches of four rows, but for the last micro-batch, which has one row
 ROWS = 37
@@ -47,20 +49,15 @@ def answered(pairs):
 
 def settings(output_dir, **given):
     return {
+        **SETTINGS,
         "output_dir": output_dir,
         "max_steps": 5,
         "per_device_train_batch_size": 4 // PROCESSES,
         "gradient_accumulation_steps": 2,
         "train_sampling_strategy": "sequential",
         "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
         "max_grad_norm": 0.5,
-        "gradient_checkpointing": False,
         "bf16": os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16",
-        "disable_tqdm": True,
-        "report_to": "none",
-        "logging_steps": 1,
-        "save_strategy": "no",
         "use_cpu": os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true",
         **given,
     }

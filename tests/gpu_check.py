@@ -42,6 +42,7 @@ from ceu_rl.run.provenance import environment, write_json
 from ceu_rl.unlearn import METHODS
 
 from .benchmarks.measure import measure
+from .trainers import SETTINGS
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 M135 = {"vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
@@ -173,11 +174,8 @@ def fsdp2(device: str, folder: Path) -> dict[str, Any]:
 
 
 def settings(device: str, folder: Path, **given: Any) -> dict[str, Any]:
-    return {
-        "output_dir": str(folder / "run"), "per_device_train_batch_size": 4, "learning_rate": 1e-5,
-        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
-        "use_cpu": device == "cpu", "bf16": device == "cuda", **given,
-    }  # fmt: skip
+    on_device = {"use_cpu": device == "cpu", "bf16": device == "cuda", "output_dir": str(folder / "run")}
+    return {**SETTINGS, "per_device_train_batch_size": 4, "learning_rate": 1e-5, **on_device, **given}
 
 
 def dpo(device: str, folder: Path) -> dict[str, Any]:
