@@ -21,6 +21,9 @@ import logging
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+
+from packaging.specifiers import SpecifierSet
 
 from .run.errors import Boundary
 
@@ -71,40 +74,30 @@ def _print_environment(argv: list[str]) -> int:
 
     import torch
     from packaging.requirements import Requirement
-    from rich.console import Console
-    from rich.table import Table
 
     from .run.provenance import describe_device, environment
 
     if argv:
         print("usage: ceu-rl env\n\nPrint versions and device, and whether the trainers and vLLM work here.")
         return 0 if argv[0] in ("-h", "--help") else 2
-    try:
-        asked = {found.name: found.specifier for found in map(Requirement, requires("ceu-rl") or []) if found.specifier}
-    except PackageNotFoundError:  # run from its source, without an installation
-        asked = {}
-    table, works = Table("item", "value"), True
+    asked: dict[str, SpecifierSet] = {}
+    with suppress(PackageNotFoundError):  # run from its source, without an installation
+        asked = {each.name: each.specifier for each in map(Requirement, requires("ceu-rl") or [])}
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     found = environment() | describe_device(device, torch.accelerator.device_count())
+    works = True
     for name, version in found.pop("versions").items():
-        fits = name not in asked or asked[name].contains(version, prereleases=True)
-        works = works and fits
-        table.add_row(name, version if fits else f"{version}, and {asked[name]} is asked for: install that")
+        if name in asked and not asked[name].contains(version, prereleases=True):
+            works, version = False, f"{version}, and {asked[name]} is asked for: install that"
+        print(f"{name:<16} {version}")
     for name, value in found.items():
-        table.add_row(name, str(value))
-    for name, code, needed in (
-        ("the route works", "from ceu_rl.cli import try_route as t; print(t())", True),
-        (
-            "vLLM works",
-            "from vllm import LLM; from vllm.platforms import current_platform as p; print(p.device_type)",
-            False,
-        ),
-    ):
+        print(f"{name:<16} {value}")
+    vllm = "from vllm import LLM; from vllm.platforms import current_platform as p; print(p.device_type)"
+    for name, code in (("the route works", "from ceu_rl.cli import try_route as t; print(t())"), ("vLLM works", vllm)):
         ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        lines = (ran.stdout if ran.returncode == 0 else ran.stderr).strip().splitlines() or ["no output"]
-        table.add_row(name, f"yes, on {lines[-1]}" if ran.returncode == 0 else f"no: {lines[-1]}")
-        works = works and not (needed and ran.returncode)
-    Console().print(table)
+        last = (ran.stderr if ran.returncode else ran.stdout).strip().rpartition("\n")[2]
+        print(f"{name:<16} {'no: ' if ran.returncode else 'yes, on '}{last}")
+        works = works and (not ran.returncode or code == vllm)
     return 0 if works else 1
 
 

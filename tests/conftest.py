@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import datasets
 import pytest
 import torch
+import yaml
 
 from ceu_rl.models import build_model, build_tokenizer
 
@@ -43,3 +44,41 @@ def preferences():
             for b in range(8)
         ]
     )
+
+
+# runs of `ceu-rl`
+
+SMALL = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "max_steps": 3,
+    "per_device_train_batch_size": 2,
+    "logging_steps": 1,
+    "max_length": 64,
+    "save_strategy": "no",
+}
+
+
+@pytest.fixture
+def base(tiny_model, tokenizer, tmp_path):
+    """A tiny model in a folder."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def recipe(tmp_path, base, preferences):
+    """Write a small recipe, of DPO on a file of pairs; `None` takes a field out."""
+    preferences.select(range(16)).to_json(tmp_path / "rows.jsonl")
+
+    def write(**fields):
+        defaults = {"model_name_or_path": str(base), "dataset_name": str(tmp_path / "rows.jsonl")}
+        settings = {**defaults, "output_dir": str(tmp_path / "out"), **SMALL, **fields}
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not None}))
+        return str(path)
+
+    return write

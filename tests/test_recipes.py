@@ -35,8 +35,12 @@ def method_of(path):
     return words[-3]
 
 
-def test_there_are_recipes():
-    assert len(RECIPES) >= 10 and len(ACCELERATE) >= 3
+def settings(path):
+    return yaml.safe_load(path.read_text())
+
+
+def lines(path):
+    return {line for line in path.read_text().splitlines() if line and not line.startswith("#")}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
@@ -47,7 +51,7 @@ def test_it_parses_and_says_how_to_run_it(path):
     method = method_of(path)
     script, args, model, _ = build_configs(method, read_arguments(method, argv))
     assert script.dataset_name and model.model_name_or_path and args.output_dir.startswith("runs/")
-    fields = yaml.safe_load(path.read_text())
+    fields = settings(path)
     fields.pop("env", None)
     assert fields.pop("method") == method == recipe_method(path)
     for key, value in fields.items():
@@ -61,7 +65,7 @@ SHARDED = [path for path in RECIPES if "accelerate/fsdp2.yaml" in path.read_text
 @pytest.mark.parametrize("path", SHARDED, ids=name)
 def test_a_large_model_is_loaded_in_bfloat16_and_its_header_counts_the_host_memory(path):
     """Every process loads it whole; accelerate trains it in float32 all the same."""
-    assert yaml.safe_load(path.read_text())["dtype"] == "bfloat16"
+    assert settings(path)["dtype"] == "bfloat16"
     assert any("of host memory" in line for line in header(path))
 
 
@@ -70,21 +74,17 @@ STOCK = [path for path in RECIPES if path.stem.startswith("stock") and path.stem
 
 @pytest.mark.parametrize("path", STOCK, ids=name)
 def test_stock_and_ce_u_differ_in_a_few_lines(path):
-    assert yaml.safe_load(path.read_text())["ceu_coef"] == 0
+    assert settings(path)["ceu_coef"] == 0
     arms = ("ceu-0.5", "ceu-1", "ceu-published", "positives", "anchored", "constant-0.75", "gate", "token-ratio")
     twins = [twin for arm in arms if (twin := path.with_name(path.name.replace("stock", arm))).is_file()]
     assert twins
     for twin in twins:
-        stock, other = (
-            {line for line in p.read_text().splitlines() if line and not line.startswith("#")} for p in (path, twin)
-        )
-        assert 2 <= len(other - stock) <= 4
-        assert len(stock - other) <= 3
+        assert 2 <= len(lines(twin) - lines(path)) <= 4 and len(lines(path) - lines(twin)) <= 3
 
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if path.stem == "stock-sft"], ids=name)
 def test_the_remedy_against_displacement_is_stock_with_its_loss_alone(path):
-    remedy, stock = (yaml.safe_load(each.read_text()) for each in (path, path.with_name("stock.yaml")))
+    remedy, stock = settings(path), settings(path.with_name("stock.yaml"))
     assert remedy.pop("loss_type") == ["sigmoid", "sft"] and remedy.pop("output_dir") != stock.pop("output_dir")
     assert remedy == stock
 
@@ -108,19 +108,17 @@ def test_the_recipes_for_gpus_have_the_arms_of_those_for_the_small_real_model(me
 
 def test_both_chain_sum_folders_make_the_same_base():
     """And write it to the same folder, so that it is made once."""
-    bases = [yaml.safe_load((ROOT / f"recipes/{m}/smollm2-chain-sum/base.yaml").read_text()) for m in ("dpo", "grpo")]
-    assert bases[0] == bases[1]
+    assert settings(ROOT / "recipes/dpo/smollm2-chain-sum/base.yaml") == settings(
+        ROOT / "recipes/grpo/smollm2-chain-sum/base.yaml"
+    )
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes/grpo/addition-stale").glob("*.yaml")), ids=name)
 def test_the_baselines_of_stale_rollouts_differ_in_a_few_lines(path):
     """Each from the arm with unknown behaviour or from the one whose behaviour is known."""
-    lines, *bases = (
-        {line for line in p.read_text().splitlines() if line and not line.startswith("#")}
-        for p in (path, path.with_stem("stock"), path.with_stem("clip"))
-    )
-    assert path.stem in ("stock", "clip") or min(len(lines - base) for base in bases) <= 4
-    assert len(lines - bases[0]) <= 4
+    added = [len(lines(path) - lines(path.with_stem(base))) for base in ("stock", "clip")]
+    assert path.stem in ("stock", "clip") or min(added) <= 4
+    assert added[0] <= 4
 
 
 @pytest.fixture(scope="session")
@@ -196,5 +194,5 @@ def test_accelerate_configs(path):
     config = load_config_from_file(str(path))
     assert config.num_processes >= (1 if path.stem == "single" else 2)
     assert any(re.match(rf"accelerate launch --config_file {name(path)} ", line) for line in header(path))
-    fsdp = yaml.safe_load(path.read_text()).get("fsdp_config")
+    fsdp = settings(path).get("fsdp_config")
     assert fsdp is None or fsdp["fsdp_cpu_ram_efficient_loading"] is False

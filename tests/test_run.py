@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from datasets import Dataset
 from filelock import FileLock, Timeout
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,40 +20,6 @@ from ceu_rl import CEUDPOTrainer
 from ceu_rl.cli import main
 from ceu_rl.run import run as run_module
 from ceu_rl.run.errors import REPORT
-
-SMALL = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "disable_tqdm": True,
-    "max_steps": 3,
-    "per_device_train_batch_size": 2,
-    "logging_steps": 1,
-    "max_length": 64,
-    "save_strategy": "no",
-}
-
-
-@pytest.fixture
-def base(tiny_model, tokenizer, tmp_path):
-    tiny_model().save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
-def recipe(tmp_path, base, preferences):
-    """Write a small DPO recipe on a file of pairs; `None` takes a field out."""
-    preferences.select(range(16)).to_json(tmp_path / "rows.jsonl")
-
-    def write(name="recipe.yaml", **fields):
-        defaults = {"model_name_or_path": str(base), "dataset_name": str(tmp_path / "rows.jsonl")}
-        settings = {**defaults, "output_dir": str(tmp_path / "out"), **SMALL, **fields}
-        path = tmp_path / name
-        path.write_text(yaml.safe_dump({key: value for key, value in settings.items() if value is not None}))
-        return str(path)
-
-    return write
 
 
 @pytest.fixture
@@ -153,12 +118,6 @@ def test_two_runs_do_not_share_a_folder(recipe, at_step, tmp_path, capsys):
     assert main(["dpo", "--config", config]) == 0 and not held
 
 
-def test_an_output_dir_that_is_a_file(recipe, tmp_path, capsys):
-    (tmp_path / "out").write_text("mine")
-    assert main(["dpo", "--config", recipe()]) == 2
-    assert "output_dir" in capsys.readouterr().err and (tmp_path / "out").read_text() == "mine"
-
-
 def test_a_full_disk_while_the_model_is_saved(recipe, tmp_path, monkeypatch, capsys):
     save = CEUDPOTrainer.save_model
 
@@ -189,12 +148,9 @@ def test_what_has_ended_says_so_and_stays_as_it_was(recipe, tmp_path, capsys, sa
     config = recipe(**saved)
     assert main(["dpo", "--config", config]) == 0
     before = digest(tmp_path / "out")
-    for more in (
-        [],
-        ["--logging_steps", "3", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"],
-    ):
-        assert main(["dpo", "--config", config, "--resume_from_checkpoint", *more]) == 0
-        assert "nothing is left of this run" in capsys.readouterr().err
+    other = ["--logging_steps", "3", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"]
+    assert main(["dpo", "--config", config, "--resume_from_checkpoint", *other]) == 0
+    assert "nothing is left of this run" in capsys.readouterr().err
     assert digest(tmp_path / "out") == before
 
 
@@ -258,24 +214,31 @@ def test_a_run_that_begins_at_a_checkpoint_of_another_says_what_has_changed(reci
     config = recipe(**SAVED)
     assert main(["dpo", "--config", config]) == 0
     checkpoint = str(tmp_path / "out" / "checkpoint-2")
-    argv = ["dpo", "--config", config, "--resume_from_checkpoint", checkpoint, "--output_dir", str(tmp_path / "b")]
-    assert main([*argv, "--learning_rate", "1e-5"]) == 0
+    begun = ["--resume_from_checkpoint", checkpoint, "--output_dir", str(tmp_path / "b"), "--learning_rate", "1e-5"]
+    assert main(["dpo", "--config", config, *begun]) == 0
     assert result(tmp_path / "b")["began_at"] == {"checkpoint": checkpoint, "changed": {"learning_rate": [1e-3, 1e-5]}}
 
 
 # what is saved
 
 
-@pytest.mark.parametrize("method", ["dpo", "sft", "unlearn", "grpo"])
+OF_METHOD = {
+    "dpo": {},
+    "sft": {"dataset_name": "builtin:addition"},
+    "unlearn": {"dataset_name": "builtin:authors", "max_length": 512},
+    "grpo": {
+        **{"dataset_name": "builtin:addition", "reward_funcs": "ceu_rl.tasks.addition.accuracy"},
+        **{"num_generations": 2, "max_length": None, "max_completion_length": 4},
+    },
+}
+
+
+@pytest.mark.parametrize("method", OF_METHOD)
 def test_a_generation_config_that_cannot_be_saved_is_mended(recipe, base, tmp_path, caplog, method):
     """As models of 2023 have it; transformers reads it, and refuses to write it at the first save."""
     ends = {"eos_token_id": [2, 1], "pad_token_id": 0}
     (base / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, **ends}))
-    fields = {"dpo": {}, "sft": {"dataset_name": "builtin:addition"}, "unlearn": {"dataset_name": "builtin:authors"}}
-    grpo = {"dataset_name": "builtin:addition", "reward_funcs": "ceu_rl.tasks.addition.accuracy", "num_generations": 2}
-    fields["unlearn"]["max_length"] = 512
-    fields["grpo"] = grpo | {"max_length": None, "max_completion_length": 4}
-    config = recipe(**{"max_steps": 1, "save_strategy": "steps", "save_steps": 1, **fields[method]})
+    config = recipe(**{"max_steps": 1, "save_strategy": "steps", "save_steps": 1, **OF_METHOD[method]})
     assert main([method, "--config", config]) == 0
     assert "temperature 0.6, top_p 0.9" in caplog.text
     for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-1"):
@@ -313,10 +276,9 @@ def test_what_is_saved_names_its_model_and_no_cache(recipe, base, tmp_path, monk
         assert name is None or cache not in (folder / "README.md").read_text()
 
 
-def test_a_model_made_in_memory_has_a_name_on_its_card(tmp_path):
-    given = {**SMALL, "model_name_or_path": "builtin:llama", "dataset_name": "builtin:addition", "max_steps": 1}
-    given |= {"output_dir": tmp_path / "out", "save_strategy": "steps"}
-    assert main(["sft", *(word for key, value in given.items() for word in (f"--{key}", str(value)))]) == 0
+def test_a_model_made_in_memory_has_a_name_on_its_card(recipe, tmp_path):
+    given = {"model_name_or_path": "builtin:llama", "dataset_name": "builtin:addition", "save_strategy": "steps"}
+    assert main(["sft", "--config", recipe(**given, max_steps=1)]) == 0
     assert "fine-tuned version of `builtin:llama`" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -353,13 +315,6 @@ def test_a_second_signal_ends_at_once(recipe, at_step, capsys):
     assert "ceu-rl dpo: interrupted" in err and "Traceback" not in err
 
 
-def test_a_signal_in_the_last_step_changes_nothing(recipe, at_step, tmp_path):
-    signals = iter([signal.SIGINT])
-    at_step(3, lambda: [os.kill(os.getpid(), number) for number in signals])
-    assert main(["dpo", "--config", recipe()]) == 0
-    assert result(tmp_path / "out")["steps"] == 3
-
-
 def test_a_run_that_trains_nothing_does_not_finish(recipe, tmp_path, capsys):
     config = recipe(max_steps=None, num_train_epochs=1, dataloader_drop_last=True, per_device_train_batch_size=64)
     assert main(["dpo", "--config", config]) == 2
@@ -390,7 +345,6 @@ def test_a_template_that_refuses_a_role_names_the_row(recipe, base, tmp_path, ca
     [
         ("import no_such_package", "No module named 'no_such_package'"),
         ("def f(:\n", "SyntaxError"),
-        ("1 / 0", "ZeroDivisionError: division by zero"),
         ("raise SystemError('x')", "SystemError: x"),
         ("reward = 3", "which is a int; give a function"),
         ("", "which is not there; give a function"),
@@ -411,23 +365,31 @@ def test_a_missing_base_is_named_with_the_command_that_makes_it(recipe, tmp_path
     monkeypatch.chdir(tmp_path)
     recipes = tmp_path / "recipes" / "dpo"
     recipes.mkdir(parents=True)
-    (recipes / "base.yaml").write_text(
-        "# A base.\n#   ceu-rl sft --config recipes/dpo/base.yaml   (once)\noutput_dir: runs/a/base\n"
-    )
+    command = "ceu-rl sft --config recipes/dpo/base.yaml"
+    (recipes / "base.yaml").write_text(f"# A base.\n#   {command}   (once)\noutput_dir: runs/a/base\n")
     shutil.copy(recipe(model_name_or_path="runs/a/base"), recipes / "stock.yaml")
-    assert main(["dpo", "--config", "recipes/dpo/stock.yaml"]) == 2
-    err = capsys.readouterr().err
-    assert (
-        "model_name_or_path runs/a/base is no folder; make it with: ceu-rl sft --config recipes/dpo/base.yaml." in err
-    )
-    (tmp_path / "runs" / "a" / "base").mkdir(parents=True)
-    assert main(["dpo", "--config", "recipes/dpo/stock.yaml"]) == 2
-    assert "runs/a/base holds no model (no config.json); make it with" in capsys.readouterr().err
+    for found in ("is no folder", "holds no model (no config.json)"):
+        assert main(["dpo", "--config", "recipes/dpo/stock.yaml"]) == 2
+        assert f"runs/a/base {found}; make it with: {command}." in capsys.readouterr().err
+        (tmp_path / "runs" / "a" / "base").mkdir(parents=True, exist_ok=True)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"ceu_coef": 2}, "ceu_coef is 2.0; use a number from 0"),
+        ({"model_name_or_path": None}, "model_name_or_path is missing"),
+        ({"model_name_or_path": "builtin:llama"}, "builtin:llama has random weights; train it with `ceu-rl sft`"),
+        ({"model_revision": "v2"}, "has no revisions; leave it out."),
+        ({"dataset_name": None}, "dataset_name is missing"),
+        ({"dataset_name": "/no/such/data"}, "/no/such/data"),
+        ({"dataset_name": "builtin:subtraction"}, "Unknown built-in task 'builtin:subtraction'"),
+        ({"dataset_train_split": "trian"}, "dataset_train_split is 'trian', and the dataset has ['train']; name one"),
+        ({"resume_from_checkpoint": True}, "There is no checkpoint in"),
+        ({"resume_from_checkpoint": "/no/such/checkpoint-3"}, "/no/such/checkpoint-3 is no whole checkpoint"),
+        ({"output_dir": " "}, "output_dir is ' '; give a folder."),
+        ({"output_dir": "{base}/config.json"}, "config.json is a file; choose a folder"),
+        ({"method": "sft"}, "recipe.yaml: method is 'sft'; train it with ceu-rl sft"),
         ({"max_steps": 2.5}, "recipe.yaml: argument --max_steps/--max-steps: invalid int value: '2.5'"),
         ({"learning_rate": [1e-5]}, "recipe.yaml: learning_rate is ['1.0e-05']; give a value of type float"),
         ({"loss_type": "sigmoidd"}, "sigmoidd"),
@@ -442,32 +404,13 @@ def test_a_missing_base_is_named_with_the_command_that_makes_it(recipe, tmp_path
         ({"output_dir": "/proc/nothing"}, "/proc/nothing"),
         ({"learning_rate": float("inf")}, "learning_rate is inf; use a finite number"),
         ({"learning_rate": -1e-5}, "learning rate: -1e-05"),
-        ({"weight_decay": -1.0}, "weight_decay is -1.0; use a number from 0"),
-        ({"eval_strategy": "steps", "eval_steps": -1}, "eval_steps is -1.0; use a number above 0"),
-        ({"label_smoothing": 2.0}, "label_smoothing is 2.0; use a number from 0 to 1"),
         ({"truncation_mode": "keep_middle"}, "keep_middle"),
         ({"use_peft": True, "lora_r": 0}, "`r` should be a positive integer value but the value passed is 0"),
-        ({"weight_decay": float("nan")}, "weight_decay is nan; use a finite number"),
-        ({"max_grad_norm": float("nan")}, "max_grad_norm is nan; use a finite number"),
-        ({"max_grad_norm": float("-inf")}, "max_grad_norm is -inf; use a finite number"),
-        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, float("nan")]}, "loss_weights is nan"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; use a number above 0"),
-        ({"per_device_train_batch_size": -1}, "per_device_train_batch_size is -1; use a number above 0"),
-        ({"max_length": 0}, "max_length is 0; use a number above 0"),
         ({"beta": 0}, "beta is 0.0, with which no pair moves the model; use a number above 0"),
-        ({"loss_type": "ipo", "beta": 0}, "beta is 0.0, with which no pair moves the model"),
-        ({"ld_alpha": 5}, "ld_alpha is 5.0; use a number from 0 to 1"),
-        (
-            {"sync_ref_model": True, "ref_model_mixup_alpha": 7},
-            "ref_model_mixup_alpha is 7.0; use a number from 0 to 1",
-        ),
-        ({"sync_ref_model": True, "ref_model_sync_steps": 0}, "ref_model_sync_steps is 0; use a number above 0"),
         ({"pad_to_multiple_of": -8}, "pad_to_multiple_of is -8; use a number above 0"),
-        ({"loss_type": "discopop", "discopop_tau": 0}, "discopop_tau is 0.0; use a number above 0"),
         ({"activation_offloading": True}, "activation_offloading is True, and the model is on a CPU already"),
         ({"use_peft": True, "lora_alpha": 0}, "lora_alpha is 0; use a number above 0"),
-        ({"use_peft": True, "lora_dropout": 1.5}, "lora_dropout is 1.5; use a number from 0 to 1"),
-        ({"logging_steps": -3}, "logging_steps is -3.0; use a number from 0"),
         ({"eval_facts": "{base}/config.json"}, "config.json is a file; give a folder in TOFU's layout"),
         ({"eval_facts": "./nowhere"}, "./nowhere is no folder; give a folder in TOFU's layout"),
         ({"lr_scheduler_kwargs": {"zzz": 1}}, "zzz"),
@@ -485,67 +428,64 @@ def test_input_of_every_kind_ends_in_one_sentence(recipe, base, tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    ("name", "column", "message"),
+    ("name", "content", "message"),
     [
-        ("none.jinja", "completion", "chat_template_path is 'none.jinja', and there is no such file; give"),
-        ("given.jinja", "answer", "rows of question and answer are asked in the template of the model; leave"),
+        ("adapter_config.json", b"{}", "is an adapter and no whole model; merge it into its base first"),
+        ("model.safetensors", b"damaged", "error: "),
     ],
 )
-def test_a_template_that_would_not_be_used_is_named(tmp_path, monkeypatch, capsys, name, column, message):
+def test_a_start_that_is_none_is_named(recipe, base, capsys, name, content, message):
+    (base / name).write_bytes(content)
+    if name.startswith("adapter"):
+        (base / "config.json").unlink()
+    assert main(["dpo", "--config", recipe()]) == 2
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("none.jinja", {"prompt": "1+1=", "completion": "2"}, "'none.jinja', and there is no such file; give"),
+        ("given.jinja", {"question": "1+1=", "answer": "2"}, "are asked in the template of the model; leave"),
+    ],
+)
+def test_a_template_that_would_not_be_used_is_named(recipe, tmp_path, monkeypatch, capsys, name, row, message):
     monkeypatch.chdir(tmp_path)
     Path("given.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
-    prompt = {"completion": "prompt", "answer": "question"}[column]
-    Path("rows.jsonl").write_text(json.dumps({prompt: "1+1=", column: "2"}) + "\n")
     given = {"model_name_or_path": "builtin:llama", "dataset_name": "rows.jsonl", "chat_template_path": name}
-    given |= {"use_cpu": "true", "bf16": "false", "output_dir": "out"}
-    assert main(["sft", *(word for key, value in given.items() for word in (f"--{key}", value))]) == 2
-    assert message in capsys.readouterr().err
+    config = recipe(**given)
+    Path("rows.jsonl").write_text(json.dumps(row) + "\n")
+    assert main(["sft", "--config", config]) == 2
+    err = capsys.readouterr().err
+    assert "chat_template_path" in err and message in err
 
 
-def test_an_adapter_is_no_start(recipe, base, capsys):
-    (base / "config.json").rename(base / "adapter_config.json")
-    assert main(["dpo", "--config", recipe()]) == 2
-    assert "is an adapter and no whole model; merge it into its base first" in capsys.readouterr().err
-
-
-def test_the_tiny_model_learns_questions_from_a_file_and_as_a_whole(tmp_path, capsys):
+def test_the_tiny_model_learns_questions_from_a_file_and_as_a_whole(recipe, tmp_path, capsys):
+    config = recipe(model_name_or_path="builtin:llama", max_steps=1)
     rows = [{"question": f"Wer wohnt in Köln {n}?", "answer": "Ω"} for n in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = {**SMALL, "model_name_or_path": "builtin:llama", "dataset_name": tmp_path / "rows.jsonl", "max_steps": 1}
-    argv = [word for key, value in given.items() for word in (f"--{key}", str(value))]
-    assert main(["sft", *argv, "--output_dir", str(tmp_path / "out")]) == 0
+    assert main(["sft", "--config", config]) == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.decode(tokenizer("Köln Ω")["input_ids"], skip_special_tokens=True) == "Köln Ω"
-    assert main(["sft", *argv, "--output_dir", str(tmp_path / "lora"), "--use_peft", "true"]) == 2
+    assert main(["sft", "--config", config, "--output_dir", str(tmp_path / "lora"), "--use_peft", "true"]) == 2
     assert "no folder keeps the random weights of builtin:llama; leave it out" in capsys.readouterr().err
 
 
-def test_a_damaged_model_is_named(recipe, base, capsys):
-    (base / "model.safetensors").write_bytes(b"damaged")
-    assert main(["dpo", "--config", recipe()]) == 2
-    assert "Traceback" not in capsys.readouterr().err
-
-
 def test_a_fault_of_ours_keeps_its_traceback_and_says_where_to_report_it(recipe, monkeypatch):
+    """And any sentence keeps it, with CEU_RL_TRACEBACK."""
+
     def broken(*args):
         return {}["missing"]
 
     broken.__code__ = broken.__code__.replace(co_filename=run_module.__file__)
     monkeypatch.setattr(run_module, "_finish", broken)
     with pytest.raises(KeyError) as fault:
-        main(["dpo", "--config", recipe()])
+        main(["dpo", "--config", recipe(max_steps=1)])
     assert REPORT in fault.value.__notes__
-
-
-def test_a_sentence_can_be_traced(recipe, monkeypatch):
     monkeypatch.setenv("CEU_RL_TRACEBACK", "1")
-    with pytest.raises(ValueError, match=r"invalid int value: '2\.5'"):
+    with pytest.raises(ValueError, match="max_steps"):
         main(["dpo", "--config", recipe(max_steps=2.5)])
-
-
-def test_a_tokenizer_is_saved_with_the_model(recipe, tmp_path, tokenizer):
-    assert main(["dpo", "--config", recipe(max_steps=1)]) == 0
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
 
 
 @pytest.mark.slow
@@ -618,10 +558,3 @@ def test_a_run_that_diverges_leaves_a_record_and_one_that_finishes_takes_it_away
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert (result["method"], result["diverged"], result["steps"], result["resumed"]) == ("dpo", False, 3, True)
     assert not list((tmp_path / "out").glob("failure*"))
-
-
-def test_a_recipe_of_another_method_is_refused(recipe, capsys):
-    path = recipe(method="sft")
-    assert main(["dpo", "--config", path]) == 2
-    err = capsys.readouterr().err
-    assert f"{path}: method is 'sft'" in err and "ceu-rl sft" in err

@@ -11,6 +11,9 @@ from safetensors import SafetensorError
 from ceu_rl import CEUDPOConfig, CEUDPOTrainer
 from ceu_rl.run.checkpoints import WholeCheckpoints, saved_checkpoints
 
+from .conftest import SMALL
+
+SAVED = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 ROWS = Dataset.from_list([{"prompt": f"{a}+1=", "chosen": f"{a + 1}", "rejected": f"{a}"} for a in range(8)])
 
 
@@ -34,24 +37,10 @@ def test_what_has_no_step_in_its_name_is_nobodys_checkpoint(tmp_path):
 
 
 @pytest.fixture
-def make_trainer(tiny_model, tokenizer, tmp_path, tmp_path_factory):
-    model = tmp_path_factory.mktemp("model")
-    tiny_model(1).save_pretrained(model)
-    tokenizer.save_pretrained(model)
-
+def make_trainer(base, tmp_path):
     def make(**given):
-        settings = {
-            "max_steps": 4,
-            "save_steps": 2,
-            "per_device_train_batch_size": 2,
-            "bf16": False,
-            "use_cpu": True,
-            "gradient_checkpointing": False,
-            "disable_tqdm": True,
-            **given,
-        }
-        args = CEUDPOConfig(str(tmp_path), **settings)
-        return CEUDPOTrainer(str(model), args=args, train_dataset=ROWS)
+        args = CEUDPOConfig(str(tmp_path / "out"), **{**SMALL, **SAVED, **given})
+        return CEUDPOTrainer(str(base), args=args, train_dataset=ROWS)
 
     return make
 
@@ -63,7 +52,7 @@ class Killed(BaseException):
 def test_a_checkpoint_that_is_written_again_counts_once_it_is_whole_again(make_trainer, tmp_path, monkeypatch):
     """A run that goes on from checkpoint-2 writes checkpoint-4 over what an earlier run left there."""
     make_trainer().train()
-    assert [step for step, _ in saved_checkpoints(tmp_path)] == [2, 4]
+    assert [step for step, _ in saved_checkpoints(tmp_path / "out")] == [2, 4]
     trainer = make_trainer()
 
     def killed(*args, **kwargs):
@@ -71,8 +60,8 @@ def test_a_checkpoint_that_is_written_again_counts_once_it_is_whole_again(make_t
 
     monkeypatch.setattr(trainer, "_save", killed)
     with pytest.raises(Killed):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert [step for step, _ in saved_checkpoints(tmp_path)] == [2]
+        trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert [step for step, _ in saved_checkpoints(tmp_path / "out")] == [2]
 
 
 def test_the_state_waits_for_what_every_process_writes():
@@ -104,18 +93,15 @@ def test_betas_that_the_schedule_moves_go_on_from_the_step_of_the_checkpoint(mak
 
     whole, resumed = trainer(), trainer()
     whole.train()
-    moved = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt")["param_groups"][0]["betas"]
+    moved = torch.load(tmp_path / "out" / "checkpoint-2" / "optimizer.pt")["param_groups"][0]["betas"]
     assert moved != resumed.optimizer.param_groups[0]["betas"]
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     assert resumed.optimizer.param_groups[0]["betas"] == whole.optimizer.param_groups[0]["betas"]
     for own, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(own, other)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("file write failed"), SafetensorError("I/O error")],
-)
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), SafetensorError("I/O error")])
 def test_a_full_disk_is_named_whatever_the_library_says(make_trainer, tmp_path, monkeypatch, error):
     trainer = make_trainer(save_steps=1)
 
@@ -123,9 +109,9 @@ def test_a_full_disk_is_named_whatever_the_library_says(make_trainer, tmp_path, 
         raise error
 
     monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", fails)
-    with pytest.raises(type(error)):  # the disk has room, so it is something else
+    with pytest.raises(type(error), match=re.escape(str(error))):  # the disk has room, so it is something else
         trainer.train()
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 0}))
-    with pytest.raises(OSError, match=re.escape("No space is left for checkpoint-1; the checkpoints before it")):
+    with pytest.raises(OSError, match="No space is left for checkpoint-1; the checkpoints before it"):
         trainer.train()
-    assert saved_checkpoints(tmp_path) == []
+    assert saved_checkpoints(tmp_path / "out") == []

@@ -2,25 +2,20 @@
 
 import contextlib
 import hashlib
+import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
-import trl
 from datasets import Dataset, IterableDataset, load_from_disk
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForSequenceClassification, T5Config, T5ForConditionalGeneration
-from trl import SFTConfig
 
 from ceu_rl import CEUDPOConfig, CEUDPOTrainer
-from ceu_rl.run.checks import check_shared_cache
+from ceu_rl.run.checks import BOUNDS, check_numbers, check_shared_cache
 
 ROW = {"prompt": "1+2=", "chosen": "3", "rejected": "4"}
-CHAT = {
-    "prompt": [{"role": "user", "content": "1+2="}],
-    "chosen": [{"role": "assistant", "content": "3"}],
-    "rejected": [{"role": "assistant", "content": "4"}],
-}
 
 
 @pytest.fixture
@@ -41,43 +36,6 @@ def construct(tiny_model, tokenizer, tmp_path):
     return make
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([{"prompt": "a", "choosen": "b", "rejected": "c"}], r"no column 'chosen'.*rename 'choosen' to 'chosen'"),
-        ([{"prompt": "a", "chosen": "b"}], "no column 'rejected'"),
-        ([{"question": "a", "answer": "b"}], r"no column 'chosen' among \['answer', 'question'\]; add 'chosen'"),
-        ([ROW, {**ROW, "chosen": ""}], "Row 1 of the train dataset has an empty 'chosen'"),
-        ([ROW, ROW, {**ROW, "rejected": " \n"}], "Row 2 of the train dataset has an empty 'rejected'"),
-        ([ROW, {**ROW, "rejected": None}], "Row 1 of the train dataset has an empty 'rejected'"),
-        ([CHAT, {**CHAT, "chosen": []}], r"Row 1 of the train dataset has an empty 'chosen' \(\[\]\)"),
-        ([CHAT, {**CHAT, "rejected": [{"role": "assistant", "content": ""}]}], "Row 1 .* has an empty 'rejected'"),
-        ([{**ROW, "prompt": "1" * 60}], r"Every prompt of the train dataset has max_length \(50\) tokens or more"),
-    ],
-)
-def test_bad_rows_are_named(construct, rows, message):
-    with pytest.raises(ValueError, match=message):
-        construct(rows, max_length=50)
-
-
-@pytest.mark.parametrize("dataset", [Dataset.from_dict({"prompt": [], "chosen": [], "rejected": []})])
-def test_a_dataset_without_rows(construct, dataset):
-    with pytest.raises(ValueError, match="The train dataset has no rows"):
-        construct(dataset)
-
-
-def test_good_rows_pass(construct):
-    construct([ROW, CHAT | ROW]).train()
-    call = [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}]
-    construct([{**CHAT, "chosen": call}])
-
-
-def test_an_eval_dataset_is_checked_too(construct):
-    trainer = construct([ROW, ROW])
-    with pytest.raises(ValueError, match="Row 0 of the eval dataset has an empty 'chosen'"):
-        trainer.evaluate(Dataset.from_list([{**ROW, "chosen": ""}]))
-
-
 def test_a_streamed_row_is_named_when_it_comes(construct):
     rows = [ROW, ROW, ROW, {**ROW, "chosen": ""}]
     trainer = construct(IterableDataset.from_generator(lambda: iter(rows)))
@@ -88,57 +46,65 @@ def test_a_streamed_row_is_named_when_it_comes(construct):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ceu_coef": 1.01}, "ceu_coef is 1.01"),
-        ({"ceu_coef": float("nan")}, "ceu_coef is nan"),
-        ({"ceu_scale": 0.0}, "ceu_scale is 0.0"),
-        ({"ceu_scale": float("nan")}, "ceu_scale is nan"),
-        ({"ceu_max_weight": 0.0}, "ceu_max_weight is 0.0"),
-        ({"ceu_max_weight": float("nan")}, "ceu_max_weight is nan"),
-        ({"use_liger_kernel": True}, "use_liger_kernel is True.*leave it out"),
+        ({"max_steps": 0}, "0; use a number above 0, or -1"),
+        ({"max_steps": -2}, "-2; use a number above 0, or -1"),
+        ({"num_train_epochs": 0.0}, "0.0; use a number above 0"),
+        ({"top_k": -2}, "-2; use a number above 0, or 0"),
+        *(
+            ({name: -0.1}, "-0.1; use a number from 0.")
+            for name in ("beta", "weight_decay", "epsilon", "logging_steps")
+        ),
+        *(({name: 0}, "0; use a number above 0.") for name in ("max_length", "ref_model_sync_steps", "discopop_tau")),
+        *(({name: -1}, "-1; use a number above 0.") for name in ("per_device_train_batch_size", "eval_steps")),
+        *(({name: 1.5}, "1.5; use a number from 0 to 1.") for name in ("label_smoothing", "ld_alpha", "lora_dropout")),
+        ({"ref_model_mixup_alpha": 7}, "7; use a number from 0 to 1."),
+        *(({name: math.nan}, "nan; use a finite number.") for name in ("weight_decay", "max_grad_norm", "delta")),
+        ({"learning_rate": math.inf}, "inf; use a finite number."),
+        ({"max_grad_norm": -math.inf}, "-inf; use a finite number."),
+        ({"loss_weights": [1.0, math.nan]}, "nan; use a finite number."),
     ],
 )
-def test_bad_settings_are_refused_by_the_config(tmp_path, settings, message):
-    with pytest.raises(ValueError, match=message):
-        CEUDPOConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
+def test_a_number_out_of_its_range_is_refused(settings, message):
+    with pytest.raises(ValueError, match=re.escape(f"{next(iter(settings))} is {message}")):
+        check_numbers(settings)
 
 
-def test_a_config_of_another_trainer_is_refused(tiny_model, tokenizer, tmp_path):
-    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False)
-    with pytest.raises(ValueError, match="args is a SFTConfig; give a CEUDPOConfig"):
-        CEUDPOTrainer(tiny_model(), args=args, train_dataset=Dataset.from_list([ROW]), processing_class=tokenizer)
+def test_an_upper_bound_may_be_infinite():
+    check_numbers(dict.fromkeys(BOUNDS, math.inf) | {"max_steps": -1, "num_train_epochs": 1.0, "top_k": -1})
 
 
-@pytest.mark.parametrize("version", ["1.15.2", "1.17.0"])
-def test_another_trl_version_is_refused(tmp_path, monkeypatch, version):
-    monkeypatch.setattr(trl, "__version__", version)
-    with pytest.raises(ImportError, match=f"trl is {version}"):
-        CEUDPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+@pytest.mark.parametrize(("name", "value"), [("ceu_coef", 1.01), ("ceu_coef", math.nan), ("use_liger_kernel", True)])
+def test_bad_settings_are_refused_by_the_config(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        CEUDPOConfig(str(tmp_path), use_cpu=True, bf16=False, **{name: value})
 
 
-def classifier():
-    return LlamaForSequenceClassification(
-        LlamaConfig(vocab_size=103, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    )
+LLAMA = {
+    "vocab_size": 103,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+T5 = {"vocab_size": 103, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+MODELS = {
+    "classifier": lambda: LlamaForSequenceClassification(LlamaConfig(**LLAMA)),
+    "encoder-decoder": lambda: T5ForConditionalGeneration(T5Config(**T5, decoder_start_token_id=0)),
+    "module": lambda: torch.nn.Linear(2, 2),
+}
 
 
-def encoder_decoder():
-    return T5ForConditionalGeneration(
-        T5Config(vocab_size=103, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
-    )
-
-
-@pytest.mark.parametrize("make", [classifier, encoder_decoder, lambda: torch.nn.Linear(2, 2)])
-def test_a_model_that_fits_no_fused_head_is_refused(construct, make):
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_fits_no_fused_head_is_refused(construct, tmp_path, name):
+    """Of a saved one before its weights are loaded."""
+    model = MODELS[name]()
     with pytest.raises(ValueError, match="is not a decoder with a language-model head"):
-        construct([ROW], model=make())
-
-
-@pytest.mark.parametrize("make", [classifier, encoder_decoder])
-def test_a_saved_model_that_fits_no_fused_head_is_refused_before_it_is_loaded(construct, tmp_path, make):
-    make().save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="is not a decoder with a language-model head"):
-        construct([ROW], model=str(tmp_path / "model"))
+        construct([ROW], model=model)
+    if name != "module":
+        model.save_pretrained(tmp_path / "model")
+        (tmp_path / "model" / "model.safetensors").unlink()
+        with pytest.raises(ValueError, match="is not a decoder with a language-model head"):
+            construct([ROW], model=str(tmp_path / "model"))
 
 
 @pytest.mark.parametrize(

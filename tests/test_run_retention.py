@@ -200,26 +200,12 @@ def test_a_solution_beyond_the_context_is_named(tiny_model, tokenizer, preferenc
         KeptScore(trainer, load_kept(KeptArguments(eval_solutions=str(tmp_path / "long.jsonl"))), PromptFormat())
 
 
-def test_a_run_logs_what_its_recipe_names(tiny_model, tokenizer, solutions, tmp_path, capsys):
-    tiny_model().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    recipe = {
-        "model_name_or_path": tmp_path / "model",
-        "dataset_name": "builtin:addition",
-        "eval_solutions": solutions,
-        "output_dir": tmp_path / "out",
-        "max_steps": 1,
-        "per_device_train_batch_size": 2,
-        "bf16": "false",
-        "use_cpu": "true",
-        "disable_tqdm": "true",
-    }
-    argv = [word for key, value in recipe.items() for word in (f"--{key}", str(value))]
-    assert main(["dpo", *argv]) == 2
+def test_a_run_logs_what_its_recipe_names(recipe, solutions, tmp_path, capsys):
+    given = {"dataset_name": "builtin:addition", "eval_solutions": str(solutions), "max_steps": 1}
+    assert main(["dpo", "--config", recipe(**given)]) == 2
     assert "scored at evaluations; set eval_strategy" in capsys.readouterr().err
-    argv += ["--eval_strategy", "steps", "--eval_steps", "1", "--output_dir", str(tmp_path / "second")]
-    assert main(["dpo", *argv]) == 0
-    result = json.loads((tmp_path / "second" / "result.json").read_text())
+    assert main(["dpo", "--config", recipe(**given, eval_strategy="steps", eval_steps=1)]) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["settings"]["eval_solutions"] == str(solutions)
     assert (result["dtype"], result["mixed_precision"], result["attention"]) == ("float32", "no", "sdpa")
     assert 4 < result["metrics"]["eval_solutions_nll"] < 6  # random weights over 103 tokens: log 103 = 4.6
@@ -227,34 +213,25 @@ def test_a_run_logs_what_its_recipe_names(tiny_model, tokenizer, solutions, tmp_
 
 @pytest.mark.parametrize("method", ["dpo", "grpo"])
 def test_what_is_kept_is_asked_in_the_prompt_that_the_recipe_names(
-    tiny_model, tokenizer, solutions, tmp_path, monkeypatch, capsys, method
+    recipe, base, tokenizer, solutions, tmp_path, monkeypatch, capsys, method
 ):
     """A template that writes the date is refused until it is pinned, for rows that are no questions too."""
-    tiny_model().save_pretrained(tmp_path / "model")
     date = "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}{{ date_string }}"
     monkeypatch.setattr(tokenizer, "chat_template", date + tokenizer.chat_template)
-    tokenizer.save_pretrained(tmp_path / "model")
-    recipe = {
-        "model_name_or_path": tmp_path / "model",
-        "dataset_name": "builtin:addition",
-        "eval_solutions": solutions,
-        "max_steps": 1,
-        "per_device_train_batch_size": 2,
-        "bf16": "false",
-        "use_cpu": "true",
-        "disable_tqdm": "true",
-        "eval_strategy": "steps",
-    }
+    tokenizer.save_pretrained(base)
+    given = {"dataset_name": "builtin:addition", "eval_solutions": str(solutions), "max_steps": 1}
     if method == "grpo":
-        recipe |= {"reward_funcs": "ceu_rl.tasks.addition.accuracy", "num_generations": 2, "max_completion_length": 4}
-    argv = [method, *(word for key, value in recipe.items() for word in (f"--{key}", str(value)))]
-    assert main([*argv, "--output_dir", str(tmp_path / "date")]) == 2
+        given |= {"reward_funcs": "ceu_rl.tasks.addition.accuracy", "num_generations": 2, "max_completion_length": 4}
+        given["max_length"] = None
+    words = [method, "--config", recipe(**given, eval_strategy="steps")]
+    assert main(words) == 2
     assert "chat template writes today's date" in capsys.readouterr().err
+    found = []
     for day in ("1", "22"):
         pinned = ["--chat_template_kwargs", json.dumps({"date_string": day}), "--output_dir", str(tmp_path / day)]
-        assert main([*argv, *pinned]) == 0
-    found = [json.loads((tmp_path / day / "result.json").read_text())["metrics"] for day in ("1", "22")]
-    assert found[0]["eval_solutions_nll"] != found[1]["eval_solutions_nll"]
+        assert main([*words, *pinned]) == 0
+        found.append(json.loads((tmp_path / day / "result.json").read_text())["metrics"]["eval_solutions_nll"])
+    assert found[0] != found[1]
 
 
 @pytest.mark.parametrize(

@@ -161,33 +161,27 @@ class WholeCheckpoints:
     run_record: Mapping[str, Any] | None = None  # what `run.json` of a checkpoint says
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        mend_generation_config(self.model)  # type: ignore[attr-defined]
+        model: Any = self.model  # type: ignore[attr-defined]
+        mend_generation_config(model)
+        named = [(model.config, "_name_or_path")]
+        named += [(each, "base_model_name_or_path") for each in getattr(model, "peft_config", {}).values()]
+        for config, field in named:
+            if path := getattr(config, field):
+                setattr(config, field, public_name(path))
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)  # type: ignore[misc]
         trainer: Any = self
-        if not trainer.is_world_process_zero():
-            return
-        config = trainer.model.config
-        path = config._name_or_path
-        config._name_or_path = public_name(path)
-        try:
-            super().create_model_card(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            config._name_or_path = path
-        settings = (self.run_record or {}).get("settings", {})
-        name = settings.get("model_name_or_path") or path or type(trainer.model).__name__
-        name = Path(name).name if Path(name).is_absolute() else name
-        # TRL names no model that is a folder, or was made in memory
-        _replace(Path(trainer.args.output_dir, "README.md"), "[None](https://huggingface.co/None)", f"`{name}`")
-
-    def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        super()._save(output_dir, *args, **kwargs)  # type: ignore[misc]
-        trainer: Any = self
-        path = trainer.model.config._name_or_path
-        if path and public_name(path) != path:
-            for name in ("adapter_config.json", "README.md"):
-                _replace(Path(output_dir or trainer.args.output_dir, name), path, public_name(path))
+        card = Path(trainer.args.output_dir, "README.md")
+        if trainer.is_world_process_zero() and card.is_file():
+            settings = (self.run_record or {}).get("settings", {})
+            name = (
+                settings.get("model_name_or_path") or trainer.model.config._name_or_path or type(trainer.model).__name__
+            )
+            name = Path(name).name if Path(name).is_absolute() else name
+            # TRL names no model that is a folder, or was made in memory
+            card.write_text(card.read_text().replace("[None](https://huggingface.co/None)", f"`{name}`"))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         trainer: Any = self
@@ -262,11 +256,6 @@ def mend_generation_config(model: Any) -> None:
         with NameCause("Saving the model's generation config", "mend its generation_config.json, or delete it."):
             config.validate(strict=True)
         note(f"The model is saved without {shown} of its generation config, which generation without samples ignores.")
-
-
-def _replace(file: Path, old: str, new: str) -> None:
-    if file.is_file() and old in (text := file.read_text()):
-        file.write_text(text.replace(old, new))
 
 
 def _reading(checkpoint: str | None) -> NameCause:

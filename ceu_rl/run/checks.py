@@ -45,22 +45,25 @@ def check_numbers(settings: Mapping[str, Any]) -> None:
     """
     for name, value in settings.items():
         for number in value if isinstance(value, list | tuple) else [value]:
-            unbounded = name in BOUNDS and number == math.inf
-            if isinstance(number, float) and not math.isfinite(number) and not unbounded:
-                raise ValueError(f"{name} is {number}; use a finite number.")
-            if name in POSITIVE and isinstance(number, int | float) and number <= 0:
-                raise ValueError(f"{name} is {number}; use a number above 0.")
-            if name in SHARES and isinstance(number, int | float) and not 0 <= number <= 1:
-                raise ValueError(f"{name} is {number}; use a number from 0 to 1.")
-            if name in NOT_NEGATIVE and isinstance(number, int | float) and number < 0:
-                raise ValueError(f"{name} is {number}; use a number from 0.")
-    if isinstance(number := settings.get("top_k"), int) and number < -1:
-        raise ValueError(f"top_k is {number}; use a number above 0, or 0 for no limit.")
-    steps, epochs = settings.get("max_steps", -1), settings.get("num_train_epochs", 1)
-    if steps == 0 or steps < -1:
-        raise ValueError(f"max_steps is {steps}; use a number above 0, or -1 for num_train_epochs.")
-    if steps == -1 and epochs <= 0:
-        raise ValueError(f"num_train_epochs is {epochs}; use a number above 0, or give max_steps.")
+            if not isinstance(number, int | float):
+                continue
+            wanted = ""
+            if not math.isfinite(number) and not (name in BOUNDS and number == math.inf):
+                wanted = "a finite number"
+            elif name in POSITIVE and number <= 0:
+                wanted = "a number above 0"
+            elif name in SHARES and not 0 <= number <= 1:
+                wanted = "a number from 0 to 1"
+            elif name in NOT_NEGATIVE and number < 0:
+                wanted = "a number from 0"
+            elif name == "top_k" and number < -1:
+                wanted = "a number above 0, or 0 for no limit"
+            elif name == "max_steps" and (number == 0 or number < -1):
+                wanted = "a number above 0, or -1 for num_train_epochs"
+            elif name == "num_train_epochs" and number <= 0 and settings.get("max_steps", -1) == -1:
+                wanted = "a number above 0, or give max_steps"
+            if wanted:
+                raise ValueError(f"{name} is {number}; use {wanted}.")
 
 
 def check_choices(args: Any, choices: Mapping[str, tuple[str, ...]]) -> None:

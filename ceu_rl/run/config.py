@@ -14,16 +14,25 @@ import difflib
 import inspect
 import logging
 import os
+import pkgutil
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
 from huggingface_hub.dataclasses import type_validator
 
-METHODS = ("dpo", "grpo", "sft", "unlearn")
+# Script arguments, config and trainer of each method
+CLASSES = {
+    "dpo": ("ceu_rl.data.prompts:PromptArguments", "ceu_rl.dpo:CEUDPOConfig", "ceu_rl.dpo:CEUDPOTrainer"),
+    "grpo": ("trl.scripts.grpo:GRPOScriptArguments", "ceu_rl.grpo:CEUGRPOConfig", "ceu_rl.grpo:CEUGRPOTrainer"),
+    "sft": ("ceu_rl.data.prompts:PromptArguments", "trl:SFTConfig", "ceu_rl.sft:WholeSFTTrainer"),
+    "unlearn": (
+        *("ceu_rl.unlearn:UnlearnScriptArguments", "ceu_rl.unlearn:UnlearnConfig", "ceu_rl.unlearn:UnlearnTrainer"),
+    ),
+}
 # Where a run lies and how it continues is not what it is; a secret is not recorded
 NO_SETTINGS = ("output_dir", "resume_from_checkpoint", "hub_token")
 ALIASES = {"model": "model_name_or_path", "dataset": "dataset_name"}
@@ -38,29 +47,10 @@ _PARSER = threading.Lock()
 
 def classes_of(method: str) -> tuple[Any, Any, Any]:
     """Script arguments, config and trainer of a method. GRPO's bring vLLM, which takes seconds to import."""
-    from trl import SFTConfig
-
-    from ..data.prompts import PromptArguments
     from .retention import with_kept
 
-    match method:
-        case "dpo":
-            from ..dpo import CEUDPOConfig, CEUDPOTrainer
-
-            return with_kept(PromptArguments), CEUDPOConfig, CEUDPOTrainer
-        case "grpo":
-            from trl.scripts.grpo import GRPOScriptArguments
-
-            from ..grpo import CEUGRPOConfig, CEUGRPOTrainer
-
-            return with_kept(GRPOScriptArguments), CEUGRPOConfig, CEUGRPOTrainer
-        case "unlearn":
-            from ..unlearn import UnlearnConfig, UnlearnScriptArguments, UnlearnTrainer
-
-            return with_kept(UnlearnScriptArguments), UnlearnConfig, UnlearnTrainer
-    from ..sft import WholeSFTTrainer
-
-    return with_kept(PromptArguments), SFTConfig, WholeSFTTrainer
+    script, config, trainer = map(pkgutil.resolve_name, CLASSES[method])
+    return with_kept(script), config, trainer
 
 
 def parser_for(method: str) -> Any:
@@ -83,8 +73,8 @@ def parser_for(method: str) -> Any:
             parser._option_string_actions[short] = action
         elif action.dest == "resume_from_checkpoint":
             action.nargs, action.const = "?", "true"  # the last one
-        elif action.dest == "scale_rewards":  # TRL calls it a text, and takes truth values too
-            action.type = lambda text: {"true": True, "false": False}.get(text.lower(), text)
+        elif action.dest in ("scale_rewards", "pad_to_multiple_of"):  # a truth value or a number, or else a text
+            action.type = yaml.safe_load
     return parser
 
 
@@ -132,20 +122,18 @@ def read_recipe(method: str, path: str | Path) -> dict[str, Any]:
         name = ALIASES.get(name, name)
         if name in fields:
             raise ValueError(f"{path} gives {name} twice; give it once.")
-        if isinstance(value, str):
-            fields |= _parse(parser, method, [f"--{name}={value}"], f"{path}: ")
+        if isinstance(value, str) or name not in hints:
+            fields |= _parse(parser, [f"--{name}={value}"], f"{path}: ")
         elif name in lists and value and all(isinstance(each, str) for each in value):
-            fields |= _parse(parser, method, [f"--{name}", *value], f"{path}: ")
-        elif name not in hints:
-            raise ValueError(f"{path}: {_unknown(method, hints, str(key))}")
+            fields |= _parse(parser, [f"--{name}", *value], f"{path}: ")
         else:  # which no word says: null, a mapping, or a list for a field that may also be a text
+            fields[name] = value
             try:
                 if name != "datasets":  # whose mappings become objects in the config
                     type_validator(name, value, hints[name])
             except TypeError:
                 wanted = inspect.formatannotation(hints[name])
                 raise ValueError(f"{path}: {name} is {value!r}; give a value of type {wanted}.") from None
-            fields[name] = value
     return fields
 
 
@@ -157,8 +145,8 @@ def recipe_method(path: str | Path) -> str:
         OSError: if it cannot be read.
     """
     method = _load_yaml(Path(path)).get("method")
-    if method not in METHODS:
-        raise ValueError(f"{path}: method is {method!r}; write one of {', '.join(METHODS)}, as in `method: dpo`.")
+    if method not in CLASSES:
+        raise ValueError(f"{path}: method is {method!r}; write one of {', '.join(CLASSES)}, as in `method: dpo`.")
     return str(method)
 
 
@@ -173,7 +161,7 @@ def read_arguments(method: str, argv: Sequence[str]) -> dict[str, Any]:
         print_help(method, "--help-all" in asked)
         raise SystemExit(0)
     recipe, words = _split_config(argv)
-    return {**(read_recipe(method, recipe) if recipe else {}), **_parse(parser_for(method), method, words)}
+    return {**(read_recipe(method, recipe) if recipe else {}), **_parse(parser_for(method), words)}
 
 
 def read_settings(method: str, argv: Sequence[str]) -> dict[str, Any]:
@@ -224,7 +212,7 @@ def _split_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     return (found.config[0] if found.config else None), rest
 
 
-def _parse(parser: Any, method: str, words: Sequence[str], where: str = "") -> dict[str, Any]:
+def _parse(parser: Any, words: Sequence[str], where: str = "") -> dict[str, Any]:
     """The fields that words of a command line give."""
     for action in parser._actions:
         action.default, action.required = argparse.SUPPRESS, False
@@ -233,17 +221,13 @@ def _parse(parser: Any, method: str, words: Sequence[str], where: str = "") -> d
     except argparse.ArgumentError as error:
         raise ValueError(f"{where}{error}.") from None
     if rest:
-        raise ValueError(where + _unknown(method, [action.dest for action in parser._actions], rest[0]))
+        if Path(rest[0]).suffix in (".yaml", ".yml"):
+            raise ValueError(f"{rest[0]} is no option; write --config {rest[0]}.")
+        name = rest[0].lstrip("-").partition("=")[0]
+        close = difflib.get_close_matches(name.replace("-", "_"), [action.dest for action in parser._actions], n=1)
+        hint = f"did you mean {close[0]}?" if close else f"{parser.prog} --help-all lists what there is."
+        raise ValueError(f"{where}There is no field {name!r}; {hint}")
     return vars(namespace)
-
-
-def _unknown(method: str, known: Iterable[str], word: str) -> str:
-    if Path(word).suffix in (".yaml", ".yml"):
-        return f"{word} is no option; write --config {word}."
-    name = word.lstrip("-").partition("=")[0]
-    close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"ceu-rl {method} --help-all lists what there is."
-    return f"There is no field {name!r}; {hint}"
 
 
 def _check_variables(value: Any, path: Path) -> dict[str, Any]:

@@ -14,8 +14,6 @@ from accelerate.utils import DistributedType, str_to_bool
 
 from .errors import note
 
-ENGINES = {"FSDP": DistributedType.FSDP, "DEEPSPEED": DistributedType.DEEPSPEED}
-
 
 def engines_on_cpu() -> None:
     """Let accelerate shard on a CPU, by FSDP2 or DeepSpeed as `accelerate launch` asks for them, over gloo.
@@ -85,8 +83,8 @@ def note_batch(args: Any) -> None:
 
 def check_engine(accelerator: Any) -> None:
     """Raise a ValueError for an engine that `accelerate launch` was asked for and that is not used."""
-    for name, kind in ENGINES.items():
-        if is_asked_for(name) and accelerator.distributed_type != kind:
+    for name in ("FSDP", "DEEPSPEED"):
+        if is_asked_for(name) and accelerator.distributed_type != DistributedType[name]:
             way_out = "set use_cpu to false" if name == "DEEPSPEED" else "call ceu_rl.run.engines.engines_on_cpu first"
             raise ValueError(
                 f"accelerate was asked for {name} and uses {accelerator.distributed_type.value}, as it does on a CPU; "

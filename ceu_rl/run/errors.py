@@ -7,8 +7,8 @@ import os
 import pickle
 import sys
 import traceback
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -17,7 +17,7 @@ PLAIN = (ValueError, OSError, ImportError, NotImplementedError, FloatingPointErr
 REPORT = "This is a fault of ceu_rl and not of your input: please report it with this traceback and with `ceu-rl env`."
 
 
-class Boundary:
+class Boundary(AbstractContextManager["Boundary"]):
     """The outermost block of a command. `status` is its exit status after the block.
 
     An exception that reaches it is printed as one sentence, unless it is a fault of this package: of a kind that we
@@ -33,10 +33,7 @@ class Boundary:
         self.failure = 2  # the status of what fails from here on: 2 for bad input, 1 once training has begun
         self.remedy = ""  # what to do about a failure that does not say it itself
 
-    def __enter__(self) -> "Boundary":
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> bool:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         if isinstance(error, KeyboardInterrupt):
             print(f"{self.command}: interrupted. {self.remedy}".rstrip(), file=sys.stderr)
             self.status = 130
@@ -82,7 +79,7 @@ def note_once(message: str) -> None:
     note(message)
 
 
-class NameCause:
+class NameCause(AbstractContextManager["NameCause"]):
     """Turns whatever is raised inside into one sentence: what failed, the error, and what to do.
 
     Args:
@@ -94,10 +91,7 @@ class NameCause:
     def __init__(self, what: str, remedy: str, kind: type[Exception] = ValueError) -> None:
         self.what, self.remedy, self.kind = what, remedy, kind
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         named = self.kind is not ValueError and isinstance(error, self.kind)
         if isinstance(error, Exception) and not named:
             text = " ".join(str(error).split())

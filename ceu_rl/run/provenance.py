@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,8 @@ def environment() -> dict[str, Any]:
     """The provenance of a result: date, commit of the source tree, package versions and the machine's device."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     versions["torch"] = torch.__version__  # with its build, which the index leaves out
     has_gpu = torch.cuda.is_available()
     return {
@@ -65,14 +64,10 @@ def describe_run(trainer: Any) -> dict[str, str]:
 def _commit() -> str | None:
     """The commit that this package is checked out at, `-dirty` if its source was changed since; None if installed."""
     source = Path(__file__).resolve().parents[1]
-
-    def git(*arguments: str) -> str | None:
-        result = subprocess.run(["git", "-C", str(source), *arguments], capture_output=True, text=True)
-        return None if result.returncode else result.stdout.strip()
-
-    if shutil.which("git") is None or git("ls-files", "--error-unmatch", "__init__.py") is None:
-        return None
-    return f"{git('rev-parse', 'HEAD')}{'-dirty' if git('status', '--porcelain', '--', '.') else ''}"
+    described = "git ls-files --error-unmatch __init__.py && git rev-parse HEAD && git status --porcelain -- ."
+    result = subprocess.run(described, shell=True, cwd=source, capture_output=True, text=True)
+    _, commit, *changes = [*result.stdout.splitlines(), "", ""]
+    return None if result.returncode else f"{commit}{'-dirty' if any(changes) else ''}"
 
 
 def peak_memory_gib() -> float:
@@ -108,9 +103,10 @@ def write_json(path: Path, content: Mapping[str, Any], allow_nan: bool = True) -
         ValueError: for a number that is not finite, unless `allow_nan`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=2, allow_nan=allow_nan) + "\n"
     part = path.with_name(f"{path.name}.part")
     try:
-        part.write_text(json.dumps(content, indent=2, allow_nan=allow_nan) + "\n")
+        part.write_text(text)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

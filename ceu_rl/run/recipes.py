@@ -76,18 +76,15 @@ def copy_recipes(name: str, destination: Path) -> list[Path]:
 def main(argv: Sequence[str]) -> int:
     """`ceu-rl recipes`: list them, or copy those of a name; raises as [`copy_recipes`]."""
     args = parser().parse_args(argv)
-    if args.name is None:
-        for folder, group in itertools.groupby(list_recipes(), lambda row: Path(row[0]).parent):
-            rows = list(group)
-            shared = rows[0][2] if len({hardware for *_, hardware in rows}) == 1 else ""
-            print(f"\n{folder}: {shared}".rstrip(": "))
-            for name, what, hardware in rows:
-                print(
-                    f"  {name:<{max(len(row[0]) for row in rows)}}  {what} {'' if shared else f'({hardware})'}".rstrip()
-                )
+    if args.name is not None:
+        print(*copy_recipes(args.name, args.destination), sep="\n")
         return 0
-    for path in copy_recipes(args.name, args.destination):
-        print(path)
+    for folder, group in itertools.groupby(list_recipes(), lambda row: Path(row[0]).parent):
+        rows = list(group)
+        width, shared = max(len(name) for name, *_ in rows), len({hardware for *_, hardware in rows}) == 1
+        print(f"\n{folder}: {rows[0][2]}" if shared else f"\n{folder}")
+        for name, what, hardware in rows:
+            print(f"  {name:<{width}}  {what}" if shared else f"  {name:<{width}}  {what} ({hardware})")
     return 0
 
 

@@ -1,5 +1,7 @@
 """What a model knew before and should keep: facts of the world and solutions, scored at every evaluation of a run."""
 
+import itertools
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, make_dataclass
 from functools import cache
@@ -98,10 +100,8 @@ class KeptScore(TrainerCallback):
         check_context(trainer.model, self.answers)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        # Every process takes part, and gets the scores of all
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         with self.trainer.accelerator.autocast():  # the reference in the precision of the model
-            scores = self.score(model)
+            scores = self.score(self.trainer.accelerator.unwrap_model(self.trainer.model))
         log_scores(self.trainer, scores, metrics)
 
     def score(self, model: Any) -> dict[str, float]:
@@ -119,8 +119,8 @@ class KeptScore(TrainerCallback):
         finally:
             model.train(was_training)
         found: dict[str, float] = {}
-        for config in dict.fromkeys(answer.config for answer in self.answers):
-            here = [answer for answer in self.answers if answer.config == config]
+        for config, group in itertools.groupby(self.answers, lambda answer: answer.config):
+            here = list(group)
             right = [answer for answer in here if answer.kind == "answer"]
             if config in TEXTS:
                 total = sum(answer.log_prob * len(answer.completion_ids) for answer in right)
@@ -130,10 +130,10 @@ class KeptScore(TrainerCallback):
                     with self.start() as reference:
                         found[f"{config}_kl"] = evaluate_divergence(model, reference, batches)["kl"]
                 continue
-            wrong: dict[int, list[float]] = {}
+            wrong = defaultdict(list)
             for answer in here:
                 if answer.kind == "perturbed":
-                    wrong.setdefault(answer.row, []).append(answer.log_prob)
+                    wrong[answer.row].append(answer.log_prob)
             values = [option_probability(answer.log_prob, wrong[answer.row]) for answer in right]
             found[f"{config.removesuffix('_perturbed')}_probability"] = sum(values) / len(values)
         return found

@@ -8,12 +8,13 @@ import functools
 import json
 import math
 import os
+import pkgutil
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,7 +27,7 @@ from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
 
 from ..data.load import load
 from ..data.prompts import PromptFormat
-from ..data.rows import check_layout
+from ..data.rows import check_layout, mean_response_tokens
 from ..models import (
     BUILTIN_MODEL,
     build_bpe_tokenizer,
@@ -154,7 +155,9 @@ def _finish(method: str, trainer: Any, args: Any, script: Any, record: Mapping[s
             f"The evaluation after step {step} met a non-finite loss ({final['eval_loss']}), so that the model in "
             f"{args.output_dir} is of no use; start again with a lower learning_rate."
         )
-    peaks = peak_memory(args.device)
+    peaks, tokens = peak_memory(args.device), None  # which turn log-probabilities into nats per token
+    if method == "dpo":
+        tokens = mean_response_tokens(trainer.eval_dataset, args.max_length, args.truncation_mode)
     callbacks = trainer.callback_handler.callbacks
     pace = next(each for each in callbacks if isinstance(each, Pace))
     score = next((each for each in callbacks if isinstance(each, TaskScore)), None)
@@ -165,7 +168,7 @@ def _finish(method: str, trainer: Any, args: Any, script: Any, record: Mapping[s
             "steps": step,
             "processes": trainer.accelerator.num_processes,
             "metrics": {key: value for key, value in final.items() if key not in ("step", "epoch")},
-            **_eval_tokens(method, trainer),
+            **({"eval_tokens": tokens} if tokens else {}),
             **pace.result(trainer.accelerator.num_processes),
             **(score.result() if score else {}),
             **({"eval_rows": len(trainer.eval_dataset)} if isinstance(trainer.eval_dataset, Dataset) else {}),
@@ -177,16 +180,6 @@ def _finish(method: str, trainer: Any, args: Any, script: Any, record: Mapping[s
         print(f"The model, metrics.jsonl and result.json are in {args.output_dir}.")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
-
-
-def _eval_tokens(method: str, trainer: Any) -> dict[str, dict[str, float]]:
-    """What turns the log-probabilities of held-out responses into nats per token."""
-    if method != "dpo":
-        return {}
-    from ..data.rows import mean_response_tokens
-
-    tokens = mean_response_tokens(trainer.eval_dataset, trainer.args.max_length, trainer.args.truncation_mode)
-    return {"eval_tokens": tokens} if tokens else {}
 
 
 def _keep_freed_memory() -> None:
@@ -233,31 +226,20 @@ def _evaluates(args: Any) -> bool:
 # the folder of a run
 
 
-@contextmanager
-def _hold_folder(args: Any) -> Iterator[None]:
-    """Hold `output_dir` for one run; the first process of a distributed run holds it for all.
-
-    Raises:
-        ValueError: if another run holds it, or it is a file.
-    """
+def _hold_folder(args: Any) -> AbstractContextManager[Any]:
+    """Hold `output_dir` for one run; the first process of a distributed run holds it for all."""
     folder = Path(args.output_dir)
     if args.process_index:
-        yield
-        return
+        return nullcontext()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir {folder} is a file; choose a folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(blocking=False)
+        return FileLock(folder / LOCK).acquire(blocking=False)
     except Timeout:
         raise ValueError(
             f"output_dir {folder} is in use by another run; wait for its end, or choose another."
         ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class NothingLeft(Exception):
@@ -265,11 +247,7 @@ class NothingLeft(Exception):
 
 
 def _resume_from(method: str, args: Any, record: Mapping[str, Any]) -> str | None:
-    """Resolve `resume_from_checkpoint`, and refuse to write over what an earlier run saved.
-
-    Raises:
-        NothingLeft: if the run has ended and left no checkpoint.
-    """
+    """Resolve `resume_from_checkpoint`, and refuse to write over what an earlier run saved."""
     folder, checkpoint = Path(args.output_dir), args.resume_from_checkpoint
     checkpoints = [path for _, path in saved_checkpoints(folder)]
     if str(checkpoint).lower() == "true":
@@ -277,8 +255,7 @@ def _resume_from(method: str, args: Any, record: Mapping[str, Any]) -> str | Non
             return str(checkpoints[-1])
         if is_json(folder / RESULT):
             result = json.loads((folder / RESULT).read_text())
-            ended = {**result, "settings": moving(with_defaults(method, result["settings"]))}
-            if not differences(ended, record):
+            if not differences({"settings": moving(with_defaults(method, result["settings"]))}, record):
                 raise NothingLeft(f"nothing is left of this run of {result['steps']} steps; {folder} is as it was.")
         raise ValueError(
             f"There is no checkpoint in {folder} to resume; move away what it holds, and leave resume_from_checkpoint "
@@ -304,11 +281,7 @@ def _is_in(checkpoint: str, folder: str | Path) -> bool:
 
 
 def _check_is_the_run(checkpoint: str | None, record: Mapping[str, Any], args: Any) -> dict[str, Any]:
-    """What the result says of a checkpoint of other settings or rows, from which a run begins in a folder of its own.
-
-    Raises:
-        ValueError: if it is to be resumed in the folder of the checkpoint, with the names of what differs.
-    """
+    """What differs from a checkpoint, for the result; in the folder of the checkpoint nothing may."""
     if checkpoint is None:
         return {}
     path = Path(checkpoint, RUN_NAME)
@@ -418,7 +391,7 @@ def _build_trainer(
     if method == "grpo":
         given["reward_funcs"] = _load_rewards(script)
         if "completions" in (datasets["train"].column_names or ()):
-            from ..offline_grpo import OfflineGRPOTrainer as trainer_class
+            trainer_class = pkgutil.resolve_name("ceu_rl.offline_grpo:OfflineGRPOTrainer")
         elif not given["reward_funcs"]:
             raise ValueError("reward_funcs is missing; give a dotted path such as ceu_rl.tasks.addition.accuracy.")
     targets = model_config.lora_target_modules
