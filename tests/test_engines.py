@@ -300,7 +300,7 @@ def test_a_slurm_job_of_two_machines_is_one_run_of_two_processes(recipe, tmp_pat
 @pytest.mark.parametrize(
     ("launch_with", "given", "status", "message"),
     [
-        (["--cpu", "--num_processes", "2"], [], 0, "warning: accelerate launch was asked for several processes"),
+        (["--cpu", "--num_processes", "2"], [], 0, "(per_device_train_batch_size) on 1 process, "),
         (["--config_file", RECIPES / "ddp_cpu.yaml"], ["--use_cpu", "false"], 1, "2 processes were started and each"),
     ],
 )
@@ -341,7 +341,7 @@ def started(processes, n_gpu=0, **given):
 class TestWhatWasAskedFor:
     @pytest.fixture(autouse=True)
     def environment(self, monkeypatch):
-        for name in ("WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION", "SLURM_NTASKS"):
+        for name in ("WORLD_SIZE",):
             monkeypatch.delenv(name, raising=False)
         self.set = monkeypatch.setenv
 
@@ -350,24 +350,6 @@ class TestWhatWasAskedFor:
         with pytest.raises(ValueError, match="2 processes were started and each would train alone, into one folder"):
             engines.check_processes(started(1))
         engines.check_processes(started(2))
-
-    def test_a_launcher_that_started_one_of_several(self, caplog):
-        caplog.set_level("INFO")
-        self.set("ACCELERATE_MIXED_PRECISION", "no")
-        engines.check_processes(started(1))
-        assert caplog.text == ""
-        self.set("MASTER_ADDR", "127.0.0.1")
-        engines.check_processes(started(1))
-        assert "accelerate launch was asked for several processes and has started one" in caplog.text
-        caplog.clear()
-        engines.check_processes(started(2))
-        assert caplog.text == ""
-
-    def test_a_job_of_several_tasks(self, caplog):
-        caplog.set_level("INFO")
-        self.set("SLURM_NTASKS", "4")
-        engines.check_processes(started(1))
-        assert "Slurm has given this job 4 tasks, and this run is one process" in caplog.text
 
     @pytest.mark.parametrize("given", [{}, {"dtype": "bfloat16"}])
     def test_one_process_that_sees_several_gpus_is_refused(self, given):

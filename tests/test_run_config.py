@@ -21,20 +21,16 @@ def recipe(tmp_path):
     return write
 
 
-@pytest.fixture
-def switching():
-    """Threads take turns as often as they can."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
-
-
-def test_many_threads_read_at_once(recipe, switching):
+def test_many_threads_read_at_once(recipe):
     """As a comparison with `--jobs` does; TRL's parser writes to the fields of the classes while it is made."""
     read_recipe("dpo", path := recipe("learning_rate: 1e-4"))
-    with ThreadPoolExecutor(8) as pool:
-        read = list(pool.map(lambda _: read_recipe("dpo", path), range(64)))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns as often as they can
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            read = list(pool.map(lambda _: read_recipe("dpo", path), range(64)))
+    finally:
+        sys.setswitchinterval(interval)
     assert read == [{"learning_rate": 1e-4}] * 64
 
 

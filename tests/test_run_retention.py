@@ -203,7 +203,7 @@ def test_a_solution_beyond_the_context_is_named(tiny_model, tokenizer, preferenc
 def test_a_run_logs_what_its_recipe_names(recipe, solutions, tmp_path, capsys):
     given = {"dataset_name": "builtin:addition", "eval_solutions": str(solutions), "max_steps": 1}
     assert main(["dpo", "--config", recipe(**given)]) == 2
-    assert "scored at evaluations; set eval_strategy" in capsys.readouterr().err
+    assert "scored at evaluations, and this run has none; set eval_strategy" in capsys.readouterr().err
     assert main(["dpo", "--config", recipe(**given, eval_strategy="steps", eval_steps=1)]) == 0
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["settings"]["eval_solutions"] == str(solutions)

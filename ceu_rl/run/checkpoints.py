@@ -19,6 +19,7 @@ from typing import Any
 
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -163,10 +164,11 @@ class WholeCheckpoints:
     def train(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self.model  # type: ignore[attr-defined]
         mend_generation_config(model)
-        named = [(model.config, "_name_or_path")]
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        named = [(base, "name_or_path"), (base.config, "_name_or_path")]
         named += [(each, "base_model_name_or_path") for each in getattr(model, "peft_config", {}).values()]
         for config, field in named:
-            if path := getattr(config, field):
+            if path := getattr(config, field, None):
                 setattr(config, field, public_name(path))
         return super().train(*args, **kwargs)  # type: ignore[misc]
 

@@ -39,35 +39,23 @@ def engines_on_cpu() -> None:
 
 
 def check_processes(args: Any) -> None:
-    """Say where fewer processes train together than were asked for; call it before anything sets an address.
+    """Judge the processes that were started; call it before anything sets an address.
 
     Raises:
-        ValueError: for processes that would each train alone, and write the same files, and for one that sees several
+        ValueError: for several that would each train alone, and write the same files, and for one that sees several
             GPUs, over which it would split each batch or the model.
     """
-    asked, tasks = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "SLURM_NTASKS"))
-    if asked > args.world_size:
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > args.world_size:
         raise ValueError(
-            f"{asked} processes were started and each would train alone, into one folder; on a CPU set use_cpu to true."
+            f"{started} processes were started and each would train alone, into one folder; on a CPU set use_cpu to "
+            "true."
         )
     if args.n_gpu > 1 and "device_map" not in (args.model_init_kwargs or {}):
         raise ValueError(
             f"{args.n_gpu} GPUs are visible and one process was started, which trains on one; choose it with "
             "CUDA_VISIBLE_DEVICES=0, or start a process for each: accelerate launch --config_file "
             f"recipes/accelerate/ddp.yaml --num_processes {args.n_gpu} -m ceu_rl.cli ..."
-        )
-    if args.world_size > 1:
-        return
-    # accelerate sets the address of the first process where it was asked for more than one
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and asked == 1:
-        note(
-            "warning: accelerate launch was asked for several processes and has started one, as it does with --cpu; "
-            "use --config_file recipes/accelerate/ddp_cpu.yaml."
-        )
-    elif tasks > 1:
-        note(
-            f"warning: Slurm has given this job {tasks} tasks, and this run is one process; start it as "
-            "recipes/accelerate/slurm.sbatch does."
         )
 
 

@@ -368,10 +368,9 @@ def _build_trainer(
     if getattr(args, "activation_offloading", False) and args.device.type == "cpu":
         raise ValueError("activation_offloading is True, and the model is on a CPU already; leave it out.")
     kept = load_kept(script)
-    if kept and method == "unlearn":
-        raise ValueError("eval_facts and eval_solutions are given, and unlearning has no evaluations; use tofu-eval.")
-    if kept and not _evaluates(args):
-        raise ValueError("eval_facts and eval_solutions are scored at evaluations; set eval_strategy, as to steps.")
+    if kept and (method == "unlearn" or not _evaluates(args)):
+        remedy = "use tofu-eval" if method == "unlearn" else "set eval_strategy, as to steps"
+        raise ValueError(f"eval_facts and eval_solutions are scored at evaluations, and this run has none; {remedy}.")
     asks = method in ASKING and any(has_questions(dataset) for dataset in datasets.values())
     if method == "sft" and args.chat_template_path:
         _check_template(args.chat_template_path, asks)
