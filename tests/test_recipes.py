@@ -49,7 +49,7 @@ def test_it_parses_and_says_how_to_run_it(path):
     # bf16 is refused at parsing on a machine without it, which is not what is asked here
     argv = ["--config", str(path), "--use_cpu", "true"]
     method = method_of(path)
-    script, args, model, _ = build_configs(method, read_arguments(method, argv))
+    script, args, model, *rest = build_configs(method, read_arguments(method, argv))
     assert script.dataset_name and model.model_name_or_path and args.output_dir.startswith("runs/")
     fields = settings(path)
     fields.pop("env", None)
@@ -57,7 +57,7 @@ def test_it_parses_and_says_how_to_run_it(path):
     if "accelerate/fsdp2.yaml" in path.read_text():  # every process loads it whole; what trains is float32 all the same
         assert fields["dtype"] == "bfloat16" and any("of host memory" in line for line in header(path))
     for key, value in fields.items():
-        found = next(getattr(part, key) for part in (args, script, model) if hasattr(part, key))
+        found = next(getattr(part, key) for part in (args, script, model, *rest) if hasattr(part, key))
         assert found is not None or value is None
 
 

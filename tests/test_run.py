@@ -411,8 +411,8 @@ def test_a_missing_base_is_named_with_the_command_that_makes_it(recipe, tmp_path
         ({"pad_to_multiple_of": -8}, "pad_to_multiple_of is -8; use a number above 0"),
         ({"activation_offloading": True}, "activation_offloading is True, and the model is on a CPU already"),
         ({"use_peft": True, "lora_alpha": 0}, "lora_alpha is 0; use a number above 0"),
-        ({"eval_facts": "{base}/config.json"}, "config.json is a file; give a folder in TOFU's layout"),
-        ({"eval_facts": "./nowhere"}, "./nowhere is no folder; give a folder in TOFU's layout"),
+        ({"eval_facts": "{base}/config.json"}, "Reading eval_facts {base}/config.json"),
+        ({"eval_facts": "./nowhere"}, "Reading eval_facts ./nowhere"),
         ({"lr_scheduler_kwargs": {"zzz": 1}}, "zzz"),
         ({"dataset_config": "zzz"}, "dataset_config is 'zzz'"),
         ({"attn_implementation": "nonsense"}, "nonsense"),
@@ -420,7 +420,7 @@ def test_a_missing_base_is_named_with_the_command_that_makes_it(recipe, tmp_path
     ],
 )
 def test_input_of_every_kind_ends_in_one_sentence(recipe, base, tmp_path, capsys, fields, message):
-    fields = json.loads(json.dumps(fields).replace("{base}", str(base)))
+    fields, message = json.loads(json.dumps([fields, message]).replace("{base}", str(base)))
     assert main(["dpo", "--config", recipe(**fields)]) == 2
     err = capsys.readouterr().err
     lines = [line for line in err.splitlines() if line.startswith("ceu-rl dpo: error: ")]

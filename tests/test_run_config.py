@@ -144,7 +144,7 @@ def test_a_reward_function_may_stand_alone(recipe):
 
 def test_configs_are_those_of_the_fields(tmp_path):
     words = [f"--output_dir={tmp_path}", "--ceu_coef=0.5", "--use_cpu", "--bf16=false", "--model=m"]
-    _, args, model, _ = build_configs("dpo", read_arguments("dpo", words))
+    _, args, model, *_ = build_configs("dpo", read_arguments("dpo", words))
     assert args.ceu_coef == 0.5 and args.output_dir == str(tmp_path) and model.model_name_or_path == "m"
 
 
@@ -176,7 +176,7 @@ def test_without_a_gpu_a_run_is_on_the_cpu(tmp_path, caplog, given, use_cpu, bf1
     if torch.accelerator.is_available():
         pytest.skip("there is a GPU")
     caplog.set_level("INFO")
-    _, args, _, _ = build_configs("dpo", {"output_dir": str(tmp_path), **given})
+    _, args, *_ = build_configs("dpo", {"output_dir": str(tmp_path), **given})
     assert (args.use_cpu, args.bf16) == (use_cpu, bf16)
     assert ("use_cpu is true" in caplog.text) == ("use_cpu" not in given)
 

@@ -24,7 +24,7 @@ from typing import Any, get_type_hints
 import yaml
 from huggingface_hub.dataclasses import type_validator
 
-# Script arguments, config and trainer of each method
+# Script arguments, config and trainer of each method; those of GRPO bring vLLM, which takes seconds to import
 CLASSES = {
     "dpo": ("ceu_rl.data.prompts:PromptArguments", "ceu_rl.dpo:CEUDPOConfig", "ceu_rl.dpo:CEUDPOTrainer"),
     "grpo": ("trl.scripts.grpo:GRPOScriptArguments", "ceu_rl.grpo:CEUGRPOConfig", "ceu_rl.grpo:CEUGRPOTrainer"),
@@ -45,22 +45,16 @@ USED = (
 _PARSER = threading.Lock()
 
 
-def classes_of(method: str) -> tuple[Any, Any, Any]:
-    """Script arguments, config and trainer of a method. GRPO's bring vLLM, which takes seconds to import."""
-    from .retention import with_kept
-
-    script, config, trainer = map(pkgutil.resolve_name, CLASSES[method])
-    return with_kept(script), config, trainer
-
-
 def parser_for(method: str) -> Any:
     """TRL's parser for the fields of one method: `ceu-rl METHOD --help-all` is its help."""
     from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
-    script, config, _ = classes_of(method)
+    from .retention import KeptArguments
+
+    script, config = map(pkgutil.resolve_name, CLASSES[method][:2])
     with _PARSER:  # it rewrites the types of the classes' fields, and the runs of a comparison are read in threads
         parser = TrlParser(
-            (script, config, ModelConfig, DatasetMixtureConfig),  # type: ignore[arg-type]
+            (script, config, ModelConfig, DatasetMixtureConfig, KeptArguments),  # type: ignore[arg-type]
             prog=f"ceu-rl {method}",
             usage=f"ceu-rl {method} --config RECIPE.yaml [--any_field value ...]",
             allow_abbrev=False,
@@ -82,9 +76,9 @@ def print_help(method: str, all_fields: bool) -> None:
     """The fields of our own classes and those that are used most, or all that TRL's classes have too."""
     parser = parser_for(method)
     if not all_fields:
-        script, config, *_ = parser.dataclass_types
-        classes = [kind for each in (config, script) for kind in each.__mro__ if kind.__module__.startswith("ceu_rl")]
-        own = [name for kind in classes for name in vars(kind).get("__annotations__", {})]
+        classes = [kind for each in parser.dataclass_types[::-1] for kind in each.__mro__]
+        ours = [vars(kind) for kind in classes if kind.__module__.startswith("ceu_rl")]
+        own = [name for kind in ours for name in kind.get("__annotations__", {})]
         actions = {action.dest: action for action in reversed(parser._actions)}
         shown = [actions[name] for name in dict.fromkeys([*own, *USED]) if name in actions]
         for action in shown:
@@ -111,7 +105,7 @@ def read_recipe(method: str, path: str | Path) -> dict[str, Any]:
         OSError: if it cannot be read.
     """
     path, parser = Path(path), parser_for(method)
-    lists = {action.dest for action in parser._actions if action.nargs == "+"}
+    lists = {action.dest for action in parser._actions if action.nargs == "+"} - {"datasets"}
     hints = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
     content = _load_yaml(path, typed=False)
     if (named := content.pop("method", method)) != method:
@@ -180,8 +174,8 @@ def with_defaults(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return settings_of(defaults) | dict(settings)
 
 
-def build_configs(method: str, arguments: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
-    """Script arguments, training config, model config and dataset mixture."""
+def build_configs(method: str, arguments: Mapping[str, Any]) -> tuple[Any, Any, Any, Any, Any]:
+    """Script arguments, training config, model config, dataset mixture, and what the model should keep."""
     import torch
 
     from .checks import check_numbers

@@ -3,8 +3,7 @@
 import itertools
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field, make_dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,13 +45,7 @@ class KeptArguments:
     )
 
 
-@cache
-def with_kept(script: type) -> type:
-    """Script arguments of a method, with the fields above."""
-    return make_dataclass(script.__name__, [], bases=(KeptArguments, script))
-
-
-def load_kept(script: Any) -> dict[str, Dataset]:
+def load_kept(arguments: KeptArguments) -> dict[str, Dataset]:
     """The rows that a recipe names, by the set they belong to; empty if it names none.
 
     Raises:
@@ -62,11 +55,11 @@ def load_kept(script: Any) -> dict[str, Dataset]:
     from ..tofu.data import REAL_AUTHORS, WORLD_FACTS, load_tofu
 
     found: dict[str, Dataset] = {}
-    if script.eval_facts:
-        with NameCause(f"Reading eval_facts {script.eval_facts}", "give TOFU's name on the Hub, or its folder."):
-            found |= {name: load_tofu(script.eval_facts, name) for name in (WORLD_FACTS, REAL_AUTHORS)}
+    if arguments.eval_facts:
+        with NameCause(f"Reading eval_facts {arguments.eval_facts}", "give TOFU's name on the Hub, or its folder."):
+            found |= {name: load_tofu(arguments.eval_facts, name) for name in (WORLD_FACTS, REAL_AUTHORS)}
     for name in TEXTS:
-        if source := getattr(script, f"eval_{name}"):
+        if source := getattr(arguments, f"eval_{name}"):
             splits = open_dataset(source, None, field=f"eval_{name}")
             rows = splits["test"] if "test" in splits else next(iter(splits.values()))
             if not {"question", "answer"} <= set(rows.column_names):

@@ -51,7 +51,7 @@ from .checkpoints import (
     saved_checkpoints,
     traces,
 )
-from .config import build_configs, classes_of, read_arguments, settings_of, with_defaults
+from .config import CLASSES, build_configs, read_arguments, settings_of, with_defaults
 from .engines import check_engine, check_processes, engines_on_cpu, note_batch, save_whole
 from .errors import Boundary, import_function, note, sentence
 from .provenance import describe_run, environment, peak_memory, write_json
@@ -84,7 +84,7 @@ def _run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
     arguments = read_arguments(method, argv)
     _check_names(arguments, argv)
     engines_on_cpu()
-    script, args, model_config, mixture = build_configs(method, arguments)
+    script, args, model_config, mixture, keeps = build_configs(method, arguments)
     check_processes(args)
     settings = settings_of(arguments)
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -95,7 +95,7 @@ def _run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
         saved["rows"] = {name: fingerprint(dataset) for name, dataset in datasets.items() if name != "eval"}
         began_at = _check_is_the_run(checkpoint, saved, args)
         with whole_weights():
-            trainer, prompt = _build_trainer(method, script, args, model_config, datasets, task)
+            trainer, prompt = _build_trainer(method, script, args, model_config, datasets, task, load_kept(keeps))
         trainer.run_record = saved
         check_engine(trainer.accelerator)
         record = {
@@ -360,14 +360,19 @@ class _Course(TrainerCallback):
 
 
 def _build_trainer(
-    method: str, script: Any, args: Any, model_config: Any, datasets: dict[str, Any], task: Any
+    method: str,
+    script: Any,
+    args: Any,
+    model_config: Any,
+    datasets: dict[str, Any],
+    task: Any,
+    kept: dict[str, Dataset],
 ) -> tuple[Any, Any]:
     """The trainer with its callbacks, and what the result says of the prompt, where rows are questions."""
     from trl import get_peft_config
 
     if getattr(args, "activation_offloading", False) and args.device.type == "cpu":
         raise ValueError("activation_offloading is True, and the model is on a CPU already; leave it out.")
-    kept = load_kept(script)
     if kept and (method == "unlearn" or not _evaluates(args)):
         remedy = "use tofu-eval" if method == "unlearn" else "set eval_strategy, as to steps"
         raise ValueError(f"eval_facts and eval_solutions are scored at evaluations, and this run has none; {remedy}.")
@@ -383,14 +388,14 @@ def _build_trainer(
         datasets, prompt = ask(datasets, tokenizer(), form, make)
     elif method in ASKING and not kept:
         PromptFormat.of(script).check_unused()
-    _, _, trainer_class = classes_of(method)
+    trainer_class = CLASSES[method][2]
     if method == "sft":  # the other trainers judge their rows themselves
         workers, field = args.dataset_num_proc, args.dataset_text_field
         datasets = {name: check_layout(one, name, "sft", workers, field) for name, one in datasets.items()}
     if method == "grpo":
         given["reward_funcs"] = _load_rewards(script)
         if "completions" in (datasets["train"].column_names or ()):
-            trainer_class = pkgutil.resolve_name("ceu_rl.offline_grpo:OfflineGRPOTrainer")
+            trainer_class = "ceu_rl.offline_grpo:OfflineGRPOTrainer"
         elif not given["reward_funcs"]:
             raise ValueError("reward_funcs is missing; give a dotted path such as ceu_rl.tasks.addition.accuracy.")
     targets = model_config.lora_target_modules
@@ -398,7 +403,8 @@ def _build_trainer(
         model_config.lora_target_modules = [targets]
     with _naming_refused_rows(next(iter(datasets.values())), tokenizer):
         sets = {f"{name}_dataset": dataset for name, dataset in datasets.items()}
-        trainer = trainer_class(args=args, peft_config=get_peft_config(model_config), **sets, **given)
+        build = pkgutil.resolve_name(trainer_class)
+        trainer = build(args=args, peft_config=get_peft_config(model_config), **sets, **given)
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ProgressBar)
