@@ -52,15 +52,11 @@ def functions(monkeypatch):
             monkeypatch.setitem(sys.modules, module.__name__[:end], types.ModuleType(module.__name__[:end]))
         monkeypatch.setitem(sys.modules, module.__name__, module)
     found: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", Path("docs/elsewhere.md").read_text(), flags=re.S):
+    text = (Path(__file__).parents[1] / "docs" / "elsewhere.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
         exec(block, found)
     assert registered["ceu"] is found["ceu_policy_loss"]
     return found
-
-
-@pytest.fixture(autouse=True)
-def in_the_repository(monkeypatch):
-    monkeypatch.chdir(Path(__file__).parents[1])
 
 
 # On-policy, weight 1/2 + p/2 on the tokens of the second row, which has a negative advantage: -A w for each token
@@ -89,9 +85,7 @@ def test_prime_rl(functions):
         assert outputs.loss.shape == outputs.metrics["ceu_descending_fraction"].shape == ()
         torch.testing.assert_close(log_probs.grad, EXPECTED[row])
         assert outputs.metrics["ceu_descending_fraction"] == row
-
-
-def test_a_token_that_is_clipped_is_not_descended(functions):
+    # A token that is clipped is not descended
     log_probs = PROBABILITY[1].log().requires_grad_()
     inputs = LossInputs(log_probs, log_probs.detach() + 1, None, ADVANTAGE[1], MASK[1].bool())
     functions["ceu_loss"](inputs).loss.backward()

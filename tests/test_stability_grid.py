@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
 
 from ceu_rl.cli import main
 from ceu_rl.stability import grid, launch, report
@@ -70,15 +69,11 @@ def test_the_grid_is_recipes_times_values_times_seeds(two_recipes, tmp_path):
 
 
 def test_without_fields_there_is_one_run_a_recipe_with_its_seed(two_recipes, tmp_path):
+    # One with a byte order mark is read too
+    two_recipes[0].write_bytes(b"\xef\xbb\xbfmethod: dpo\nseed: 3\nlearning-rate: 1e-4\n")
     first, second = make_jobs(two_recipes, {}, tmp_path)
-    assert first.run.seed == second.run.seed == 7
-    assert first.folder == tmp_path / "stock" / "recipe" / "7" and first.run.setting == {}
-
-
-def test_values_with_slashes_stay_one_folder(two_recipes, tmp_path):
-    job, other, *_ = make_jobs(two_recipes, {"model_name_or_path": ["runs/a", "runs:a"]}, tmp_path)
-    assert job.folder.parent.parent.parent == tmp_path and job.folder != other.folder
-    assert job.settings["model_name_or_path"] == "runs/a" and "runs/a" in job.words
+    assert (first.run.seed, second.run.seed, first.settings["learning_rate"]) == (3, 7, 1e-4)
+    assert first.folder == tmp_path / "stock" / "recipe" / "3" and first.run.setting == {}
 
 
 def test_a_folder_has_a_short_and_safe_name(two_recipes, tmp_path):
@@ -90,6 +85,8 @@ def test_a_folder_has_a_short_and_safe_name(two_recipes, tmp_path):
     assert len(folders) == 64 and all(len(folder.parent.name) <= 80 for folder in folders)
     assert all(re.fullmatch(r"[\w.+=,-]+", folder.parent.name) for folder in folders)
     assert folder_name({"learning_rate": 3e-5, "beta": 0.5}) == "learning_rate=3e-5,beta=0.5"
+    one, other, *_ = make_jobs(two_recipes, {"model_name_or_path": ["runs/a", "runs:a"]}, tmp_path)
+    assert one.folder.parents[2] == tmp_path and one.folder != other.folder and "runs/a" in one.words
 
 
 def test_a_grid_that_grows_keeps_its_folders(quick):
@@ -124,26 +121,16 @@ def test_unlearning_runs_are_evaluated_on_tofu(tmp_path):
 @pytest.mark.parametrize(
     ("path", "method", "evaluation"),
     [
-        ("tofu/smollm2/full", "sft", None),
         ("tofu/smollm2/npo", "unlearn", "tofu-eval"),
-        ("muse/articles/full", "sft", None),
         ("muse/articles/ceu_retain", "unlearn", "muse-eval"),
         ("dpo/addition/base", "sft", None),
-        ("grpo/addition/stock", "grpo", None),
     ],
 )
 def test_the_method_is_the_field_of_the_recipe(tmp_path, path, method, evaluation):
     """The folder decided before: an SFT recipe of TOFU became an unlearning run, and MUSE recipes failed."""
     (job,) = make_jobs([ROOT / "recipes" / f"{path}.yaml"], {}, tmp_path)
-    assert job.method == job.words[0] == method
+    assert job.run.planned["method"] == job.words[0] == method
     assert (job.evaluation or [None])[0] == evaluation
-
-
-@pytest.mark.parametrize("line", ["", "method: sleep\n"])
-def test_a_recipe_without_its_method_is_refused(tmp_path, line):
-    (tmp_path / "a.yaml").write_text(line + "seed: 1\n")
-    with pytest.raises(ValueError, match=r"a.yaml: method is .*; write one of dpo, grpo, sft, unlearn"):
-        make_jobs([tmp_path / "a.yaml"], {}, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -151,29 +138,20 @@ def test_a_recipe_without_its_method_is_refused(tmp_path, line):
     [
         (["{stock}", "{stock}"], "Two recipes have one name"),
         (["{stock}", "--jobs", "0"], "--jobs is 0; use at least 1."),
-        (["{stock}", "--jobs", "x"], "--jobs: invalid int value: 'x'"),
         (["{stock}", "--beta"], "--beta has no value"),
         (["no/dpo/such.yaml"], "no/dpo/such.yaml"),
         (["{stock}", "--retain", "no/such.json"], "no/such.json is no file"),
         (["{stock}", "--retain", "{stock}"], "stock.yaml is empty, cut short or no JSON"),
         ([], "No recipe is given"),
-        (["--seed", "1"], "No recipe is given"),
         (["{folder}"], "dpo is a folder; name a recipe in it."),
         (["{stock}", "--learning_rte", "1e-5", "3e-5"], "did you mean learning_rate?"),
-        (["{stock}", "--learning-rte=1e-5"], "did you mean learning_rate?"),
         (["{stock}", "--seed", "a"], "argument --seed: invalid int value: 'a'"),
-        (["{stock}", "--seed", "0", "1.5"], "--seed 1.5: "),
-        (["{stock}", "--learning_rate", "1e-5", "fast"], "--learning_rate fast: "),
         (["{stock}", "--learning_rate", "1e-4", "0.0001"], "--learning_rate has a value twice (1e-4 0.0001)"),
         (["{stock}", "--learning_rate", "1e-5", "nan"], "learning_rate is nan; use a finite number."),
-        (["{stock}", "--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0; use a number above 0"),
-        (["{stock}", "--bf16", "maybe"], "--bf16 maybe: "),
         (["{stock}", "--resume-from-checkpoint", "true"], "--resume_from_checkpoint is given"),
-        (["{stock}", "--config=x.yaml"], "--config is given, which the comparison sets"),
         (["{stock}", "--learning_rate", "1", "--learning-rate", "2"], "--learning_rate is given twice"),
         (["{stock}", "--dataset", "a", "--dataset_name", "b"], "--dataset_name is given twice"),
-        (["{stock}", "--beta", "1", "1"], "--beta has a value twice"),
-        (["{stock}", "--launcher", "pbs"], "--launcher: invalid choice: 'pbs'"),
+        (["{stock}", "--learning_rate", "0", "1e-5"], "learning_rate is 0, which trains nothing"),
         (["{stock}", "--launcher_config", "{stock}"], "--launcher local takes no options, but"),
         (["{stock}", "--model_name_or_path", "/no/such/model"], "model_name_or_path /no/such/model is no folder"),
         (["--report_only", "--seed", "1"], "--seed is given without recipes"),
@@ -191,12 +169,11 @@ def test_bad_input_is_one_sentence(two_recipes, tmp_path, capsys, words, message
     ("content", "message"),
     [
         (b"", "holds nothing"),
-        (b"- a\n", "holds ['a']"),
         ("seed: 1\n".encode("utf-16"), "is not UTF-8"),
-        (b"seed: 1\nseed: 2\n", "seed is given twice"),
-        (b"seed: [1\n", "is no valid recipe"),
         (b"method: dpo\nlearning_rte: 1\n", "did you mean learning_rate?"),
         (b"method: dpo\nmax_steps: 2.5\n", "invalid int value: '2.5'"),
+        (b"method: sleep\n", "method is 'sleep'; write one of dpo, grpo, sft, unlearn"),
+        (b"seed: 1\n", "method is None"),
     ],
 )
 def test_a_broken_recipe_is_named_before_any_run(two_recipes, tmp_path, capsys, content, message):
@@ -205,12 +182,6 @@ def test_a_broken_recipe_is_named_before_any_run(two_recipes, tmp_path, capsys, 
     err = capsys.readouterr().err
     assert message in err and "ceu.yaml" in err and len(err.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_recipe_with_a_byte_order_mark_is_read(two_recipes, tmp_path):
-    two_recipes[0].write_bytes(b"\xef\xbb\xbfmethod: dpo\nseed: 3\nlearning-rate: 1e-4\n")
-    job, _ = make_jobs(two_recipes, {}, tmp_path)
-    assert job.run.seed == 3 and job.settings["learning_rate"] == 1e-4
 
 
 # Real runs
@@ -266,20 +237,18 @@ def test_compare_runs_keeps_and_names(recipes, tmp_path, tiny_model, capsys):
     diverges = recipes("wild", model_name_or_path=str(tmp_path / "nan"), eval_strategy="no", eval_on_start=False)
     command = ["compare", good, bad, diverges, "--jobs", "2", "--output_dir", str(out)]
     assert main(command) == 1
-    report = json.loads((out / "report.json").read_text())
-    assert {run["arm"]: run["status"] for run in report["runs"]} == {
-        "stock": "finished",
-        "broken": "failed",
-        "wild": "diverged",
-    }
-    assert (out / "report.html").stat().st_size > 10_000
-    failure = json.loads((out / "broken" / "recipe" / "0" / "failure.json").read_text())
+    runs = json.loads((out / "report.json").read_text())["runs"]
+    assert [(run["arm"], run["status"]) for run in runs] == [
+        *(("stock", "finished"), ("broken", "failed"), ("wild", "diverged"))
+    ]
+    assert {run["method"] for run in runs} == {"dpo"} and (out / "report.html").stat().st_size > 10_000
+    failure, wild = (
+        json.loads((out / arm / "recipe" / "0" / "failure.json").read_text()) for arm in ("broken", "wild")
+    )
     assert failure["status"] == 2 and "max_length" in failure["reason"] and failure["log_tail"]
     assert failure["versions"]["trl"] and failure["method"] == "dpo"
-    wild = json.loads((out / "wild" / "recipe" / "0" / "failure.json").read_text())
     assert wild["diverged"] and wild["reason"].startswith("Step 1 met a non-finite loss (nan)")
     assert "broken/recipe/0: failed: " in capsys.readouterr().out
-    assert {run["arm"]: run["method"] for run in report["runs"]} == dict.fromkeys(("stock", "broken", "wild"), "dpo")
 
     # Again, with what failed mended: the finished and the diverged run are kept, and not started again
     kept = {arm: log_of(out / arm / "recipe" / "0") for arm in ("stock", "wild")}
@@ -289,10 +258,6 @@ def test_compare_runs_keeps_and_names(recipes, tmp_path, tiny_model, capsys):
     assert kept == {arm: log_of(out / arm / "recipe" / "0") for arm in kept}
     assert not (out / "broken" / "recipe" / "0" / "failure.json").exists()
     assert (out / "broken" / "recipe" / "0" / "result.json").is_file()
-
-    recipes("stock", ceu_coef=0.5)
-    assert main(command) == 2
-    assert "was made with other settings" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -316,55 +281,6 @@ def test_compare_goes_on_with_an_interrupted_run(recipes, tmp_path):
     resumed = json.loads((folder / "result.json").read_text())
     assert resumed["resumed"] and not whole["resumed"]
     assert resumed["metrics"]["eval_loss"] == whole["metrics"]["eval_loss"]
-    # What a kill between saving the model and the result leaves, of a run without checkpoints
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    (folder / "result.json").unlink()
-    weights = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    assert main(command) == 0
-    assert (folder / "result.json").is_file()
-    aside = AutoModelForCausalLM.from_pretrained(folder.with_name("0-interrupted-1")).state_dict()
-    assert all(torch.equal(value, aside[name]) for name, value in weights.items())
-    # What a kill in its first checkpoint leaves of a run that has not logged yet
-    for path in (folder / name for name in ("result.json", "metrics.jsonl", "model.safetensors")):
-        path.unlink()
-    (folder / "checkpoint-2" / "trainer_state.json").unlink()
-    shutil.rmtree(folder / "checkpoint-3")
-    assert main(command) == 0
-    assert (folder / "result.json").is_file() and folder.with_name("0-interrupted-2").is_dir()
-
-
-@pytest.mark.slow
-def test_ctrl_c_saves_a_checkpoint_from_which_the_same_command_goes_on(recipes, tmp_path):
-    """Of real training; the other tests of signals have stand-ins. About a minute on 2 cores."""
-    folder = tmp_path / "runs" / "ceu" / "recipe" / "0"
-    recipe = recipes("ceu", max_steps=200, save_strategy="no", eval_strategy="no", eval_on_start=False)
-    command = ["compare", recipe, "--output_dir", str(tmp_path / "runs")]
-    driver = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from ceu_rl.cli import main; "
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", driver + "sys.exit(main(sys.argv[1:]))", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    wait_until(lambda: len(steps_of(folder)) >= 3, process)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 130 and "Traceback" not in out, out
-    assert "stopped" in log_of(folder) and not (folder / "failure.json").exists()
-    (checkpoint,) = folder.glob("checkpoint-*")
-    assert 3 <= int(checkpoint.name.split("-")[1]) < 200
-    assert main(command) == 0
-    assert json.loads((folder / "result.json").read_text())["steps"] == 200
-    assert steps_of(folder) == list(range(1, 201))
-
-
-def steps_of(folder):
-    path = folder / "metrics.jsonl"
-    entries = [json.loads(line) for line in path.read_text().splitlines()[:-1]] if path.is_file() else []
-    return [entry["step"] for entry in entries if "grad_norm" in entry]
 
 
 # The ways of a comparison with runs that take no time: a stand-in for the command line
@@ -436,9 +352,8 @@ def test_what_happens_to_a_recipe_meanwhile_changes_nothing(quick, two_recipes, 
     status, _, began = quick("--learning-rate", "1e-4", "--seed", "0", "1")
     assert status == 0 and len(began) == 4
     recorded = [json.loads(path.read_text())["settings"] for path in results(tmp_path)]
-    assert {settings["learning_rate"] for settings in recorded} == {1e-4}
-    assert sorted(settings["seed"] for settings in recorded) == [0, 0, 1, 1]
-    assert all(settings["max_steps"] == 20 and "output_dir" not in settings for settings in recorded)
+    assert {(settings["learning_rate"], settings["max_steps"]) for settings in recorded} == {(1e-4, 20)}
+    assert sorted(settings["seed"] for settings in recorded) == [0, 0, 1, 1] and "output_dir" not in recorded[0]
 
 
 def test_the_report_is_drawn_as_the_runs_end(quick, tmp_path, monkeypatch):
@@ -471,11 +386,11 @@ def test_a_report_that_cannot_be_drawn_meanwhile_ends_no_run(quick, monkeypatch)
     assert status == 1 and len(began) == 4 and "cannot be written (No space left on device)" in out
 
 
-@pytest.mark.parametrize("written", ["1e-4", "1.0e-4", "0.0001", "1E-04"])
-def test_a_value_is_the_same_however_it_is_written(quick, written):
+def test_a_value_is_the_same_however_it_is_written(quick):
     assert len(quick("--learning_rate", "1e-4", "3e-4", "--bf16", "true")[2]) == 4
-    status, out, began = quick("--bf16", "True", "--learning-rate", written, "0.0003")
-    assert status == 0 and began == [] and "4 done earlier and kept, 0 to do" in out
+    for written in ("1.0e-4", "0.0001", "1E-04"):
+        status, out, began = quick("--bf16", "True", "--learning-rate", written, "0.0003")
+        assert status == 0 and began == [] and "4 done earlier and kept, 0 to do" in out
 
 
 def test_a_recipe_that_says_the_same_is_the_same_and_another_one_is_refused(quick, two_recipes, tmp_path):
@@ -484,8 +399,16 @@ def test_a_recipe_that_says_the_same_is_the_same_and_another_one_is_refused(quic
     two_recipes[0].write_text(fields + "output_dir: elsewhere\nresume_from_checkpoint: true\n")
     assert quick()[2] == []
     two_recipes[0].write_text(fields + "beta: 0.3\n")
-    status, out, began = quick()
-    assert status == 2 and began == [] and "result.json was made with other settings (beta: None, now 0.3)" in out
+    folder = tmp_path / "runs" / "stock" / "recipe" / "7"
+    for name in ("result.json", "run.json"):  # finished, then interrupted
+        status, out, began = quick()
+        assert status == 2 and began == [] and f"{name} was made with other settings (beta: None, now 0.3)" in out
+        (folder / "result.json").unlink(missing_ok=True)
+    # One that failed starts again, beside what it left
+    (folder / "failure.json").write_text(json.dumps({"settings": {}, "reason": "no memory", "status": 1}))
+    status, _, began = quick()
+    assert status == 0 and began == ["runs/stock/recipe/7"]
+    assert all((folder.with_name("7-interrupted-1") / name).is_file() for name in ("failure.json", "metrics.jsonl"))
 
 
 def test_a_comparison_that_was_moved_or_is_named_by_its_absolute_path_goes_on(quick, tmp_path):
@@ -495,21 +418,6 @@ def test_a_comparison_that_was_moved_or_is_named_by_its_absolute_path_goes_on(qu
     (tmp_path / "copy" / "ceu" / "recipe" / "1" / "result.json").unlink()
     status, _, began = quick("--seed", "0", "1", out="./copy")
     assert status == 0 and began == ["copy/ceu/recipe/1"]
-
-
-def test_an_interrupted_run_does_not_go_on_with_other_settings(quick, two_recipes, tmp_path):
-    quick()
-    folder = tmp_path / "runs" / "stock" / "recipe" / "7"
-    (folder / "result.json").unlink()
-    two_recipes[0].write_text(two_recipes[0].read_text() + "beta: 0.3\n")
-    status, out, began = quick()
-    assert status == 2 and began == [] and "stock/recipe/7/run.json was made with other settings" in out
-    # One that failed starts again, beside what it left
-    (folder / "failure.json").write_text(json.dumps({"settings": {}, "reason": "no memory", "status": 1}))
-    status, _, began = quick()
-    assert status == 0 and began == ["runs/stock/recipe/7"]
-    aside = folder.with_name("7-interrupted-1")
-    assert (aside / "failure.json").is_file() and (aside / "metrics.jsonl").is_file()
 
 
 def test_a_run_of_no_steps_is_not_finished(quick, tmp_path):
@@ -523,24 +431,19 @@ def test_a_run_of_no_steps_is_not_finished(quick, tmp_path):
 
 @pytest.mark.parametrize("name", ["result.json", "failure.json", "run.json", "metrics.jsonl"])
 @pytest.mark.parametrize(
-    "content",
-    [b"", b'{"settings": {"see', b"[]", b"null", b'{"settings": 3}', b"\xff\xfe{}", b"[" * 100_000, b"\0" * 9],
-    ids=["empty", "cut", "list", "null", "types", "utf16", "deep", "zeros"],
+    "content", [b"", b'{"settings": 3}', b"\xff\xfe{}", b"[" * 100_000], ids=["", "types", "16", "deep"]
 )
 def test_a_broken_outcome_costs_its_run_and_nothing_else(quick, tmp_path, name, content):
     quick()
-    folder = tmp_path / "runs" / "ceu" / "recipe" / "7"
-    (folder / name).write_bytes(content)
+    (tmp_path / "runs" / "ceu" / "recipe" / "7" / name).write_bytes(content)
     report_only = main(["compare", "--report-only", "--output_dir", "runs"])
     (run,) = (run for run in json.loads(Path("runs/report.json").read_text())["runs"] if run["arm"] == "ceu")
     if name == "metrics.jsonl":
         assert report_only == 0 and run["status"] == "finished"
         return
     assert report_only == 1 and run["status"] == "failed" and f"ceu/recipe/7/{name}" in run["reason"]
-    status, _, began = quick()
-    assert status == 0 and began == (
-        ["runs/ceu/recipe/7"] if name == "result.json" else []
-    )  # the other's result is whole
+    status, _, began = quick()  # with another file broken the result is whole
+    assert status == 0 and began == ["runs/ceu/recipe/7"] * (name == "result.json")
     assert {run.status for run in find_runs(tmp_path / "runs")} == {"finished"}
 
 
@@ -578,36 +481,27 @@ def test_a_retain_model_that_comes_later_is_held_against_without_training(quick,
     assert quick()[::2] == (0, [])
 
 
-def test_what_a_run_without_recorded_settings_left_is_moved_aside(quick, tmp_path):
+@pytest.mark.parametrize("states", [("trainer_state.json", "optimizer.pt", "scheduler.pt"), ()])
+def test_what_cannot_be_continued_is_moved_aside(quick, tmp_path, states):
+    """A checkpoint of a run without recorded settings, and one that a kill cut short."""
     quick()
     folder = tmp_path / "runs" / "stock" / "recipe" / "7"
-    for name in ("result.json", "run.json"):
+    for name in ("result.json", *["run.json"] * bool(states)):
         (folder / name).unlink()
     (folder / "checkpoint-2").mkdir()
-    for name, text in (("trainer_state.json", "{}"), ("optimizer.pt", ""), ("scheduler.pt", "")):
-        (folder / "checkpoint-2" / name).write_text(text)
+    for name in states:
+        (folder / "checkpoint-2" / name).write_text("{}")
     assert quick()[::2] == (0, ["runs/stock/recipe/7"])
     assert (folder.with_name("7-interrupted-1") / "checkpoint-2").is_dir() and not (folder / "checkpoint-2").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
-    [(("--learning_rate", "0", "1e-5"), "learning_rate is 0, which trains nothing")],
+    ("out", "message"), [("", "--output_dir is ''; give a folder."), ("file/runs", "Not a directory")]
 )
-def test_a_grid_that_trains_nothing_is_refused(quick, words, message):
-    status, out, began = quick(*words)
-    assert status == 2 and began == [] and message in out
-
-
-def test_an_empty_output_dir_is_refused(quick):
-    status, out, began = quick(out="")
-    assert status == 2 and began == [] and "--output_dir is ''; give a folder." in out
-
-
-def test_a_folder_that_cannot_be_written_is_named_before_any_run(quick, tmp_path):
+def test_a_folder_that_cannot_be_is_named_before_any_run(quick, tmp_path, out, message):
     (tmp_path / "file").write_text("")
-    status, out, began = quick(out="file/runs")
-    assert status == 2 and began == [] and "Not a directory" in out and "file" in out
+    status, said, began = quick(out=out)
+    assert status == 2 and began == [] and message in said
 
 
 def test_a_disk_that_fills_costs_its_run_and_the_report_stays_whole(quick, tmp_path, monkeypatch):
@@ -671,8 +565,7 @@ def test_report_only_draws_what_lies_there(quick, two_recipes, tmp_path, capsys)
 def test_report_only_with_recipes_names_what_is_missing(quick, tmp_path):
     quick("--seed", "0")
     status, out, began = quick("--seed", "0", "1", "--report_only")
-    assert status == 1 and began == []
-    assert "2 of 4 runs finished" in " ".join(out.split()) and out.count("1 waiting") == 2
+    assert status == 1 and began == [] and "2 of 4 runs finished" in " ".join(out.split())
 
 
 # What survives a kill: a stand-in for the command line trains for two seconds, or until it is let go, and records that
@@ -755,26 +648,9 @@ def wait_until(condition, process, seconds=300):
         time.sleep(0.02)
 
 
-def test_a_comparison_killed_half_way_leaves_no_run_undone_and_does_none_twice(comparison, tmp_path):
-    process = comparison()
-    wait_until(lambda: len(results(tmp_path)) >= 4 and len(started(tmp_path)) >= 8, process)
-    (tmp_path / "hold").touch()
-    process.kill()  # the comparison alone: what it started goes on
-    process.wait()
-    before = len(results(tmp_path))
-    assert before < 12
-    again = comparison()
-    assert f"12 runs in runs: {before} done earlier and kept" in again.stdout.readline()
-    time.sleep(2)  # it finds what is still training
-    (tmp_path / "hold").unlink()
-    out, _ = again.communicate(timeout=300)
-    assert again.returncode == 0, out
-    assert len(results(tmp_path)) == 12
-    runs = started(tmp_path)
-    assert sorted(runs) == sorted(set(runs)) and len(runs) == 12, "a run was done twice, or never"
-
-
-def test_a_machine_that_goes_down_half_way_costs_only_the_runs_of_that_moment(comparison, tmp_path):
+@pytest.mark.parametrize("machine", [False, True], ids=["the comparison", "the machine"])
+def test_what_is_killed_half_way_leaves_no_run_undone_and_does_none_twice(comparison, tmp_path, machine):
+    """Without the comparison what it started continues, and is waited for; a machine takes its runs with it."""
     process = comparison()
     wait_until(lambda: len(results(tmp_path)) >= 4, process)
     (tmp_path / "hold").touch()
@@ -782,18 +658,20 @@ def test_a_machine_that_goes_down_half_way_costs_only_the_runs_of_that_moment(co
     wait_until(lambda: len(started(tmp_path)) == len(results(tmp_path)) + 4, process)
     process.kill()
     process.wait()
-    for path in (tmp_path / "runs").glob("*/*/*/pid"):
+    before = {str(path.parent.relative_to(tmp_path)) for path in results(tmp_path)}
+    cut_short = set(started(tmp_path)) - before
+    for path in (tmp_path / "runs").glob("*/*/*/pid") if machine else ():
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(path.read_text()), signal.SIGKILL)
-    finished = {str(path.parent.relative_to(tmp_path)) for path in results(tmp_path)}
-    cut_short = set(started(tmp_path)) - finished
-    (tmp_path / "hold").unlink()
     again = comparison()
+    assert f"12 runs in runs: {len(before)} done earlier and kept" in again.stdout.readline()
+    time.sleep(0 if machine else 2)  # it finds what is still training
+    (tmp_path / "hold").unlink()
     out, _ = again.communicate(timeout=300)
     assert again.returncode == 0, out
-    assert len(results(tmp_path)) == 12
     runs = started(tmp_path)
-    assert {run for run in runs if runs.count(run) > 1} == cut_short and len(cut_short) == 4
+    assert len(results(tmp_path)) == len(set(runs)) == 12 and len(cut_short) == 4
+    assert {run for run in runs if runs.count(run) > 1} == (cut_short if machine else set())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -821,8 +699,7 @@ def test_a_second_ctrl_c_ends_the_runs_at_once(comparison, tmp_path):
     assert process.poll() is None
     os.kill(process.pid, signal.SIGINT)
     out, _ = process.communicate(timeout=30)
-    assert process.returncode == 130 and "Traceback" not in out
-    assert not list((tmp_path / "runs").glob("*/*/*/saved"))
+    assert process.returncode == 130 and "Traceback" not in out and not list(tmp_path.glob("runs/*/*/*/saved"))
     assert_none_is_left(tmp_path)
 
 

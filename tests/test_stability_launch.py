@@ -210,9 +210,9 @@ def test_the_time_of_each_run_is_its_own_and_the_first_estimate_is_from_its_firs
     """The second run's bar kept the end of the first, with nothing left. Loading takes 20 s here and a step 5 s."""
     now, console = SimpleNamespace(at=0.0), Console(file=io.StringIO(), width=200)
 
-    def job(name, **settings):
+    def added(name, **settings):
         (tmp_path / name).mkdir()
-        return SimpleNamespace(name=name, folder=tmp_path / name, settings=settings)
+        return bars.add(name, job=SimpleNamespace(folder=tmp_path / name, settings=settings))
 
     def logged(task, seconds, done, **entry):
         now.at = seconds
@@ -221,7 +221,7 @@ def test_the_time_of_each_run_is_its_own_and_the_first_estimate_is_from_its_firs
         bars.show([task], done)
 
     with launch_module.Bars(3, console, get_time=lambda: now.at) as bars:
-        first = bars.add(job("stock", max_steps=10))
+        first = added("stock", max_steps=10)
         for seconds, step in ((20, 0), (25, 1), (30, 2), (35, 3)):
             logged(first, seconds, 0, step=step)
         assert (first.fields["at"], first.completed) == ("3 of 10 steps", pytest.approx(0.3))
@@ -229,7 +229,7 @@ def test_the_time_of_each_run_is_its_own_and_the_first_estimate_is_from_its_firs
         assert bars.all.elapsed == 35 and bars.all.time_remaining == pytest.approx(135, abs=1)
         now.at = 70.0
         bars.end(first, "finished")
-        second = bars.add(job("ceu", num_train_epochs=2.0))
+        second = added("ceu", num_train_epochs=2.0)
         bars.show([second], 1)
         # Nothing is known of it yet
         assert (second.fields["at"], second.completed, second.elapsed, second.time_remaining) == ("", 0, 0, None)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import json
 import math
 import re
@@ -96,82 +97,59 @@ def grid(make, ends):
     ]
 
 
-def test_up_to_which_rate_a_score_is_kept(make, report):
+def test_at_which_rates_a_score_is_kept(make, report):
     """95 % of 1.0 is 0.95. ceu keeps it up to 1e-5 with every seed; stock keeps it at 1e-6, and at 1e-5 one seed keeps
     it and one does not, which is no answer; a seed that diverged has lost it."""
     ends = {
         "stock": {1e-6: [0.99, 0.96], 1e-5: [0.97, 0.60], 1e-4: [0.99, math.nan]},
         "ceu": {1e-6: [0.99, 0.99], 1e-5: [0.98, 0.951], 1e-4: [0.94, 0.93]},
+        "lost": {1e-6: [0.0, 0.0], 1e-5: [0.0, 0.0]},
     }
     found, page, terminal = report(grid(make, ends))
-    sentence = "Keeps 95 % of the base's greedy accuracy: stock up to 1e-6; ceu up to 1e-5."
-    assert found["verdict"][0] == sentence and sentence in " ".join(terminal.split())
-    assert sentence.replace("'", "&#39;") in re.sub(r"</?span[^>]*>", "", page)
-    assert any("1 of 12 runs diverged" in each and "1 of stock" in each for each in found["verdict"])
+    kept = ("greedy accuracy: stock at 1e-6 (undecided at 1e-5);", "; ceu at 1e-6, 1e-5;", "; lost at none.")
+    for text in (found["verdict"][0], " ".join(terminal.split()), re.sub(r"</?span[^>]*>", "", page)):
+        assert all(part in text for part in kept)
+    assert any("1 of 16 runs diverged: 1 of stock" in each for each in found["verdict"])
     kept = {(g["arm"], g["rate"]): g["scores"]["greedy accuracy"]["kept"] for g in found["groups"]}
     assert [kept["stock", each] for each in (1e-6, 1e-5, 1e-4)] == [True, None, False]
     assert [kept["ceu", each] for each in (1e-6, 1e-5, 1e-4)] == [True, True, False]
-    (best,) = found["comparisons"]
+    best = found["comparisons"][0]
     assert best["settings"] == [{"learning_rate": 1e-6}, {"learning_rate": 1e-6}] and best["seeds"] == 2
     assert (best["difference"], best["interval"]) == (pytest.approx(0.015), pytest.approx([0.0, 0.03]))
 
 
-@pytest.mark.parametrize(
-    ("ends", "words"),
-    [
-        ([[1, 1], [1, 1]], "stock up to 1e-5 (the largest tried)"),
-        ([[0, 0], [0, 0]], "stock at none tried"),
-        ([[0, 0], [1, 1]], "stock up to 1e-5 (the largest tried), but not at 1e-6"),
-        ([[0, 1], [0, 0]], "stock at none tried (undecided at 1e-6)"),
-    ],
-)
-def test_open_ends_of_a_range(make, ends, words):
-    assert f": {words}." in verdict(grid(make, {"stock": dict(zip((1e-6, 1e-5), ends, strict=True))}))[0]
-
-
-def test_one_seed_without_rows_carries_no_verdict(make):
-    """Two single numbers differ by noise too."""
-    found = verdict([make("stock", log=scored(0.9, 0.9)), make("ceu", log=scored(0.9, 0.5))])
-    assert found == ["Greedy accuracy, without an interval (one seed, no rows): ceu 0.5, stock 0.9."]
-
-
-def test_a_difference_is_told_where_a_paired_interval_carries_it(make, report):
+def test_a_difference_is_told_where_a_paired_interval_carries_it(make):
     """Differences 0.2 and 0.4: their mean is 0.3, and the means of resamples go from 0.2 to 0.4. With -0.1 and 0.4 they
     go from below 0 to above."""
     ends = {"stock": [0.5, 0.6], "ceu": [0.7, 1.0], "other": [0.4, 1.0]}
     runs = [make(arm, {}, seed, scored(0.9, end)) for arm, values in ends.items() for seed, end in enumerate(values)]
-    found, page, _ = report(runs)
-    assert found["verdict"] == [
-        "Greedy accuracy: ceu 0.85, stock 0.55: ceu is 0.3 higher (95 % interval over 2 seeds 0.2 to 0.4).",
-        "Not told apart from stock in greedy accuracy: other (0.15; 95 % interval over 2 seeds -0.1 to 0.4).",
+    (told,) = verdict(runs)
+    assert told.startswith("Greedy accuracy, stock 0.55: ")
+    assert "ceu 0.85 is higher (by 0.3, 95 % interval over 2 seeds 0.2 to 0.4)" in told
+    assert "other 0.7 is not told apart (by 0.15, 95 % interval over 2 seeds -0.1 to 0.4)" in told
+    # One seed without rows carries no verdict: two single numbers differ by noise too
+    (told,) = verdict([runs[0], runs[2]])
+    assert "ceu 0.7 has no interval" in told and "higher" not in told
+
+
+def pairs(better):
+    """50 held-out pairs before and after; `better` nats are added to each margin."""
+    fixed = {"dataset": "eval", "rejected": -30.0, "ref_chosen": -20.0, "ref_rejected": -30.0}
+    at = {0: [0.0] * 50, 100: [(row - 25) / 2 + better * (1 + row / 500) for row in range(50)]}
+    return [
+        {"step": step, "row": row, "chosen": -20.0 + margin, **fixed}
+        for step, margins in at.items()
+        for row, margin in enumerate(margins)
     ]
-    assert "<svg" in page
 
 
 def test_held_out_pairs_give_one_seed_an_interval_over_rows(make, report):
-    def held(better):
-        fixed = {
-            "rejected": -30.0,
-            "ref_chosen": -20.0,
-            "ref_rejected": -30.0,
-            "chosen_tokens": 10,
-            "rejected_tokens": 9,
-        }
-        at = {0: [0.0] * 50, 100: [(row - 25) / 2 + better * (1 + row / 500) for row in range(50)]}
-        return [
-            {"step": step, "dataset": "eval", "row": row, "chosen": -20.0 + margin, **fixed}
-            for step, margins in at.items()
-            for row, margin in enumerate(margins)
-        ]
-
     log = [{"step": step, "eval_rewards/accuracies": 0.0} for step in (0, 100)]
-    runs = [make(arm, log=log, held=held(better)) for arm, better in (("stock", 0.0), ("ceu", 8.0))]
+    runs = [make(arm, log=log, held=pairs(better)) for arm, better in (("stock", 0.0), ("ceu", 8.0))]
     found, page, _ = report(runs)
     text = " ".join(found["verdict"])
-    assert re.search(
-        r"Preference accuracy: ceu 0.82, stock 0.49: ceu is 0.33 higher \(95 % interval over 1 seed and 50", text
-    )
-    assert re.search(r"DPO loss: ceu [\d.]+, stock [\d.]+: ceu is [\d.]+ lower", text)
+    assert "Preference accuracy, stock 0.49: ceu 0.82 is higher (by 0.33, 95 % interval over 1 seed and 50 rows" in text
+    assert re.search(r"DPO loss, stock [\d.]+: ceu [\d.]+ is lower", text)
     columns = found["runs"][1]["held_out"]
     assert columns["step"] == 100 and columns["row"][7] == "eval:7" and len(columns["chosen"]) == 50
     assert found["rows"]["preference accuracy"] == 50 and "preference accuracy (n = 50)" in page
@@ -244,9 +222,8 @@ def test_failed_and_interrupted_runs_are_left_out_and_named(make, report):
         make("stock", {"learning_rate": 1e-6}, 3, log=[{"step": 1, "loss": 0.5}]),
     ]
     found, page, terminal = report(runs)
-    text = " ".join(found["verdict"])
-    for what in ("1 of 5 runs failed", "1 of 5 runs interrupted", "1 of 5 runs finished without a greedy accuracy"):
-        assert what in text
+    for status, arm in (("failed", "ceu"), ("interrupted", "ceu"), ("finished without a greedy accuracy", "stock")):
+        assert f"1 of 5 runs {status}: 1 of {arm}." in found["verdict"]
     assert all(group["measures"].get("grad_norm_largest") != 99.0 for group in found["groups"])
     assert "Its log ends at step 7" in page and "it failed" in page and "last &lt;line&gt;" in page
     assert "1 failed" in terminal
@@ -271,13 +248,10 @@ def test_each_arm_has_its_own_base(make):
     ],
 )
 def test_little_to_report(make, report, log, end, words):
+    assert report([])[0]["verdict"] == ["There are no runs to compare."]
     found, page, terminal = report([make("stock", log=log, end=end)])
     assert found["verdict"][0].startswith(words) and words in " ".join(terminal.split())
     assert "</html>" in page
-
-
-def test_no_runs_at_all(report):
-    assert report([])[0]["verdict"] == ["There are no runs to compare."]
 
 
 def test_names_are_escaped_and_nothing_is_loaded(make, report):
@@ -285,7 +259,7 @@ def test_names_are_escaped_and_nothing_is_loaded(make, report):
     runs = [make(arm, setting, log=scored(1.0, 0.5, loss=0.1)) for arm in ("stock", 'a<b>&"c$x_1$[red]')]
     _, page, terminal = report(runs)
     assert "[red]" in terminal and r"\d {question}" in page
-    assert page.count("<script") == 1 and "http" not in page.split("<script>")[1]
+    assert "<script" not in page
     assert "a<b>" not in page and "a&lt;b&gt;&amp;" in page
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#)|url\((?!#)|@import|<script |<link""", page)
     ids = re.findall(r'\bid="([^"]+)"', page)
@@ -302,43 +276,20 @@ def test_where_the_runs_come_from_is_said_once_and_differences_are_said(make, re
     assert COMMAND in page and "ceu-rl dpo --config x.yaml" in page
 
 
-def test_the_record_of_a_study_is_small(make, report, tmp_path):
-    scores = {f"eval_{name}": 0.123456789 for name in ("greedy_accuracy", "sampled_accuracy", "kl", "logps/chosen")}
-    log = [{"step": step, **scores} for step in range(0, 301, 50)]
-    rates = {"learning_rate": 1e-5}
-    report([make(arm, rates, seed, log, metrics=scores) for arm in ("stock", "ceu") for seed in range(3)])
-    assert (tmp_path / "report" / "report.json").stat().st_size < 6 * 2500 + 4000
-
-
 # GRPO: what a reward costs
 
 
 def frontier_grid(make):
     """Two rates and two seeds of two arms: divergence and reward at the steps 0, 50 and 100."""
     ends = {"stock": {1e-5: (0.05, 0.6), 1e-4: (0.2, 0.8)}, "ceu": {1e-5: (0.02, 0.6), 1e-4: (0.1, 0.8)}}
-    return [
-        make(
-            arm,
-            {"learning_rate": each},
-            seed,
-            [
-                {
-                    "step": step,
-                    "reward": 0.5,
-                    "eval_sampled_accuracy": 0.5 + (reward + 0.02 * seed - 0.5) * step / 100,
-                    "eval_kl": kl * step / 100,
-                    "eval_pass@1": 0.5,
-                    "eval_pass@16": 0.9,
-                    "ceu/gradient_below_0.01": 0.2,
-                }
-                for step in (0, 50, 100)
-            ],
-            method="grpo",
-        )
-        for arm, rates in ends.items()
-        for each, (kl, reward) in rates.items()
-        for seed in range(2)
-    ]
+    other = {"reward": 0.5, "eval_pass@1": 0.5, "eval_pass@16": 0.9, "ceu/gradient_below_0.01": 0.2}
+    runs = []
+    for arm, rates in ends.items():
+        for (each, (kl, reward)), seed in itertools.product(rates.items(), range(2)):
+            scores = [(step, 0.5 + (reward + 0.02 * seed - 0.5) * step / 100) for step in (0, 50, 100)]
+            log = [{"step": s, "eval_sampled_accuracy": v, "eval_kl": kl * s / 100, **other} for s, v in scores]
+            runs.append(make(arm, {"learning_rate": each}, seed, log, method="grpo"))
+    return runs
 
 
 def test_reward_against_divergence(make, report):
@@ -348,7 +299,7 @@ def test_reward_against_divergence(make, report):
     last = next(p for p in plane["points"] if p["arm"] == "stock" and p["rate"] == 1e-4)
     assert (last["x"], last["y"]) == (pytest.approx(0.2), pytest.approx(0.81))
     assert np.allclose(last["path"], [[0, 0.5], [0.1, 0.655], [0.2, 0.81]])
-    assert found["runs"][0]["measures"]["pass@16"] == 0.9 and "pass@16" in terminal and "pass@1</" in page
+    assert found["runs"][0]["measures"]["pass@16"] == 0.9 and "pass@16" in terminal and "pass@16</" in page
     assert "share of the gradient below 0.01" in page and "divergence from the start" in page
 
 
@@ -374,9 +325,9 @@ def test_tofu_on_the_plane(make, report):
         make("npo", {"learning_rate": 1e-5}, method="unlearn"),
     ]
     found, page, terminal = report(runs)
-    assert found["verdict"][0].endswith("10 % of the base's 0.6, on every seed: paper (learning rate 1e-5).")
-    front = "grad_diff (learning rate 1e-5), paper (learning rate 1e-5), paper (learning rate 1e-4)."
-    assert found["verdict"][1].endswith(front) and found["verdict"][2].endswith("retain model: npo.")
+    front = ", ".join(["grad_diff (learning rate 1e-5)", "paper (learning rate 1e-5)", "paper (learning rate 1e-4)"])
+    for sentence, end in zip(found["verdict"], ("paper (learning rate 1e-5)", front, "npo"), strict=True):
+        assert sentence.endswith(f": {end}.")
     (plane,) = found["planes"]
     assert [point["front"] for point in plane["points"]] == [True, True, False, True]
     assert plane["around"] == {"before unlearning": [0.6, 1e-20], "retain model": [0.61, 1.0]}
@@ -454,54 +405,36 @@ def browser(tmp_path_factory):
 def curves(end, seed):
     """A log of 60 steps towards a final score, with all that a run can log."""
     noise = np.random.default_rng(seed)
-    return [
-        {
-            "step": step,
-            "loss": 0.7 - 0.3 * step / 60,
-            "grad_norm": float(np.exp(noise.normal())),
-            "entropy": 0.1,
-            **(
-                {
-                    "eval_greedy_accuracy": 1 + (end - 1) * step / 60,
-                    "eval_sampled_accuracy": 0.6 * (1 + (end - 1) * step / 60),
-                    "eval_logps/chosen": -0.4 - (1 - end) * step / 3,
-                    "eval_logps/rejected": -6.0 - step / 6,
-                    "eval_kl": (1 - end) * step / 60,
-                    "eval_rewards/accuracies": 0.9 if step else 0.0,
-                }
-                if step % 10 == 0
-                else {}
-            ),
-        }
-        for step in range(61)
-    ]
+    log = []
+    for step in range(61):
+        share = 1 + (end - 1) * step / 60
+        log.append({"step": step, "loss": 0.7, "grad_norm": float(np.exp(noise.normal())), "entropy": 0.1})
+        if step % 10 == 0:
+            log[-1] |= {"eval_greedy_accuracy": share, "eval_sampled_accuracy": 0.6 * share, "eval_kl": 1 - share}
+            log[-1] |= {"eval_logps/chosen": -0.4 - 20 * (1 - share), "eval_logps/rejected": -6.0 - step / 6}
+            log[-1]["eval_rewards/accuracies"] = 0.9 if step else 0.0
+    return log
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     """Pages of a grid, of TOFU, of GRPO and of runs that are under way, with the number of their figures."""
-    falls, runs = {"stock": 1.0, "ceu": 0.1, "a-recipe-with-quite-a-long-name": 0.4}, []
-    make = maker(tmp_path_factory.mktemp("grid"))
-    for arm, fall in falls.items():
-        for place, each in enumerate((1e-6, 1e-5, 1e-4)):
-            for seed in range(2):
-                end = "diverged" if arm == "stock" and place == 2 and seed else "finished"
-                runs.append(make(arm, {"learning_rate": each}, seed, curves(1 - fall * place / 2, seed), end=end))
+    make, runs = maker(tmp_path_factory.mktemp("grid")), []
+    for arm, fall in {"stock": 1.0, "ceu": 0.1, "a-recipe-with-quite-a-long-name": 0.4}.items():
+        for (place, each), seed in itertools.product(enumerate((1e-6, 1e-5, 1e-4)), range(2)):
+            end = "diverged" if (arm, place, seed) == ("stock", 2, 1) else "finished"
+            runs.append(make(arm, {"learning_rate": each}, seed, curves(1 - fall * place / 2, seed), end=end))
     runs.append(make("ceu", {"learning_rate": 1e-6}, 2, end="failed"))
     make = maker(tmp_path_factory.mktemp("tofu"))
-    values = {"grad_diff": ((1e-9, 0.59), (0.01, 0.2)), "paper": ((0.06, 0.55), (0.5, 0.4))}
-    plane = [unlearned(make, "full", None, 1e-20, 0.6)]
-    for arm, each in values.items():
-        plane += [unlearned(make, arm, lr, *at) for lr, at in zip((1e-5, 1e-4), each, strict=True)]
-    plane.append(unlearned(make, "grad_ascent", 1e-4, 0.078, 0.01))
+    values = {"grad_diff": (1e-9, 0.59), "paper": (0.5, 0.4), "grad_ascent": (0.078, 0.01)}
+    tofu = [unlearned(make, "full", None, 1e-20, 0.6), *(unlearned(make, arm, 1e-4, *at) for arm, at in values.items())]
     make = maker(tmp_path_factory.mktemp("going"))
     going = [make("stock", log=curves(0.3, 0)), make("ceu", log=curves(0.9, 0)[:31], end="running")]
-    make = maker(tmp_path_factory.mktemp("grpo"))
-    members = {"grid": runs, "tofu": plane, "grpo": frontier_grid(make), "going": going}
+    grpo = frontier_grid(maker(tmp_path_factory.mktemp("grpo")))
     made = {}
-    for name, count in (("grid", 3 + 9), ("tofu", 1 + 2), ("grpo", 1 + 1 + 4), ("going", 3 + 9)):
+    for name, members, count in (("grid", runs, 12), ("tofu", tofu, 3), ("grpo", grpo, 6), ("going", going, 12)):
         folder = tmp_path_factory.mktemp(f"report-{name}")
-        write_report(folder, members[name], Console(file=io.StringIO()), COMMAND)
+        write_report(folder, members, Console(file=io.StringIO()), COMMAND)
         made[name] = (folder / "report.html").as_uri(), count
     return made
 
@@ -516,7 +449,7 @@ def test_the_page_in_a_browser(browser, pages, name, width):
     assert browser.execute_script("return innerWidth") == width
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
-    figures = browser.find_elements("css selector", "figure.plot svg")
+    figures = browser.find_elements("css selector", "figure svg")
     assert len(figures) == count
     for figure in figures:
         assert figure.size["width"] >= 200 and figure.size["height"] >= 120
@@ -524,7 +457,7 @@ def test_the_page_in_a_browser(browser, pages, name, width):
         browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", figure)
         picture = imread(io.BytesIO(base64.b64decode(figure.screenshot_as_base64)))
         ink = (picture[..., :3].min(axis=-1) < 0.6).mean()
-        assert picture[..., :3].std() > 0.02 and ink > 0.005, f"blank: {figure.get_attribute('aria-label')}"
+        assert picture[..., :3].std() > 0.02 and ink > 0.002, f"blank: {figure.get_attribute('aria-label')}"
     assert browser.execute_script(TEXT_OUTSIDE) == []
     assert browser.execute_script(TEXT_OVER_TEXT) == []
     if width == 1400:  # the first table is not cut
@@ -534,68 +467,9 @@ def test_the_page_in_a_browser(browser, pages, name, width):
     assert browser.find_element("css selector", ".verdict strong").location["y"] < 300
 
 
-def column(browser, place):
-    rows = browser.find_elements("css selector", "table.sortable")[0].find_elements("css selector", "tbody tr")
-    return [row.find_elements("css selector", "th, td")[place].text.split("\n")[0] for row in rows]
-
-
-def test_the_table_sorts_by_keyboard(browser, pages):
-    from selenium.webdriver.common.keys import Keys
-
-    browser.get(pages["grid"][0])
-    heads = browser.find_elements("css selector", "table.sortable")[0].find_elements("css selector", "thead th")
-    score = next(place for place, head in enumerate(heads) if head.text.startswith("greedy"))
-    button, before = heads[score].find_element("css selector", "button"), column(browser, score)
-    for said, order in (("ascending", False), ("descending", True)):
-        button.send_keys(Keys.ENTER)
-        assert heads[score].get_attribute("aria-sort") == said
-        found = [float(text) for text in column(browser, score) if text != "—"]
-        assert found == sorted(found, reverse=order) and len(set(found)) > 2
-    button.send_keys(Keys.ENTER)
-    assert heads[score].get_attribute("aria-sort") is None and column(browser, score) == before
-    heads[0].find_element("css selector", "button").send_keys(Keys.ENTER)
-    assert column(browser, 0) == sorted(column(browser, 0), key=lambda text: text.split()[-1])
-    heads[1].find_element("css selector", "button").send_keys(Keys.ENTER)
-    rates = [float(text) for text in column(browser, 1)]
-    assert rates == sorted(rates)
-
-
-CONTRAST = """
-const channel = value => { value /= 255; return value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4; };
-const light = colour => {
-  const [r, g, b] = colour.match(/[\\d.]+/g).map(Number);
-  return 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
-};
-const behind = element => {
-  const colour = getComputedStyle(element).backgroundColor;
-  return colour !== "rgba(0, 0, 0, 0)" || !element.parentElement ? colour : behind(element.parentElement);
-};
-const low = [], written = "h1, h2, h3, p, li, td, th, small, summary, dt, dd, pre, a:not(.skip), strong";
-for (const element of document.querySelectorAll(written)) {
-  const [one, other] = [light(getComputedStyle(element).color), light(behind(element))].sort((a, b) => b - a);
-  if ((one + 0.05) / (other + 0.05) < 4.5) low.push(element.tagName + ": " + element.textContent.slice(0, 40));
-}
-return low;
-"""
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_what_is_written_stands_out(browser, pages, scheme):
-    feature = {"name": "prefers-color-scheme", "value": scheme}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-    browser.get(pages["grid"][0])
-    background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
-    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
-    assert browser.execute_script(CONTRAST) == []
-    for figure in browser.find_elements("css selector", "figure.plot svg")[:2]:
-        picture = imread(io.BytesIO(base64.b64decode(figure.screenshot_as_base64)))
-        assert np.median(picture[..., :3]) > 0.95  # a figure stays on white
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-
-
 TEXT_OUTSIDE = """
 const outside = [];
-for (const svg of document.querySelectorAll('figure.plot svg')) {
+for (const svg of document.querySelectorAll('figure svg')) {
   const box = svg.getBoundingClientRect();
   for (const text of svg.querySelectorAll('text')) {
     const at = text.getBoundingClientRect();
@@ -609,7 +483,7 @@ return outside;
 # Of the labels of an axis and the titles; what is written next to points may be close
 TEXT_OVER_TEXT = """
 const over = [];
-for (const svg of document.querySelectorAll('figure.plot svg')) {
+for (const svg of document.querySelectorAll('figure svg')) {
   const texts = [...svg.querySelectorAll('[id*="axis_"] text')].map(text => [text, text.getBoundingClientRect()]);
   texts.forEach(([one, a], i) => texts.slice(i + 1).forEach(([other, b]) => {
     const wide = Math.min(a.right, b.right) - Math.max(a.left, b.left);

@@ -1,20 +1,21 @@
 """The figures of a report, drawn by seaborn from the frames of a table, as SVG that stands inside an HTML page."""
 
 import io
+import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from markupsafe import escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from .runs import rate
 from .table import KEEP, STEP_MEANS, Score, Table, number, unique
@@ -22,6 +23,7 @@ from .table import KEEP, STEP_MEANS, Score, Table, number, unique
 # The baseline in grey, then Okabe and Ito, then Tol's wine and olive: safe for colour blindness
 COLOURS = ("#404040", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
 MARKERS, SYMBOLS = "osD^vPX<>", "●■◆▲▼✚✖◀▶"
+GREY = "#808080"
 BINS = 60  # points of a curve that was logged at every step
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -31,35 +33,33 @@ STYLE: Any = {
     "axes.titlesize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": "#808080",
+    "axes.edgecolor": GREY,
     "grid.color": "#e4e4e4",
 }
-# Title, metric, whether the axis is logarithmic
-PANELS = (
-    ("greedy accuracy", "greedy accuracy", False),
-    ("sampled accuracy", "sampled accuracy", False),
-    ("reward, held out", "eval_reward", False),
-    ("reward, training", "reward", False),
-    ("preference accuracy, held out", "preference accuracy", False),
-    ("DPO loss, held out", "DPO loss", False),
-    ("chosen log-probability, nats per {unit}", "chosen", False),
-    ("rejected log-probability, nats per {unit}", "rejected", False),
-    ("probability of the right world facts", "eval_world_facts_probability", False),
-    ("probability of the right real authors", "eval_real_authors_probability", False),
-    ("NLL of solutions, nats per token", "eval_solutions_nll", False),
-    ("KL from the start on solutions, nats per token", "eval_solutions_kl", False),
-    ("gradient norm before clipping", "grad_norm", True),
-    ("loss", "loss", False),
-    ("loss on the forget set", "forget_loss", False),
-    ("loss on the retain set", "retain_loss", False),
-    ("KL from the start, nats per token", "eval_kl", False),
-    ("entropy, nats per token", "entropy at evaluations", False),
-    *((name, key, "ratio" in key) for key, name in STEP_MEANS.items()),
-)
+TITLES = {  # of the curves, by their metric
+    "greedy accuracy": "greedy accuracy",
+    "sampled accuracy": "sampled accuracy",
+    "eval_reward": "reward, held out",
+    "reward": "reward, training",
+    "preference accuracy": "preference accuracy, held out",
+    "DPO loss": "DPO loss, held out",
+    "chosen": "chosen log-probability, nats per {unit}",
+    "rejected": "rejected log-probability, nats per {unit}",
+    "eval_world_facts_probability": "probability of the right world facts",
+    "eval_real_authors_probability": "probability of the right real authors",
+    "eval_solutions_nll": "NLL of solutions, nats per token",
+    "eval_solutions_kl": "KL from the start on solutions, nats per token",
+    "grad_norm": "gradient norm before clipping",
+    "loss": "loss",
+    "forget_loss": "loss on the forget set",
+    "retain_loss": "loss on the retain set",
+    "eval_kl": "KL from the start, nats per token",
+    "entropy at evaluations": "entropy, nats per token",
+    **STEP_MEANS,
+}
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(NamedTuple):
     """How an arm is drawn, the same in every figure."""
 
     colour: str
@@ -69,11 +69,9 @@ class Look:
 
 def looks(compared: Sequence[str], every: Sequence[str]) -> dict[str, Look]:
     """The first of the arms that are compared is the baseline; an arm beside them, such as the base, is a star."""
-    found = {
-        arm: Look(COLOURS[(place - 1) % 8 + 1 if place else 0], MARKERS[place % 9], SYMBOLS[place % 9])
-        for place, arm in enumerate(compared)
-    }
-    return found | {arm: Look("#000000", "*", "★") for arm in every if arm not in found}
+    colours = itertools.chain(COLOURS[:1], itertools.cycle(COLOURS[1:]))
+    found = map(Look, colours, itertools.cycle(MARKERS), itertools.cycle(SYMBOLS))
+    return dict.fromkeys(every, Look("#000000", "*", "★")) | dict(zip(compared, found, strict=False))
 
 
 def _styled(arms: Mapping[str, Look]) -> dict[str, Any]:
@@ -90,77 +88,59 @@ def _styled(arms: Mapping[str, Look]) -> dict[str, Any]:
 
 
 def final_plot(ends: pd.DataFrame, score: Score, arms: Mapping[str, Look], name: str) -> str:
-    """Final score against learning rate, or of each arm where there is one; a cross below for a run that diverged."""
-    known = ends.dropna(subset=["final"])
-    diverged = ends[ends.status == "diverged"]
-    several = ends.rate.nunique() > 1
-    order = [arm for arm in arms if arm in set(ends.arm)]
+    """Final scores at each learning rate; a cross below for a run that diverged."""
+    ends = ends.assign(at=["" if math.isnan(each) else rate(each) for each in ends.rate]).sort_values("rate")
+    known, diverged = ends.dropna(subset=["final"]), ends[ends.status == "diverged"]
+    order, places = [arm for arm in arms if arm in set(ends.arm)], unique(ends["at"])
 
     def draw(axes: Axes) -> None:
-        line = axes.axhline if several else axes.axvline
         for base in sorted(set(ends.base.dropna())):
-            line(base, color="#808080", lw=1, ls=":", zorder=1)
+            axes.axhline(base, color=GREY, lw=1, ls=":", zorder=1)
             if score.kept and base > 0:
-                line(KEEP * base, color="#808080", lw=1, ls="--", zorder=1)
-        if several:
-            sns.lineplot(known, x="rate", y="final", err_style="bars", ax=axes, **_styled(arms))
-            axes.set(xscale="log", xlabel="learning rate", ylabel="")
-            axes.set_xticks(sorted(set(ends.rate.dropna()))[:: max(1, ends.rate.nunique() // 6)])
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: rate(value)))
-            axes.xaxis.set_minor_locator(NullLocator())
-        else:
-            for place, arm in enumerate(order):
-                own, look = known[known.arm == arm].final, arms[arm]
-                axes.plot(own, [place] * len(own), look.marker, color=look.colour, alpha=0.6, ms=7, zorder=3)
-                if len(own):
-                    axes.plot([own.mean()] * 2, [place - 0.3, place + 0.3], color=look.colour, lw=2)
-            axes.set_yticks(range(len(order)), [arm if len(arm) <= 18 else f"{arm[:17]}…" for arm in order])
-            axes.set_ylim(len(order) - 0.4, -0.6)
+                axes.axhline(KEEP * base, color=GREY, lw=1, ls="--", zorder=1)
+        style = {key: value for key, value in _styled(arms).items() if key in ("hue", "palette", "errorbar", "legend")}
+        apart = {"dodge": len(order) > 1 and min(0.5, 0.08 * len(order)), "hue_order": order, "order": places}
+        markers = [arms[arm].marker for arm in order]
+        sns.pointplot(known, x="at", y="final", markers=markers, ms=6, lw=1.5, ax=axes, **style, **apart)
+        axes.set(xlabel="learning rate" if ends.rate.notna().any() else "", ylabel="")
         if "accuracy" in score.name:
-            (axes.set_ylim if several else axes.set_xlim)(-0.04, 1.04)
+            axes.set_ylim(-0.04, 1.04)
         for run in diverged.itertuples():
-            at = (run.rate, 0.03) if several else (0.03, order.index(run.arm))
-            transform = axes.get_xaxis_transform() if several else axes.get_yaxis_transform()
-            axes.plot(*at, "x", color=arms[run.arm].colour, transform=transform, ms=8, mew=2, zorder=4)
+            look: Any = {"color": arms[run.arm].colour, "transform": axes.get_xaxis_transform()}
+            axes.plot(places.index(run.at), 0.03, "x", ms=8, mew=2, zorder=4, **look)
 
-    means = known.groupby(["arm", "rate"], sort=False, dropna=False).final.mean()
-    spoken = [f"{arm} {number(mean)}" + (f" at {rate(each)}" if several else "") for (arm, each), mean in means.items()]
-    figure = Figure(figsize=(5.0, 3.3 if several else 1.2 + 0.45 * len(order)), layout="constrained")
-    return _drawn(figure, draw, name, f"Final {score.name}: {', '.join(spoken) or 'no run has finished'}.")
+    means = known.groupby(["arm", "at"], sort=False).final.mean()
+    spoken = [f"{arm} {number(mean)}" + (f" at {at}" if at else "") for (arm, at), mean in means.items()]
+    return _drawn((5.0, 3.3), draw, name, f"Final {score.name}: {', '.join(spoken) or 'no run has finished'}.")
 
 
 def curves(table: Table, runs: Sequence[int], arms: Mapping[str, Look]) -> list[dict[str, Any]]:
     """For each metric a strip of panels, one for each setting: means over seeds, bands over their range."""
     values = table.values[table.values.run.isin(runs) & np.isfinite(table.values.value)]
-    settings = unique(table.labels[place] for place in runs)
+    settings = unique(table.about.setting[list(runs)])
     found: list[dict[str, Any]] = []
-    for title, metric, logarithmic in PANELS:
-        own = values[values.metric == metric]
-        own = own[own.value > 0] if logarithmic else own
+    for metric, title in TITLES.items():
+        logarithmic = metric == "grad_norm" or "ratio" in metric
+        own = values[(values.metric == metric) & ((values.value > 0) | (not logarithmic))]
         if own.empty:
             continue
         title = title.format(unit="token" if any(table.tokens) else "response")
+        panels = {"col": "setting", "col_order": [each for each in settings if each in set(own.setting)]}
+        style = _styled(arms) | ({"markers": False} if own.step.nunique() > 12 else {})
         with sns.axes_style("ticks", STYLE), matplotlib.rc_context(STYLE):
             grid = sns.relplot(
-                _binned(own),
-                kind="line",
-                x="step",
-                y="value",
-                col="setting",
-                col_order=[each for each in settings if each in set(own.setting)],
-                height=2.5,
-                aspect=1.3,
-                **_styled(arms) | ({"markers": False} if own.step.nunique() > 12 else {}),
+                _binned(own), kind="line", x="step", y="value", height=2.5, aspect=1.3, **panels, **style
             )
-            grid.set_titles("{col_name}" if len(settings) > 1 else title)
+            grid.set_titles("{col_name}" if len(settings) > 1 else "")
             grid.set(ylabel="")
-            note = _limits(grid, own.value, logarithmic)
             for axes in grid.axes.flat:
+                if logarithmic:
+                    _log_axis(axes)
                 axes.grid(True)
                 axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             svg = _svg(grid.figure, f"curve{len(found)}", f"{title} over steps: {', '.join(unique(own.arm))}.")
             plt.close(grid.figure)
-        found.append({"title": title, "svg": svg, "panels": grid.axes.size, "note": note})
+        found.append({"title": title, "svg": svg, "panels": grid.axes.size})
     return found
 
 
@@ -176,74 +156,51 @@ def _binned(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _log_axis(axes: Axes) -> None:
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
 
 
-def _limits(grid: sns.FacetGrid, values: pd.Series, logarithmic: bool) -> str:
-    if logarithmic:
-        for axes in grid.axes.flat:
-            _log_axis(axes)
-        return ""
-    low, high = np.percentile(values, (1, 99))
-    if values.max() - values.min() <= 3 * (high - low) or high == low:
-        return ""
-    grid.set(ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)))
-    return f"The axis leaves out the outermost values, from {number(values.min())} to {number(values.max())}."
-
-
-def plane(points: Sequence[Mapping[str, Any]], found: Mapping[str, Any], arms: Mapping[str, Look], name: str) -> str:
+def plane(found: Mapping[str, Any], arms: Mapping[str, Look], name: str) -> str:
     """Two coordinates of each arm at each setting, with its seeds: a plane of TOFU or of reward and divergence."""
-    floor = min([each for p in points for _, each in p["seeds"] if each > 0], default=1e-3) / 3
+    points = found["points"]
+    floor = min([y for point in points for _, y in point["seeds"] if y > 0], default=1e-3) / 3
     low = floor if found["logarithmic"] else -math.inf
 
     def draw(axes: Axes) -> None:
+        def mark(places: Sequence[Sequence[float]], marker: str, **look: Any) -> None:
+            axes.plot(*zip(*((x, max(y, low)) for x, y in places), strict=True), marker, **look)
+
         for level, line in ((found.get("x_line"), axes.axvline), (found.get("y_line"), axes.axhline)):
             if level is not None:
-                line(level, color="#808080", ls="--", lw=1)
+                line(level, color=GREY, ls="--", lw=1)
         for point in points:
-            look, seeds = arms[point["arm"]], [(x, max(y, low)) for x, y in point["seeds"]]
-            if len(point.get("path", ())) > 1:
-                axes.plot(*zip(*point["path"], strict=True), color=look.colour, lw=0.9, alpha=0.55)
-            if len(seeds) > 1:
-                axes.plot(*zip(*seeds, strict=True), look.marker, color=look.colour, ms=3.5, alpha=0.4, lw=0)
-            axes.plot(point["x"], max(point["y"], low), look.marker, color=look.colour, ms=7, zorder=4)
+            marker, colour, at = arms[point["arm"]].marker, arms[point["arm"]].colour, [(point["x"], point["y"])]
+            mark(point.get("path") or at, "-", color=colour, lw=0.9, alpha=0.55)
+            mark(point["seeds"], marker, color=colour, ms=3.5, alpha=0.4)
+            mark(at, marker, color=colour, ms=7, zorder=4)
             if point["lost"]:
-                axes.plot(point["x"], max(point["y"], low), "x", color="black", ms=8, mew=1.6, zorder=5)
-        front = sorted((p["x"], max(p["y"], low)) for p in points if p.get("front"))
-        if front:
-            axes.plot(*zip(*front, strict=True), color="#b0b0b0", lw=4, alpha=0.5, drawstyle="steps-pre", zorder=1)
+                mark(at, "x", color="black", ms=8, mew=1.6, zorder=5)
+        if front := sorted((point["x"], point["y"]) for point in points if point["front"]):
+            mark(front, "-", color="#b0b0b0", lw=4, alpha=0.5, drawstyle="steps-pre", zorder=1)
         for label, (x, y) in found["around"].items():
-            axes.plot(x, max(y, low), "*", color="black", ms=11, zorder=5)
+            mark([(x, y)], "*", color="black", ms=11, zorder=5)
             axes.annotate(label, (x, max(y, low)), (0, 8), textcoords="offset points", fontsize=8, ha="center")
         if found["logarithmic"]:
             _log_axis(axes)
         axes.set(xlabel=found["x"], ylabel=found["y"])
         axes.margins(0.12)
-        for point in _apart([p for p in points if p["rate"] is not None], axes, low):
-            at = point["x"], max(point["y"], low)
-            label, colour = rate(point["rate"]), arms[point["arm"]].colour
-            axes.annotate(label, at, (6, -9), textcoords="offset points", fontsize=7.5, color=colour)
+        for point in points:
+            if point["rate"] is not None:
+                look: Any = {"textcoords": "offset points", "fontsize": 7.5, "color": arms[point["arm"]].colour}
+                axes.annotate(rate(point["rate"]), (point["x"], max(point["y"], low)), (6, -9), **look)
 
-    spoken = [f"{p['arm']} {number(p['x'])}, {number(p['y'])}" for p in points]
-    figure = Figure(figsize=(6.2, 4.2), layout="constrained")
-    return _drawn(figure, draw, name, f"{found['y']} against {found['x']}: {'; '.join(spoken)}.")
-
-
-def _apart(points: Sequence[Mapping[str, Any]], axes: Axes, low: float) -> list[Mapping[str, Any]]:
-    """The points whose labels do not stand on each other."""
-    to_axes, taken = axes.transData + axes.transAxes.inverted(), list[tuple[float, float]]()
-    kept = []
-    for point in points:
-        x, y = to_axes.transform((point["x"], max(point["y"], low)))
-        if not any(abs(x - a) < 0.09 and abs(y - b) < 0.05 for a, b in taken):
-            taken.append((x, y))
-            kept.append(point)
-    return kept
+    spoken = [f"{point['arm']} {number(point['x'])}, {number(point['y'])}" for point in points]
+    return _drawn((6.2, 4.2), draw, name, f"{found['y']} against {found['x']}: {'; '.join(spoken)}.")
 
 
-def _drawn(figure: Figure, draw: Any, name: str, alt: str) -> str:
+def _drawn(size: tuple[float, float], draw: Callable[[Axes], None], name: str, alt: str) -> str:
     with sns.axes_style("whitegrid", STYLE), matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
         draw(figure.subplots())
         return _svg(figure, name, alt)
 
@@ -254,7 +211,6 @@ def _svg(figure: Figure, name: str, alt: str) -> str:
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     body = file.getvalue()
     box = re.search(r'viewBox="([^"]*)"', body)[1]  # type: ignore[index]
-    alt = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    tag = f'<svg role="img" aria-label="{alt}" viewBox="{box}" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    tag = f'<svg role="img" aria-label="{escape(alt)}" viewBox="{box}" xmlns:xlink="http://www.w3.org/1999/xlink">'
     body = re.sub(r"<svg[^>]*>", lambda _: tag, body[body.index("<svg") :], count=1)
     return re.sub(r'(\bid="|href="#|url\(#)', lambda start: f"{start[1]}{name}-", body)

@@ -22,7 +22,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,24 +40,24 @@ MODULE = [sys.executable, "-m"]
 LONGEST = 80  # characters of a folder's name
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+
 def main(argv: Sequence[str]) -> int:
     """`ceu-rl compare`: 0 if each run finished or diverged, 1 if one failed, 130 for Ctrl-C, 143 for SIGTERM; raises a
     ValueError for bad input."""
+
+    def terminate(*_: Any) -> NoReturn:
+        raise _Terminated
+
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGTERM, terminate)
     try:
         return _compare(argv, Console(), shlex.join(["ceu-rl", "compare", *argv]))
     except KeyboardInterrupt as error:
         print("ceu-rl compare: interrupted; the same command continues where it stopped.", file=sys.stderr)
         return 143 if isinstance(error, _Terminated) else 130
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM."""
-
-
-def _terminate(*_: Any) -> NoReturn:
-    raise _Terminated
 
 
 def _compare(argv: Sequence[str], console: Console, command: str) -> int:
@@ -79,7 +79,8 @@ def _compare(argv: Sequence[str], console: Console, command: str) -> int:
     # Seed by seed, so that a grid that is cut short has every arm
     pending = [job for job in sorted(jobs, key=lambda job: job.seed_place) if not is_done(job)]
     if args.dry_run:
-        _print_commands(jobs, pending)
+        for job in jobs:
+            _print_commands(job, "" if job in pending else "# done: ")
         return 0
     for job in pending:
         if model := job.settings.get("model_name_or_path"):
@@ -191,14 +192,12 @@ def _underscored(word: str) -> str:
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
 
 
-def _print_commands(jobs: Sequence["Job"], pending: Sequence["Job"]) -> None:
-    """The commands that would make the runs without a comparison, ready for a shell; those of done ones as comments."""
-    for job in jobs:
-        mark = "" if job in pending else "# done: "
-        launched = [] if job.launcher == MODULE else [*job.launcher, "ceu_rl.cli"]
-        print(mark + shlex.join([*(launched or ["ceu-rl"]), *job.words]))
-        if job.evaluation:
-            print(mark + shlex.join(["ceu-rl", *job.evaluation]))
+def _print_commands(job: "Job", mark: str) -> None:
+    """The commands that would make a run without a comparison, ready for a shell."""
+    launched = ["ceu-rl"] if job.launcher == MODULE else [*job.launcher, "ceu_rl.cli"]
+    print(mark + shlex.join([*launched, *job.words]))
+    if job.evaluation:
+        print(mark + shlex.join(["ceu-rl", *job.evaluation]))
 
 
 # The grid
@@ -210,9 +209,8 @@ class Job:
 
     run: Run
     recipe: Path
-    method: str  # the command of ceu-rl that trains it
-    settings: Mapping[str, Any]  # typed
-    overrides: Mapping[str, Any]  # those of the settings that the grid gives, without the seed
+    overrides: Mapping[str, Any]  # those of its settings that the grid gives, without the seed
+    text: str  # of the recipe that is stored in its folder
     words: Sequence[str]  # arguments of ceu-rl that would make it without a comparison
     seed_place: int
     evaluation: Sequence[str] | None  # arguments of ceu-rl for what is to be run after it
@@ -220,12 +218,12 @@ class Job:
     launcher: Sequence[str]  # the words before `ceu_rl.cli`
 
     @property
-    def folder(self) -> Path:
-        return self.run.folder
+    def settings(self) -> Mapping[str, Any]:
+        return self.run.planned["settings"]
 
     @property
-    def name(self) -> str:
-        return str(Path(*self.folder.parts[-3:]))
+    def folder(self) -> Path:
+        return self.run.folder
 
     @property
     def found(self) -> Run:
@@ -265,46 +263,42 @@ def make_jobs(
 
 def _jobs_of(
     recipe: Path, fields: Mapping[str, Sequence[str]], folder: Path, launcher: Sequence[str], retain: Path | None
-) -> list[Job]:
+) -> Iterator[Job]:
     from ..run.checks import check_numbers
-    from ..run.config import read_recipe, recipe_method, settings_of
+    from ..run.config import dump_recipe, read_recipe, recipe_method, settings_of
 
     if recipe.is_dir():
         raise ValueError(f"{recipe} is a folder; name a recipe in it.")
     method = recipe_method(recipe)
-    content = settings_of(read_recipe(method, recipe))
+    content, known = settings_of(read_recipe(method, recipe)), _known_settings(folder)
     typed = {name: _typed(method, name, values) for name, values in fields.items()}
     grid = {name: values for name, values in fields.items() if name != "seed"}
-    known, jobs = _known_settings(folder), []
+    seeds = typed["seed"].values() if "seed" in typed else [content.get("seed", DEFAULT_SEED)]
     for values in itertools.product(*grid.values()):
         given = dict(zip(grid, values, strict=True))
         overrides = {name: typed[name][value] for name, value in given.items()}
-        settings = {**content, **overrides, "disable_tqdm": True}
-        check_numbers(settings)
-        if settings.get("learning_rate") == 0:
-            raise ValueError("learning_rate is 0, which trains nothing; leave it out: every report shows the base.")
         setting = {n: value for n, value in overrides.items() if len(grid[n]) > 1 or n == "learning_rate"}
         words = [word for name, value in given.items() for word in (f"--{name}", value)]
-        seeds = typed["seed"].values() if "seed" in typed else [settings.get("seed", DEFAULT_SEED)]
         for place, seed in enumerate(seeds):
+            settings = {**content, **overrides, "disable_tqdm": True, "seed": seed}
+            check_numbers(settings)
+            if settings.get("learning_rate") == 0:
+                raise ValueError("learning_rate is 0, which trains nothing; leave it out: every report shows the base.")
             at = folder / known.get(key_of(overrides), folder_name(setting)) / str(seed)
             direct = [method, "--config", str(recipe), *words, "--seed", str(seed), "--output_dir", str(at)]
-            stored = {**settings, "seed": seed}
-            planned = {"method": method, "recipe": str(recipe), "settings": stored}
-            job = Job(
-                run=Run(recipe.stem, setting, seed, at, planned),
+            yield Job(
+                run=Run(
+                    recipe.stem, setting, seed, at, {"method": method, "recipe": str(recipe), "settings": settings}
+                ),
                 recipe=recipe,
-                method=method,
-                settings=stored,
                 overrides=overrides,
+                text=dump_recipe({"method": method, **settings}),
                 words=[*direct, "--disable_tqdm", "true"],
                 seed_place=place,
                 evaluation=_evaluation(recipe, settings, at, retain) if method == "unlearn" else None,
                 retain=retain,
                 launcher=launcher,
             )
-            jobs.append(job)
-    return jobs
 
 
 def _typed(method: str, name: str, values: Sequence[str]) -> dict[str, Any]:
@@ -412,26 +406,19 @@ def _lacks_evaluation(job: Job) -> list[Sequence[str]]:
 
 def commands_of(job: Job) -> list[list[str]]:
     """What is left to do for a run; its folder is made ready for it, with a record and the recipe that it trains by."""
-    from ..run.config import dump_recipe
-
     if is_done(job):
         return []
     commands, folder, trained = [], job.folder, job.found.record(RESULT)
     if not trained or trained.get("steps") == 0:
-        words = [job.method, "--config", str(folder / RECIPE), "--output_dir", str(folder), *_resume(job)]
+        words = [job.words[0], "--config", str(folder / RECIPE), "--output_dir", str(folder), *_resume(job)]
         commands = [[*job.launcher, "ceu_rl.cli", *words]]
     commands += [[*MODULE, "ceu_rl.cli", *words] for words in _lacks_evaluation(job)]
     for path in (folder / name for name in EVALUATIONS):
         if path.is_file() and not job.found.record(path.name):  # one that cannot be used
             path.rename(path.with_name(f"{path.name}.broken"))
-    about = {"arm": job.run.arm, "seed": job.run.seed, "method": job.method, "recipe": str(job.recipe)}
-    record = {**about, "overrides": dict(job.overrides), "settings": dict(job.settings)}
-    texts = {
-        RECIPE: dump_recipe({"method": job.method, **job.settings}),
-        RECORD: json.dumps(record, indent=2, default=str),
-    }
+    record = {"arm": job.run.arm, "seed": job.run.seed, **job.run.planned, "overrides": dict(job.overrides)}
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole({folder / name: text for name, text in texts.items()})
+    write_whole({folder / RECIPE: job.text, folder / RECORD: json.dumps(record, indent=2, default=str) + "\n"})
     (folder / FAILURE).unlink(missing_ok=True)
     return commands
 

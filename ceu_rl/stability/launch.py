@@ -13,11 +13,11 @@ import os
 import pickle
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, STDOUT, Popen
 from typing import Any
 
 import filelock
@@ -58,8 +58,8 @@ def _succeeds(job: Job, command: Sequence[str]) -> bool:
         log.write(f"$ {shlex.join(command)}\n")
         log.flush()
         start = log.tell()
-        given: dict[str, Any] = {"stdout": log, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-        process = subprocess.Popen(command, start_new_session=True, **given)  # to end all that it starts together
+        # In a session of its own, to end all that it starts together
+        process = Popen(command, stdin=DEVNULL, stdout=log, stderr=STDOUT, start_new_session=True)
         try:
             process.wait()
         except BaseException:
@@ -72,7 +72,7 @@ def _succeeds(job: Job, command: Sequence[str]) -> bool:
     return process.returncode == 0
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: Popen) -> None:
     """End a process and all that it started, after the step that it is in; an interrupt meanwhile ends them at once."""
     try:
         os.killpg(process.pid, signal.SIGTERM)
@@ -93,7 +93,7 @@ def _write_failure(job: Job, command: Sequence[str], status: int, lines: Sequenc
         "diverged": False,
         "log_tail": lines[-OUTPUT_TAIL:],
         "command": shlex.join(command),
-        "method": job.method,
+        "method": job.run.planned["method"],
         "settings": dict(job.settings),
     }
     write_json(job.folder / FAILURE, failure | environment())
@@ -107,10 +107,9 @@ class Worker:
 
     def __init__(self, job: Job, at_once: int, slots: list[int]) -> None:
         self.slot, self.slots = slots.pop(0), slots
-        given: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        words, env = [sys.executable, "-m", __name__], _variables(self.slot, at_once, alone=job.launcher == MODULE)
         # In a session of its own: Ctrl-C reaches the comparison alone, which ends the runs
-        given |= {"env": _variables(self.slot, at_once, alone=job.launcher == MODULE), "start_new_session": True}
-        self.process = subprocess.Popen([sys.executable, "-m", __name__], **given)
+        self.process = Popen(words, stdin=PIPE, stdout=PIPE, stderr=STDOUT, env=env, start_new_session=True)
         with self.process.stdin as pipe:  # type: ignore[union-attr]
             pickle.dump(job, pipe)
 
@@ -130,13 +129,11 @@ def _variables(slot: int, at_once: int, alone: bool = True) -> dict[str, str]:
     """Jobs at the same time share the cores, and take the visible GPUs in turn, each process that is alone one."""
     import torch
 
-    variables = dict(os.environ)
-    if at_once > 1:
-        variables.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
+    variables = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_once))} if at_once > 1 else {}
+    variables |= os.environ
     if torch.cuda.is_available() and (alone or at_once > 1):
-        visible = variables.get("CUDA_VISIBLE_DEVICES")
-        devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-        variables["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
+        visible = variables.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        variables["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % len(visible.split(","))]
     return variables
 
 
@@ -174,21 +171,11 @@ class RayTask:
         self.asked = True
 
 
-def _there(work: There) -> str:
-    return work()
-
-
 Launcher = tuple[Callable[[Job], Any], tuple[type[Exception], ...]]
 
 
 def make_launcher(name: str, folder: Path, at_once: int | None, options: Mapping[str, Any]) -> Launcher:
-    """What starts a job, and the errors that the result of one may raise.
-
-    Args:
-        name: One of `LAUNCHERS`.
-        folder: The folder of the comparison.
-        at_once: How many jobs run at the same time; None leaves it to the scheduler, on this machine it is one.
-        options: For ray, options of its tasks; for submitit, parameters of its AutoExecutor and `cluster`.
+    """What starts a job, `at_once` at the same time, and the errors that the result of one may raise.
 
     Raises:
         ValueError: for options that the launcher does not take.
@@ -208,7 +195,7 @@ def make_launcher(name: str, folder: Path, at_once: int | None, options: Mapping
     try:
         if name == "ray":
             engine.init(ignore_reinit_error=True, log_to_driver=False)
-            task = engine.remote(_there).options(**{"max_retries": -1, **options})
+            task = engine.remote(There.__call__).options(**{"max_retries": -1, **options})
             return lambda job: RayTask(engine, task.remote(There(job))), (engine.exceptions.RayError,)
         parameters = {"timeout_min": DAYS * 24 * 60, "name": "ceu-rl", **options}
         executor = engine.AutoExecutor(folder / "submitit", cluster=parameters.pop("cluster", None))
@@ -237,7 +224,7 @@ def run_jobs(
             while waiting or running:
                 while waiting and len(running) < (at_once or len(jobs)):
                     job = waiting.pop(0)
-                    running[submit(job)] = bars.add(job)
+                    running[submit(job)] = bars.add(str(Path(*job.folder.parts[-3:])), job=job)
                 time.sleep(POLL)
                 ended = [handle for handle in running if handle.done()]
                 for handle in ended:
@@ -278,17 +265,13 @@ class Bars(Progress):
     def __init__(self, total: int, console: Console, **options: Any) -> None:
         text = [TextColumn("{task.description}", markup=False), BarColumn(20), TextColumn("{task.fields[at]}")]
         clock = [TimeElapsedColumn(), TextColumn("gone,"), TimeRemainingColumn(), TextColumn("left")]
-        hidden = not console.is_terminal
-        super().__init__(*text, *clock, console=console, disable=hidden, speed_estimate_period=math.inf, **options)
-        self.told = not hidden
-        self.all = self._added("all runs", total)
+        options |= {"console": console, "disable": not console.is_terminal, "speed_estimate_period": math.inf}
+        super().__init__(*text, *clock, **options)
+        self.told, self.all = console.is_terminal, self.add("all runs", total)
 
-    def _added(self, name: str, total: float, **fields: Any) -> Task:
-        self.add_task(name, total=total, at="", **fields)
+    def add(self, name: str, total: float = 1.0, job: Job | None = None) -> Task:
+        self.add_task(name, total=total, at="", job=job)
         return self.tasks[-1]
-
-    def add(self, job: Job) -> Task:
-        return self._added(job.name, 1.0, job=job)
 
     def end(self, task: Task, outcome: str) -> None:
         self.remove_task(task.id)
@@ -301,8 +284,8 @@ class Bars(Progress):
             if not self.told and task.time_remaining is not None:
                 self.told = True
                 self._say(f"{task.description}: {task.fields['at']}, about {duration(task.time_remaining)} left")
-        at = f"{done} of {self.all.total:.0f}"
-        self.update(self.all.id, completed=done + sum(task.completed for task in running), at=at)
+        at, completed = f"{done} of {self.all.total:.0f}", done + sum(task.completed for task in running)
+        self.update(self.all.id, completed=completed, at=at)
 
     def _say(self, line: str) -> None:
         self.console.print(line, soft_wrap=True, markup=False, highlight=False)

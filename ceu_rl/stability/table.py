@@ -1,12 +1,12 @@
 """The numbers of a comparison: what its runs left as tidy frames, measures of a run, and intervals that pair runs.
 
-    values      run, arm, setting, seed, step, metric, value           what was logged, and the scores
-    held_out    run, arm, setting, seed, step, row, column of a score  one line for each held-out row and evaluation
+    values      run, arm, setting, seed, rate, step, metric, value           what was logged, and the scores
+    ends        run, arm, setting, seed, rate, status, score, final, base    a line for each run and score
+    held_out    run, step, row, column of a score                            a line for each held-out row and evaluation
+    cells       score, run, seed, row, final, base                           of finished runs; no row: not recorded
 
-A run is read once, from its folder. What a folder holds may be cut, empty or of another form: a file that cannot be
-used is named, and costs no other run. Log-probabilities, entropies and divergences are in nats.
-
-Of a held-out pair, with sums of log-probabilities over a response, of the policy and of the reference (ref):
+Log-probabilities, entropies and divergences are in nats. Of a held-out pair, with sums of log-probabilities over a
+response, of the policy and of the reference (ref):
 
     margin   = beta ((chosen - ref_chosen) - (rejected - ref_rejected))
     accuracy = 1 if margin > 0, 1/2 if margin = 0, else 0
@@ -44,7 +44,7 @@ PAIR = ("chosen", "rejected", "ref_chosen", "ref_rejected")
 Interval = tuple[float, float]
 
 
-# Measures of a series: a list of numbers in the order of the steps
+# Measures of a series: numbers in the order of the steps
 
 
 def spikes(values: Sequence[float], factor: float = 10.0, window: int = WINDOW) -> list[int]:
@@ -52,7 +52,7 @@ def spikes(values: Sequence[float], factor: float = 10.0, window: int = WINDOW) 
 
     The measure for gradient norms. The first `WARM_UP` values are never spikes.
     """
-    return _outliers(values, window, lambda before: factor * float(np.median(before)))
+    return _above(values, window, lambda before: factor * np.nanmedian(before))
 
 
 def loss_spikes(values: Sequence[float], factor: float = 10.0, window: int = WINDOW) -> list[int]:
@@ -62,27 +62,23 @@ def loss_spikes(values: Sequence[float], factor: float = 10.0, window: int = WIN
     """
 
     def limit(before: np.ndarray) -> float:
-        middle = float(np.median(before))
-        return middle + factor * max(float(np.median(np.abs(before - middle))), 1e-3)
+        middle = np.nanmedian(before)
+        return middle + factor * max(np.nanmedian(np.abs(before - middle)), 1e-3)
 
-    return _outliers(values, window, limit)
+    return _above(values, window, limit)
 
 
-def _outliers(values: Sequence[float], window: int, limit: Callable[[np.ndarray], float]) -> list[int]:
-    found: list[int] = []
-    before: list[float] = []
-    for place, value in enumerate(values):
-        if math.isfinite(value):
-            if len(before) >= WARM_UP and value > limit(np.array(before[-window:])):
-                found.append(place)
-            before.append(value)
-    return found
+def _above(values: Sequence[float], window: int, limit: Callable[[np.ndarray], float]) -> list[int]:
+    series = pd.Series(values, dtype=float)
+    known = series[np.isfinite(series)]
+    high = known > known.shift().rolling(window, min_periods=1).apply(limit, raw=True)
+    return list(known.index[WARM_UP:][high[WARM_UP:]])
 
 
 def drawdown(scores: Sequence[float]) -> float:
     """The largest fall of the score from its best so far: max over s < t of score_s - score_t, at least 0."""
-    values = np.asarray(scores, dtype=float)
-    return float(np.max(np.maximum.accumulate(values) - values))
+    series = pd.Series(scores, dtype=float)
+    return float((series.cummax() - series).max())
 
 
 def collapse_step(steps: Sequence[int], scores: Sequence[float], share: float = 0.5) -> int | None:
@@ -110,10 +106,10 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def preference_scores(rows: Mapping[str, Any], beta: float) -> dict[str, np.ndarray]:
-    """Margin, accuracy and DPO loss of held-out pairs; see the formulas of the module.
+    """Margin, accuracy and loss of held-out pairs, as the module defines them.
 
     Args:
-        rows: `chosen`, `rejected`, `ref_chosen` and `ref_rejected`, each (pairs,) in nats.
+        rows: `chosen`, `rejected`, `ref_chosen`, `ref_rejected`, each (pairs,): sums of log-probabilities in nats.
         beta: Of DPO.
     """
     chosen, rejected, ref_chosen, ref_rejected = (np.asarray(rows[name], dtype=np.float64) for name in PAIR)
@@ -183,46 +179,49 @@ KNOWN = (
 )
 
 
-ABOUT = ("arm", "setting", "seed", "rate")  # of a run
-
-
 class Table:
     """The frames of a comparison.
 
     Attributes:
-        runs: The runs, the baseline's arm first.
-        values: The frame of what was logged.
-        held_out: The frame of held-out rows.
+        runs: The runs, the baseline's arm first; a frame names one by its place among them.
+        about: One line for each: run, arm, setting, seed, rate.
+        values, ends, held_out, cells: The frames of the module. base is the value at step 0, final the last one of a
+            run that finished.
         scores: The scores that there are.
-        ends: One line for each run and score: base (the value at step 0) and final (the last value of a finished run).
+        tokens: Mean tokens of each run's held-out responses, where they are known.
     """
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = list(runs)
-        self.labels = [setting_name(run.setting) for run in self.runs]
+        lines = [(place, r.arm, setting_name(r.setting), r.seed, r.rate) for place, r in enumerate(self.runs)]
+        self.about = pd.DataFrame(lines, columns=["run", "arm", "setting", "seed", "rate"])
         self.tokens = self._response_tokens()
         self.held_out = self._read_held_out()
-        self.values = self._read_values()
-        self.scores = self._add_scores()
-        self.ends = self._read_ends()
+        logged = self._read_log()
+        scores = {score: self._series_of(score, logged) for score in self._scores_of(logged)}
+        self.scores = [score for score, series in scores.items() if len(series)]
+        named = [scores[score].assign(metric=score.name) for score in self.scores]
+        columns = {"run": int, "step": int, "metric": object, "value": float}
+        self.values = pd.concat([logged, *named])[list(columns)].astype(columns).merge(self.about, on="run")
+        self.ends, self.cells = self._read_ends()
 
-    def _columns(self, place: int) -> dict[str, Any]:
-        run = self.runs[place]
-        return {"run": place, "arm": run.arm, "setting": self.labels[place], "seed": run.seed, "rate": run.rate}
+    def _of_run(self, names: Iterable[str]) -> pd.Series:
+        """The settings by which runs are told to start from the same model and rows."""
+        return pd.Series(
+            [str([{**r.settings, **r.setting}.get(name) for name in names]) for r in self.runs], dtype=object
+        )
 
     def _response_tokens(self) -> list[dict[str, float] | None]:
-        """Mean tokens of held-out responses of each run; one without a result has those of a run with the same rows."""
+        """Those of a run without a result are those of a run with the same rows."""
         own = [run.outcome.get("eval_tokens") for run in self.runs]
         own = [each if each and all(is_number(v) and v > 0 for v in each.values()) else None for each in own]
-        rows = [
-            str([run.settings.get(name) for name in (*START, "max_length", "truncation_mode")]) for run in self.runs
-        ]
+        rows = self._of_run((*START, "max_length", "truncation_mode"))
         known = {key: tokens for key, tokens in zip(rows, own, strict=True) if tokens}
         return [tokens or known.get(key) for key, tokens in zip(rows, own, strict=True)]
 
-    def _read_values(self) -> pd.DataFrame:
+    def _read_log(self) -> pd.DataFrame:
         lines = [
-            (place, entry["step"], metric, float(value) if not is_huge(value) else math.inf)
+            (place, entry["step"], metric, math.inf if isinstance(value, int) and abs(value) > 1e308 else float(value))
             for place, run in enumerate(self.runs)
             for entry in run.log
             for metric, value in entry.items()
@@ -233,89 +232,73 @@ class Table:
         parts = [frame]
         for name in ("chosen", "rejected"):
             own = frame[frame.metric == f"eval_logps/{name}"]
-            if any(self.tokens):  # no curve in another unit
-                own = own[own.run.map(lambda run: self.tokens[run] is not None).astype(bool)]
-            tokens = [(self.tokens[run] or {}).get(name, 1.0) for run in own.run]
-            parts.append(own.assign(metric=name, value=own.value / tokens))
+            tokens = own.run.map(lambda run, name=name: (self.tokens[run] or {}).get(name, math.nan)).astype(float)
+            tokens = tokens if any(self.tokens) else tokens.fillna(1.0)  # no curve in another unit
+            parts.append(own.assign(metric=name, value=own.value / tokens)[tokens.notna()])
         entropy = next((key for key in ENTROPIES if (frame.metric == key).any()), None)
         parts.append(frame[frame.metric == entropy].assign(metric="entropy at evaluations"))
-        return self._with_run_columns(pd.concat(parts, ignore_index=True))
-
-    def _with_run_columns(self, frame: pd.DataFrame) -> pd.DataFrame:
-        about = pd.DataFrame([self._columns(place) for place in range(len(self.runs))], columns=["run", *ABOUT])
-        kinds = {name: kind for name, kind in (("run", int), ("value", float)) if name in frame}
-        return frame.astype(kinds).merge(about.astype({"run": int}), on="run", how="left")
+        return pd.concat(parts, ignore_index=True)
 
     def _read_held_out(self) -> pd.DataFrame:
-        frames = []
+        frames = [pd.DataFrame(columns=["run", "step", "row"])]
         for place, run in enumerate(self.runs):
-            if not run.held_out:
-                continue
             rows = pd.DataFrame(run.held_out).assign(run=place)
-            rows["row"] = [f"{line.get('dataset', 'eval')}:{line['row']}" for line in run.held_out]
-            if set(PAIR) <= set(rows):
-                beta = run.settings.get("beta")
-                rows = rows.assign(**preference_scores(rows, beta if beta and is_number(beta) else 0.1))
-            frames.append(rows)
-        if not frames:
-            return pd.DataFrame(columns=["run", "step", "row", *ABOUT])
-        found = pd.concat(frames, ignore_index=True)
-        return self._with_run_columns(found.drop_duplicates(["run", "step", "row"], keep="last"))
+            if len(rows):
+                rows["row"] = [f"{line.get('dataset', 'eval')}:{line['row']}" for line in run.held_out]
+                if set(PAIR) <= set(rows):
+                    beta = run.settings.get("beta")
+                    rows = rows.assign(**preference_scores(rows, beta if beta and is_number(beta) else 0.1))
+                frames.append(rows)
+        found = pd.concat(frames[1:] or frames, ignore_index=True)
+        return found.drop_duplicates(["run", "step", "row"], keep="last")
 
-    def _add_scores(self) -> list[Score]:
-        """Put each score into the frame of values, under its name, from held-out rows where they are there."""
-        logged = set(self.values.metric)
-        task = [score for score in ACCURACIES if score.key in logged or score.column in self.held_out]
-        task = task or [score for score in (REWARD,) if score.key in logged] or [CHOSEN]
-        found = []
-        for score in (*task, PREFERENCE, DPO_LOSS, *KNOWN):
-            series = self._series_of(score)
-            if len(series):
-                found.append(score)
-                self.values = pd.concat([self.values, self._with_run_columns(series.assign(metric=score.name))])
-        return found
+    def _scores_of(self, logged: pd.DataFrame) -> list[Score]:
+        there = {*logged.metric, *self.held_out}
+        task = [score for score in ACCURACIES if score.key in there or score.column in there]
+        task = task or [score for score in (REWARD,) if score.key in there] or [CHOSEN]
+        return [*task, PREFERENCE, DPO_LOSS, *KNOWN]
 
-    def _series_of(self, score: Score) -> pd.DataFrame:
-        series = self.values[self.values.metric == score.key][["run", "step", "value"]].copy()
-        series["value"] = [score.of(value) for value in series.value]
+    def _series_of(self, score: Score, logged: pd.DataFrame) -> pd.DataFrame:
+        """A score by run and step, from held-out rows where they are there."""
+        series = logged[logged.metric == score.key].drop(columns="metric")
+        series = series.assign(value=series.value.map(score.of))
         if score == PREFERENCE:  # the policy is its reference at step 0, and TRL counts a tie as wrong
             series = series[(series.step > 0) | (series.value > 0)]
         if score.column in self.held_out:
             rows = self.held_out.dropna(subset=[score.column])
-            means = rows.groupby(["run", "step"], as_index=False)[score.column].mean()
-            means = means.rename(columns={score.column: "value"})
+            means = rows.groupby(["run", "step"])[score.column].mean().rename("value").reset_index()
             series = pd.concat([series[~series.run.isin(means.run)], means])
         return series
 
-    def bases(self, score: Score) -> dict[int, float]:
-        """The score at step 0 of each run: the median over the runs that start from the same model and rows."""
-        first = self.values[(self.values.metric == score.name) & (self.values.step == 0)]
-        own = dict(zip(first.run, first.value, strict=True))
-        starts = [
-            str([*({**run.settings, **run.setting}.get(name) for name in START), self.tokens[place]])
-            for place, run in enumerate(self.runs)
-        ]
-        known = pd.Series({place: value for place, value in own.items() if math.isfinite(value)}, dtype=float)
-        medians = known.groupby([starts[place] for place in known.index]).median() if len(known) else known
-        arms: dict[str, float] = {self.runs[p].arm: medians[starts[p]] for p in known.index}
-        found = {
-            place: medians[start] if start in medians.index else arms.get(self.runs[place].arm)
-            for place, start in enumerate(starts)
-        }
-        return {place: float(value) for place, value in found.items() if value is not None}
-
-    def _read_ends(self) -> pd.DataFrame:
-        lines = []
+    def _read_ends(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """The base of a run is the median over those that start from the same model and rows, else another's of its
+        arm."""
+        status = pd.Series([run.status for run in self.runs], dtype=object)
+        start = self._of_run(START) + pd.Series(map(str, self.tokens), dtype=object)
+        ends = [pd.DataFrame(columns=[*self.about, "status", "score", "final", "base"])]
+        cells = [pd.DataFrame(columns=["score", "run", "seed", "row", "final", "base"])]
         for score in self.scores:
-            bases = self.bases(score)
-            series = self.values[self.values.metric == score.name].sort_values("step").groupby("run").value.last()
-            for place, run in enumerate(self.runs):
-                ended = run.status == "finished" and place in series.index
-                final = series[place] if ended else math.nan
-                lines.append({**self._columns(place), "status": run.status, "score": score.name, "final": final})
-                lines[-1]["base"] = bases.get(place, math.nan)
-        columns = ["run", *ABOUT, "status", "score", "final", "base"]
-        return pd.DataFrame(lines, columns=columns)
+            series = self.values[self.values.metric == score.name].sort_values("step")
+            final = series.groupby("run").value.last().reindex(self.about.index).where(status == "finished")
+            first = series[(series.step == 0) & np.isfinite(series.value)].set_index("run").value
+            base = start.map(first.groupby(start.reindex(first.index)).median())
+            base = base.fillna(base.groupby(self.about.arm).transform("last"))
+            ends.append(self.about.assign(status=status, score=score.name, final=final, base=base))
+            rows = self._rows_of(score)
+            rows = rows.assign(base=rows.base.fillna(rows.run.map(base)))
+            plain = ends[-1][~ends[-1].run.isin(rows.run)].assign(row="")
+            both = pd.concat([rows.merge(self.about, on="run"), plain])[["run", "seed", "row", "final", "base"]]
+            cells.append(both[both.run.map(status) == "finished"].assign(score=score.name))
+        return tuple(pd.concat(frames[1:] or frames, ignore_index=True) for frames in (ends, cells))  # type: ignore
+
+    def _rows_of(self, score: Score) -> pd.DataFrame:
+        """A score of each held-out row at step 0 (base) and at the last step of its run (final)."""
+        if score.column not in self.held_out:
+            return pd.DataFrame(columns=["run", "row", "final", "base"])
+        held = self.held_out.dropna(subset=[score.column])
+        at = {"final": held.step == held.groupby("run").step.transform("max"), "base": held.step == 0}
+        series = {name: held[which].set_index(["run", "row"])[score.column] for name, which in at.items()}
+        return pd.DataFrame(series).dropna(subset=["final"]).reset_index()
 
     def ends_of(self, runs: Sequence[int], score: Score) -> pd.DataFrame:
         """The lines of some runs and one score."""
@@ -326,64 +309,37 @@ class Table:
         found = self.values[(self.values.run == run) & (self.values.metric == metric)]
         return found.sort_values("step").set_index("step").value
 
-    def rows(self, run: int, score: Score, last: bool = True) -> pd.Series | None:
-        """A score of each held-out row of a run at its last step, or at step 0; None if it recorded none."""
-        if score.column not in self.held_out:
-            return None
-        found = self.held_out[self.held_out.run == run].dropna(subset=[score.column])
-        step = (found.step.max() if last else 0) if len(found) else 0
-        found = found[found.step == step].set_index("row")[score.column]
-        return found if len(found) else None
-
     def difference(self, ours: Sequence[int], theirs: Sequence[int], score: Score) -> dict[str, Any]:
         """Final score of the first runs less the second's, paired by seed, and by held-out row where they are there."""
-        return self._paired([(self._cell(a, score), self._cell(b, score)) for a, b in self._by_seed(ours, theirs)])
+        return _paired(self._by("seed", ours, score, "final"), self._by("seed", theirs, score, "final"))
 
     def loss(self, runs: Sequence[int], score: Score) -> dict[str, Any]:
         """Final score less `KEEP` of the base's, for each run: `kept` if the interval lies above 0, or below."""
-        ended = [place for place in runs if self.runs[place].status == "finished"]
-        bases = self.bases(score)
-        cells = [(self._cell(p, score), self._cell(p, score, bases.get(p, math.nan)) * KEEP) for p in ended]
-        found = self._paired(cells)
+        found = _paired(self._by("run", runs, score, "final"), KEEP * self._by("run", runs, score, "base"))
         interval = found["interval"]
         sure = True if interval and interval[0] >= 0 else False if interval and interval[1] < 0 else None
         diverged = any(self.runs[place].status == "diverged" for place in runs)
         return {**found, "kept": None if not score.kept else False if diverged else sure}
 
-    def _by_seed(self, ours: Sequence[int], theirs: Sequence[int]) -> list[tuple[int, int]]:
-        seeds = [
-            {self.runs[place].seed: place for place in group if self.runs[place].status == "finished"}
-            for group in (ours, theirs)
-        ]
-        return [(seeds[0][seed], seeds[1][seed]) for seed in sorted(seeds[0].keys() & seeds[1].keys())]
-
-    def _cell(self, place: int, score: Score, base: float | None = None) -> pd.Series:
-        rows = self.rows(place, score, last=base is None)
-        if rows is not None:
-            return rows
-        return pd.Series({"": self.ends_of([place], score).final.iloc[0] if base is None else base})
-
-    @staticmethod
-    def _paired(cells: Sequence[tuple[pd.Series, pd.Series]]) -> dict[str, Any]:
-        if not all("" not in ours.index and "" not in theirs.index for ours, theirs in cells):
-            cells = [(pd.Series({"": a.mean()}), pd.Series({"": b.mean()})) for a, b in cells]
-        gaps = pd.DataFrame([(a - b).dropna() for a, b in cells])
-        gaps = gaps.dropna(how="all")
-        if gaps.empty:
-            return {"difference": None, "interval": None, "seeds": 0, "rows": None}
-        rows = None if list(gaps) == [""] else int(gaps.shape[1])
-        interval = paired_bootstrap(gaps.to_numpy())
-        return {
-            "difference": float(np.nanmean(gaps.to_numpy())),
-            "interval": list(interval) if interval else None,
-            "seeds": len(gaps),
-            "rows": rows,
-        }
+    def _by(self, index: str, runs: Sequence[int], score: Score, column: str) -> pd.DataFrame:
+        """(seeds or runs, rows) of what finished; one column without a name where rows are not recorded."""
+        own = self.cells[(self.cells.score == score.name) & self.cells.run.isin(runs)].astype({column: float})
+        found = own.pivot_table(index=index, columns="row", values=column, aggfunc="last")
+        return found.reindex(columns=own.row.unique())
 
 
-def is_huge(value: float) -> bool:
-    """Whether a whole number is too large for a float."""
-    return isinstance(value, int) and abs(value) > 1e308
+def _paired(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict[str, Any]:
+    """The mean of differences and its interval, by seed and row; by seed alone where rows are not recorded."""
+    if "" in ours or "" in theirs:
+        ours, theirs = (each.mean(axis=1).to_frame("") for each in (ours, theirs))
+    gaps = (ours - theirs).dropna(how="all").dropna(axis=1, how="all")
+    interval = paired_bootstrap(gaps)
+    return {
+        "difference": float(np.nanmean(gaps.to_numpy())) if gaps.size else None,
+        "interval": list(interval) if interval else None,
+        "seeds": len(gaps),
+        "rows": None if "" in gaps else gaps.shape[1] or None,
+    }
 
 
 # For people
