@@ -608,7 +608,8 @@ def freeze_for_rmu(model: Any, layer: int, updated: list[int] | None) -> list[to
                if name.endswith("mlp.down_proj.weight")]  # fmt: skip
     if not trained:
         raise ValueError(f"The layers {updated} of {type(model).__name__} have no mlp.down_proj, which rmu trains.")
-    frozen = [each for each in model.parameters() if each.requires_grad and all(each is not one for one in trained)]
+    places = set(map(id, trained))
+    frozen = [each for each in model.parameters() if each.requires_grad and id(each) not in places]
     _set_trainable(frozen, False)
     _set_trainable(trained, True)
     return frozen

@@ -50,7 +50,12 @@ def pairs(dataset):
 
 def test_a_folder_in_the_layout_of_the_hub(folder):
     assert load_tofu(str(folder), "full").to_list() == ROWS
-    assert load_tofu(str(folder), "forget01_perturbed")[0]["perturbed_answer"] == ["I am Ann.", "I am Bo."]
+    perturbed = load_tofu(str(folder), "forget01_perturbed")
+    assert perturbed[0]["perturbed_answer"] == ["I am Ann.", "I am Bo."]
+    perturbed.to_parquet(folder / "forget05_perturbed.parquet")
+    Dataset.from_list(ROWS).to_csv(folder / "forget05.csv")
+    assert load_tofu(str(folder), "forget05_perturbed").to_list() == perturbed.to_list()
+    assert load_tofu(str(folder), "forget05").to_list() == ROWS
 
 
 @pytest.mark.parametrize(

@@ -427,7 +427,7 @@ def test_a_model_with_a_tenth_of_the_utility_has_collapsed(
     base.parent.mkdir()
     base.write_text(json.dumps({**found, "summary": {**found["summary"], "model_utility": 0.05 * times}}))
     shutil.copytree(saved / "retain", model)
-    run = {"command": "ceu-rl unlearn --config x", "settings": {"model_name_or_path": str(base.parent)}}
+    run = {"method": "unlearn", "settings": {"model_name_or_path": str(base.parent)}}
     (model / "result.json").write_text(json.dumps(run))
     results = [result_of("retain", "found", model=model), result_of("retain", "given", base=base)]
     assert main(["tofu-eval", "--results", str(path), "--base", str(base)]) == 0
@@ -688,8 +688,8 @@ def test_an_engine_that_dies_is_named(learned, bpe, folder, saved, monkeypatch, 
         assert settings["dtype"] == "float32" and settings["kv_cache_memory_bytes"] == 2 * 2**30
         raise RuntimeError("no heads of 8")
 
+    monkeypatch.setattr("ceu_rl.rollouts.check_vllm", lambda: None)  # imports what looks for vLLM
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=die, SamplingParams=dict))
-    monkeypatch.setattr("ceu_rl.rollouts.check_vllm", lambda: None)
     monkeypatch.setattr("ceu_rl.tasks.generate.resolve_model", lambda given: model)
     with pytest.raises(
         ValueError, match=r"vLLM, while .* raised RuntimeError: no heads of 8; .* set use_vllm to false"

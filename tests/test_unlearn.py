@@ -466,13 +466,6 @@ def test_every_retain_row_is_used_before_one_comes_again(make_trainer):
     assert seen[len(RETAIN) :] == seen[: len(FORGET) * 3 - len(RETAIN)]
 
 
-def test_the_first_answer_tokens_are_not_unlearned(make_trainer):
-    kept = [[label for label in labels if label != -100] for labels in make_trainer().train_dataset.forget["labels"]]
-    whole = make_trainer(ignore_first_n_answer_tokens=0).train_dataset.forget["labels"]
-    assert kept == [[label for label in labels if label != -100][1:] for labels in whole]
-    assert all(len(labels) > 1 for labels in kept)
-
-
 def unlearned(make_trainer, tokenizer, rows, **given):
     """The text of each row that is unlearned, token for token."""
     model = build_model(tokenizer, **TINY)

@@ -66,15 +66,14 @@ def load_tofu(name: str, config: str) -> Dataset:
     """Load one config of TOFU, such as `full`, `forget10`, `retain90` or `forget10_perturbed`.
 
     Args:
-        name: A dataset on the Hub (`locuslab/TOFU`), a folder in its layout (`<config>.json` or `.jsonl`, in JSON lines
-            or one array), `builtin:authors`, or `builtin:articles`, whose configs are not TOFU's.
+        name: A dataset on the Hub (`locuslab/TOFU`), a folder in its layout (`<config>.json`, `.jsonl`, `.csv` or
+            `.parquet`), `builtin:authors`, or `builtin:articles`, whose configs are not TOFU's.
         config: Its columns are question and answer; those whose names end in `_perturbed` have perturbed_answer (a
             list), and of forget and retain sets also paraphrased_answer. A file with a name of its own may have another
             layout of TRL's SFTTrainer.
 
     Raises:
         ValueError: for an unknown config, a column that is missing, or no rows.
-        OSError: if the dataset cannot be reached.
     """
     if name.startswith("builtin:") or Path(name).is_dir():
         if config not in (configs := tofu_configs(name)):
@@ -85,12 +84,12 @@ def load_tofu(name: str, config: str) -> Dataset:
         else:
             dataset = open_dataset(str(_files(name)[config]), None)["train"]
     else:
-        dataset = open_dataset(name, config)["train"]
-    required = ["question", "answer"]
-    if (config not in NAMES or name == articles.NAME) and any(
-        layout <= set(dataset.column_names) for layout in OTHER_LAYOUTS
-    ):
-        required = []
+        splits = open_dataset(name, config)
+        if "train" not in splits:
+            raise ValueError(f"{name} has the splits {', '.join(map(str, splits))}; give a dataset with a split train.")
+        dataset = splits["train"]
+    own_layout = any(layout <= set(dataset.column_names) for layout in OTHER_LAYOUTS)
+    required = [] if own_layout and (config not in NAMES or name == articles.NAME) else ["question", "answer"]
     if config.endswith("_perturbed"):
         required += ["perturbed_answer"] + ["paraphrased_answer"] * (config not in (REAL_AUTHORS, WORLD_FACTS))
     check_columns(dataset, config, tuple(required))

@@ -82,7 +82,8 @@ def evaluate(
     """
     check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens, limit=limit)
     prompt = (template if isinstance(template, PromptFormat) else PromptFormat(template)).settle(tokenizer)
-    retained, based = (read_result(path) if path else None for path in (retain, base))
+    others = [(add_retain, "retain model", retain), (add_base, "base model", base)]
+    compared = [(add, which, read_result(path), str(path)) for add, which, path in others if path]
     asked, (datasets, non_members) = _asked(split), _load(dataset_name, split, limit)
     tokens = sum(len(datasets[config]) for config in asked) * max_new_tokens
     use_vllm = decide_vllm(use_vllm, model_path, model, tokens)
@@ -102,9 +103,8 @@ def evaluate(
         "seed": seed,
         "rows": {config: len(dataset) for config, dataset in datasets.items()},
     }
-    for which, other, path in (("retain model", retained, retain), ("base model", based, base)):
-        if other is not None:
-            _check_same(settings, other, str(path), which)
+    for _, which, other, name in compared:
+        _check_same(settings, other, name, which)
     answers = make_answers(datasets, tokenizer, prompt, end_token_ids(model, tokenizer))
     prompts = [answer for answer in answers if answer.kind == "answer" and answer.config in asked]
     check_context(model, answers)
@@ -122,10 +122,8 @@ def evaluate(
         "summary": summarize(items, split, non_members),
         "items": items,
     }
-    if retained is not None:
-        add_retain(result, retained, str(retain))
-    if based is not None:
-        add_base(result, based, str(base))
+    for add, _, other, name in compared:
+        add(result, other, name)
     return result
 
 
@@ -246,8 +244,7 @@ def find_base(model: str) -> str | None:
     path = Path(model, "result.json")
     run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     found = Path(run.get("settings", {}).get("model_name_or_path", ""), RESULT)
-    unlearned = any(f" {method} " in run.get("command", "") for method in ("unlearn", "dpo"))
-    return str(found) if unlearned and found.is_file() else None
+    return str(found) if run.get("method") in ("unlearn", "dpo") and found.is_file() else None
 
 
 def is_open_unlearning(result: Any) -> bool:
@@ -276,11 +273,9 @@ def _check_same(run: Mapping[str, Any], other: Mapping[str, Any], name: str, whi
         return
     for field in COMPARED:
         found, needed = other.get(field), run.get(field)
-        if field == "prompt":  # other settings may render the same
-            same = other[field]["fingerprint"] == run[field]["fingerprint"]
-        else:
-            same = found == needed
-        if not same:
+        # Other settings may render the same prompt
+        alike = [each["prompt"]["fingerprint"] if field == "prompt" else each.get(field) for each in (other, run)]
+        if alike[0] != alike[1]:
             raise ValueError(
                 f"The {which}'s result {name} has another {field} ({found!r}) than this model's ({needed!r}); evaluate "
                 f"the {which} in the same way."
@@ -372,7 +367,7 @@ def _evaluate(args: argparse.Namespace, model: Any, tokenizer: Any, keep: Path) 
         rows = load_tofu(args.dataset_name, get_split(args.split).perturbed)
         relearn(again, tokenizer, rows, prompt, args.relearn, args.relearn_learning_rate)
         again = again.to("cpu", model.dtype)
-    given: dict[str, Any] = {name: getattr(args, name) for name in ("batch_size", "max_new_tokens", "limit", "retain")}
+    given: dict[str, Any] = {each: getattr(args, each) for each in ("batch_size", "max_new_tokens", "limit", "retain")}
     given |= {"dataset_name": args.dataset_name, "split": args.split, "template": prompt, "model_path": name}
     use_vllm = {"true": True, "false": False, None: None}[args.use_vllm]
     result = evaluate(model, tokenizer, use_vllm=use_vllm, base=args.base, keep=keep, **given)
