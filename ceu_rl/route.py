@@ -145,7 +145,7 @@ class Scored:
     log_probs: torch.Tensor  # (B, T), detached
     mask: torch.Tensor  # (B, T), True at the tokens that are scored
     anchor: torch.Tensor | None = None  # (B, up to T), the last tokens; NaN where it is not known
-    log_importance: torch.Tensor | None = None  # (B, up to T), of the loss's own weight, whose place the rule takes
+    log_importance: torch.Tensor | None = None  # (B, up to T), of the loss's own weight, which the rule replaces
 
 
 class DescentRoute:
@@ -214,7 +214,7 @@ class DescentRoute:
         largest = descended.max() if descended.numel() else descended.sum()
         over_weights = torch.stack([descended.sum(), largest]).float()
         record = torch.cat([groups.sum(dim=1), (groups * norms.flatten()).sum(dim=1), over_weights])
-        self._record = merge_records([record] if self._record is None else [self._record, record])
+        self._record = merge_records(self._record, record)
         return None if self.weight is None else weighed
 
     def pop_record(self) -> torch.Tensor | None:
@@ -275,9 +275,9 @@ def route_descent(model: PreTrainedModel, weight: Weight | None = None, coef: fl
     return route
 
 
-def merge_records(records: list[torch.Tensor]) -> torch.Tensor:
+def merge_records(*records: torch.Tensor | None) -> torch.Tensor:
     """One record of several of shape (RECORD,). The last number is a maximum, the others are sums."""
-    stacked = torch.stack(records)
+    stacked = torch.stack([record for record in records if record is not None])
     return torch.cat([stacked[:, :-1].sum(dim=0), stacked[:, -1:].amax(dim=0)])
 
 
@@ -449,8 +449,7 @@ class DescentTrainer:
                     "No gradient of this step went through the descent route: the model was wrapped or replaced after "
                     "this trainer was built; build it again."
                 )
-            earlier = [] if self._descent_record is None else [self._descent_record]
-            self._descent_record = merge_records([*earlier, *records.clamp(min=0)])
+            self._descent_record = merge_records(self._descent_record, *records.clamp(min=0))
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
