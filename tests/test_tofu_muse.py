@@ -223,6 +223,16 @@ def test_settings_that_cannot_be_are_refused(learned, parts, settings, message):
         evaluate(*learned, parts, **settings)
 
 
+def test_the_parts_of_a_built_in_set_and_of_one_on_the_hub(parts, monkeypatch):
+    assert set(load_parts("builtin:articles")) == {"forget", "retain", "forget_qa", "retain_qa"}
+    hub = {
+        "verbmem": {name: parts[name] for name in ("forget", "retain")},
+        "knowmem": {"retain_qa": parts["retain_qa"]},
+    }
+    monkeypatch.setattr("ceu_rl.tofu.muse.open_dataset", lambda name, config: hub[config])
+    assert load_parts("some/set") == {**hub["verbmem"], **hub["knowmem"]}
+
+
 def test_a_dataset_that_has_not_what_is_needed_is_refused(tmp_path):
     (tmp_path / "other.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(ValueError, match="has none of forget, retain, forget_qa, retain_qa"):

@@ -548,9 +548,9 @@ def test_ceu_unlearns_and_retains(make_trainer, tiny_model, tokenizer):
 @pytest.mark.parametrize("method", ["ceu", "npo"])
 def test_lora_trains_the_adapter_and_takes_the_base_as_reference(make_trainer, method):
     trainer = make_trainer(method, peft_config=LoraConfig(target_modules=["q_proj", "v_proj"]))
-    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    start = copy.deepcopy(trainer.model.state_dict())
     trainer.train()
-    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, start[name])}
+    moved = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, start[name])}
     assert moved and all("lora" in name for name in moved)
     assert trainer.ref_model is None
     if method == "npo":  # a new adapter changes nothing, so that policy and reference agree
@@ -560,11 +560,6 @@ def test_lora_trains_the_adapter_and_takes_the_base_as_reference(make_trainer, m
 def test_only_methods_that_need_one_hold_a_reference(make_trainer):
     held = {method for method in ON_LOGITS if make_trainer(method).ref_model is not None}
     assert held == {"npo", "tnpo", "undial"}
-
-
-SWALLOWS = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] }}{% endif %}{% endfor %}"
-)
 
 
 def test_a_reference_drops_nothing_out(make_trainer, tiny_model):
@@ -653,7 +648,9 @@ class TestBadInput:
 
     def test_a_template_that_swallows_the_answer(self, make_trainer):
         tokenizer = build_tokenizer()
-        tokenizer.chat_template = SWALLOWS
+        tokenizer.chat_template = (
+            "{% for message in messages if message['role'] == 'user' %}{{ message['content'] }}{% endfor %}"
+        )
         with pytest.raises(ValueError, match="Row 0 of the forget dataset has no answer left after tokenization"):
             make_trainer(tokenizer=tokenizer)
 

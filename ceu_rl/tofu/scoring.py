@@ -32,7 +32,7 @@ class Answer:
     config: str
     row: int
     kind: str  # answer, paraphrase or perturbed
-    number: int  # among those of its kind
+    number: int  # among those of its row
     text: str
     question_ids: list[int]  # what the model generates from
     added_ids: list[int] = field(default_factory=list)  # what the template writes before every answer
@@ -79,8 +79,8 @@ def make_answers(
             texts = [("answer", row["answer"]), *(("perturbed", text) for text in perturbed)]
             if row.get("paraphrased_answer") is not None:
                 texts.append(("paraphrase", row["paraphrased_answer"]))
-            edges, numbers = None, dict.fromkeys(("answer", "perturbed", "paraphrase"), 0)
-            for kind, text in texts:
+            edges = None
+            for number, (kind, text) in enumerate(texts):
                 check_row(tokenizer, prompt, row["question"], text, where)
                 pair = prompt.row(row["question"], text)
                 if edges is None:  # the same for all answers to a question
@@ -91,8 +91,7 @@ def make_answers(
                 parts = part_answer(ids, len(asked), edges, ends)
                 added, answer = ids[parts.prompt : parts.content], ids[parts.content : parts.stop]
                 length = max(parts.end - parts.content, 1)
-                made.append(Answer(config, index, kind, numbers[kind], text, asked, added, answer, length))
-                numbers[kind] += 1
+                made.append(Answer(config, index, kind, number, text, asked, added, answer, length))
     return made
 
 
