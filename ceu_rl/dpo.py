@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 
-from .data.rows import FirstRow, Rows, check_dataset, check_layout, leave_ties_out, name_rows
+from .data.rows import Rows, check_dataset, check_layout, first_row, leave_ties_out, name_rows
 from .route import CITATION, DescentConfig, DescentTrainer, Scored
 from .run.checkpoints import WholeCheckpoints
 from .run.checks import (
@@ -89,7 +89,7 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32Ou
         adapts = given.get("peft_config") is not None or isinstance(given["model"], PeftModel)
         check_reference_is_loaded(needs_reference=not adapts)
         self.held_out = {}
-        with FirstRow("train"):
+        with first_row("train"):
             super().__init__(*bound.args[1:], **bound.kwargs)
         check_language_model(self.model)
         self.attach_route()
@@ -164,7 +164,7 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32Ou
 
     def _prepare_dataset(self, dataset: Rows, processing_class: Any, args: Any, dataset_name: str) -> Rows:
         dataset = check_layout(dataset, dataset_name, "preference", args.dataset_num_proc)
-        with FirstRow(dataset_name):
+        with first_row(dataset_name):
             prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         # On equal answers stock's two gradients cancel; weighed on one side they would train on the answer. Nothing is
         # trained in an evaluation, which scores the same rows as stock's

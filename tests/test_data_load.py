@@ -86,7 +86,7 @@ def test_layouts_that_say_the_same_are_understood(kind, row, expected, stream):
         ("preference", {"instruction": "1", "input": "+2", **TEXTS}, {"prompt": "1\n\n+2", **TEXTS}, "input"),
         ("preference", {"question": "1+2=", **ANSWERS}, CHAT, "question"),
         ("preference", {"question": "1+2=", **WHOLE}, CHAT, "question"),
-        ("preference", {"question": [USER], **TEXTS}, CHAT, "question"),
+        *(("preference", {"question": [turn], **TEXTS}, CHAT, "question") for turn in (USER, PARTS)),
         ("preference", {"question": "1+2=", "chosen": "1+2=3", "rejected": "1+2=4"}, TEXT, "question"),
         ("preference", {"system": "Add.", **TEXT}, {**TEXT, "prompt": "Add.\n\n1+2="}, "system"),
         ("preference", {"system_prompt": "Add.", **CHAT}, {**CHAT, "prompt": [SYSTEM, USER]}, "system_prompt"),

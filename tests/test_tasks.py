@@ -9,13 +9,11 @@ import random
 import re
 import sys
 
-import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from ceu_rl.cli import main
-from ceu_rl.data.load import _test_rows
 from ceu_rl.models import build_model, build_tokenizer
 from ceu_rl.tasks import evaluate_task, generate_answers, get_task, gsm8k, load_task_dataset
 from ceu_rl.tasks import score as scoring
@@ -173,8 +171,7 @@ def test_config_sets_the_error_rate_of_the_computed_digits_alone(config, rate):
 @pytest.mark.parametrize("kind", ["preference", "prompt"])
 def test_config_changes_no_other_kind(kind):
     clean, noisy = (load_task_dataset("builtin:addition", kind, config) for config in ("clean", "noisy"))
-    assert clean["test"].to_list() == noisy["test"].to_list()
-    assert clean["train"].select(range(100)).to_list() == noisy["train"].select(range(100)).to_list()
+    assert all(clean[split][:100] == noisy[split][:100] for split in ("train", "test"))
 
 
 def test_no_answer_is_longer_than_the_limit(tokenizer):
@@ -183,10 +180,9 @@ def test_no_answer_is_longer_than_the_limit(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         (("builtin:poetry", "sft"), "Unknown built-in task 'builtin:poetry': choose builtin:addition or reasoning_gym"),
-        (("builtin:maze", "sft"), "Unknown built-in task 'builtin:maze'"),
         (("builtin:addition", "reward"), "Unknown kind 'reward' .* choose one of sft, preference, prompt"),
         (("builtin:addition", "sft", "loud"), "Unknown config 'loud' .* choose one of clean, noisy, noisier"),
     ],
@@ -441,20 +437,6 @@ def test_a_file_that_is_not_the_published_one_is_named_with_the_problem(content,
     assert "out.jsonl exists; choose another name" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5])
-def test_a_share_for_test_takes_whole_prompts(share):
-    rows = [
-        {"prompt": [{"role": "user", "content": f"{i // 3}"}], "chosen": "a", "rejected": str(i)} for i in range(60)
-    ]
-    dataset = datasets.Dataset.from_list(rows)
-    test = _test_rows(dataset, share)
-    assert test == _test_rows(dataset, share) and share * 60 <= len(test) < share * 60 + 3
-    inside = {rows[index]["prompt"][0]["content"] for index in test}
-    assert all((row["prompt"][0]["content"] in inside) == (index in test) for index, row in enumerate(rows))
-    for row in ({"text": "same"}, {"prompt": "same"}):
-        assert len(_test_rows(datasets.Dataset.from_list([row] * 60), share)) == share * 60
-
-
 # scoring
 
 
@@ -472,13 +454,11 @@ def test_scoring_leaves_no_trace(tokenizer, model, preference, training):
 
 
 def test_sampling_follows_its_own_seed_whatever_the_callers_state(tokenizer, model):
-    prompts = [user("111+222=")] * 4
     runs = []
     for outer, seed in ((0, 3), (1, 3), (0, 4)):
         torch.manual_seed(outer)
-        runs.append(generate_answers(model, tokenizer, prompts, 8, sample=True, seed=seed))
-    assert runs[0] == runs[1] != runs[2]
-    assert len(set(runs[0])) > 1
+        runs.append(generate_answers(model, tokenizer, [user("111+222=")] * 4, 8, sample=True, seed=seed))
+    assert runs[0] == runs[1] != runs[2] and len(set(runs[0])) > 1
 
 
 def test_padding_and_batching_do_not_change_greedy_answers(tokenizer, model):
@@ -607,8 +587,8 @@ def test_no_verifier_takes_nan_for_a_number():
 
 def test_rows_that_the_verifier_or_a_reader_could_not_use_are_left_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some programs of codeio write files where they run
-    rows = load_task_dataset("reasoning_gym:codeio", "prompt", "size=60")["train"]
-    assert len(rows) == 60 and all(ast.literal_eval(entry) for entry in rows["entry"])
+    rows = load_task_dataset("reasoning_gym:codeio", "prompt", "size=20")["train"]
+    assert len(rows) == 20 and all(ast.literal_eval(entry) for entry in rows["entry"])
     pairs = load_task_dataset("reasoning_gym:ab", "preference", "size=60")["train"]
     assert all(row[side][0]["content"].strip() for row in pairs for side in ("chosen", "rejected"))
 
@@ -620,11 +600,6 @@ def test_pass_at_k_by_hand_and_by_drawing():
         for k in range(1, 6):
             draws = [any(place < right for place in drawn) for drawn in itertools.combinations(range(5), k)]
             assert pass_at_k(5, right, k) == pytest.approx(sum(draws) / len(draws))
-    with pytest.raises(ValueError, match="pass@8 cannot be told from 4 samples; use a k from 1, and draw at least"):
-        pass_at_k(4, 1, 8)
-    for right in (-1, 5):
-        with pytest.raises(ValueError, match=f"{right} of 4 samples cannot be right"):
-            pass_at_k(4, right, 2)
 
 
 def test_several_samples_give_their_mean_and_pass_at_k(tokenizer, model):

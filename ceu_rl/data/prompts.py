@@ -37,9 +37,6 @@ class PromptArguments(ScriptArguments):
     )
 
     def __post_init__(self) -> None:
-        parent: Any = super()
-        if hasattr(parent, "__post_init__"):
-            parent.__post_init__()
         self.chat_template_kwargs = read_kwargs(self.chat_template_kwargs)
 
 

@@ -76,7 +76,7 @@ def check_layout(
     judge = _Judge(name, kind, text_field, blank_user)
     if isinstance(dataset, IterableDataset):
         if kind != "preference":  # of pairs TRL looks at the first row itself
-            with FirstRow(name):
+            with first_row(name):
                 next(iter(dataset))
         unread = [] if kind == "prompt" else list(LAYOUT)
         return dataset.map(judge, with_indices=True, remove_columns=unread)
@@ -168,7 +168,7 @@ def check_dataset(dataset: Any, name: str, kind: Kind, text_field: str = "text")
 
 def check_columns(dataset: Dataset | IterableDataset, name: str, required: Sequence[str]) -> None:
     """Raise a ValueError if the dataset has no rows or lacks one of the required columns."""
-    with FirstRow(name):
+    with first_row(name):
         columns: dict[str, Any] = next(iter(dataset))
     _require(columns, name, required)
 
@@ -180,18 +180,13 @@ def check_questions(dataset: Dataset, name: str) -> None:
         _check_unread(row, ["question", "answer"], others, f"Row {index} of the {name} dataset")
 
 
-class FirstRow:
+@contextlib.contextmanager
+def first_row(name: str) -> Iterator[None]:
     """Says of a stream that it has no rows, where TRL looks at the first one and meets its end."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, StopIteration):
-            raise ValueError(f"The {self.name} dataset has no rows; give it at least one.") from error
+    try:
+        yield
+    except StopIteration as error:
+        raise ValueError(f"The {name} dataset has no rows; give it at least one.") from error
 
 
 def prompt_of(row: Mapping[str, Any]) -> str:
@@ -379,7 +374,7 @@ def _normal_row(
     new |= {column: plain_content(new[column]) for column in (*sources[:1], *judged) if column in new}
     completions = tuple(column for column in COMPLETIONS[kind] if column in row)
     if sources:
-        new |= _asked(row, sources, completions, refuse)
+        new |= _asked(new, sources, completions, refuse)
     new |= _joined(new, completions, refuse)
     new |= _with_system(new, judged, refuse)
     if kind != "prompt" and judged != ["input_ids"]:

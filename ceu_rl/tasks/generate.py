@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from ceu_rl.models import end_token_ids, resolve_model, seeded_rng
@@ -256,11 +257,10 @@ def make_batches(model: Any, rows: Sequence[tuple[Tokens, Tokens]]) -> list[Batc
 
 
 def _padded(rows: Sequence[Tokens], pad: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(map(len, rows))
-    fill = [width - len(row) for row in rows]
-    ids = [[pad] * (n * left) + list(row) + [pad] * (n * (not left)) for n, row in zip(fill, rows, strict=True)]
-    mask = [[0] * (n * left) + [1] * len(row) + [0] * (n * (not left)) for n, row in zip(fill, rows, strict=True)]
-    return torch.tensor(ids), torch.tensor(mask)
+    side = "left" if left else "right"
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    mask = [torch.ones_like(row) for row in ids]
+    return pad_sequence(ids, True, pad, side), pad_sequence(mask, True, 0, side)
 
 
 def read_prompts(model: Any, prompts: torch.Tensor, mask: torch.Tensor, samples: int) -> Any:

@@ -109,16 +109,8 @@ def _answer_logits(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The chance that one of k answers is right, without bias from `samples` of which `right` are (Chen et al. 2021,
-    arXiv 2107.03374, equation 1): 1 - C(samples - right, k) / C(samples, k).
-
-    Raises:
-        ValueError: if k is not one of 1 to the number of samples, or `right` not one of 0 to it.
-    """
-    if not 1 <= k <= samples:
-        raise ValueError(f"pass@{k} cannot be told from {samples} samples; use a k from 1, and draw at least as many.")
-    if not 0 <= right <= samples:
-        raise ValueError(f"{right} of {samples} samples cannot be right; count from 0 to {samples}.")
+    """The chance that one of k <= `samples` answers is right, without bias from `samples` of which `right` are (Chen et
+    al. 2021, arXiv 2107.03374, equation 1): 1 - C(samples - right, k) / C(samples, k)."""
     return 1 - math.comb(samples - right, k) / math.comb(samples, k)
 
 

@@ -23,10 +23,12 @@ from .harness import ROOT, STEPS, folders_of, make, recipe_of, same_weights, ste
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+
 def harness(folder, *words):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.faults.harness", folder, *words]
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment, cwd=ROOT)
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
 
 
 @pytest.mark.parametrize(
@@ -88,12 +90,11 @@ DDP = ROOT / "recipes" / "accelerate" / "ddp_cpu.yaml"
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_two_processes_of_which_one_gets_a_signal(runs, number):
     """It takes the other along, by SIGTERM with a checkpoint, and the two that go on end where two end."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
     def start(out, *more):
         words = [*TWO, DDP, "-m", "ceu_rl.cli", "dpo", "--config", recipe_of(runs, "dpo"), "--output_dir", out, *more]
         command = [sys.executable, *map(str, words)]
-        return subprocess.Popen(command, env=environment, cwd=runs, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(command, env=ENVIRONMENT, cwd=runs, stderr=subprocess.DEVNULL)
 
     assert start(runs / "whole").wait() == 0
     launcher = start(runs / "out")
@@ -114,12 +115,11 @@ def test_two_processes_of_which_one_gets_a_signal(runs, number):
 @needs_vllm
 def test_an_engine_that_dies_costs_the_run_nothing(runs):
     """The run ends with a sentence, and goes on from its checkpoint to the weights of one whose engine lived."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
     def train(out, *more):
         words = ["-m", "ceu_rl.cli", "grpo", "--config", recipe_of(runs, "grpo"), "--output_dir", runs / out, *more]
         command = [sys.executable, *map(str, words)]
-        return subprocess.run(command, env=environment, cwd=runs, capture_output=True, text=True)
+        return subprocess.run(command, env=ENVIRONMENT, cwd=runs, capture_output=True, text=True)
 
     assert train("whole").returncode == 0
     died = train("out", "--reward_funcs", "tests.faults.harness.engine_dies")
