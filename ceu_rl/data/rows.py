@@ -383,7 +383,7 @@ def _normal_row(
         if kind == "preference" and "prompt" not in new and not _is_asked(new):
             prose = [c for c, value in row.items() if isinstance(value, str) and len(value.split()) > 1]
             _check_unread(new, judged, [column for column in prose if column not in (*judged, *BESIDE)], where)
-    return {column: value for column, value in new.items() if value is not row.get(column)}
+    return {column: new[column] for column in ("prompt", *judged) if new.get(column) is not row.get(column)}
 
 
 def _check_cell(value: Any, column: str, completes: bool, blank_user: bool, refuse: Any) -> None:
