@@ -229,14 +229,6 @@ def test_failed_and_interrupted_runs_are_left_out_and_named(make, report):
     assert "1 failed" in terminal
 
 
-def test_each_arm_has_its_own_base(make):
-    starts = (("stock", "good", 0.9), ("ceu", "weak", 0.4))
-    runs = [make(arm, log=scored(e, e), settings={"model_name_or_path": model}) for arm, model, e in starts]
-    found = summarize(Table(runs), COMMAND)
-    assert {g["arm"]: g["scores"]["greedy accuracy"]["base"] for g in found["groups"]} == {"stock": 0.9, "ceu": 0.4}
-    assert found["arms"][1]["differs"]["model_name_or_path"] == "weak"
-
-
 @pytest.mark.parametrize(
     ("log", "end", "words"),
     [
