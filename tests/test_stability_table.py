@@ -282,6 +282,7 @@ def test_an_outcome_of_wrong_types_is_named_and_the_rest_is_read(tmp_path, name,
     "line",
     [
         "3",
+        "[null]",
         "{",
         "\x00\x00",
         "[" * 50_000,

@@ -220,6 +220,8 @@ def _read_lines(path: Path, needed: tuple[str, ...]) -> tuple[list[dict[str, Any
     for number, line in enumerate([*lines, last], 1):
         try:
             entry = json.loads(line)
+            if not isinstance(entry, dict):
+                raise ValueError(f"it is {str(entry)[:40]}, no mapping")
             for name in (*needed, *(key for key in entry if key.startswith(LOGGED))):
                 value = entry[name]
                 whole = name not in needed or (is_number(value) and value == int(value) and abs(value) < 2**53)
