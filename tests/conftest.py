@@ -13,6 +13,8 @@ import yaml
 
 from ceu_rl.models import build_model, build_tokenizer
 
+from .trainers import SETTINGS
+
 torch.set_num_threads(1)
 datasets.disable_progress_bars()
 
@@ -48,17 +50,7 @@ def preferences():
 
 # runs of `ceu-rl`
 
-SMALL = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "disable_tqdm": True,
-    "max_steps": 3,
-    "per_device_train_batch_size": 2,
-    "logging_steps": 1,
-    "max_length": 64,
-    "save_strategy": "no",
-}
+SMALL = {**SETTINGS, "max_steps": 3, "per_device_train_batch_size": 2, "max_length": 64}
 
 
 @pytest.fixture

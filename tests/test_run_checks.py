@@ -15,6 +15,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, T5Config, 
 from ceu_rl import CEUDPOConfig, CEUDPOTrainer
 from ceu_rl.run.checks import BOUNDS, check_numbers, check_shared_cache
 
+from .conftest import SMALL
+
 ROW = {"prompt": "1+2=", "chosen": "3", "rejected": "4"}
 
 
@@ -22,14 +24,7 @@ ROW = {"prompt": "1+2=", "chosen": "3", "rejected": "4"}
 def construct(tiny_model, tokenizer, tmp_path):
     def make(rows, model=None, **settings):
         dataset = rows if not isinstance(rows, list) else Dataset.from_list(rows)
-        defaults = {"max_steps": 3, "per_device_train_batch_size": 2, "save_strategy": "no", "logging_steps": 1}
-        args = CEUDPOConfig(
-            **{"output_dir": str(tmp_path / "run"), **defaults, **settings},
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            disable_tqdm=True,
-        )
+        args = CEUDPOConfig(**{**SMALL, "output_dir": str(tmp_path / "run"), **settings})
         model = tiny_model(1) if model is None else model
         return CEUDPOTrainer(model, tiny_model(0), args=args, train_dataset=dataset, processing_class=tokenizer)
 
@@ -121,7 +116,7 @@ def test_an_adapter_on_the_head_that_the_fused_head_would_not_read(
     tiny_model, tokenizer, tmp_path, tied, adapter, message
 ):
     """TRL scores without it: what LoRA learns there would be nothing, without a word."""
-    args = CEUDPOConfig(str(tmp_path), use_cpu=True, bf16=False, max_steps=1, disable_tqdm=True, save_strategy="no")
+    args = CEUDPOConfig(str(tmp_path), **{**SMALL, "max_steps": 1})
     given = {"args": args, "train_dataset": Dataset.from_list([ROW] * 8), "processing_class": tokenizer}
     given["peft_config"] = LoraConfig(**{"target_modules": ["q_proj"], **adapter})
     with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():

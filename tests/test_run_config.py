@@ -43,7 +43,9 @@ def test_many_threads_read_at_once(recipe):
         ("run_name: 2026-02-30", {"run_name": "2026-02-30"}),
         ("learning-rate: 1.0e-4\nmax-steps: 3", {"learning_rate": 1e-4, "max_steps": 3}),
         ("bf16: 0\nuse_cpu: yes", {"bf16": False, "use_cpu": True}),
-        ("max_length: null", {"max_length": None}),
+        ("max_length: null\npad_to_multiple_of: 8", {"max_length": None, "pad_to_multiple_of": 8}),
+        ("include_num_input_tokens_seen: all", {"include_num_input_tokens_seen": "all"}),
+        ("trackio_static_space_id: false\nreport_to: [a]", {"trackio_static_space_id": False, "report_to": ["a"]}),
         ("lora_target_modules: all-linear", {"lora_target_modules": ["all-linear"]}),
         (
             "loss_type: [sigmoid, sft]\nloss_weights: [1, 0.5]",

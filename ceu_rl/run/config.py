@@ -36,6 +36,8 @@ CLASSES = {
 # Where a run lies and how it continues is not what it is; a secret is not recorded
 NO_SETTINGS = ("output_dir", "resume_from_checkpoint", "hub_token")
 ALIASES = {"model": "model_name_or_path", "dataset": "dataset_name"}
+# A truth value or a number, or else a text; argparse knows one type of a field
+MIXED = ("scale_rewards", "pad_to_multiple_of", "include_num_input_tokens_seen", "trackio_static_space_id")
 # What the help of a command opens with, beside the fields of our own classes
 USED = (
     *("model_name_or_path", "dataset_name", "dataset_test_split", "output_dir", "learning_rate", "max_steps"),
@@ -67,7 +69,7 @@ def parser_for(method: str) -> Any:
             parser._option_string_actions[short] = action
         elif action.dest == "resume_from_checkpoint":
             action.nargs, action.const = "?", "true"  # the last one
-        elif action.dest in ("scale_rewards", "pad_to_multiple_of"):  # a truth value or a number, or else a text
+        elif action.dest in MIXED:
             action.type = yaml.safe_load
     return parser
 

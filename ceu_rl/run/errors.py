@@ -40,7 +40,8 @@ class Boundary(AbstractContextManager["Boundary"]):
             return True
         if not isinstance(error, Exception) or os.environ.get("CEU_RL_TRACEBACK"):
             return False
-        if is_own_fault(error):
+        raised_at = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if raised_at.is_relative_to(PACKAGE) and not isinstance(error, PLAIN):
             error.add_note(REPORT)
             return False
         text = sentence(error)
@@ -48,13 +49,6 @@ class Boundary(AbstractContextManager["Boundary"]):
         print(f"{self.command}: error: {text} {remedy}".rstrip(), file=sys.stderr)
         self.status = self.failure
         return True
-
-
-def is_own_fault(error: Exception) -> bool:
-    """Whether an exception came from this package without being meant for a person."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
-    return ours and not isinstance(error, PLAIN)
 
 
 def sentence(error: BaseException) -> str:

@@ -291,17 +291,12 @@ def _check_is_the_run(checkpoint: str | None, record: Mapping[str, Any], args: A
     found = differences(json.loads(path.read_text()), record)
     found = {name: values for name, values in found.items() if name not in LENGTH}
     if found and _is_in(checkpoint, args.output_dir):
-        named = "; ".join(f"{name} was {_short(then)} and is {_short(now)}" for name, (then, now) in found.items())
+        named = "; ".join(f"{name} was {then} and is {now}" for name, (then, now) in found.items())
         raise ValueError(
             f"{checkpoint} is of a run with other settings: {named}; give what it had, or another output_dir for a "
             "run that begins there with these."
         )
     return {"began_at": {"checkpoint": checkpoint, "changed": found}} if found else {}
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"...{text[-57:]}"
 
 
 class _Course(TrainerCallback):
@@ -377,8 +372,14 @@ def _build_trainer(
         remedy = "use tofu-eval" if method == "unlearn" else "set eval_strategy, as to steps"
         raise ValueError(f"eval_facts and eval_solutions are scored at evaluations, and this run has none; {remedy}.")
     asks = method in ASKING and any(has_questions(dataset) for dataset in datasets.values())
-    if method == "sft" and args.chat_template_path:
-        _check_template(args.chat_template_path, asks)
+    template = getattr(args, "chat_template_path", None)
+    if template and template.endswith((".jinja", ".j2")) and not Path(template).is_file():  # TRL would ask the Hub
+        raise ValueError(f"chat_template_path is {template!r}, and there is no such file; give the path of a template.")
+    if template and asks:  # which TRL would set after the questions were put into the old one
+        raise ValueError(
+            f"chat_template_path is {template!r}, and rows of question and answer are asked in the template of the "
+            "model; leave it out, or start from a model that has the template."
+        )
     given, tokenizer = _name_model(method, script, args, model_config, asks, next(iter(datasets.values())))
     prompt, form = None, PromptFormat(chat_template_kwargs=getattr(args, "chat_template_kwargs", None))
     if method in ASKING:
@@ -419,17 +420,6 @@ def _build_trainer(
     if kept:
         trainer.add_callback(KeptScore(trainer, kept, form, start))
     return trainer, prompt
-
-
-def _check_template(name: str, asks: bool) -> None:
-    """TRL looks for a file that is not there on the Hub, and sets the template after questions were put into one."""
-    if name.endswith((".jinja", ".j2")) and not Path(name).is_file():
-        raise ValueError(f"chat_template_path is {name!r}, and there is no such file; give the path of a template.")
-    if asks:
-        raise ValueError(
-            f"chat_template_path is {name!r}, and rows of question and answer are asked in the template of the model; "
-            "leave it out, or start from a model that has the template."
-        )
 
 
 def _name_model(
