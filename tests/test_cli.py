@@ -228,7 +228,7 @@ def test_a_mixture_of_datasets_leaves_a_result(recipe, tmp_path):
         ({"dataset_test_split": "0.1"}, "dataset_test_split is given, which unlearning does not read"),
         ({"datasets": [{"path": "json"}]}, "datasets is given, which unlearning does not read"),
         ({"eval_facts": "builtin:authors"}, "scored at evaluations, and this run has none; use tofu-eval"),
-        ({"dataset_name": "reasoning_gym:chain_sum"}, "a task, of which there is nothing to forget; name other rows"),
+        ({"dataset_name": "reasoning_gym:chain_sum"}, "'reasoning_gym:chain_sum', a task"),
     ],
 )
 def test_unlearning_refuses_what_it_does_not_read(tmp_path, base, capsys, given, message):
