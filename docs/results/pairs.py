@@ -1,0 +1,104 @@
+"""Held-out pairs of a study for its page: the JSON is the `report.json` that `ceu-rl compare` wrote.
+
+    loss = -log sigmoid(beta ((chosen - ref_chosen) - (rejected - ref_rejected)))
+
+An arm's rate is chosen on the pairs of even number, and every number is of the odd ones.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+
+from ceu_rl.stability.grid import rate
+from ceu_rl.stability.table import paired_bootstrap, preference_scores
+
+BETA = 0.1
+
+
+def read_pairs(path: Path) -> pd.DataFrame:
+    """One row a pair and run: arm, rate, seed, pair, loss, accuracy, nats per token since the start, divergences."""
+    frames = []
+    for run in json.loads(path.read_text())["runs"]:
+        if run["status"] != "finished":
+            continue
+        pairs = pd.DataFrame(run["held_out"])
+        about = {"arm": run["arm"], "rate": float(run["setting"]["learning_rate"]), "seed": run["seed"]}
+        about |= {name: run["metrics"][f"eval_{name}"] for name in ("foreign_kl", "solutions_nll")}
+        pairs = pairs.assign(**about, **preference_scores(pairs, BETA), pair=range(len(pairs)))
+        for side in ("chosen", "rejected"):
+            pairs[f"{side} gain"] = (pairs[side] - pairs[f"ref_{side}"]) / pairs[f"{side}_tokens"]
+        frames.append(pairs)
+    return pd.concat(frames, ignore_index=True)
+
+
+def best_rates(pairs: pd.DataFrame) -> dict[str, float]:
+    """The rate of each arm with the least loss on the pairs that are not reported."""
+    means = pairs[pairs.pair % 2 == 0].groupby(["arm", "rate"], sort=False).loss.mean()
+    return {arm: means[arm].idxmin() for arm in means.index.unique("arm")}
+
+
+def reported(pairs: pd.DataFrame) -> pd.DataFrame:
+    """The other pairs, each arm at its best rate, the first arm first."""
+    rates = best_rates(pairs)
+    return pairs[(pairs.pair % 2 == 1) & (pairs.rate == pairs.arm.map(rates))]
+
+
+def difference(pairs: pd.DataFrame, ours: str, theirs: str, column: str = "loss") -> tuple[float, float, float]:
+    """Mean of a column of one arm less the other's over the same pairs and seeds, with its interval."""
+    table = pairs.pivot(index=["seed", "pair"], columns="arm", values=column)
+    gaps = (table[ours] - table[theirs]).unstack("pair")
+    low, high = paired_bootstrap(gaps.to_numpy()) or (float("nan"),) * 2
+    return float(gaps.to_numpy().mean()), low, high
+
+
+def best(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of a table: each arm at its best rate, against the first arm."""
+    pairs = reported(read_pairs(path))
+    first, lines = pairs.arm.iloc[0], []
+    for arm, own in pairs.groupby("arm", sort=False):
+        gap = "" if arm == first else "{:+.3f} ({:+.3f} to {:+.3f})".format(*difference(pairs, arm, first))
+        loss, *others = map("{:.3f}".format, own[["loss", "accuracy", "chosen gain", "foreign_kl"]].mean())
+        lines.append([arm, rate(own.rate.iloc[0]), loss, gap, *others])
+    titles = ["arm", "rate", "loss", f"loss less {first}'s", "accuracy", "chosen gain", "foreign kl"]
+    return titles, lines
+
+
+def by_rate(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of a table: each arm at each rate, over all pairs."""
+    titles = ["loss", "accuracy", "chosen gain", "rejected gain", "foreign_kl", "solutions_nll"]
+    means = read_pairs(path).groupby(["arm", "rate"], sort=False)[titles].mean()
+    lines = [[arm, rate(at), *map("{:.3f}".format, row)] for (arm, at), *row in means.itertuples()]
+    return ["arm", "rate", *(title.replace("_", " ") for title in titles)], lines
+
+
+def frontier(paths: Sequence[Path], **style: Any) -> plt.Figure:
+    """Held-out loss against the divergence on foreign text: a line for each arm through its rates."""
+    drawn, axes = plt.subplots(1, len(paths), figsize=(4.6 * len(paths), 3.4), squeeze=False)
+    for ax, path in zip(axes[0], paths, strict=True):
+        means = read_pairs(path).groupby(["arm", "rate"], sort=False)[["foreign_kl", "loss"]].mean().reset_index()
+        sns.lineplot(
+            means,
+            x="foreign_kl",
+            y="loss",
+            hue="arm",
+            style="arm",
+            sort=False,
+            markers=True,
+            dashes=False,
+            ax=ax,
+            **style,
+        )
+        ax.axhline(math.log(2), color="grey", ls=":", label="before training")
+        ax.set(
+            xscale="log",
+            xlabel="divergence on foreign text (nats per token)",
+            ylabel="held-out DPO loss",
+            title=path.stem,
+        )
+    return drawn
