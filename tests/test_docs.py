@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import re
+import sys
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -82,12 +83,18 @@ def test_the_readme_shows_stock_beside_ce_u():
 
 # The pages of results
 
+sys.path.insert(0, str(RESULTS))  # where the writer finds its modules
 
-def writer(source=None):
-    """docs/results/write.py, or a mutant of it."""
-    spec = importlib.util.spec_from_file_location("write", RESULTS / "write.py")
+
+def writer():
+    return module_of(RESULTS / "write.py")
+
+
+def module_of(path, source=None):
+    """A module beside the results, or a mutant of it."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    exec(compile(source or (RESULTS / "write.py").read_text(), str(RESULTS / "write.py"), "exec"), module.__dict__)
+    exec(compile(source or path.read_text(), str(path), "exec"), module.__dict__)
     return module
 
 
@@ -136,6 +143,7 @@ def test_no_sentence_repeats_a_number_of_a_table(path):
 
 # What the tables say, computed once more from the files by plain Python and numpy
 
+KEPT = ("foreign kl", "solutions nll")
 NAMES = {"paper": "ceu-published", "drop-descending": "positives"}
 CE_U = {"dpo": "ceu-1", "dpo-real-model": "ceu-1", "grpo": "ceu-0.5", "unlearning": "ceu"}
 SETTINGS = {
@@ -296,9 +304,61 @@ def equal(cell, value):
         return False
 
 
+def preferences(file):
+    """Of each finished run by arm, rate and seed: losses and accuracies of its pairs, nats per token, divergence."""
+    found = {}
+    for run in plain(file)["runs"]:
+        if run["status"] == "finished":
+            held = {name: np.array(values) for name, values in run["held_out"].items()}
+            gains = {side: held[side] - held[f"ref_{side}"] for side in ("chosen", "rejected")}
+            margins = 0.1 * (gains["chosen"] - gains["rejected"])
+            found[run["arm"], run["setting"]["learning_rate"], run["seed"]] = {
+                "loss": np.log1p(np.exp(-margins)),
+                "accuracy": (margins > 0) + (margins == 0) / 2,
+                **{f"{side} gain": gain / held[f"{side}_tokens"] for side, gain in gains.items()},
+                **{key: np.full(len(margins), run["metrics"][f"eval_{key.replace(' ', '_')}"]) for key in KEPT},
+            }
+    return found
+
+
+def check_pairs(header, rows, files):
+    """At each rate the mean over seeds and pairs, or of the odd pairs at the rate that is best on the even ones."""
+    for row in rows:
+        cells = dict(zip(header, row, strict=True))
+        file = next((each for each in files if each.endswith(f"/{cells.get('pairs')}.json")), files[0])
+        runs = preferences(file)
+
+        def of(arm, rate, part, column, runs=runs):
+            return np.array([run[column][part] for key, run in runs.items() if key[:2] == (arm, rate)])
+
+        def best(arm, runs=runs, of=of):
+            rates = {rate for name, rate, _ in runs if name == arm}
+            return min(rates, key=lambda rate: of(arm, rate, slice(0, None, 2), "loss").mean())
+
+        part = slice(1, None, 2) if "pairs" in cells else slice(None)
+        rate = float(cells.get("rate") or cells["best rate"])
+        assert "pairs" not in cells or rate == best(cells["arm"])
+        for title in header:
+            if title in ("loss", "accuracy", "chosen gain", "rejected gain", *KEPT):
+                values = of(cells["arm"], rate, part, title)
+                assert float(cells[title]) == pytest.approx(values.mean(), abs=6e-4), (row, title)
+        if cells.get("loss less stock's"):
+            gaps = of(cells["arm"], rate, part, "loss") - of("stock", best("stock"), part, "loss")
+            drawn = np.random.default_rng(1)
+            again = [
+                gaps[drawn.integers(len(gaps), size=len(gaps))][:, drawn.integers(gaps.shape[1], size=gaps.shape[1])]
+                for _ in range(4000)
+            ]
+            expected = [gaps.mean(), *np.quantile([each.mean() for each in again], [0.025, 0.975])]
+            numbers = [float(each) for each in re.findall(r"[-+]\d+\.\d+", cells["loss less stock's"])]
+            assert numbers == pytest.approx(expected, abs=0.1 * (expected[2] - expected[1])), row
+
+
 def check_page(text):
     for header, rows, files in tables(text):
-        if header[0].startswith("less "):
+        if "pairs" in header or "rejected gain" in header:
+            check_pairs(header, rows, files)
+        elif header[0].startswith("less "):
             check_differences(header, rows, files)
         elif "by " in header[0] or (header[0] == "arm" and "curves" in plain(files[0]).get("runs", [{}])[0]):
             check_table(header, rows, files)
@@ -323,6 +383,8 @@ def test_the_tables_follow_from_the_files(path):
         ("unlearning", "kept.eq(True).all()", "kept.eq(True).any()"),
         ("dpo", "values.mean()", "values.median()"),
         ("grpo", '"ceu-0.5", "unlearning"', '"ceu-1", "unlearning"'),
+        ("dpo-anchor", "pairs.pair % 2 == 1", "pairs.pair % 2 == 0"),
+        ("dpo-anchor", "table[ours] - table[theirs]", "table[ours] - table[theirs].mean()"),
         (
             "speed",
             'partition(":") for field in columns.values()',
@@ -331,14 +393,20 @@ def test_the_tables_follow_from_the_files(path):
     ],
 )
 def test_the_check_of_the_tables_finds_a_wrong_writer(page, was, becomes):
-    source = (RESULTS / "write.py").read_text()
-    assert source.count(was) == 1
-    module = writer(source.replace(was, becomes))
+    path = next(each for each in RESULTS.glob("*.py") if was in each.read_text())
+    assert path.read_text().count(was) == 1
+    mutant = module_of(path, path.read_text().replace(was, becomes))
+    module = mutant if path.stem == "write" else writer()
+    pairs = mutant if path.stem == "pairs" else module.pairs
     for figure in ("by_rate", "over_steps", "plane", "bars"):
         setattr(module.Page, figure, lambda *args, **kwargs: "")
     environment = module.jinja2.Environment(loader=module.jinja2.FileSystemLoader(RESULTS), trim_blocks=True)
     with pytest.raises((AssertionError, ValueError)):
-        check_page(environment.get_template(f"{page}.md.jinja").render(page=module.Page(page)))
+        check_page(
+            environment.get_template(f"{page}.md.jinja").render(
+                page=module.Page(page), pairs=pairs, markdown=module.markdown
+            )
+        )
 
 
 def test_the_stable_rates_of_the_first_page_are_those_of_the_study():

@@ -7,9 +7,7 @@ An arm's rate is chosen on the pairs of even number, and every number is of the 
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -18,13 +16,14 @@ import seaborn as sns
 from ceu_rl.stability.grid import rate
 from ceu_rl.stability.table import paired_bootstrap, preference_scores
 
+RESULTS = Path(__file__).parent
 BETA = 0.1
 
 
-def read_pairs(path: Path) -> pd.DataFrame:
+def read_pairs(file: str) -> pd.DataFrame:
     """One row a pair and run: arm, rate, seed, pair, loss, accuracy, nats per token since the start, divergences."""
     frames = []
-    for run in json.loads(path.read_text())["runs"]:
+    for run in json.loads((RESULTS / f"{file}.json").read_text())["runs"]:
         if run["status"] != "finished":
             continue
         pairs = pd.DataFrame(run["held_out"])
@@ -57,48 +56,34 @@ def difference(pairs: pd.DataFrame, ours: str, theirs: str, column: str = "loss"
     return float(gaps.to_numpy().mean()), low, high
 
 
-def best(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of a table: each arm at its best rate, against the first arm."""
-    pairs = reported(read_pairs(path))
-    first, lines = pairs.arm.iloc[0], []
-    for arm, own in pairs.groupby("arm", sort=False):
-        gap = "" if arm == first else "{:+.3f} ({:+.3f} to {:+.3f})".format(*difference(pairs, arm, first))
-        loss, *others = map("{:.3f}".format, own[["loss", "accuracy", "chosen gain", "foreign_kl"]].mean())
-        lines.append([arm, rate(own.rate.iloc[0]), loss, gap, *others])
-    titles = ["arm", "rate", "loss", f"loss less {first}'s", "accuracy", "chosen gain", "foreign kl"]
-    return titles, lines
+def best(files: str) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of a table: each arm of each study at its best rate, against the first arm."""
+    lines = []
+    for file in files.split():
+        pairs = reported(read_pairs(file))
+        first = pairs.arm.iloc[0]
+        for arm, own in pairs.groupby("arm", sort=False):
+            gap = "" if arm == first else "{:+.3f} ({:+.3f} to {:+.3f})".format(*difference(pairs, arm, first))
+            loss, *others = map("{:.3f}".format, own[["loss", "accuracy", "chosen gain", "foreign_kl"]].mean())
+            lines.append([file.split("/")[1], arm, rate(own.rate.iloc[0]), loss, gap, *others])
+    return ["pairs", "arm", "best rate", "loss", "loss less stock's", "accuracy", "chosen gain", "foreign kl"], lines
 
 
-def by_rate(path: Path) -> tuple[list[str], list[list[str]]]:
+def by_rate(file: str) -> tuple[list[str], list[list[str]]]:
     """Header and lines of a table: each arm at each rate, over all pairs."""
     titles = ["loss", "accuracy", "chosen gain", "rejected gain", "foreign_kl", "solutions_nll"]
-    means = read_pairs(path).groupby(["arm", "rate"], sort=False)[titles].mean()
+    means = read_pairs(file).groupby(["arm", "rate"], sort=False)[titles].mean()
     lines = [[arm, rate(at), *map("{:.3f}".format, row)] for (arm, at), *row in means.itertuples()]
     return ["arm", "rate", *(title.replace("_", " ") for title in titles)], lines
 
 
-def frontier(paths: Sequence[Path], **style: Any) -> plt.Figure:
+def frontier(files: str) -> plt.Figure:
     """Held-out loss against the divergence on foreign text: a line for each arm through its rates."""
-    drawn, axes = plt.subplots(1, len(paths), figsize=(4.6 * len(paths), 3.4), squeeze=False)
-    for ax, path in zip(axes[0], paths, strict=True):
-        means = read_pairs(path).groupby(["arm", "rate"], sort=False)[["foreign_kl", "loss"]].mean().reset_index()
-        sns.lineplot(
-            means,
-            x="foreign_kl",
-            y="loss",
-            hue="arm",
-            style="arm",
-            sort=False,
-            markers=True,
-            dashes=False,
-            ax=ax,
-            **style,
-        )
+    drawn, axes = plt.subplots(1, files.count("/"), figsize=(9.2, 3.4), squeeze=False)
+    for ax, file in zip(axes[0], files.split(), strict=True):
+        means = read_pairs(file).groupby(["arm", "rate"], sort=False)[["foreign_kl", "loss"]].mean().reset_index()
+        axes_of = {"x": "foreign_kl", "y": "loss", "hue": "arm", "style": "arm"}
+        sns.lineplot(means.sort_values("rate"), **axes_of, sort=False, markers=True, dashes=False, ax=ax)
         ax.axhline(math.log(2), color="grey", ls=":", label="before training")
-        ax.set(
-            xscale="log",
-            xlabel="divergence on foreign text (nats per token)",
-            ylabel="held-out DPO loss",
-            title=path.stem,
-        )
+        ax.set(xscale="log", title=file.split("/")[1], xlabel="divergence on foreign text", ylabel="held-out DPO loss")
     return drawn

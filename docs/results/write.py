@@ -18,12 +18,13 @@ import jinja2
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import pairs
 import pandas as pd
 import seaborn as sns
 from scipy.stats import ks_2samp
 
 RESULTS = Path(__file__).parent
-QUESTIONS = ("dpo", "dpo-real-model", "grpo", "unlearning", "speed")
+QUESTIONS = ("dpo", "dpo-anchor", "dpo-real-model", "grpo", "unlearning", "speed")
 KEPT = 0.95  # the share of the base's accuracy that a stable run keeps
 FORGOTTEN, USEFUL = 0.05, 0.9  # the aim on TOFU: forget quality, share of the base's utility
 
@@ -48,7 +49,7 @@ def written() -> dict[Path, str]:
     found, answers = {}, {}
     for question in QUESTIONS:
         page = Page(question)
-        text = environment.get_template(f"{question}.md.jinja").render(page=page)
+        text = environment.get_template(f"{question}.md.jinja").render(page=page, pairs=pairs, markdown=markdown)
         found |= {RESULTS / f"{question}.md": text, **page.drawn}
         answers[question] = re.findall(r"\A# (.+)\n\n((?:.+\n)+)", text)[0]
     readme = environment.get_template("README.md.jinja").render(answers=answers)
