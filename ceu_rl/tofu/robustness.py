@@ -1,21 +1,24 @@
-"""Does it hold? What an unlearned model knows again after a few steps on the forget set.
+"""Does it hold? What an unlearned model knows again after a few steps on the forget set, or with rounded weights.
 
-Relearning is known to bring back what was only hidden (Hu et al. 2024, arXiv 2406.13356).
+Both are known to bring back what was only hidden: relearning (Hu et al. 2024, arXiv 2406.13356) and quantisation (Zhang
+et al. 2024, arXiv 2410.16454).
 """
 
 import tempfile
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import ProgressCallback
+from transformers import AutoModelForCausalLM, ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
 from ..data.prompts import PromptFormat
-from ..models import load_model
+from ..models import load_model, resolve_model
 from .data import to_prompt_completion
 
+BITS = ("int8", "int4")
 BATCH_SIZE = 16
 
 
@@ -74,3 +77,27 @@ def relearn(
         trainer = SFTTrainer(model, args=args, train_dataset=data, processing_class=tokenizer)
         trainer.remove_callback(ProgressCallback)
         trainer.train()
+
+
+def load_quantized(name: str, bits: str, dtype: torch.dtype) -> Any:
+    """A model with the weights of its linear layers, the head apart, rounded by torchao: one scale for each row.
+
+    Raises:
+        ValueError: for other `bits` than int8 and int4.
+        ImportError: without torchao.
+    """
+    check_quantizer(bits)
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    four: Any = IntxWeightOnlyConfig(weight_dtype=torch.int4)  # type: ignore[attr-defined]
+    config = TorchAoConfig(Int8WeightOnlyConfig() if bits == "int8" else four)
+    return AutoModelForCausalLM.from_pretrained(resolve_model(name), quantization_config=config, dtype=dtype)
+
+
+def check_quantizer(bits: str) -> None:
+    """Raise what [`load_quantized`] would, before anything is loaded."""
+    if bits not in BITS:
+        raise ValueError(f"quantize is {bits!r}; use {' or '.join(BITS)}.")
+    if find_spec("torchao") is None:
+        raise ImportError(f"quantize is {bits!r} and torchao is not installed; install torchao, or leave quantize out.")
