@@ -413,7 +413,7 @@ def test_a_missing_base_is_named_with_the_command_that_makes_it(recipe, tmp_path
         ({"use_peft": True, "lora_alpha": 0}, "lora_alpha is 0; use a number above 0"),
         ({"eval_facts": "{base}/config.json"}, "Reading eval_facts {base}/config.json"),
         ({"eval_facts": "./nowhere"}, "Reading eval_facts ./nowhere"),
-        ({"lr_scheduler_kwargs": {"zzz": 1}}, "zzz"),
+        ({"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"zzz": 1}}, "zzz"),
         ({"dataset_config": "zzz"}, "dataset_config is 'zzz'"),
         ({"attn_implementation": "nonsense"}, "nonsense"),
         ({"model_init_kwargs": {"zzz": 1}}, "zzz"),

@@ -186,7 +186,7 @@ def test_a_start_that_fsdp_would_leave_empty_is_refused(saved, preferences, monk
 @pytest.mark.parametrize("wrong", ["xy", {"a": "x"}])
 def test_wrong_answers_that_are_no_list_are_named(tiny_model, tokenizer, wrong):
     rows = datasets.Dataset.from_list([{"question": "?", "answer": "y", "perturbed_answer": wrong}])
-    with pytest.raises(ValueError, match=r"Row 0 of world_facts_perturbed has .* as perturbed_answer; give a list of"):
+    with pytest.raises(ValueError, match=r"perturbed_answer of row 0 of world_facts_perturbed is .*; give a list of"):
         make_answers({WORLD_FACTS: rows}, tokenizer, PromptFormat().settle(tokenizer), [])
 
 
@@ -196,7 +196,7 @@ def test_a_solution_beyond_the_context_is_named(tiny_model, tokenizer, preferenc
     trainer = CEUDPOTrainer(
         tiny_model(), ref_model=tiny_model(), args=args, train_dataset=preferences, processing_class=tokenizer
     )
-    with pytest.raises(ValueError, match=r"Row 0 of solutions has 20\d\d tokens and the model's context 1024"):
+    with pytest.raises(ValueError, match=r"Row 0 of solutions takes 20\d\d tokens, .* context of 1024"):
         KeptScore(trainer, load_kept(KeptArguments(eval_solutions=str(tmp_path / "long.jsonl"))), PromptFormat())
 
 

@@ -12,11 +12,14 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from ceu_rl.stability.grid import rate
 from ceu_rl.stability.table import paired_bootstrap, preference_scores
 
 RESULTS = Path(__file__).parent
+DRAWN = ("stock", "anchored", "stock-sft", "constant-0.75", "token-ratio", "sequence-ratio", "balanced", "wider-1")
+COLOURS = dict(zip(DRAWN, sns.color_palette("colorblind"), strict=False))  # of the arms, alike in each panel
 BETA = 0.1
 
 
@@ -43,7 +46,7 @@ def best_rates(pairs: pd.DataFrame) -> dict[str, float]:
 
 
 def reported(pairs: pd.DataFrame) -> pd.DataFrame:
-    """The other pairs, each arm at its best rate, the first arm first."""
+    """The other pairs, each arm at its best rate."""
     rates = best_rates(pairs)
     return pairs[(pairs.pair % 2 == 1) & (pairs.rate == pairs.arm.map(rates))]
 
@@ -57,13 +60,12 @@ def difference(pairs: pd.DataFrame, ours: str, theirs: str, column: str = "loss"
 
 
 def best(files: str) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of a table: each arm of each study at its best rate, against the first arm."""
+    """Header and lines of a table: each arm of each study at its best rate, against stock."""
     lines = []
     for file in files.split():
         pairs = reported(read_pairs(file))
-        first = pairs.arm.iloc[0]
-        for arm, own in pairs.groupby("arm", sort=False):
-            gap = "" if arm == first else "{:+.3f} ({:+.3f} to {:+.3f})".format(*difference(pairs, arm, first))
+        for arm, own in pairs.groupby("arm"):
+            gap = "" if arm == "stock" else "{:+.3f} ({:+.3f} to {:+.3f})".format(*difference(pairs, arm, "stock"))
             loss, *others = map("{:.3f}".format, own[["loss", "accuracy", "chosen gain", "foreign_kl"]].mean())
             lines.append([file.split("/")[1], arm, rate(own.rate.iloc[0]), loss, gap, *others])
     return ["pairs", "arm", "best rate", "loss", "loss less stock's", "accuracy", "chosen gain", "foreign kl"], lines
@@ -72,7 +74,7 @@ def best(files: str) -> tuple[list[str], list[list[str]]]:
 def by_rate(file: str) -> tuple[list[str], list[list[str]]]:
     """Header and lines of a table: each arm at each rate, over all pairs."""
     titles = ["loss", "accuracy", "chosen gain", "rejected gain", "foreign_kl", "solutions_nll"]
-    means = read_pairs(file).groupby(["arm", "rate"], sort=False)[titles].mean()
+    means = read_pairs(file).groupby(["arm", "rate"])[titles].mean()
     lines = [[arm, rate(at), *map("{:.3f}".format, row)] for (arm, at), *row in means.itertuples()]
     return ["arm", "rate", *(title.replace("_", " ") for title in titles)], lines
 
@@ -81,9 +83,15 @@ def frontier(files: str) -> plt.Figure:
     """Held-out loss against the divergence on foreign text: a line for each arm through its rates."""
     drawn, axes = plt.subplots(1, files.count("/"), figsize=(9.2, 3.4), squeeze=False)
     for ax, file in zip(axes[0], files.split(), strict=True):
-        means = read_pairs(file).groupby(["arm", "rate"], sort=False)[["foreign_kl", "loss"]].mean().reset_index()
-        axes_of = {"x": "foreign_kl", "y": "loss", "hue": "arm", "style": "arm"}
-        sns.lineplot(means.sort_values("rate"), **axes_of, sort=False, markers=True, dashes=False, ax=ax)
+        means = read_pairs(file).groupby(["arm", "rate"])[["foreign_kl", "loss"]].mean().reset_index()
+        own = [arm for arm in DRAWN if arm in set(means.arm)]
+        style = {"hue": "arm", "style": "arm", "hue_order": own, "style_order": own, "palette": COLOURS}
+        sns.lineplot(
+            means.sort_values("rate"), x="foreign_kl", y="loss", sort=False, markers=True, dashes=False, ax=ax, **style
+        )
         ax.axhline(math.log(2), color="grey", ls=":", label="before training")
         ax.set(xscale="log", title=file.split("/")[1], xlabel="divergence on foreign text", ylabel="held-out DPO loss")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
     return drawn
