@@ -168,6 +168,9 @@ class UnlearnConfig(SFTConfig):
         check_choices(self, {"loss_type": tuple(METHODS)})
         check_choices(self.method, {"retain_loss_type": RETAIN_LOSSES[: 3 if self.loss_type == "rmu" else 2]})
         check_numbers(vars(self))
+        skipped = self.ignore_first_n_answer_tokens
+        if skipped is not None and type(skipped) is not int:
+            raise ValueError(f"ignore_first_n_answer_tokens is {skipped}; use a whole number from 0.")
         if self.chunk and self.max_length is None:
             raise ValueError("chunk is True and max_length None; set the tokens of a piece.")
         if self.beta is not None and METHODS[self.loss_type].beta is None:
