@@ -158,7 +158,13 @@ IN_THE_PLACE_OF = {
 }
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if not path.parent.name.startswith("addition")], ids=name)
+# Arms of one folder differ in a few settings, which tests of their own train with: most of them run with `-m slow`
+FAST = ("stock", "ceu-0.5", "base", "full", "ceu_retain")
+STAND_INS = [path for path in RECIPES if not path.parent.name.startswith("addition")]
+STAND_INS = [pytest.param(p, id=name(p), marks=[] if p.stem in FAST else [pytest.mark.slow]) for p in STAND_INS]
+
+
+@pytest.mark.parametrize("path", STAND_INS)
 def test_it_runs_on_a_stand_in(path, stand_in, tmp_path):
     """The recipe as it is, with a tiny model and data, for one step on the CPU."""
     method = method_of(path)
