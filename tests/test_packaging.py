@@ -123,3 +123,8 @@ def test_an_installed_wheel_finds_its_recipes(wheel, tmp_path):
 
 def test_in_a_checkout_they_lie_beside_the_package():
     assert recipes_folder().samefile(ROOT / "recipes")
+
+
+def test_tasks_need_nothing_of_their_extra_until_one_is_asked_for():
+    code = "import sys; sys.modules |= {'pydantic': None, 'reasoning_gym': None}; import ceu_rl.tasks.reasoning_gym"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

@@ -24,7 +24,7 @@ from typing import Any, get_type_hints
 import yaml
 from huggingface_hub.dataclasses import type_validator
 
-# Script arguments, config and trainer of each method; those of GRPO bring vLLM, which takes seconds to import
+# Of each method its script arguments, config and trainer, by name: importing those of GRPO takes seconds
 CLASSES = {
     "dpo": ("ceu_rl.data.prompts:PromptArguments", "ceu_rl.dpo:CEUDPOConfig", "ceu_rl.dpo:CEUDPOTrainer"),
     "grpo": ("trl.scripts.grpo:GRPOScriptArguments", "ceu_rl.grpo:CEUGRPOConfig", "ceu_rl.grpo:CEUGRPOTrainer"),
@@ -94,7 +94,7 @@ def print_help(method: str, all_fields: bool) -> None:
 def set_variables(argv: Sequence[str]) -> None:
     """Set the variables of the field `env` of a command line's recipe; torch and CUDA read some when they start."""
     recipe, _ = _split_config(argv)
-    if recipe and (variables := _load_yaml(recipe).get("env")):
+    if recipe and (variables := load_yaml(recipe).get("env")):
         os.environ.update({name: str(value) for name, value in _check_variables(variables, recipe).items()})
 
 
@@ -109,7 +109,7 @@ def read_recipe(method: str, path: str | Path) -> dict[str, Any]:
     path, parser = Path(path), parser_for(method)
     lists = {action.dest for action in parser._actions if action.nargs == "+"} - {"datasets"}
     hints = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
-    content = _load_yaml(path, typed=False)
+    content = load_yaml(path, typed=False)
     if (named := content.pop("method", method)) != method:
         raise ValueError(f"{path}: method is {named!r}; train it with ceu-rl {named} --config {path}.")
     fields = {"env": _check_variables(content.pop("env"), path)} if "env" in content else {}
@@ -140,7 +140,7 @@ def recipe_method(path: str | Path) -> str:
         ValueError: for a recipe that [`read_recipe`] cannot read, or whose method is missing or unknown.
         OSError: if it cannot be read.
     """
-    method = _load_yaml(Path(path)).get("method")
+    method = load_yaml(Path(path)).get("method")
     if method not in CLASSES:
         raise ValueError(f"{path}: method is {method!r}; write one of {', '.join(CLASSES)}, as in `method: dpo`.")
     return str(method)
@@ -275,7 +275,7 @@ def dump_recipe(settings: Mapping[str, Any]) -> str:
     return str(yaml.dump(dict(settings), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
-def _load_yaml(path: Path, typed: bool = True) -> dict[Any, Any]:
+def load_yaml(path: Path, typed: bool = True) -> dict[Any, Any]:
     """A mapping; unless `typed`, its numbers and truth values are the texts that stand there."""
     try:
         loader = _OnceLoader(path.read_bytes().decode("utf-8-sig"))

@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _compare(argv: Sequence[str], console: Console, command: str) -> int:
     from ..models import check_model_name
-    from ..run.config import _load_yaml, recipe_method
+    from ..run.config import load_yaml, recipe_method
     from .launch import make_launcher, run_jobs
 
     args, recipes, fields = parse(argv)
@@ -85,7 +85,7 @@ def _compare(argv: Sequence[str], console: Console, command: str) -> int:
     for job in pending:
         if model := job.settings.get("model_name_or_path"):
             check_model_name(model, job.recipe)
-    options = {str(k): v for k, v in _load_yaml(args.launcher_config).items()} if args.launcher_config else {}
+    options = {str(k): v for k, v in load_yaml(args.launcher_config).items()} if args.launcher_config else {}
     folder.mkdir(parents=True, exist_ok=True)
     kept = len(jobs) - len(pending)
     console.print(f"{len(jobs)} runs in {folder}: {kept} done earlier and kept, {len(pending)} to do", soft_wrap=True)
@@ -209,7 +209,7 @@ class Job:
 
     run: Run
     recipe: Path
-    overrides: Mapping[str, Any]  # those of its settings that the grid gives, without the seed
+    overrides: Mapping[str, Any]  # the settings that the grid gives, but the seed
     text: str  # of the recipe that is stored in its folder
     words: Sequence[str]  # arguments of ceu-rl that would make it without a comparison
     seed_place: int

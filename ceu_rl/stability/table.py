@@ -212,7 +212,7 @@ class Table:
         )
 
     def _response_tokens(self) -> list[dict[str, float] | None]:
-        """Those of a run without a result are those of a run with the same rows."""
+        """Mean tokens of each run. A run without a result takes them from a run with the same rows."""
         own = [run.outcome.get("eval_tokens") for run in self.runs]
         own = [each if each and all(is_number(v) and v > 0 for v in each.values()) else None for each in own]
         rows = self._of_run((*START, "max_length", "truncation_mode"))

@@ -27,7 +27,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
 
 from ceu_rl.run.errors import NameCause
 from ceu_rl.tasks.protocol import Messages, Task, conversation, last_content
@@ -212,9 +211,10 @@ def _registry() -> tuple[dict[str, tuple[Any, Any]], Any]:
 def _settings(task: str, config: str | None) -> dict[str, Any]:
     """The fields that `name=value, name=value` sets, in the types of their annotations."""
     known = _registry()[0]
+    from pydantic import TypeAdapter, ValidationError  # of the extra `tasks`, as the library
+
     if task not in known:
         raise ValueError(f"reasoning_gym has no task {task!r}{_closest(task, known)}.")
-    kind = known[task][1]
     fields = {field.name: field for field in dataclasses.fields(known[task][1])}
     hints = typing.get_type_hints(known[task][1])
     given: dict[str, Any] = {}

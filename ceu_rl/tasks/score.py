@@ -109,8 +109,10 @@ def _answer_logits(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The chance that one of k <= `samples` answers is right, without bias from `samples` of which `right` are (Chen et
-    al. 2021, arXiv 2107.03374, equation 1): 1 - C(samples - right, k) / C(samples, k)."""
+    """The unbiased estimate of pass@k, the chance that one of k answers is right: 1 - C(n - c, k) / C(n, k).
+
+    n is the number of samples, of which c are right, and k is at most n (Chen et al. 2021, arXiv 2107.03374, eq. 1).
+    """
     return 1 - math.comb(samples - right, k) / math.comb(samples, k)
 
 

@@ -15,12 +15,11 @@ import seaborn as sns
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from ceu_rl.stability.grid import rate
-from ceu_rl.stability.table import paired_bootstrap, preference_scores
+from ceu_rl.stability.table import paired_bootstrap
 
 RESULTS = Path(__file__).parent
 DRAWN = ("stock", "anchored", "stock-sft", "constant-0.75", "token-ratio", "sequence-ratio", "balanced", "wider-1")
 COLOURS = dict(zip(DRAWN, sns.color_palette("colorblind"), strict=False))  # of the arms, alike in each panel
-BETA = 0.1
 
 
 def read_pairs(file: str) -> pd.DataFrame:
@@ -32,7 +31,7 @@ def read_pairs(file: str) -> pd.DataFrame:
         pairs = pd.DataFrame(run["held_out"])
         about = {"arm": run["arm"], "rate": float(run["setting"]["learning_rate"]), "seed": run["seed"]}
         about |= {name: run["metrics"][f"eval_{name}"] for name in ("foreign_kl", "solutions_nll")}
-        pairs = pairs.assign(**about, **preference_scores(pairs, BETA), pair=range(len(pairs)))
+        pairs = pairs.assign(**about, pair=range(len(pairs)))
         for side in ("chosen", "rejected"):
             pairs[f"{side} gain"] = (pairs[side] - pairs[f"ref_{side}"]) / pairs[f"{side}_tokens"]
         frames.append(pairs)
