@@ -89,4 +89,4 @@ def test_each_question_of_a_task_is_recorded_and_arms_are_paired_by_question_and
     table = Table(runs)
     greedy, sampled = (table.difference([2, 3], [0, 1], score) for score in ACCURACIES)
     assert greedy["difference"] == 0.5 and (greedy["seeds"], greedy["rows"]) == (2, 6)
-    assert greedy["interval"][0] > 0 and sampled["interval"] == [0.0, 0.0]  # alike question by question
+    assert greedy["interval"][0] > 0 and sampled["interval"] == (0.0, 0.0)  # alike question by question

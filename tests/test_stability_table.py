@@ -12,12 +12,9 @@ import pytest
 from ceu_rl.stability.runs import Run, rate
 from ceu_rl.stability.table import (
     Table,
-    collapse_step,
     drawdown,
-    loss_spikes,
     number,
     paired_bootstrap,
-    pareto_front,
     preference_scores,
     setting_name,
     spikes,
@@ -32,17 +29,10 @@ def test_spikes():
     assert spikes([*calm, math.nan, math.inf, 21.0]) == [7]
     assert spikes([100.0, 1.0, 1.0, 1.0, 50.0]) == []  # the first five are no spikes
     assert spikes([1.0] * 5 + [100.0] * 3 + [1001.0], window=3) == [5, 6, 8]  # at the last the median is 100
-    calm = [-0.1, 0.1, 0.0, 0.2, -0.2]  # median 0, deviation 0.1
-    assert loss_spikes([*calm, 1.0]) == [] and loss_spikes([*calm, 1.01]) == [5]
-    assert loss_spikes([0.0] * 5 + [0.011]) == [5] and loss_spikes([0.0] * 5 + [0.009]) == []  # at least 1e-3
 
 
-def test_drawdown_collapse_and_pareto_front():
+def test_drawdown():
     assert drawdown([0.5, 0.9, 0.4, 0.7, 0.3]) == pytest.approx(0.6) and drawdown([0.1, 0.2]) == 0
-    assert collapse_step([0, 10, 20, 30], [0.8, 0.3, 0.2, 0.1]) == 10
-    assert collapse_step([0, 10, 20, 30], [0.8, 0.3, 0.5, 0.1]) == 30
-    assert collapse_step([0, 10], [0.8, 0.4]) is None and collapse_step([0, 10], [-1.0, -9.0]) is None
-    assert pareto_front([(1, 1), (2, 0.5), (0.5, 0.5), (2, 0.5)]) == [0, 1, 3]
 
 
 def test_numbers_for_people():
@@ -120,7 +110,7 @@ def test_differences_are_paired_by_row_and_seed(tmp_path):
     table = Table(runs)
     found = table.difference([3, 4, 5], [0, 1, 2], table.scores[0])
     assert found["difference"] == pytest.approx(1.1) and (found["seeds"], found["rows"]) == (3, 40)
-    assert found["interval"] == pytest.approx([1.0, 1.2], abs=0.03)  # over seeds: rows shift alike
+    assert found["interval"] == pytest.approx((1.0, 1.2), abs=0.03)  # over seeds: rows shift alike
 
 
 def test_preference_accuracy_is_taken_from_the_pairs(tmp_path):
@@ -156,12 +146,12 @@ def test_without_rows_seeds_are_paired_and_one_seed_has_no_interval(tmp_path):
     table = Table(runs)
     (score,) = table.scores
     found = table.difference([2, 3], [0, 1], score)
-    assert found["difference"] == pytest.approx(0.1) and found["interval"] == pytest.approx([0.1, 0.1])
+    assert found["difference"] == pytest.approx(0.1) and found["interval"] == pytest.approx((0.1, 0.1))
     assert (found["seeds"], found["rows"]) == (2, None)
     assert table.difference([2], [0], score)["interval"] is None
     # By sorted values in place of seeds the gaps would be the same; with the seeds of one arm swapped they are not
     swapped = Table([runs[0], runs[1], Run("ceu", {}, 1, runs[2].folder), Run("ceu", {}, 0, runs[3].folder)])
-    assert swapped.difference([2, 3], [0, 1], score)["interval"] == pytest.approx([-0.3, 0.5])
+    assert swapped.difference([2, 3], [0, 1], score)["interval"] == pytest.approx((-0.3, 0.5))
 
 
 # Frames
@@ -180,7 +170,7 @@ def test_the_frame_is_tidy(tmp_path):
         ("stock", "learning rate 1e-5, beta 0.5", 3, 1, *each) for each in (("grad_norm", math.inf), ("loss", 0.4))
     ]
     assert list(found[columns].itertuples(index=False, name=None)) == expected
-    assert table.runs[0].rate == 1e-5 and table.runs[0].condition == {"beta": 0.5}
+    assert (table.runs[0].rate, table.about.condition[0]) == (1e-5, "beta 0.5")
 
 
 def test_log_probabilities_are_per_token_of_the_run_itself(tmp_path):
@@ -256,25 +246,23 @@ def test_how_a_run_ended_is_a_field(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    ("name", "content"),
     [
-        ("result.json", '{"metrics": {"eval_reward": "high"}}', "metrics.eval_reward is 'high', not a number"),
-        ("result.json", '{"eval_tokens": {"chosen": [1]}}', "eval_tokens.chosen is '[1]', not a number"),
-        ("result.json", '{"steps": true}', "steps is 'True'"),
-        ("result.json", '{"versions": ["torch"]}', "versions is"),
-        ("result.json", '{"settings": "beta"}', "settings is 'beta'"),
-        ("failure.json", '{"log_tail": "lines"}', "log_tail is 'lines'"),
-        ("failure.json", '{"diverged": "no"}', "diverged is 'no'"),
-        ("tofu_eval.json", '{"summary": {"forget_quality": "0.5"}}', "summary.forget_quality is '0.5', not a number"),
+        ("result.json", '{"steps": "x"}'),
+        ("result.json", '{"versions": [1]}'),
+        ("result.json", '{"settings": "beta"}'),
+        ("result.json", "[3]"),
+        ("failure.json", '{"log_tail": 3}'),
+        ("tofu_eval.json", '{"summary": 0.5}'),
     ],
 )
-def test_an_outcome_of_wrong_types_is_named_and_the_rest_is_read(tmp_path, name, content, words):
+def test_an_outcome_of_another_form_is_named_and_the_rest_is_read(tmp_path, name, content):
     log = [{"step": 0, "eval_greedy_accuracy": 1.0}]
     stock, ceu = (written(tmp_path, arm, log=log) for arm in ("stock", "ceu"))
     (ceu.folder / name).write_text(content)
     table = Table([stock, ceu])
     assert [run.status for run in table.runs] == ["finished", "failed"]
-    assert str(ceu.folder / name) in ceu.reason and words in ceu.reason
+    assert str(ceu.folder / name) in ceu.reason
     assert list(table.ends.final.isna()) == [False, True]
 
 
@@ -287,9 +275,7 @@ def test_an_outcome_of_wrong_types_is_named_and_the_rest_is_read(tmp_path, name,
         "\x00\x00",
         "[" * 50_000,
         '{"loss": 1.0}',
-        '{"step": 1.5}',
-        '{"step": true}',
-        '{"step": 1, "loss": "low"}',
+        '{"step": "x"}',
     ],
     ids=lambda line: line[:20].replace("\x00", "zero"),
 )
@@ -298,7 +284,7 @@ def test_a_log_line_that_is_no_entry_is_left_out_and_named(tmp_path, line):
     path = run.folder / "metrics.jsonl"
     path.write_text(path.read_text() + f"{line}\n" + json.dumps({"step": 2, "eval_kl": 1.0}) + '\n{"step": 3, "lo')
     assert list(Table([run]).series(0, "eval_kl")) == [0.0, 0.5, 1.0]
-    assert run.log_problem.startswith(f"{path} is read without line 3: ")
+    assert run.log_problem.startswith(f"{path} is read without 1 lines") and "line 3" in run.log_problem
 
 
 def test_odd_but_right_log_lines_are_read(tmp_path):
@@ -308,7 +294,7 @@ def test_odd_but_right_log_lines_are_read(tmp_path):
     )
     (run.folder / "metrics.jsonl").write_text(text + '{"step": 3, "loss": 2}')
     found = Table([run]).series(0, "loss")
-    assert run.log_problem is None and list(found.index) == [1, 2, 3]
+    assert not run.log_problem and list(found.index) == [1, 2, 3]
     assert math.isnan(found[1]) and (found[2], found[3]) == (math.inf, 2.0)
 
 

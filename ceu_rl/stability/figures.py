@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .runs import rate
-from .table import KEEP, STEP_MEANS, Score, Table, number, unique
+from .table import KEEP, Score, Table, number
 
 # The baseline in grey, then Okabe and Ito, then Tol's wine and olive: safe for colour blindness
 COLOURS = ("#404040", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
@@ -54,8 +54,17 @@ TITLES = {  # of the curves, by their metric
     "forget_loss": "loss on the forget set",
     "retain_loss": "loss on the retain set",
     "eval_kl": "KL from the start, nats per token",
-    "entropy at evaluations": "entropy, nats per token",
-    **STEP_MEANS,
+    "eval_sampled_entropy": "entropy of samples, nats per token",
+    "eval_entropy": "entropy, held out, nats per token",
+    "ceu/descending_below_0.01": "share of descending tokens below 0.01",
+    "ceu/descending_above_0.99": "share of descending tokens above 0.99",
+    "ceu/gradient_descending": "share of the gradient on descending tokens",
+    "ceu/gradient_below_0.01": "share of the gradient below 0.01",
+    "ceu/gradient_above_0.99": "share of the gradient above 0.99",
+    "rollout/ratio_positive": "importance ratio, positive advantage",
+    "rollout/ratio_negative": "importance ratio, negative advantage",
+    "rollout/mismatch_positive": "mismatch with rollouts in nats, positive advantage",
+    "rollout/mismatch_negative": "mismatch with rollouts in nats, negative advantage",
 }
 
 
@@ -67,11 +76,11 @@ class Look(NamedTuple):
     symbol: str
 
 
-def looks(compared: Sequence[str], every: Sequence[str]) -> dict[str, Look]:
-    """The first of the arms that are compared is the baseline; an arm beside them, such as the base, is a star."""
+def looks(arms: Sequence[str]) -> dict[str, Look]:
+    """The look of each arm, the first of which is the baseline."""
     colours = itertools.chain(COLOURS[:1], itertools.cycle(COLOURS[1:]))
     found = map(Look, colours, itertools.cycle(MARKERS), itertools.cycle(SYMBOLS))
-    return dict.fromkeys(every, Look("#000000", "*", "★")) | dict(zip(compared, found, strict=False))
+    return dict(zip(arms, found, strict=False))
 
 
 def _styled(arms: Mapping[str, Look]) -> dict[str, Any]:
@@ -87,11 +96,22 @@ def _styled(arms: Mapping[str, Look]) -> dict[str, Any]:
     }
 
 
-def final_plot(ends: pd.DataFrame, score: Score, arms: Mapping[str, Look], name: str) -> str:
+def finals(table: Table, arms: Mapping[str, Look]) -> list[dict[str, str]]:
+    """A figure for each score and condition in which a run has ended."""
+    found: list[dict[str, str]] = []
+    for score, condition in itertools.product(table.scores, table.about.condition.unique()):
+        ends = table.ends[(table.ends.score == score.name) & (table.ends.condition == condition)]
+        if ends.status.isin(("finished", "diverged")).any():
+            title = f"{score.name} ({condition})" if condition else score.name
+            found.append({"title": title, "svg": _final(ends, score, arms, f"final{len(found)}")})
+    return found
+
+
+def _final(ends: pd.DataFrame, score: Score, arms: Mapping[str, Look], name: str) -> str:
     """Final scores at each learning rate; a cross below for a run that diverged."""
     ends = ends.assign(at=["" if math.isnan(each) else rate(each) for each in ends.rate]).sort_values("rate")
     known, diverged = ends.dropna(subset=["final"]), ends[ends.status == "diverged"]
-    order, places = [arm for arm in arms if arm in set(ends.arm)], unique(ends["at"])
+    order, places = [arm for arm in arms if arm in set(ends.arm)], list(ends["at"].unique())
 
     def draw(axes: Axes) -> None:
         for base in sorted(set(ends.base.dropna())):
@@ -114,10 +134,9 @@ def final_plot(ends: pd.DataFrame, score: Score, arms: Mapping[str, Look], name:
     return _drawn((5.0, 3.3), draw, name, f"Final {score.name}: {', '.join(spoken) or 'no run has finished'}.")
 
 
-def curves(table: Table, runs: Sequence[int], arms: Mapping[str, Look]) -> list[dict[str, Any]]:
+def curves(table: Table, arms: Mapping[str, Look]) -> list[dict[str, Any]]:
     """For each metric a strip of panels, one for each setting: means over seeds, bands over their range."""
-    values = table.values[table.values.run.isin(runs) & np.isfinite(table.values.value)]
-    settings = unique(table.about.setting[list(runs)])
+    values, settings = table.values[np.isfinite(table.values.value)], list(table.about.setting.unique())
     found: list[dict[str, Any]] = []
     for metric, title in TITLES.items():
         logarithmic = metric == "grad_norm" or "ratio" in metric
@@ -138,7 +157,7 @@ def curves(table: Table, runs: Sequence[int], arms: Mapping[str, Look]) -> list[
                     _log_axis(axes)
                 axes.grid(True)
                 axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            svg = _svg(grid.figure, f"curve{len(found)}", f"{title} over steps: {', '.join(unique(own.arm))}.")
+            svg = _svg(grid.figure, f"curve{len(found)}", f"{title} over steps: {', '.join(own.arm.unique())}.")
             plt.close(grid.figure)
         found.append({"title": title, "svg": svg, "panels": grid.axes.size})
     return found
@@ -161,7 +180,7 @@ def _log_axis(axes: Axes) -> None:
 
 
 def plane(found: Mapping[str, Any], arms: Mapping[str, Look], name: str) -> str:
-    """Two coordinates of each arm at each setting, with its seeds: a plane of TOFU or of reward and divergence."""
+    """Two coordinates of each arm at each setting, with its seeds; a line joins the settings of an arm."""
     points = found["points"]
     floor = min([y for point in points for _, y in point["seeds"] if y > 0], default=1e-3) / 3
     low = floor if found["logarithmic"] else -math.inf
@@ -173,15 +192,24 @@ def plane(found: Mapping[str, Any], arms: Mapping[str, Look], name: str) -> str:
         for level, line in ((found.get("x_line"), axes.axvline), (found.get("y_line"), axes.axhline)):
             if level is not None:
                 line(level, color=GREY, ls="--", lw=1)
-        for point in points:
-            marker, colour, at = arms[point["arm"]].marker, arms[point["arm"]].colour, [(point["x"], point["y"])]
-            mark(point.get("path") or at, "-", color=colour, lw=0.9, alpha=0.55)
-            mark(point["seeds"], marker, color=colour, ms=3.5, alpha=0.4)
-            mark(at, marker, color=colour, ms=7, zorder=4)
-            if point["lost"]:
-                mark(at, "x", color="black", ms=8, mew=1.6, zorder=5)
-        if front := sorted((point["x"], point["y"]) for point in points if point["front"]):
-            mark(front, "-", color="#b0b0b0", lw=4, alpha=0.5, drawstyle="steps-pre", zorder=1)
+        for arm, look in arms.items():
+            own = [point for point in points if point["arm"] == arm]
+            at = [(point["x"], point["y"]) for point in own]
+            if own:
+                mark(at, "-", color=look.colour, lw=0.9, alpha=0.55)
+                mark(
+                    [seed for point in own for seed in point["seeds"]],
+                    look.marker,
+                    color=look.colour,
+                    ms=3.5,
+                    alpha=0.4,
+                )
+                mark(at, look.marker, color=look.colour, ms=7, zorder=4)
+            for point in own:
+                where: Any = {"xytext": (6, -9), "textcoords": "offset points", "fontsize": 7.5, "color": look.colour}
+                axes.annotate(rate(point["rate"]) if point["rate"] else "", (point["x"], max(point["y"], low)), **where)
+        if lost := [(point["x"], point["y"]) for point in points if point["lost"]]:
+            mark(lost, "x", color="black", ms=8, mew=1.6, zorder=5)
         for label, (x, y) in found["around"].items():
             mark([(x, y)], "*", color="black", ms=11, zorder=5)
             axes.annotate(label, (x, max(y, low)), (0, 8), textcoords="offset points", fontsize=8, ha="center")
@@ -189,10 +217,6 @@ def plane(found: Mapping[str, Any], arms: Mapping[str, Look], name: str) -> str:
             _log_axis(axes)
         axes.set(xlabel=found["x"], ylabel=found["y"])
         axes.margins(0.12)
-        for point in points:
-            if point["rate"] is not None:
-                look: Any = {"textcoords": "offset points", "fontsize": 7.5, "color": arms[point["arm"]].colour}
-                axes.annotate(rate(point["rate"]), (point["x"], max(point["y"], low)), (6, -9), **look)
 
     spoken = [f"{point['arm']} {number(point['x'])}, {number(point['y'])}" for point in points]
     return _drawn((6.2, 4.2), draw, name, f"{found['y']} against {found['x']}: {'; '.join(spoken)}.")

@@ -365,7 +365,7 @@ def is_done(job: Job) -> bool:
         ValueError: for a run that was made or begun with other settings; one that failed with them starts again.
     """
     found = job.found
-    records = {name: found.record(name) or {} for name in (RESULT, FAILURE, RECORD)}
+    records = {name: found.record(name) for name in (RESULT, FAILURE, RECORD)}
     failed = records[FAILURE] and not records[FAILURE].get("diverged")
     name = next((name for name, record in records.items() if record.get("settings") is not None), None)
     if name and not failed and _is_begun(job.folder):
@@ -430,7 +430,7 @@ def _resume(job: Job) -> list[str]:
         return []
     from ..run.checkpoints import missing_states, saved_checkpoints
 
-    same = record is not None and not _others(job.settings, record.get("settings") or {})
+    same = bool(record) and not _others(job.settings, record.get("settings") or {})
     last = [path for _, path in saved_checkpoints(folder)][-1:]
     if same and last and not missing_states(last[0]):
         return ["--resume_from_checkpoint", "true"]

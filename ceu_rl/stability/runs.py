@@ -4,7 +4,7 @@ costs no other run."""
 import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,19 +16,22 @@ RECORD, RESULT, FAILURE = "run.json", "result.json", "failure.json"
 LOG, HELD_OUT, EVALUATIONS = "metrics.jsonl", "held_out.jsonl", ("tofu_eval.json", "muse_eval.json")
 STATUSES = ("finished", "diverged", "failed", "running", "interrupted", "waiting")
 LOST = ("eval_loss", "eval_logps/chosen", "eval_logps/rejected", "eval_reward", "eval_kl", "eval_solutions_nll")
-TYPES: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("settings", "overrides", "metrics", "eval_tokens", "versions", "summary", "base"), dict),
-    **dict.fromkeys(("wall_time_s", "peak_memory_gib"), (int, float)),
-    **dict.fromkeys(("method", "command", "date", "device", "reason", "retain"), str),
-    **{"steps": int, "diverged": bool, "resumed": bool, "log_tail": list},
-}
-# How the names of what has to be a number begin
-LOGGED = ("eval_", "ceu/", "loss", "grad_norm", "row", "chosen", "rejected", "ref_", "greedy", "sampled")
-SUMMED = ("eval_", "forget_", "model_", "chosen", "rejected")
 
 
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _numbers(found: Any) -> dict[str, float]:
+    return {name: float(value) for name, value in dict(found).items() if is_number(value)}
+
+
+FIELDS: dict[str, Callable[[Any], Any]] = {  # what is read from a record, and as what
+    **dict.fromkeys(("settings", "overrides", "metrics", "versions"), dict),
+    **dict.fromkeys(("summary", "base", "eval_tokens"), _numbers),
+    **dict.fromkeys(("method", "command", "date", "device", "reason", "retain"), str),
+    **{"steps": int, "diverged": bool, "log_tail": list},
+}
 
 
 def key_of(value: Any) -> str:
@@ -71,13 +74,14 @@ class Run:
         for name in (RESULT, FAILURE, RECORD, *EVALUATIONS):
             try:
                 if (content := read_json(self.folder / name)) is not None:
-                    found[name] = {key: value for key, value in content.items() if key not in ("items", "rows")}
+                    found[name] = content
             except ValueError as error:
                 problems.append(str(error))
         return found, problems
 
-    def record(self, name: str) -> dict[str, Any] | None:
-        return self._records[0].get(name)
+    def record(self, name: str) -> dict[str, Any]:
+        """What a file of its folder holds; empty where it is missing or cannot be read."""
+        return self._records[0].get(name, {})
 
     @property
     def outcome(self) -> Mapping[str, Any]:
@@ -98,21 +102,15 @@ class Run:
         return float(value) if is_number(value) and value > 0 else math.nan
 
     @property
-    def condition(self) -> dict[str, Any]:
-        """Its setting without the learning rate."""
-        return {name: value for name, value in self.setting.items() if name != "learning_rate"}
-
-    @property
     def summary(self) -> dict[str, float]:
         """What its evaluation after training found."""
-        found = [(self.record(name) or {}).get("summary") for name in EVALUATIONS]
-        return next(filter(None, found), {})
+        return next(filter(None, (self.record(name).get("summary") for name in EVALUATIONS)), {})
 
     @cached_property
     def status(self) -> str:
         """One of `STATUSES`; diverged is a loss, a gradient or a final evaluation that is not finite."""
         result, failure = self.record(RESULT), self.record(FAILURE)
-        if failure and failure.get("diverged"):
+        if failure.get("diverged"):
             return "diverged"
         if self._records[1] or failure:
             return "failed"
@@ -132,10 +130,10 @@ class Run:
             return isinstance(error, filelock.Timeout)
 
     @property
-    def _not_finite(self) -> str | None:
-        metrics = (self.record(RESULT) or {}).get("metrics") or {}
-        found = ((key, metrics.get(key)) for key in LOST)
-        return next((f"{k} ({v})" for k, v in found if isinstance(v, float) and not math.isfinite(v)), None)
+    def _not_finite(self) -> str:
+        metrics = self.record(RESULT).get("metrics") or {}
+        lost = [name for name in LOST if is_number(metrics.get(name)) and not math.isfinite(metrics[name])]
+        return ", ".join(f"{name} ({metrics[name]})" for name in lost)
 
     @property
     def steps(self) -> int:
@@ -145,26 +143,25 @@ class Run:
     @property
     def reason(self) -> str | None:
         """Why there is no result; None if there is."""
-        failure, of = self.record(FAILURE) or {}, self.settings.get("max_steps", -1)
+        of, failure = self.settings.get("max_steps"), self.record(FAILURE)
+        last = f" of {of}." if isinstance(of, int) and of > 0 else "."
         match self.status:
             case "finished":
                 return None
             case "running":
-                return f"It is at step {self.steps}" + (f" of {of}." if is_number(of) and of > 0 else ".")
+                return f"It is at step {self.steps}{last}"
             case "interrupted":
                 return f"Its log ends at step {self.steps}; the same command continues it."
             case "waiting":
                 return "It has not started."
-        if self._records[1]:
-            return " ".join(self._records[1])
-        if failure:
-            return str(failure.get("reason") or f"It ended with exit status {failure.get('status')}.")
+        if self._records[1] or failure:
+            return " ".join(self._records[1]) or failure.get("reason") or "It failed without a word."
         if self._not_finite:
             return f"Its last evaluation met a non-finite {self._not_finite}."
         return "It ended after 0 steps, so nothing was trained."
 
     @cached_property
-    def _lines(self) -> tuple[tuple[list[dict[str, Any]], str | None], ...]:
+    def _lines(self) -> tuple[tuple[list[dict[str, Any]], str], ...]:
         return _read_lines(self.folder / LOG, ("step",)), _read_lines(self.folder / HELD_OUT, ("step", "row"))
 
     @property
@@ -176,65 +173,46 @@ class Run:
         return self._lines[1][0]
 
     @property
-    def log_problem(self) -> str | None:
-        """What is left out of its log and of its held-out rows, and why."""
-        return " ".join(problem for _, problem in self._lines if problem) or None
+    def log_problem(self) -> str:
+        """What is left out of its log and of its held-out rows."""
+        return " ".join(problem for _, problem in self._lines if problem)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A record of a run; None where there is none.
+    """A record of a run, its `FIELDS` of one type each; None where there is none.
 
     Raises:
         ValueError: with the file, for what is cut short or of another form.
     """
     try:
         found = json.loads(path.read_bytes())
+        typed = {name: kind(found[name]) for name, kind in FIELDS.items() if found.get(name) is not None}
+        return {name: value for name, value in found.items() if name not in ("items", "rows")} | typed
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}).") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is empty, cut short or no JSON ({str(error)[:80]}).") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {str(found)[:40]}, no mapping.")
-    for name, kind in TYPES.items():
-        value = found.get(name)
-        if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
-            raise ValueError(f"{path}: {name} is {str(value)[:40]!r}, of another type.")
-    for name in ("metrics", "summary", "eval_tokens"):
-        for key, value in (found.get(name) or {}).items():
-            if value is not None and not is_number(value) and key.startswith(SUMMED):
-                raise ValueError(f"{path}: {name}.{key} is {str(value)[:40]!r}, not a number.")
-    return found
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path} is empty, cut short or of another form ({str(error)[:80]}).") from error
 
 
-def _read_lines(path: Path, needed: tuple[str, ...]) -> tuple[list[dict[str, Any]], str | None]:
-    """The lines of a log; a last one that a kill cut short is left out, others that are no entry are named."""
+def _read_lines(path: Path, whole: tuple[str, ...]) -> tuple[list[dict[str, Any]], str]:
+    """The lines of a log, with some whole numbers; a last one that a kill cut short is left out, others are named."""
     try:
         *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
-        return [], None
+        return [], ""
     except OSError as error:
         return [], f"{path} cannot be read ({error.strerror})."
     entries, bad = [], []
     for number, line in enumerate([*lines, last], 1):
         try:
-            entry = json.loads(line)
-            if not isinstance(entry, dict):
-                raise ValueError(f"it is {str(entry)[:40]}, no mapping")
-            for name in (*needed, *(key for key in entry if key.startswith(LOGGED))):
-                value = entry[name]
-                whole = name not in needed or (is_number(value) and value == int(value) and abs(value) < 2**53)
-                if not whole or not (value is None or is_number(value)):
-                    raise ValueError(f"its {name} is {value!r}")
-            entries.append({**entry, "step": int(entry["step"])})
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            entry = json.loads(line, parse_int=float)
+            entries.append({**entry, **{name: int(entry[name]) for name in whole}})
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             if line.strip() and number <= len(lines):
-                bad.append((number, " ".join(str(error).split())[:80]))
-    if not bad:
-        return entries, None
-    which = "line" if len(bad) == 1 else f"{len(bad)} lines, the first of them line"
-    return entries, f"{path} is read without {which} {bad[0][0]}: {bad[0][1]}."
+                bad.append(f"line {number} ({line[:40]!r})")
+    return entries, f"{path} is read without {len(bad)} lines that are no entries, first {bad[0]}." if bad else ""
 
 
 def write_whole(files: Mapping[Path, str]) -> None:
@@ -261,7 +239,7 @@ def find_runs(folder: Path) -> list[Run]:
     for path in (path for path in sorted(folder.glob(f"*/*/*/{RECORD}")) if path.parent.name.isdecimal()):
         overrides[path.parent] = {}
         with contextlib.suppress(ValueError):  # the run says it
-            overrides[path.parent] = dict((read_json(path) or {}).get("overrides") or {})
+            overrides[path.parent] = (read_json(path) or {}).get("overrides") or {}
     if not overrides:
         raise ValueError(f"{folder} holds no runs; they lie in <arm>/<what varies>/<seed>/{RECORD}.")
     names = {name for each in overrides.values() for name in each}
@@ -271,8 +249,7 @@ def find_runs(folder: Path) -> list[Run]:
         Run(path.parent.parent.name, {n: v for n, v in each.items() if n in varied}, int(path.name), path)
         for path, each in overrides.items()
     ]
-    try:
-        order = [str(arm["name"]) for arm in json.loads((folder / "report.json").read_bytes())["arms"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        order = []
-    return sorted(runs, key=lambda r: (order.index(r.arm) if r.arm in order else len(order), r.arm != "stock", r.arm))
+    order = ["stock"]
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        order = [arm["name"] for arm in json.loads((folder / "report.json").read_bytes())["arms"]]
+    return sorted(runs, key=lambda run: (order.index(run.arm) if run.arm in order else len(order), run.arm))

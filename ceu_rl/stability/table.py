@@ -1,12 +1,14 @@
 """The numbers of a comparison: what its runs left as tidy frames, measures of a run, and intervals that pair runs.
 
-    values      run, arm, setting, seed, rate, step, metric, value           what was logged, and the scores
-    ends        run, arm, setting, seed, rate, status, score, final, base    a line for each run and score
+    about       run, arm, setting, condition, seed, rate, status, group      a line for each run
+    values      run, arm, setting, seed, step, metric, value ...             what was logged, and the scores
+    ends        run, arm, setting, seed, status ..., score, final, base      a line for each run and score
     held_out    run, step, row, column of a score                            a line for each held-out row and evaluation
     cells       score, run, seed, row, final, base                           of finished runs; no row: not recorded
 
-Log-probabilities, entropies and divergences are in nats. Of a held-out pair, with sums of log-probabilities over a
-response, of the policy and of the reference (ref):
+A condition is a setting without its learning rate, and a group the runs that differ in the seed alone.
+Log-probabilities and divergences are in nats. Of a held-out pair, with sums of log-probabilities over a response, of
+the policy and of the reference (ref):
 
     margin   = beta ((chosen - ref_chosen) - (rejected - ref_rejected))
     accuracy = 1 if margin > 0, 1/2 if margin = 0, else 0
@@ -14,7 +16,7 @@ response, of the policy and of the reference (ref):
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,51 +29,19 @@ KEEP = 0.95  # share of the base's score that is kept
 RESAMPLES, CONFIDENCE = 2000, 0.95
 WINDOW, WARM_UP = 50, 5  # steps that a running median looks back, and that it needs
 START = ("model_name_or_path", "dataset_name", "dataset_config", "dataset_test_split")
-ENTROPIES = ("eval_sampled_entropy", "eval_entropy", "entropy")
-STEP_MEANS = {
-    "ceu/descending_below_0.01": "share of descending tokens below 0.01",
-    "ceu/descending_above_0.99": "share of descending tokens above 0.99",
-    "ceu/gradient_descending": "share of the gradient on descending tokens",
-    "ceu/gradient_below_0.01": "share of the gradient below 0.01",
-    "ceu/gradient_above_0.99": "share of the gradient above 0.99",
-    "rollout/ratio_positive": "importance ratio, positive advantage",
-    "rollout/ratio_negative": "importance ratio, negative advantage",
-    "rollout/mismatch_positive": "mismatch with rollouts in nats, positive advantage",
-    "rollout/mismatch_negative": "mismatch with rollouts in nats, negative advantage",
-}
-PAIR = ("chosen", "rejected", "ref_chosen", "ref_rejected")
+PAIR = ["chosen", "rejected", "ref_chosen", "ref_rejected"]
 
 Interval = tuple[float, float]
-
-
-# Measures of a series: numbers in the order of the steps
 
 
 def spikes(values: Sequence[float], factor: float = 10.0, window: int = WINDOW) -> list[int]:
     """Positions of the values above `factor` times the median of the up to `window` finite values before them.
 
-    The measure for gradient norms. The first `WARM_UP` values are never spikes.
+    The measure for gradient norms, in the order of the steps. The first `WARM_UP` values are never spikes.
     """
-    return _above(values, window, lambda before: factor * np.nanmedian(before))
-
-
-def loss_spikes(values: Sequence[float], factor: float = 10.0, window: int = WINDOW) -> list[int]:
-    """Positions of the values above m + `factor` * d of the up to `window` finite values before them.
-
-    m is their median and d their median absolute deviation, at least 1e-3.
-    """
-
-    def limit(before: np.ndarray) -> float:
-        middle = np.nanmedian(before)
-        return middle + factor * max(np.nanmedian(np.abs(before - middle)), 1e-3)
-
-    return _above(values, window, limit)
-
-
-def _above(values: Sequence[float], window: int, limit: Callable[[np.ndarray], float]) -> list[int]:
     series = pd.Series(values, dtype=float)
     known = series[np.isfinite(series)]
-    high = known > known.shift().rolling(window, min_periods=1).apply(limit, raw=True)
+    high = known > factor * known.shift().rolling(window, min_periods=1).median()
     return list(known.index[WARM_UP:][high[WARM_UP:]])
 
 
@@ -79,27 +49,6 @@ def drawdown(scores: Sequence[float]) -> float:
     """The largest fall of the score from its best so far: max over s < t of score_s - score_t, at least 0."""
     series = pd.Series(scores, dtype=float)
     return float((series.cummax() - series).max())
-
-
-def collapse_step(steps: Sequence[int], scores: Sequence[float], share: float = 0.5) -> int | None:
-    """The step from whose evaluation on the score stays below `share` of its best so far; None: no collapse.
-
-    A score whose best is not above 0, such as a reward of penalties, does not collapse.
-    """
-    collapsed, best = None, -math.inf
-    for step, score in zip(steps, scores, strict=True):
-        best = max(best, score)
-        collapsed = None if best <= 0 or score >= share * best else step if collapsed is None else collapsed
-    return collapsed
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other point beats in one coordinate and matches in the other; higher is better."""
-    return [
-        place
-        for place, (x, y) in enumerate(points)
-        if not any((a, b) != (x, y) and a >= x and b >= y for a, b in points)
-    ]
 
 
 # Held-out rows and paired intervals
@@ -171,8 +120,9 @@ ACCURACIES = tuple(Score(f"{name} accuracy", f"eval_{name}_accuracy", name) for 
 REWARD = Score("held-out reward", "eval_reward")
 CHOSEN = Score("probability per token of chosen responses", "chosen", of=lambda value: math.exp(min(value, 700.0)))
 PREFERENCE = Score("preference accuracy", "eval_rewards/accuracies", "accuracy", kept=False)
-DPO_LOSS = Score("DPO loss", "", "loss", kept=False, lower=True)
-KNOWN = (
+ALWAYS = (
+    PREFERENCE,
+    Score("DPO loss", "", "loss", kept=False, lower=True),
     Score("world-facts probability", "eval_world_facts_probability"),
     Score("real-authors probability", "eval_real_authors_probability"),
     Score("probability per token of solutions", "eval_solutions_nll", of=lambda value: math.exp(min(-value, 700.0))),
@@ -184,28 +134,37 @@ class Table:
 
     Attributes:
         runs: The runs, the baseline's arm first; a frame names one by its place among them.
-        about: One line for each: run, arm, setting, seed, rate.
-        values, ends, held_out, cells: The frames of the module. base is the value at step 0, final the last one of a
-            run that finished.
+        about, values, ends, held_out, cells: The frames of the module. base is the value at step 0, final the last one
+            of a run that finished.
         scores: The scores that there are.
         tokens: Mean tokens of each run's held-out responses, where they are known.
     """
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = list(runs)
-        lines = [(place, r.arm, setting_name(r.setting), r.seed, r.rate) for place, r in enumerate(self.runs)]
-        self.about = pd.DataFrame(lines, columns=["run", "arm", "setting", "seed", "rate"])
+        self.about = self._describe_runs()
         self.tokens = self._response_tokens()
         self.held_out = self._read_held_out()
         logged = self._read_log()
-        scores = {score: self._series_of(score, logged) for score in self._scores_of(logged)}
+        scores = {score: self._series_of(score, logged) for score in self._scores_of({*logged.metric, *self.held_out})}
         self.scores = [score for score, series in scores.items() if len(series)]
         named = [scores[score].assign(metric=score.name) for score in self.scores]
         columns = {"run": int, "step": int, "metric": object, "value": float}
         self.values = pd.concat([logged, *named])[list(columns)].astype(columns).merge(self.about, on="run")
         self.ends, self.cells = self._read_ends()
 
-    def _of_run(self, names: Iterable[str]) -> pd.Series:
+    def _describe_runs(self) -> pd.DataFrame:
+        lines = []
+        for place, run in enumerate(self.runs):
+            condition = {name: value for name, value in run.setting.items() if name != "learning_rate"}
+            names = setting_name(run.setting), setting_name(condition) if condition else ""
+            lines.append((place, run.arm, *names, run.seed, run.rate, run.status))
+        about = pd.DataFrame(lines, columns=["run", "arm", "setting", "condition", "seed", "rate", "status"])
+        varied = [run.setting.get("learning_rate", 0.0) for run in self.runs]
+        order = [pd.factorize(about.condition)[0], pd.Series(varied, dtype=float), pd.factorize(about.arm)[0]]
+        return about.assign(group=about.groupby(order).ngroup() if self.runs else [])
+
+    def _of_run(self, names: Sequence[str]) -> pd.Series:
         """The settings by which runs are told to start from the same model and rows."""
         return pd.Series(
             [str([{**r.settings, **r.setting}.get(name) for name in names]) for r in self.runs], dtype=object
@@ -214,14 +173,13 @@ class Table:
     def _response_tokens(self) -> list[dict[str, float] | None]:
         """Mean tokens of each run. A run without a result takes them from a run with the same rows."""
         own = [run.outcome.get("eval_tokens") for run in self.runs]
-        own = [each if each and all(is_number(v) and v > 0 for v in each.values()) else None for each in own]
         rows = self._of_run((*START, "max_length", "truncation_mode"))
         known = {key: tokens for key, tokens in zip(rows, own, strict=True) if tokens}
         return [tokens or known.get(key) for key, tokens in zip(rows, own, strict=True)]
 
     def _read_log(self) -> pd.DataFrame:
         lines = [
-            (place, entry["step"], metric, math.inf if isinstance(value, int) and abs(value) > 1e308 else float(value))
+            (place, entry["step"], metric, float(value))
             for place, run in enumerate(self.runs)
             for entry in run.log
             for metric, value in entry.items()
@@ -232,11 +190,9 @@ class Table:
         parts = [frame]
         for name in ("chosen", "rejected"):
             own = frame[frame.metric == f"eval_logps/{name}"]
-            tokens = own.run.map(lambda run, name=name: (self.tokens[run] or {}).get(name, math.nan)).astype(float)
+            tokens = own.run.map(lambda run, name=name: (self.tokens[run] or {}).get(name) or math.nan).astype(float)
             tokens = tokens if any(self.tokens) else tokens.fillna(1.0)  # no curve in another unit
             parts.append(own.assign(metric=name, value=own.value / tokens)[tokens.notna()])
-        entropy = next((key for key in ENTROPIES if (frame.metric == key).any()), None)
-        parts.append(frame[frame.metric == entropy].assign(metric="entropy at evaluations"))
         return pd.concat(parts, ignore_index=True)
 
     def _read_held_out(self) -> pd.DataFrame:
@@ -247,16 +203,17 @@ class Table:
                 rows["row"] = [f"{line.get('dataset', 'eval')}:{line['row']}" for line in run.held_out]
                 if set(PAIR) <= set(rows):
                     beta = run.settings.get("beta")
+                    rows[PAIR] = rows[PAIR].apply(pd.to_numeric, errors="coerce")
                     rows = rows.assign(**preference_scores(rows, beta if beta and is_number(beta) else 0.1))
                 frames.append(rows)
         found = pd.concat(frames[1:] or frames, ignore_index=True)
         return found.drop_duplicates(["run", "step", "row"], keep="last")
 
-    def _scores_of(self, logged: pd.DataFrame) -> list[Score]:
-        there = {*logged.metric, *self.held_out}
-        task = [score for score in ACCURACIES if score.key in there or score.column in there]
-        task = task or [score for score in (REWARD,) if score.key in there] or [CHOSEN]
-        return [*task, PREFERENCE, DPO_LOSS, *KNOWN]
+    def _scores_of(self, there: set[str]) -> list[Score]:
+        tries = max((int(key[10:]) for key in there if key.startswith("eval_pass@")), default=0)
+        task = [*ACCURACIES, Score(f"pass@{tries}", f"eval_pass@{tries}", f"pass@{tries}")]
+        task = [score for score in task if {score.key, score.column} & there]
+        return [*(task or [REWARD if REWARD.key in there else CHOSEN]), *ALWAYS]
 
     def _series_of(self, score: Score, logged: pd.DataFrame) -> pd.DataFrame:
         """A score by run and step, from held-out rows where they are there."""
@@ -273,22 +230,21 @@ class Table:
     def _read_ends(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """The base of a run is the median over those that start from the same model and rows, else another's of its
         arm."""
-        status = pd.Series([run.status for run in self.runs], dtype=object)
+        finished = self.about.status == "finished"
         start = self._of_run(START) + pd.Series(map(str, self.tokens), dtype=object)
-        ends = [pd.DataFrame(columns=[*self.about, "status", "score", "final", "base"])]
+        ends = [self.about.iloc[:0].assign(score=[], final=[], base=[])]
         cells = [pd.DataFrame(columns=["score", "run", "seed", "row", "final", "base"])]
         for score in self.scores:
             series = self.values[self.values.metric == score.name].sort_values("step")
-            final = series.groupby("run").value.last().reindex(self.about.index).where(status == "finished")
+            final = series.groupby("run").value.last().reindex(self.about.index).where(finished)
             first = series[(series.step == 0) & np.isfinite(series.value)].set_index("run").value
             base = start.map(first.groupby(start.reindex(first.index)).median())
             base = base.fillna(base.groupby(self.about.arm).transform("last"))
-            ends.append(self.about.assign(status=status, score=score.name, final=final, base=base))
+            ends.append(self.about.assign(score=score.name, final=final, base=base))
             rows = self._rows_of(score)
-            rows = rows.assign(base=rows.base.fillna(rows.run.map(base)))
-            plain = ends[-1][~ends[-1].run.isin(rows.run)].assign(row="")
-            both = pd.concat([rows.merge(self.about, on="run"), plain])[["run", "seed", "row", "final", "base"]]
-            cells.append(both[both.run.map(status) == "finished"].assign(score=score.name))
+            rows = rows.assign(base=rows.base.fillna(rows.run.map(base))).merge(self.about, on="run")
+            both = pd.concat([rows, ends[-1][~ends[-1].run.isin(rows.run)].assign(row="")])
+            cells.append(both[both.status == "finished"].assign(score=score.name)[cells[0].columns])
         return tuple(pd.concat(frames[1:] or frames, ignore_index=True) for frames in (ends, cells))  # type: ignore
 
     def _rows_of(self, score: Score) -> pd.DataFrame:
@@ -333,10 +289,9 @@ def _paired(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict[str, Any]:
     if "" in ours or "" in theirs:
         ours, theirs = (each.mean(axis=1).to_frame("") for each in (ours, theirs))
     gaps = (ours - theirs).dropna(how="all").dropna(axis=1, how="all")
-    interval = paired_bootstrap(gaps)
     return {
         "difference": float(np.nanmean(gaps.to_numpy())) if gaps.size else None,
-        "interval": list(interval) if interval else None,
+        "interval": paired_bootstrap(gaps),
         "seeds": len(gaps),
         "rows": None if "" in gaps else gaps.shape[1] or None,
     }
@@ -345,14 +300,13 @@ def _paired(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict[str, Any]:
 # For people
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def number(value: float | None) -> str:
     """A number for people: three significant digits, without an exponent where it is readable so; none for None."""
     if value is None or math.isnan(value):
         return "none"
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        shown = f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
-        return f"{float(shown):g}" if abs(value) < 1000 else shown
-    return f"{value:.2g}"
+    if 1e3 <= abs(value) < 1e5:
+        return f"{value:.0f}"
+    return f"{float(f'{value:.3g}'):g}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.2g}"
 
 
 def setting_name(setting: Mapping[str, Any]) -> str:
@@ -363,11 +317,3 @@ def setting_name(setting: Mapping[str, Any]) -> str:
 
 def _value(name: str, value: Any) -> str:
     return rate(value) if name == "learning_rate" and is_number(value) else str(value)
-
-
-def unique(items: Iterable[Any]) -> list[Any]:
-    found: list[Any] = []
-    for item in items:
-        if item not in found:
-            found.append(item)
-    return found
