@@ -141,7 +141,7 @@ def test_the_method_is_the_field_of_the_recipe(tmp_path, path, method, evaluatio
         (["{stock}", "--beta"], "--beta has no value"),
         (["no/dpo/such.yaml"], "no/dpo/such.yaml"),
         (["{stock}", "--retain", "no/such.json"], "no/such.json is no file"),
-        (["{stock}", "--retain", "{stock}"], "stock.yaml is empty, cut short or no JSON"),
+        (["{stock}", "--retain", "{stock}"], "stock.yaml is empty, cut short or of another form"),
         ([], "No recipe is given"),
         (["{folder}"], "dpo is a folder; name a recipe in it."),
         (["{stock}", "--learning_rte", "1e-5", "3e-5"], "did you mean learning_rate?"),
