@@ -157,7 +157,7 @@ def files(folder):
 
 
 def test_nothing_that_was_saved_is_written_over(recipe, tmp_path, capsys):
-    """By the same command, and by a run that begins at a checkpoint of another folder."""
+    """By the same command, and by a run that goes on from a checkpoint of another folder."""
     config = recipe(**SAVED, max_steps=2)
     assert main(["dpo", "--config", config]) == 0
     saved = files(tmp_path / "out")
@@ -167,24 +167,6 @@ def test_nothing_that_was_saved_is_written_over(recipe, tmp_path, capsys):
         assert main(["dpo", "--config", config, *words]) == 2
         assert "holds an earlier run (checkpoint-" in capsys.readouterr().err
     assert saved == files(tmp_path / "out")
-
-
-def test_a_lower_learning_rate_counts_from_where_a_run_is_resumed(recipe, tmp_path):
-    """The remedy after a loss that is not finite; a checkpoint brings the rate that it was saved with."""
-    given = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3, "weight_decay": 0.1}
-    config = recipe(**given, max_steps=4, lr_scheduler_type="linear")
-    assert main(["dpo", "--config", config]) == 0
-    argv = ["dpo", "--config", config, "--resume_from_checkpoint", f"{tmp_path}/out/checkpoint-2", "--output_dir"]
-    again, lower = tmp_path / "again", tmp_path / "lower"
-    assert main([*argv, str(again)]) == main([*argv, str(lower), "--learning_rate", "1e-6", "--weight_decay", "0"]) == 0
-    whole, same, less = (read(folder, "metrics.jsonl") for folder in (tmp_path / "out", again, lower))
-    rates = [[entry["learning_rate"] for entry in log if "loss" in entry] for log in (whole, same, less)]
-    assert rates[0] == rates[1] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
-    assert rates[2] == pytest.approx([1e-3, 7.5e-4, 5e-7, 2.5e-7])
-    assert [entry["loss"] for entry in whole if "loss" in entry] == [entry["loss"] for entry in same if "loss" in entry]
-    optimizer = torch.load(lower / "checkpoint-4" / "optimizer.pt")
-    assert [group["initial_lr"] for group in optimizer["param_groups"]] == [1e-6, 1e-6]
-    assert [group["weight_decay"] for group in optimizer["param_groups"]] == [0, 0]
 
 
 @pytest.mark.parametrize(

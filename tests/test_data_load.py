@@ -64,6 +64,11 @@ def made(rows, stream=False):
             ("sft", {"prompt": prompt, "completion": answer}, {"prompt": [USER], "completion": [SAID]})
             for prompt, answer in (("1+2=", [USER, SAID]), ([USER], [USER, SAID]), ([USER], "3"))
         ),
+        (
+            "sft",
+            {"prompt": [USER], "completion": [SYSTEM, USER, SAID]},
+            {"prompt": [SYSTEM, USER], "completion": [SAID]},
+        ),
         ("sft", {"messages": [PARTS, PARTS]}, {"messages": [USER, USER]}),
         ("sft", {"prompt": "1+2=", "messages": [USER, SAID]}, {"messages": [USER, SAID]}),  # UltraChat's export
         ("prompt", {"prompt": [PARTS]}, {"prompt": [USER]}),
@@ -82,25 +87,12 @@ def test_layouts_that_say_the_same_are_understood(kind, row, expected, stream):
             ("preference", {name: "1+2=", **TEXTS}, TEXT, name)
             for name in ("question", "instruction", "query", "input")
         ],
-        ("preference", {"instruction": "1+2=", "input": "", **TEXTS}, TEXT, "input"),
-        ("preference", {"instruction": "1", "input": "+2", **TEXTS}, {"prompt": "1\n\n+2", **TEXTS}, "input"),
+        ("preference", {"instruction": "1+2=", "input": "", **TEXTS}, TEXT, "instruction"),
         ("preference", {"question": "1+2=", **ANSWERS}, CHAT, "question"),
         ("preference", {"question": "1+2=", **WHOLE}, CHAT, "question"),
         *(("preference", {"question": [turn], **TEXTS}, CHAT, "question") for turn in (USER, PARTS)),
-        ("preference", {"question": "1+2=", "chosen": "1+2=3", "rejected": "1+2=4"}, TEXT, "question"),
-        ("preference", {"system": "Add.", **TEXT}, {**TEXT, "prompt": "Add.\n\n1+2="}, "system"),
-        ("preference", {"system_prompt": "Add.", **CHAT}, {**CHAT, "prompt": [SYSTEM, USER]}, "system_prompt"),
-        ("preference", {"system": None, **CHAT}, CHAT, "system"),
-        *(
-            ("preference", {"system": "Add.", **row}, {**CHAT, "prompt": [SYSTEM, USER]}, "system")
-            for row in (CHAT, {**CHAT, "prompt": [SYSTEM, USER]})
-        ),
-        ("preference", {"system": "Add.", **WHOLE}, INSTRUCTED, "system"),
-        ("preference", {"system": "Add.", "question": "1+2=", **TEXTS}, {**TEXT, "prompt": "Add.\n\n1+2="}, "question"),
         ("sft", {"query": "1+2=", "completion": "3"}, {"prompt": "1+2=", "completion": "3"}, "query"),
-        ("sft", {"system": "Add.", "messages": [USER, SAID]}, {"messages": [SYSTEM, USER, SAID]}, "system"),
         ("prompt", {"question": "1+2=", "answer": "3"}, {"prompt": "1+2=", "question": "1+2="}, "question"),
-        ("prompt", {"system": "Add.", "prompt": [USER]}, {"prompt": [SYSTEM, USER], "system": "Add."}, "system"),
     ],
 )
 def test_columns_that_hold_the_prompt_are_understood_and_said(kind, row, expected, noted, stream, caplog):
@@ -118,14 +110,15 @@ def test_columns_that_hold_the_prompt_are_understood_and_said(kind, row, expecte
         *[("preference", {**TEXT, name: "Be brief."}, name) for name in ("question", "input", "context", "history")],
         ("preference", {**CHAT, "messages": [{**USER, "content": "5+5="}, SAID]}, "messages"),
         ("preference", {**CHAT, "history": [["Hi.", "Hello."]]}, "history"),
-        ("preference", {**TEXT, "system": "Add.", "system_prompt": "Subtract."}, "system_prompt"),
+        *[("preference", {**row, "system": "Add."}, "system") for row in (TEXT, CHAT, WHOLE)],
+        ("sft", {"system_prompt": "Add.", "messages": [USER, SAID]}, "system_prompt"),
+        ("prompt", {"system": "Add.", "prompt": [USER]}, "system"),
         ("preference", {"system": "Add.", "chosen": "ab", "rejected": "ac"}, "system"),
         ("preference", {"question": "", **TEXTS}, "question"),
         ("preference", {"question": None, **TEXTS}, "question"),
         ("preference", {"question": 3, **TEXTS}, "question"),
-        ("preference", {"instruction": "1", "input": 3, **TEXTS}, "input"),
+        ("preference", {"instruction": "1", "input": "+2", **TEXTS}, "input"),
         ("preference", {"question": "a", "query": "b", **TEXTS}, "query"),
-        ("preference", {"system": 3, **TEXT}, "system"),
         ("preference", {**CHAT, "system": "Subtract.", "prompt": [SYSTEM, USER]}, "system"),
         ("preference", {"problem": "What is 1+2?", "chosen": "It is 3", "rejected": "It is 4"}, "problem"),
         ("preference", {"problem": "What is 1+2?", **ANSWERS}, "problem"),
@@ -189,16 +182,15 @@ def test_a_dataset_in_trls_own_layout_is_not_copied():
             for str_of in (str, json.dumps)
         ],
         *[
-            ("preference", {"prompt": prompt, **WHOLE}, "has messages that 'chosen' does not begin with as 'prompt'")
-            for prompt in ([SYSTEM, USER], [{**USER, "content": "5+5="}])
+            ("preference", {"prompt": prompt, **WHOLE}, "has words that are in no message of 'chosen' as 'prompt'")
+            for prompt in ("5+5=", [SYSTEM, USER], [{**USER, "content": "5+5="}])
         ],
-        (
-            "sft",
-            {"prompt": [USER], "completion": [SYSTEM, USER, SAID]},
-            "has messages that 'completion' does not begin",
-        ),
+        ("preference", {**CHAT, "chosen": [USER, SAID]}, "has words that are in no message of 'rejected' as 'prompt'"),
+        *[
+            ("preference", {**CHAT, "chosen": [{**SAID, "content": [{"type": kind}]}]}, f"has content of type {kind}")
+            for kind in ("image", "video")
+        ],
         ("preference", {**CHAT, "chosen": "3"}, "has text beside messages in 'chosen'"),
-        ("preference", {"prompt": "5+5=", **WHOLE}, "has a text that is in no message of 'chosen' as 'prompt'"),
         *[
             ("sft", {"conversations": [turn]}, "has a turn without from and value in 'conversations'")
             for turn in ({"x": 1}, "a")
@@ -206,7 +198,7 @@ def test_a_dataset_in_trls_own_layout_is_not_copied():
         *[("sft", {"input_ids": ids}, "has no token ids as 'input_ids'") for ids in ("abc", [1, -5], [])],
         ("sft", {"prompt": "1+2=", "completion": [USER]}, "has no answer in 'completion'"),
         ("sft", {"messages": "a"}, "has a str as 'messages'"),
-        *[("sft", {"text": "a", "tools": tools}, "has a .* as 'tools'") for tools in ("hammer", 3)],
+        *[("sft", {"text": "a", "tools": tools}, "has a .* as 'tools'") for tools in ("hammer", 3, "")],
         *[("preference", {**CHAT, "chat_template_kwargs": v}, "has a .* as 'chat_template_kw") for v in ("{}", [1])],
     ],
 )
@@ -257,7 +249,7 @@ def test_what_is_no_dataset_is_named(value, message):
     ],
 )
 def test_a_turn_that_says_something_in_another_field_is_not_empty(turn):
-    row = {**CHAT, "chosen": [{"role": "assistant", **turn}]}
+    row = {**CHAT, "chosen": [{"role": "assistant", **turn}], "images": ["x.png"]}
     assert list(check_layout(made([row], stream=True), "train", "preference")) == [row]
 
 
@@ -469,30 +461,18 @@ def test_a_file_may_be_packed(tmp_path):
     assert open_dataset(str(tmp_path / "rows.jsonl"), None)["train"].to_list() == [{"day": "2024-01-02"}]
 
 
-def test_a_mixture_takes_what_trl_takes_of_each_part(tmp_path):
+@pytest.mark.parametrize("settings", [{}, {"columns": ["chosen", "prompt"]}, {"test": 0.25}])
+def test_a_mixture_takes_what_trl_takes_of_each_part(tmp_path, settings):
     """Parquet, which both read alike."""
-    one, two = (write(tmp_path / f"{name}.parquet", [{**row, "n": name} for row in ROWS]) for name in "ab")
-    for settings in (
-        {},
-        {"fractions": (0.75, 0.25)},
-        {"split": "train[:50%]"},
-        {"split": "train[2:5]+train[-1:]"},
-        {"columns": ["chosen", "prompt"]},
-        {"test": 0.25},
-    ):
-        shares, test = settings.pop("fractions", (None, None)), settings.pop("test", None)
-        given = [
-            DatasetConfig("parquet", data_files=file, fraction=share, **settings)
-            for file, share in zip((one, two), shares, strict=True)
-        ]
-        mixture, evaluates = DatasetMixtureConfig(given, test_split_size=test), test is not None
-        found, _ = load("dpo", script(dataset_name=None), mixture, evaluates=evaluates)
-        expected = get_dataset(mixture)
-        assert {name: len(found[name]) for name in found} == {
-            name: len(expected[split]) for name, split in (("train", "train"), ("eval", "test")) if split in expected
-        }
-        if not evaluates:
-            assert found["train"].to_list() == expected["train"].to_list()
+    files = [write(tmp_path / f"{name}.parquet", [{**row, "n": name} for row in ROWS]) for name in "ab"]
+    test = settings.pop("test", None)
+    mixture = DatasetMixtureConfig(
+        [DatasetConfig("parquet", data_files=file, **settings) for file in files], test_split_size=test
+    )
+    found, _ = load("dpo", script(dataset_name=None), mixture, evaluates=test is not None)
+    expected = get_dataset(mixture)
+    assert len(found["train"]) == len(expected["train"]) and (test is None or len(found["eval"]) == 10)
+    assert test is not None or found["train"].to_list() == expected["train"].to_list()
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -500,6 +480,8 @@ def test_a_mixture_takes_what_trl_takes_of_each_part(tmp_path):
     ("fields", "message"),
     [
         ({"path": "json"}, "names 'json', a kind of file; add its data_files"),
+        ({"fraction": 0.5}, "fraction of datasets is 0.5, which is not read"),
+        ({"split": "train[:50%]"}, r"split of datasets is 'train\[:50%\]', and the dataset has"),
         ({"split": "test"}, r"split of datasets is 'test', and the dataset has \['train'\]"),
         ({"name": "x"}, "dataset_config is 'x', and .* has no configs"),
         ({"columns": ["x"]}, r"\['x'\] not in the dataset"),
@@ -518,7 +500,7 @@ def test_parts_of_a_mixture_may_have_messages_of_other_keys(tmp_path):
     found, _ = load("sft", script(dataset_name=None), DatasetMixtureConfig(parts), evaluates=False)
     assert found["train"].to_list() == [*kinds["calls"], *kinds["plain"]]
     write(tmp_path / "plain.jsonl", [{"messages": "text"}])
-    with pytest.raises(ValueError, match=r"datasets .*calls.jsonl, .*plain.jsonl cannot be read"):
+    with pytest.raises(ValueError, match=r"Reading datasets .*calls.jsonl, .*plain.jsonl raised"):
         load("sft", script(dataset_name=None), DatasetMixtureConfig(parts), evaluates=False)
 
 
@@ -550,10 +532,10 @@ def test_files_that_cannot_be_read_right_are_named(tmp_path):
     (tmp_path / "saved" / "state.json").write_text("{")
     for name, message in (
         ("latin.jsonl", r"Line 2 of .*latin.jsonl is not UTF-8"),
-        ("more.csv", "more.csv cannot be read .*row 0 has 4 fields and the header 3, so quote texts"),
-        ("none.csv", "none.csv has no rows; give it at least one"),
+        ("more.csv", "more.csv raised .*row 0 has 4 fields and the header 3, so quote texts"),
+        ("none.csv", "Reading dataset_name .*none.csv raised .* no data"),
         ("rows.txt", r"rows.txt is a file of another kind; give one that ends in .jsonl, "),
-        ("saved", "saved cannot be read"),
+        ("saved", "Reading dataset_name .*saved raised"),
     ):
         with pytest.raises(ValueError, match=message) as refusal:
             load("dpo", script(dataset_name=str(tmp_path / name)), NO_MIXTURE, evaluates=False)

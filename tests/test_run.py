@@ -210,15 +210,6 @@ def test_what_moves_no_weight_may_differ(recipe, tmp_path, capsys):
     assert all(torch.allclose(value, resumed[name], atol=1e-6) for name, value in whole.items())
 
 
-def test_a_run_that_begins_at_a_checkpoint_of_another_says_what_has_changed(recipe, tmp_path):
-    config = recipe(**SAVED)
-    assert main(["dpo", "--config", config]) == 0
-    checkpoint = str(tmp_path / "out" / "checkpoint-2")
-    begun = ["--resume_from_checkpoint", checkpoint, "--output_dir", str(tmp_path / "b"), "--learning_rate", "1e-5"]
-    assert main(["dpo", "--config", config, *begun]) == 0
-    assert result(tmp_path / "b")["began_at"] == {"checkpoint": checkpoint, "changed": {"learning_rate": [1e-3, 1e-5]}}
-
-
 # what is saved
 
 

@@ -4,7 +4,6 @@ import errno
 import re
 
 import pytest
-import torch
 from datasets import Dataset
 from safetensors import SafetensorError
 
@@ -80,25 +79,6 @@ def test_the_state_waits_for_what_every_process_writes():
 
     Trainer()._save_rng_state("checkpoint-2")
     assert done == ["rng state in checkpoint-2", "waited"]
-
-
-def test_betas_that_the_schedule_moves_go_on_from_the_step_of_the_checkpoint(make_trainer, tmp_path):
-    """OneCycleLR moves momentum with the rate: what a run asks for anew is not the betas of its first step."""
-
-    def trainer():
-        made = make_trainer()
-        optimizer = torch.optim.AdamW(made.model.parameters(), lr=1e-3)
-        made.optimizer, made.lr_scheduler = optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, 8)
-        return made
-
-    whole, resumed = trainer(), trainer()
-    whole.train()
-    moved = torch.load(tmp_path / "out" / "checkpoint-2" / "optimizer.pt")["param_groups"][0]["betas"]
-    assert moved != resumed.optimizer.param_groups[0]["betas"]
-    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
-    assert resumed.optimizer.param_groups[0]["betas"] == whole.optimizer.param_groups[0]["betas"]
-    for own, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
-        assert torch.equal(own, other)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), SafetensorError("I/O error")])

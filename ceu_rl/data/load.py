@@ -19,7 +19,6 @@ from datasets import (
     IterableDatasetDict,
     Json,
     List,
-    ReadInstruction,
     Value,
     concatenate_datasets,
     load_dataset,
@@ -29,6 +28,7 @@ from datasets import (
 from datasets.packaged_modules.csv.csv import CsvConfig
 from datasets.packaged_modules.json.json import JsonConfig
 
+from ..run.errors import NameCause
 from .rows import QUESTIONS, TEXTS, Kind, prompt_of
 
 KIND_OF: dict[str, Kind] = {"sft": "sft", "dpo": "preference", "grpo": "prompt", "unlearn": "sft"}
@@ -118,15 +118,15 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
 
 
 def _mix(mixture: Any) -> Any:
-    """The parts of a mixture in one, by shares and splits as `trl.get_dataset` has them."""
+    """The parts of a mixture in one."""
     from ..tasks import is_task
 
-    parts, shares = [], [part.fraction for part in mixture.datasets]
-    if any(shares) and (None in shares or mixture.streaming):
-        raise ValueError(f"fraction of datasets is {shares}; give one for each, without streaming, or none.")
+    parts = []
     for part in mixture.datasets:
         if is_task(part.path):
             raise ValueError(f"datasets names {part.path!r}, a task, and mixes other rows; name it as dataset_name.")
+        if part.fraction is not None:
+            raise ValueError(f"fraction of datasets is {part.fraction}, which is not read; give each part its rows.")
         where = {name: value for name in ("data_dir", "data_files") if (value := getattr(part, name)) is not None}
         if not where and part.path in BUILDERS.values():
             raise ValueError(
@@ -136,31 +136,12 @@ def _mix(mixture: Any) -> Any:
             splits = _read(part.path, "datasets", part.path, mixture.streaming, name=part.name, **where)
         else:
             splits = open_dataset(part.path, part.name, mixture.streaming, "datasets")
-        whole = mixture.streaming or not {*"[+"} & {*part.split}
-        rows = _split(splits, part.split, "split of datasets") if whole else _slice(splits, part.split)
+        rows = _split(splits, part.split, "split of datasets")
         parts.append(rows if part.columns is None else rows.select_columns(part.columns))
-    if any(shares):
-        total = min(len(rows) * sum(shares) / share for rows, share in zip(parts, shares, strict=True) if share)
-        wanted = [round(share / sum(shares) * total) for share in shares]
-        parts = [rows.select(range(count)) for rows, count in zip(parts, wanted, strict=True)]
-    if not mixture.streaming:  # what one part keeps as JSON, the others do too
-        kept = {name: Json() for rows in parts for name, kind in rows.features.items() if isinstance(kind, Json)}
-        forms = [
-            Features({n: kind if isinstance(kind, Value) else kept.get(n, kind) for n, kind in rows.features.items()})
-            for rows in parts
-        ]
-        parts = [rows.cast(form) for rows, form in zip(parts, forms, strict=True)]
     with _reading("datasets", ", ".join(part.path for part in mixture.datasets)):
         joined = concatenate_datasets(parts)
         share = mixture.test_split_size
         return {"train": joined} if share is None else joined.train_test_split(test_size=share)
-
-
-def _slice(splits: Any, spec: str) -> Any:
-    """The rows of a split such as train[:10%]."""
-    with _reading("datasets", spec):
-        places = ReadInstruction.from_spec(spec).to_absolute({name: len(rows) for name, rows in splits.items()})
-        return concatenate_datasets([splits[each.splitname].select(range(each.from_, each.to)) for each in places])
 
 
 def open_dataset(name: str, config: str | None, streaming: bool = False, field: str = "dataset_name") -> Any:
@@ -300,25 +281,14 @@ def _encoded(paths: Sequence[str], encoding: str, features: Features, written: S
         yield {name: json.dumps(row[name]) if name in kept else row[name] for name in row}
 
 
-class _reading:
+class _reading(NameCause):
     """Names the dataset in whatever a reader of `datasets` raises; the cause under it says what was wrong."""
 
     def __init__(self, field: str, name: str) -> None:
-        self.name, self.field = name, field
+        super().__init__(f"Reading {field} {name}", "check its name and its rows.")
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if not isinstance(error, Exception):
-            return
-        cause = error.__cause__ or error
-        problem = (
-            f"cannot be read ({type(cause).__name__}: {' '.join(str(cause).split())}); check its name and its rows"
-        )
-        if "corresponds to no data" in str(cause):
-            problem = "has no rows; give it at least one"
-        raise ValueError(f"{self.field} {self.name} {problem}.") from error
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        super().__exit__(kind, (error and error.__cause__) or error, trace)
 
 
 def _share(split: str) -> float | None:
@@ -336,25 +306,17 @@ def _test_rows(dataset: Dataset, share: float) -> list[int]:
     the same one, drawn by row. A prompt of so many rows that the part would have twice the share stays in the other."""
     names = [name for name in ("prompt", *QUESTIONS, "chosen", "rejected", *TEXTS) if name in dataset.column_names]
     rows: dict[str, list[int]] = {}
-    written: dict[str, str] = {}  # how a prompt is written first, by which they are ordered
     for index, row in enumerate(dataset.select_columns(names) if names else ()):
-        prompt = prompt_of(row)
-        rows.setdefault(prompt, []).append(index)
-        written.setdefault(prompt, str(row.get("prompt", row.get("question", prompt))))
+        rows.setdefault(prompt_of(row), []).append(index)
     if len(rows) < 2:
         rows = {str(index): [index] for index in range(len(dataset))}
-        written = {name: name for name in rows}
-    drawn = sorted(rows, key=lambda prompt: written[prompt])
+    drawn = sorted(rows)
     random.Random(0).shuffle(drawn)
-    wanted, test, larger = round(share * len(dataset)), list[int](), list[list[int]]()
+    wanted, test = round(share * len(dataset)), list[int]()
     for prompt in reversed(drawn):
-        if len(test) >= wanted:
-            break
-        if len(test) + len(rows[prompt]) > 2 * wanted:
-            larger.append(rows[prompt])
-        else:
+        if len(test) < wanted and len(test) + len(rows[prompt]) <= 2 * wanted:
             test += rows[prompt]
-    return sorted(test or sorted(larger, key=len)[0])
+    return sorted(test or rows[min(rows, key=lambda prompt: len(rows[prompt]))])
 
 
 def _split(dataset: Any, split: str, field: str) -> Any:

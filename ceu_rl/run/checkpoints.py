@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError
-from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..models import public_name
@@ -48,7 +47,6 @@ _FREE = re.compile(
 )
 _DATA = re.compile(r"forget|retain|datasets|dataset_(name|config|train_split|test_split|num_proc)")
 LENGTH = ("max_steps", "num_train_epochs")
-_ASKED = ("initial_lr", "weight_decay", "betas", "eps")  # of an optimizer's groups, what a run asks for
 
 
 def saved_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
@@ -226,17 +224,10 @@ class WholeCheckpoints:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        trainer: Any = self
         # transformers starts with a new optimizer, and says nothing, where it finds none that it can read
-        check_resumes(checkpoint, trainer.accelerator.distributed_type)
-        groups, scheduler = getattr(trainer.optimizer, "param_groups", []), trainer.lr_scheduler
-        asked = [{name: group[name] for name in _ASKED if name in group} for group in groups]
-        for own, group in zip(asked, groups, strict=True):
-            if "max_momentum" in group:  # where the scheduler moves them, they belong to the step
-                own.pop("betas", None)
+        check_resumes(checkpoint, self.accelerator.distributed_type)  # type: ignore[attr-defined]
         with _reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        _ask_again(getattr(trainer.optimizer, "param_groups", []), scheduler, asked)
 
 
 def mend_generation_config(model: Any) -> None:
@@ -262,16 +253,3 @@ def mend_generation_config(model: Any) -> None:
 
 def _reading(checkpoint: str | None) -> NameCause:
     return NameCause(f"Reading the checkpoint {checkpoint}", "name an earlier one with resume_from_checkpoint.")
-
-
-def _ask_again(groups: Sequence[dict[str, Any]], scheduler: Any, asked: Sequence[Mapping[str, Any]]) -> None:
-    """Give a loaded optimizer what this run asks for; a checkpoint brings what was asked for earlier."""
-    for group, own in zip(groups, asked, strict=False):
-        group.update(own)
-    rates = [own["initial_lr"] for own in asked if "initial_lr" in own]
-    if isinstance(scheduler, LambdaLR) and rates and scheduler.base_lrs != rates:
-        scheduler.base_lrs = rates
-        shares = [share(scheduler.last_epoch) for share in scheduler.lr_lambdas]
-        scheduler._last_lr = [rate * share for rate, share in zip(rates, shares, strict=True)]
-        for group, rate in zip(groups, scheduler._last_lr, strict=True):
-            group["lr"] = rate

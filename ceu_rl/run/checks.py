@@ -172,7 +172,7 @@ class StopAtNonFinite:
         raise FloatingPointError(
             f"Step {step + 1} met a non-finite {what} and was not applied. "
             + (
-                f"The last good checkpoint is {checkpoint}: resume from it, into another output_dir,"
+                f"The last good checkpoint is {checkpoint}: start a new run with it as model_name_or_path,"
                 if checkpoint
                 else f"There is no earlier checkpoint in {output_dir}: start again"
             )

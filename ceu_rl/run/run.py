@@ -94,7 +94,8 @@ def _run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
         args.resume_from_checkpoint = checkpoint = _resume_from(method, args, saved)
         datasets, task = load(method, script, mixture, _evaluates(args))
         saved["rows"] = {name: fingerprint(dataset) for name, dataset in datasets.items() if name != "eval"}
-        began_at = _check_is_the_run(checkpoint, saved, args)
+        if checkpoint is not None:
+            _check_is_the_run(checkpoint, saved)
         with whole_weights():
             trainer, prompt = _build_trainer(method, script, args, model_config, datasets, task, load_kept(keeps))
         trainer.run_record = saved
@@ -106,7 +107,6 @@ def _run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
             "seed": args.seed,
             "resumed": checkpoint is not None,
             **({"prompt": prompt} if prompt else {}),
-            **began_at,
             **provenance,
             **describe_run(trainer),
         }
@@ -268,7 +268,7 @@ def _resume_from(method: str, args: Any, record: Mapping[str, Any]) -> str | Non
         raise ValueError(
             f"resume_from_checkpoint {checkpoint} is no whole checkpoint; name a checkpoint-N folder, or true."
         )
-    if checkpoint is None or not _is_in(checkpoint, folder):
+    if checkpoint is None or Path(checkpoint).resolve().parent != folder.resolve():
         if saved := traces(folder):
             way = ", or continue it with --resume_from_checkpoint true" if checkpoints else ""
             raise ValueError(
@@ -277,27 +277,19 @@ def _resume_from(method: str, args: Any, record: Mapping[str, Any]) -> str | Non
     return checkpoint
 
 
-def _is_in(checkpoint: str, folder: str | Path) -> bool:
-    return Path(checkpoint).resolve().parent == Path(folder).resolve()
-
-
-def _check_is_the_run(checkpoint: str | None, record: Mapping[str, Any], args: Any) -> dict[str, Any]:
-    """What differs from a checkpoint, for the result; in the folder of the checkpoint nothing may."""
-    if checkpoint is None:
-        return {}
+def _check_is_the_run(checkpoint: str, record: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a checkpoint of other settings or rows, but for the length of the run."""
     path = Path(checkpoint, RUN_NAME)
     if not is_json(path):
         note(f"{checkpoint} has no {RUN_NAME}, so nothing says whether its settings and rows are those of this run.")
-        return {}
+        return
     found = differences(json.loads(path.read_text()), record)
-    found = {name: values for name, values in found.items() if name not in LENGTH}
-    if found and _is_in(checkpoint, args.output_dir):
-        named = "; ".join(f"{name} was {then} and is {now}" for name, (then, now) in found.items())
+    named = [f"{name} was {then} and is {now}" for name, (then, now) in found.items() if name not in LENGTH]
+    if named:
         raise ValueError(
-            f"{checkpoint} is of a run with other settings: {named}; give what it had, or another output_dir for a "
-            "run that begins there with these."
+            f"{checkpoint} is of a run with other settings: {'; '.join(named)}; give what it had, or start a new run "
+            "with it as model_name_or_path."
         )
-    return {"began_at": {"checkpoint": checkpoint, "changed": found}} if found else {}
 
 
 class _Course(TrainerCallback):
@@ -327,13 +319,11 @@ class _Course(TrainerCallback):
         print("Stopping after this step, with a checkpoint; once more ends at once.", file=sys.stderr)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        resumed = args.resume_from_checkpoint
-        if resumed and state.global_step >= state.max_steps and _is_in(resumed, args.output_dir):
-            if is_json(Path(args.output_dir, RESULT)):  # else it was stopped while it saved the model
-                raise NothingLeft(
-                    f"nothing is left of this run: {resumed} is step {state.global_step} of {state.max_steps}; "
-                    f"{args.output_dir} is as it was."
-                )
+        # Without a result it was stopped while it saved the model
+        if state.global_step >= state.max_steps and is_json(Path(args.output_dir, RESULT)):
+            raise NothingLeft(
+                f"nothing is left of this run of {state.max_steps} steps; {args.output_dir} is as it was."
+            )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.boundary.failure = 1
