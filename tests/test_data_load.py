@@ -122,6 +122,10 @@ def test_columns_that_hold_the_prompt_are_understood_and_said(kind, row, expecte
         ("preference", {**CHAT, "system": "Subtract.", "prompt": [SYSTEM, USER]}, "system"),
         ("preference", {"problem": "What is 1+2?", "chosen": "It is 3", "rejected": "It is 4"}, "problem"),
         ("preference", {"problem": "What is 1+2?", **ANSWERS}, "problem"),
+        ("preference", {"题目": "法国的首都是哪里", "chosen": "首都是巴黎", "rejected": "首都是伦敦"}, "题目"),
+        ("preference", {"turns": [{**USER, "content": "What is 1+2?"}], "chosen": "It is 3", "rejected": "4"}, "turns"),
+        *[("preference", {**TEXT, name: "Of old."}, name) for name in ("document", "passage", "conversation")],
+        ("preference", {**TEXT, "system_message": "Add."}, "system_message"),
         ("sft", {"prompt": "a", "completion": "b", "context": "Of old."}, "context"),
         ("sft", {"text": "a", "instruction": "Of old."}, "instruction"),
         ("sft", {"text": "a", "system": "Of old."}, "system"),
@@ -245,6 +249,7 @@ def test_what_is_no_dataset_is_named(value, message):
         {"content": "", "reasoning_content": "1+2 is 3"},
         {"content": None, "thinking": "1+2 is 3"},
         {"content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]},
+        {"content": None, "function_call": {"name": "add", "arguments": "{}"}},
         {"content": [{"type": "text", "text": "See"}, {"type": "image", "image": "x.png"}]},
     ],
 )

@@ -33,8 +33,8 @@ COMPLETIONS = {"sft": ("completion",), "preference": ("chosen", "rejected"), "pr
 TEXTS = ("messages", "text", "conversations", "input_ids")  # what else supervised fine-tuning can be made of
 LAYOUT = ("prompt", "completion", "chosen", "rejected", "messages", "conversations")  # TRL takes any for the layout
 QUESTIONS = ("question", "query", "instruction", "input")
-SYSTEMS = ("system", "system_prompt")
-CONTEXTS = ("context", "history", "messages", "conversations")
+SYSTEMS = ("system", "system_prompt", "system_message")
+CONTEXTS = ("context", "document", "passage", "history", "messages", "conversation", "conversations")
 BESIDE = ("tools", "chat_template_kwargs")  # what the chat template takes of a row
 IMAGES = ("image", "images")
 WRITTEN_CHAT = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")  # messages as Python or JSON writes them
@@ -136,7 +136,7 @@ class _Judge:
         new |= _joined(new, [column for column in COMPLETIONS[self.kind] if column in row], refuse)
         others = {"prompt", *QUESTIONS, *SYSTEMS, *CONTEXTS} if self.kind != "prompt" else {*SYSTEMS}
         if self.kind == "preference" and "prompt" not in new and not _is_asked(new):
-            others |= {c for c, value in row.items() if isinstance(value, str) and len(value.split()) > 1}
+            others |= {column for column, value in row.items() if any(map(_is_prose, _leaves(value)))}
         if judged != ["input_ids"]:
             _check_unread(new, judged, [c for c in row if c in others - {*judged, source, *BESIDE}], where)
         made = {column: new[column] for column in judged}
@@ -431,6 +431,11 @@ def _leaves(value: Any) -> Iterator[str]:
             yield from _leaves(each)
 
 
+def _is_prose(text: str) -> bool:
+    """Whether a text is more than a label; not every script has spaces."""
+    return len(text.split()) > 1 or not text.isascii()
+
+
 def _squeezed(text: str) -> str:
     return " ".join(text.split())
 
@@ -459,7 +464,8 @@ def is_empty(message: Mapping[str, Any]) -> bool:
     """Whether a turn says nothing: no content, no reasoning, no tool call."""
     said = [_text(message), *(str(message.get(name) or "") for name in ("reasoning_content", "thinking", "reasoning"))]
     shown = any(part.get("type") not in (None, "text") for part in _parts(message))
-    return not message.get("tool_calls") and not shown and not any(text.strip() for text in said)
+    called = message.get("tool_calls") or message.get("function_call")
+    return not called and not shown and not any(text.strip() for text in said)
 
 
 def _parts(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
