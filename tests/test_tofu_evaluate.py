@@ -450,6 +450,9 @@ def test_a_model_with_a_tenth_of_the_utility_has_collapsed(
     base.write_text(json.dumps({**found, "split": "forget05"}))
     assert "collapsed" not in result_of("retain", "other", model=model)
     assert "not said: The base model's result" in capsys.readouterr().err
+    for cut in ('{"method": "unl', "[]", '{"method": "unlearn", "settings": null}'):
+        (model / "result.json").write_text(cut)
+        assert "collapsed" not in result_of("retain", f"cut{len(cut)}", model=model, template="question_answer")
     refused(command("retain", "refused", base=base)[0], "The base model's result")
 
 
@@ -621,7 +624,12 @@ def test_a_retain_result_of_something_else_is_refused(command, refused, tmp_path
 def test_a_result_that_was_cut_short_is_refused(command, refused, tmp_path):
     _, path = command()
     text, short = path.read_text(), tmp_path / "short.json"
-    for cut, message in ((text[: len(text) // 2], "is cut short or no JSON .*; run ceu-rl"), ("[]", "has no 'split'")):
+    whole = json.loads(text)
+    for cut, message in (
+        (text[: len(text) // 2], "is cut short or no JSON .*; run ceu-rl"),
+        ("[]", "has no 'split'"),
+        *((json.dumps({**whole, name: {}}), "is no whole result .*; run ceu-rl") for name in ("summary", "items")),
+    ):
         short.write_text(cut)
         for pair in ((path, short), (short, path)):
             refused(main(["tofu-eval", "--results", str(pair[0]), "--retain", str(pair[1])]), f"short.json {message}")

@@ -80,6 +80,7 @@ def test_rouge_l_by_hand(answer, generated, recall, f1):
         ("re\u00adadable \u200b\uff28\uff15", "readable h5"),
         ("😀👍\ufe0f 20° ≠ 5€", "😀 👍\ufe0f 20 ° ≠ 5 €"),
         ("snake_case, don\u2019t", "snake case don t"),
+        ("\ufffd\ufffd北京\ufffd", "北 京"),  # where tokens part characters
     ],
 )
 def test_words_of_any_script(text, words):

@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from ceu_rl import UnlearnConfig, UnlearnTrainer
 from ceu_rl.cli import main
+from ceu_rl.data.prompts import prompt_ids
 from ceu_rl.models import build_bpe_tokenizer, build_model
 from ceu_rl.tasks import articles
 from ceu_rl.tofu.answer_cache import AnswerCache
-from ceu_rl.tofu.data import prompt_ids, tokenize
+from ceu_rl.tofu.data import tokenize
 from ceu_rl.tofu.muse import evaluate, load_parts
 
 KEPT, FORGOTTEN = 4, 2  # articles of the small set

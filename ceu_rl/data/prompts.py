@@ -184,14 +184,31 @@ def recorded_format(model: str | Path) -> PromptFormat | None:
     Raises:
         ValueError: for a result that is cut short.
     """
+    found = recorded_run(model).get("prompt")
+    return found and PromptFormat(found["template"], found["system_prompt"], found["chat_template_kwargs"])
+
+
+def recorded_run(model: str | Path) -> dict[str, Any]:
+    """What `result.json` in a model's folder says; nothing where there is none.
+
+    Raises:
+        ValueError: for a result that is cut short.
+    """
     path = Path(model, "result.json")
     if not path.is_file():
-        return None
+        return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("prompt")
-    except (ValueError, AttributeError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is cut short or no result ({error}); move it away.") from error
-    return found and PromptFormat(found["template"], found["system_prompt"], found["chat_template_kwargs"])
+
+
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text that a model continues, without the end token that a tokenizer's post-processor may add."""
+    ids, own = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False))
+    added = len(ids) - len(own)
+    before = next((start for start in range(added + 1) if ids[start : start + len(own)] == own), added)
+    return ids[: before + len(own)]
 
 
 def fingerprint(value: Any) -> str:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
 from ..data.load import BUILDERS, open_dataset
-from ..data.prompts import PromptFormat
+from ..data.prompts import PromptFormat, prompt_ids
 from ..data.rows import check_columns, check_questions
 from ..run.errors import note
 from ..tasks import articles, authors
@@ -175,14 +175,6 @@ def check_row(tokenizer: Any, prompt: PromptFormat, question: str, answer: str, 
             f"The tokenizer's chat template swallows the answer of {where}: after the prompt it renders "
             f"{rendered[:80]!r} for {answer[:80]!r}; use template question_answer or mend the chat template."
         )
-
-
-def prompt_ids(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text that a model continues, without the end token that a tokenizer's post-processor may add."""
-    ids, own = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False))
-    added = len(ids) - len(own)
-    before = next((start for start in range(added + 1) if ids[start : start + len(own)] == own), added)
-    return ids[: before + len(own)]
 
 
 def tokenize(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from ..data.prompts import PromptFormat, fingerprint
+from ..data.prompts import PromptFormat, fingerprint, recorded_run
 from ..models import end_token_ids
 from ..run.provenance import write_json
 from ..tasks.generate import decide_vllm, recorded_decoding
@@ -245,9 +245,10 @@ def add_base(result: dict[str, Any], base: Mapping[str, Any], name: str) -> None
 
 def find_base(model: str) -> str | None:
     """The result of the model that one was unlearned from, if its `result.json` names that and it was evaluated."""
-    path = Path(model, "result.json")
-    run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    found = Path(run.get("settings", {}).get("model_name_or_path", ""), RESULT)
+    run = recorded_run(model)
+    settings = run.get("settings")
+    base = settings.get("model_name_or_path") if isinstance(settings, Mapping) else None
+    found = Path(base or "", RESULT)
     return str(found) if run.get("method") in ("unlearn", "dpo") and found.is_file() else None
 
 
@@ -289,6 +290,11 @@ def read_result(path: str | Path) -> dict[str, Any]:
     for field in (*COMPARED, "rows", "summary", "items"):
         if not isinstance(result, dict) or (field not in result and field != "limit"):
             raise ValueError(f"{path} has no {field!r}; give a {RESULT} that this version of ceu-rl tofu-eval wrote.")
+    try:  # all that a comparison takes from it, before a model is scored
+        float(result["summary"]["model_utility"])
+        np.array(open_unlearning.ratios_and_auc(result, next(iter(result["items"]), ""))[0], dtype=float)
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no whole result ({error!r}); run ceu-rl tofu-eval for it again.") from error
     return result
 
 
@@ -318,9 +324,10 @@ def main(argv: Sequence[str]) -> int:
         if args.quantize:
             check_quantizer(args.quantize)
         path, result = command.run(["tofu-eval", *argv], args, RESULT, functools.partial(_evaluate, args))
-        if not args.base and (found := find_base(args.model_name_or_path)):
+        if not args.base:
             try:
-                add_base(result, read_result(found), found)
+                if found := find_base(args.model_name_or_path):
+                    add_base(result, read_result(found), found)
             except ValueError as error:  # nobody asked for it
                 print(f"Whether the model collapsed is not said: {error}", file=sys.stderr)
     command.save(path, result)

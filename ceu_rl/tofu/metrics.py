@@ -88,7 +88,7 @@ def utility_truth_ratio(ratio: float) -> float:
 _SPACELESS = r"[\p{lb=SA}\p{scx=Han}\p{scx=Hira}\p{scx=Kana}\p{scx=Bopo}\p{scx=Yiii}]"
 _WORD = regex.compile(
     rf"[{_SPACELESS}&&[\p{{L}}\p{{N}}]]\p{{M}}*|[[\p{{L}}\p{{N}}]--{_SPACELESS}][[\p{{L}}\p{{N}}\p{{M}}]--[{_SPACELESS}&&\p{{L}}]]*"
-    r"|[\p{S}--\p{ASCII}]\p{M}*",
+    r"|[\p{S}--[\p{ASCII}\uFFFD]]\p{M}*",  # but for half a character, which tokens may be
     regex.V1,
 )
 

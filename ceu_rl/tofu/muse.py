@@ -30,11 +30,11 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from ..data.load import open_dataset
-from ..data.prompts import PromptFormat, fingerprint
+from ..data.prompts import PromptFormat, fingerprint, prompt_ids
 from ..tasks.generate import recorded_decoding
 from . import command
 from .answer_cache import AnswerCache, weights_fingerprint
-from .data import load_tofu, prompt_ids, tofu_configs, tokenize
+from .data import load_tofu, tofu_configs, tokenize
 from .metrics import rouge_l_f1
 from .scoring import Answer, check_context, check_counts, measure
 
