@@ -14,6 +14,7 @@ from torch.nn import Module
 from transformers import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 
+from .data.prompts import prompt_ids
 from .data.rows import check_layout, name_rows
 from .losses import anchor_log_ratio
 from .rollouts import ReloadingVLLMGeneration, check_rewards, check_vllm, drift_by_sign, name_vllm_settings
@@ -29,6 +30,7 @@ from .run.checks import (
 )
 from .run.engines import Float32Outputs
 from .run.errors import note, note_once
+from .tasks.generate import decode_by
 
 CHOICES = {
     "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
@@ -107,7 +109,8 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
 
     A token descends where the loss lowers its log-probability: in completions with a negative advantage, unless
     clipping or the KL term says otherwise. With `ceu_coef` 0 it trains the same weights as `trl.GRPOTrainer`, bit for
-    bit: the route then only looks on. It takes the same arguments, and a `CEUGRPOConfig`.
+    bit: the route then only looks on. It takes the same arguments, and a `CEUGRPOConfig`. Rollouts take nothing of the
+    model's own `generation_config` but its end tokens, and follow no end token that the tokenizer adds to a prompt.
 
     The anchor of a rule is the token's probability under what generated it: vLLM's, else the policy's when the rollouts
     came. A rule that measures against it (anchored, token_ratio, sequence_ratio) replaces TRL's importance weight:
@@ -202,6 +205,19 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
         every = (config.steps_per_generation or 1) * config.num_iterations
         aligned = config.gradient_accumulation_steps % every == 0
         return config.use_vllm or not aligned or given.get("rollout_func") is not None
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        ids, *rest = super()._tokenize_prompts(prompts)
+        if isinstance(prompts[0], str):  # no end that a tokenizer adds stands before a completion
+            ids = [prompt_ids(self._tokenizer, prompt) for prompt in prompts]
+        return ids, *rest
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        if self.use_vllm:
+            return super()._generate_single_turn(*args, **kwargs)
+        # As vLLM does: what the model's own generation config brings would make the rollouts another policy's
+        with decode_by(self.model, self.generation_config):
+            return super()._generate_single_turn(*args, **kwargs)
 
     @property
     def _is_training(self) -> bool:

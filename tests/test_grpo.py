@@ -16,6 +16,7 @@ import transformers
 import trl
 from packaging.version import Version
 from peft import LoraConfig
+from tokenizers.processors import TemplateProcessing
 from trl import GRPOTrainer
 
 from ceu_rl import CEUGRPOConfig, CEUGRPOTrainer
@@ -61,6 +62,33 @@ def make_trainer(tiny_model, tokenizer, tmp_path):
         return build(trainer_class, tmp_path, **{**default, **given})
 
     return make
+
+
+@pytest.mark.parametrize(
+    "brings",
+    [
+        {"no_repeat_ngram_size": 1},
+        {"num_beams": 2},
+        {"suppress_tokens": list(range(10, 40))},
+        {"stop_strings": ["1"]},  # with which `generate` asks for a tokenizer
+        "an end",
+    ],
+    ids=str,
+)
+def test_what_a_model_brings_has_no_part_in_its_rollouts(make_trainer, tiny_model, tokenizer, brings):
+    """Neither its generation config, which vLLM does not take either, nor an end that its tokenizer adds to prompts."""
+    model, adding = tiny_model(1), copy.deepcopy(tokenizer)
+    if brings == "an end":
+        end = ("<|eos|>", tokenizer.eos_token_id)
+        adding.backend_tokenizer.post_processor = TemplateProcessing(single="$A <|eos|>", special_tokens=[end])
+    else:
+        model.generation_config.update(**brings)
+    plain, ours = (
+        trained(make_trainer(CEUGRPOTrainer, model=one, processing_class=each))
+        for one, each in ((tiny_model(1), tokenizer), (model, adding))
+    )
+    assert same(plain, ours)
+    assert brings == "an end" or getattr(model.generation_config, next(iter(brings)))  # which is saved with the model
 
 
 def rollouts(trainer):
