@@ -17,17 +17,7 @@ _PUBLIC = {
     "UnlearnConfig": "unlearn",
     "UnlearnTrainer": "unlearn",
 }
-__all__ = [
-    "CEUAsyncGRPOConfig",
-    "CEUAsyncGRPOTrainer",
-    "CEUDPOConfig",
-    "CEUDPOTrainer",
-    "CEUGRPOConfig",
-    "CEUGRPOTrainer",
-    "OfflineGRPOTrainer",
-    "UnlearnConfig",
-    "UnlearnTrainer",
-]
+__all__ = [*_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,8 +5,6 @@ folds the rollouts of a step into a prefix trie, in which a token that several c
 route therefore weighs the net gradient of a shared token, by its sign.
 """
 
-import functools
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +13,7 @@ import torch
 from .losses import anchor_log_ratio
 from .route import CITATION, DescentConfig, DescentTrainer, check_trl_version
 from .run.checkpoints import WholeCheckpoints
-from .run.checks import StopAtNonFinite, check_language_model, check_numbers
+from .run.checks import StopAtNonFinite
 from .run.engines import Float32Outputs
 
 check_trl_version()  # before an import that another version may not have
@@ -48,7 +46,7 @@ class CEUAsyncGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Flo
     """TRL's experimental `AsyncGRPOTrainer` whose descending tokens get the weight of a rule (arXiv 2503.01224).
 
     It takes the same arguments; its kernel and its own worker need a GPU and a vLLM server. It logs
-    `ceu/descending_fraction`, `ceu/weight_mean` and `ceu/weight_max`. With `ceu_coef` 0 it trains the same weights as
+    `ceu/descending_fraction` and `ceu/weight_mean`. With `ceu_coef` 0 it trains the same weights as
     TRL's, bit for bit.
 
     Raises:
@@ -58,19 +56,10 @@ class CEUAsyncGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Flo
     """
 
     args: CEUAsyncGRPOConfig
+    stock, config_class = AsyncGRPOTrainer, CEUAsyncGRPOConfig
     _tag_names = ["trl", "async-grpo", "ceu"]
     _name = "CE-U AsyncGRPO"
     _paper = {"citation": f"{CITATION}\n\n{AsyncGRPOTrainer._paper['citation']}"}
-
-    @functools.wraps(AsyncGRPOTrainer.__init__)  # type: ignore[misc]
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        bound = inspect.signature(AsyncGRPOTrainer.__init__).bind(self, *args, **kwargs)
-        given = bound.arguments
-        given["args"] = config = CEUAsyncGRPOConfig.given(given.get("args"), given["model"])
-        check_numbers(vars(config))
-        check_language_model(given["model"], config.trust_remote_code)
-        super().__init__(*bound.args[1:], **bound.kwargs)
-        self.attach_route(observe=True)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         with self.descent_route.collect() as forwards:
@@ -84,9 +73,3 @@ class CEUAsyncGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Flo
             if self.args.is_anchored:
                 forwards[0].log_importance = anchor_log_ratio(forwards[0].log_probs, anchor)
         return loss
-
-    def describe_rows(self, inputs: Any) -> list[str]:
-        # The trie holds each token of the batch once, so that rows cannot be told apart
-        ids = inputs["input_ids"][inputs["attention_mask"].bool()]
-        text = self.processing_class.decode(ids, skip_special_tokens=True)  # type: ignore[union-attr]
-        return [f"{len(ids)} tokens of rollouts that begin with {text[:60]!r}"]

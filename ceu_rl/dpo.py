@@ -1,7 +1,5 @@
 """DPO whose push on rejected responses fades as their tokens fall."""
 
-import functools
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,29 +8,14 @@ from datasets import Dataset
 from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 
-from .data.rows import Rows, check_dataset, check_layout, first_row, leave_ties_out, name_rows
+from .data.rows import Rows, check_dataset, check_layout, first_row, leave_ties_out
 from .route import CITATION, DescentConfig, DescentTrainer, Scored
 from .run.checkpoints import WholeCheckpoints
-from .run.checks import (
-    StopAtNonFinite,
-    check_choices,
-    check_language_model,
-    check_numbers,
-    check_reference_is_loaded,
-    check_shared_cache,
-)
+from .run.checks import StopAtNonFinite, check_reference_is_loaded, check_shared_cache
 from .run.engines import Float32Outputs
 
 # What is kept of a held-out pair: sums of log-probabilities in nats, of the policy and of the reference, and tokens
 PAIR = ("chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_tokens", "rejected_tokens")
-CHOICES = {
-    "loss_type": (
-        *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
-        *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
-    ),
-    "truncation_mode": ("keep_start", "keep_end"),
-    "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
-}
 
 
 @dataclass
@@ -66,6 +49,7 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32Ou
     """
 
     args: CEUDPOConfig
+    stock, config_class = DPOTrainer, CEUDPOConfig
     held_out: dict[str, list[dict[str, float]]]  # by evaluation ("eval"): sums of log-probabilities of each pair
     _pairs: list[torch.Tensor] | None = None  # of the evaluation that runs
     _tag_names = ["trl", "dpo", "ceu"]
@@ -73,26 +57,16 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32Ou
     # Both, and no "method introduced in": neither paper has this trainer
     _paper = {"citation": f"{CITATION}\n\n{DPOTrainer._paper['citation']}"}
 
-    @functools.wraps(DPOTrainer.__init__)  # type: ignore[misc]
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        bound = inspect.signature(DPOTrainer.__init__).bind(self, *args, **kwargs)
-        given = bound.arguments
-        given["args"] = config = CEUDPOConfig.given(given.get("args"), given["model"])
-        if given.get("train_dataset") is not None:
-            check_dataset(given["train_dataset"], "train", "preference")
-            check_shared_cache(given["train_dataset"], config.world_size if config.precompute_ref_log_probs else 1)
-        check_numbers(vars(config))
-        check_choices(config, CHOICES)
+    def check_given(self, given: dict[str, Any]) -> None:
+        config, dataset = given["args"], given.get("train_dataset")
+        if dataset is not None:
+            check_dataset(dataset, "train", "preference")
+            check_shared_cache(dataset, config.world_size if config.precompute_ref_log_probs else 1)
         if config.beta == 0 and config.loss_type != ["sft"]:
             raise ValueError(f"beta is {config.beta}, with which no pair moves the model; use a number above 0.")
-        check_language_model(given["model"], config.trust_remote_code)
         adapts = given.get("peft_config") is not None or isinstance(given["model"], PeftModel)
         check_reference_is_loaded(needs_reference=not adapts)
         self.held_out = {}
-        with first_row("train"):
-            super().__init__(*bound.args[1:], **bound.kwargs)
-        check_language_model(self.model)
-        self.attach_route()
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:
         anchor = None
@@ -170,16 +144,6 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32Ou
         # trained in an evaluation, which scores the same rows as stock's
         leaves_out = dataset_name == "train" and args.ceu_coef > 0
         return leave_ties_out(prepared, dataset, dataset_name, args, leaves_out)
-
-    def describe_rows(self, inputs: Any) -> list[str]:
-        chosen, mask = inputs["input_ids"].chunk(2)[0], inputs["attention_mask"].chunk(2)[0]
-        batch = [tuple(ids[kept.bool()].tolist()) for ids, kept in zip(chosen, mask, strict=True)]
-        texts = {ids: self._tokenizer.decode(ids, skip_special_tokens=True) for ids in batch}
-        columns, longest = ["prompt_ids", "chosen_ids"], self.args.max_length
-        dataset: Any = self.train_dataset
-        known = isinstance(dataset, Dataset) and columns[0] in dataset.column_names
-        rows = dataset.select_columns(columns) if known else []
-        return name_rows(texts, (tuple((row[columns[0]] + row[columns[1]])[:longest]) for row in rows))
 
 
 def _first(counts: torch.Tensor, width: int) -> torch.Tensor:

@@ -15,8 +15,8 @@ The symbols are defined in `losses.py`. Both gradients point along q - e_y, so o
 Nothing is lost as p_y -> 0 or p_y -> 1, since no two nearly equal numbers are subtracted. The loss is a scalar, so the
 forward pass forms the gradients, chunk by chunk of tokens: three matrix products, and nothing is computed again.
 
-Two ways compute it. The exact one is plain torch with logits in float32. The one for a GPU with Triton holds them in
-bfloat16 or float32 and reads them twice, in the kernel of `fused_kernels.py`.
+The softmax comes in two ways. The exact one is plain torch with logits in float32. The one for a GPU with Triton holds
+them in bfloat16 or float32 and reads them twice, in the kernel of `fused_kernels.py`.
 """
 
 import importlib.util
@@ -34,7 +34,6 @@ from torch.nn import functional as F
 # Bytes of logits held at a time: each chunk reads the whole weight, so few chunks are fast and small ones lean
 _CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**29, "kernels": 2**32}
 _LOGITS_IN_CACHE = 2**20
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def fused_linear_unlearning_loss(
@@ -171,8 +170,8 @@ class _FusedLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         ctx.kernels = plan.kernels
-        compute = _with_kernels if plan.kernels else _exactly
-        losses, ctx.gradients = compute(hidden.to(plan.dtype), weight.to(plan.dtype), bias, plan, ctx.dtypes)
+        hidden, weight = hidden.to(plan.dtype), weight.to(plan.dtype)
+        losses, ctx.gradients = _losses_and_gradients(hidden, weight, bias, plan, ctx.dtypes)
         return losses.sum() * plan.scale
 
     @staticmethod
@@ -193,18 +192,17 @@ class _FusedLoss(torch.autograd.Function):
         return (*scaled, None)
 
 
-Gradients = list[torch.Tensor | None]
-
-
-def _with_kernels(
+def _losses_and_gradients(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: _Plan, dtypes: list[torch.dtype]
-) -> tuple[torch.Tensor, Gradients]:
-    """The losses of the rows, and the gradients of their sum times the scale; the logits are in the products' dtype."""
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """The losses of the rows, and the gradients of their sum times the scale."""
+    exact = torch.promote_types(plan.dtype, torch.float32)
     weight = weight.contiguous()  # the kernel reads its rows
-    losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+    losses = hidden.new_empty(len(hidden), dtype=exact)
     new = torch.empty if len(hidden) else torch.zeros  # the first product overwrites what is there
-    whole = (True, plan.chunk_size >= len(hidden), False)  # not a sum over chunks, which float32 takes
-    kinds = [each if once and each == plan.dtype else torch.float32 for each, once in zip(dtypes, whole, strict=True)]
+    # A sum over chunks, or what the exact way has yet to scale, is in float32
+    once = (plan.kernels, plan.kernels and plan.chunk_size >= len(hidden), False)
+    kinds = [each if whole and each == plan.dtype else exact for each, whole in zip(dtypes, once, strict=True)]
     gradients = [
         new(tensor.shape, dtype=kind, device=hidden.device) if wanted and tensor is not None else None
         for tensor, kind, wanted in zip((hidden, weight, bias), kinds, plan.form, strict=True)
@@ -212,12 +210,24 @@ def _with_kernels(
     grad_hidden, grad_weight, grad_bias = gradients
     # The products of a GPU read aligned rows; some of a CPU compute with what lies between them
     padded = math.ceil(len(weight) / 64) * 64 if hidden.is_cuda else len(weight)
-    logits = hidden.new_empty(min(plan.chunk_size, len(hidden)), padded)[:, : len(weight)]
+    logits = hidden.new_empty(min(plan.chunk_size, len(hidden)), padded, dtype=plan.dtype if plan.kernels else exact)[
+        :, : len(weight)
+    ]
+    softmax_of_others_ = plan.kernels.softmax_of_others_ if plan.kernels else _softmax_of_others_
     for chunk, unlearned in plan.chunks(len(hidden)):
-        h, labels, z = hidden[chunk], plan.labels[chunk], logits[: chunk.stop - chunk.start]
-        torch.mm(h, weight.t(), out=z)
-        log_odds, entropy = plan.kernels.softmax_of_others_(  # type: ignore[union-attr]
-            z, h, weight, bias, labels, unlearned, plan.scale, plan.logit_scale, plan.softcap, any(plan.form)
+        h, z = hidden[chunk], logits[: chunk.stop - chunk.start]
+        _product(h, weight.t(), z)
+        log_odds, entropy = softmax_of_others_(
+            z,
+            h,
+            weight,
+            bias,
+            plan.labels[chunk],
+            unlearned,
+            plan.scale,
+            plan.logit_scale,
+            plan.softcap,
+            any(plan.form),
         )
         losses[chunk] = _losses(log_odds, entropy, unlearned)
         if grad_hidden is not None:
@@ -225,91 +235,65 @@ def _with_kernels(
         if grad_weight is not None:
             _product(z.t(), h, grad_weight, add=chunk.start > 0)
         if grad_bias is not None:
-            sums = z.sum(dim=0, dtype=torch.float32)
+            sums = z.sum(dim=0, dtype=exact)
             grad_bias.copy_(grad_bias + sums if chunk.start else sums)
-    return losses, gradients
-
-
-def _exactly(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: _Plan, dtypes: list[torch.dtype]
-) -> tuple[torch.Tensor, Gradients]:
-    """The same with torch alone, and the logits in float32 (float64 for float64 input)."""
-    exact = torch.float32 if plan.dtype in _HALF else plan.dtype
-    losses = hidden.new_zeros(len(hidden), dtype=exact)
-    gradients = [
-        torch.zeros_like(tensor, dtype=exact) if wanted and tensor is not None else None
-        for tensor, wanted in zip((hidden, weight, bias), plan.form, strict=True)
-    ]
-    grad_hidden, grad_weight, grad_bias = gradients
-    logits = hidden.new_empty((min(plan.chunk_size, len(hidden)), len(weight)), dtype=exact)
-    for chunk, unlearned in plan.chunks(len(hidden)):
-        h, index = hidden[chunk], plan.labels[chunk].unsqueeze(-1)
-        z = logits[: len(h)]
-        _product(h, weight.t(), z)
-        if bias is not None:
-            z += bias
-        slope = _transform(z, plan.logit_scale, plan.softcap, keep_slope=any(plan.form))
-        losses[chunk], coefficient = _softmax_of_others(z, index, unlearned)
-        if not any(plan.form):
-            continue
-        if slope is not None:
-            z *= slope
-        coefficient *= plan.logit_scale * plan.scale
-        if grad_bias is not None:
-            grad_bias.addmv_(z.t(), coefficient)
-        if grad_weight is not None:
-            _add_exact_product(grad_weight, z.t(), h * coefficient.unsqueeze(-1), plan.dtype)
-        if grad_hidden is not None:
-            _add_exact_product(grad_hidden[chunk], z, weight, plan.dtype)
-            grad_hidden[chunk] *= coefficient.unsqueeze(-1)
     return losses, gradients
 
 
 def _losses(log_odds: torch.Tensor, entropy: torch.Tensor, unlearned: int) -> torch.Tensor:
     """The losses (n,) of rows: CE-U for the first `unlearned`, cross entropy for the others."""
-    sign = torch.ones_like(log_odds)
-    sign[:unlearned] = -1.0
+    sign = _signs(log_odds, unlearned)
     losses = -F.logsigmoid(sign * log_odds)
     losses[:unlearned] += entropy[:unlearned]
     return losses
 
 
-def _softmax_of_others(z: torch.Tensor, index: torch.Tensor, unlearned: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Overwrite logits (n, V) by q - e_y; return the losses (n,) and the coefficients (n,) of the gradient.
+def _signs(log_odds: torch.Tensor, unlearned: int) -> torch.Tensor:
+    sign = torch.ones_like(log_odds)
+    sign[:unlearned] = -1.0
+    return sign
 
-    The first `unlearned` rows are CE-U, the others cross entropy; `index` (n, 1) holds the labels.
-    """
-    label_logit = z.gather(1, index)
+
+def _softmax_of_others_(
+    z: torch.Tensor, hidden: Any, weight: Any, bias: torch.Tensor | None, labels: torch.Tensor, unlearned: int,
+    scale: torch.Tensor, logit_scale: float, softcap: float | None, with_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """What `fused_kernels.softmax_of_others_` does, in plain torch and the dtype of `z`."""
+    if bias is not None:
+        z += bias
+    slope = _transform(z, logit_scale, softcap, with_gradient)
+    index = labels.unsqueeze(-1)
+    log_odds, entropy = z.gather(1, index).squeeze(1), z.new_zeros(len(z))
     z.scatter_(1, index, float("-inf"))
+    sign = _signs(log_odds, unlearned)
     # A CPU takes rows that fit its cache through all passes; one scratch, or each would leave a hole in the heap
     block = max(1, len(z) if z.is_cuda else _LOGITS_IN_CACHE // z.shape[1])
     scratch = torch.empty_like(z[:block])
-    parts = [_softmax_(part, n * block < unlearned, scratch) for n, part in enumerate(z.split(block))]
-    log_normalizer, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
-    z.scatter_(1, index, -1.0)
-    log_odds = label_logit.squeeze(1) - log_normalizer
-    coefficient = torch.sigmoid(-log_odds)
-    coefficient[:unlearned] = -torch.sigmoid(log_odds[:unlearned])
-    return _losses(log_odds, entropy, unlearned), coefficient
-
-
-def _softmax_(z: torch.Tensor, with_entropy: bool, scratch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Overwrite logits (n, V) by their softmax; return its log-normalizer (n,) and, if wanted, its entropy (n,)."""
-    largest = z.amax(dim=1, keepdim=True)
-    z -= largest
-    shift = torch.zeros_like(largest)
-    if with_entropy:
-        # exp is 0 from here on, in float64 too, and 0 * -1e4 is 0 where 0 * -inf would be NaN
-        z.clamp_(min=-1e4)
-        unnormalized = torch.exp(z, out=scratch[: len(z)])
-        shift = z.mul_(unnormalized).sum(dim=1, keepdim=True)
-        z.copy_(unnormalized)
-    else:
-        z.exp_()
-    total = z.sum(dim=1, keepdim=True)
-    z /= total
-    # H = log S - sum_i p_i (z_i - max) with S = sum_i exp(z_i - max): two terms that are never negative
-    return (largest + total.log()).squeeze(1), (total.log() - shift / total).squeeze(1)
+    for start in range(0, len(z), block):
+        rows = slice(start, start + block)
+        part = z[rows]
+        largest = part.amax(dim=1, keepdim=True)
+        part -= largest
+        shift: torch.Tensor | float = 0.0
+        if start < unlearned:
+            # exp is 0 from here on, in float64 too, and 0 * -1e4 is 0 where 0 * -inf would be NaN
+            part.clamp_(min=-1e4)
+            unnormalized = torch.exp(part, out=scratch[: len(part)])
+            shift = part.mul_(unnormalized).sum(dim=1)
+            part.copy_(unnormalized)
+        else:
+            part.exp_()
+        total = part.sum(dim=1)
+        log_odds[rows] -= largest.squeeze(1) + total.log()
+        # H = log S - sum_i p_i (z_i - max) with S = sum_i exp(z_i - max): two terms that are never negative
+        entropy[rows] = total.log() - shift / total
+        if with_gradient:
+            coefficient = sign[rows] * torch.sigmoid(-sign[rows] * log_odds[rows]) * logit_scale * scale
+            part *= (coefficient / total).unsqueeze(1)
+            part.scatter_(1, index[rows], -coefficient.unsqueeze(1))
+    if slope is not None:
+        z *= slope
+    return log_odds, entropy
 
 
 def _transform(z: torch.Tensor, logit_scale: float, softcap: float | None, keep_slope: bool) -> torch.Tensor | None:
@@ -326,26 +310,17 @@ def _transform(z: torch.Tensor, logit_scale: float, softcap: float | None, keep_
 
 def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
     """`out = a @ b`, or `out += a @ b`: what reaches a float32 `out` is not rounded to half where the device can."""
-    if out.is_cuda and out.dtype != a.dtype:
+    if out.is_cuda and b.dtype == torch.bfloat16:  # float16 has too small a range for the gradient of a logit
+        a = a.to(b.dtype)
+    if out.is_cuda and a.dtype == b.dtype != out.dtype:
         if add:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         else:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
-    elif add:
-        out.addmm_(a.to(out.dtype), b.to(out.dtype))
-    elif out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
+    elif a.dtype == b.dtype and not add:
+        out.copy_(a @ b) if out.dtype != a.dtype else torch.mm(a, b, out=out)
     else:
-        out.copy_(a @ b)
-
-
-def _add_exact_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> None:
-    """`total += a @ b` with `a` in float32: a GPU takes factors in `dtype`, a CPU casts `b` block by block."""
-    if dtype in _HALF and total.is_cuda:
-        _product(a.to(dtype), b.to(dtype), total, add=True)
-    else:
-        for left, right in zip(a.split(4096, dim=1), b.split(4096), strict=True):
-            _product(left, right, total, add=True)
+        out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=int(add))
 
 
 def _gather(parameter: torch.Tensor) -> torch.Tensor:
@@ -377,28 +352,25 @@ def _check(
     chunk_size: int | None,
 ) -> None:
     """Raise a ValueError for an argument that does not fit, without reading a tensor's values."""
-    h, w, y = tuple(hidden.shape), tuple(weight.shape), tuple(labels.shape)
-    if reduction == "none":
-        raise ValueError(
-            "reduction is 'none', and the gradient is formed with the loss, which needs a scalar; "
-            "use 'mean' or 'sum', or losses.cross_entropy_unlearning_loss on logits."
-        )
+    h, w = tuple(hidden.shape), tuple(weight.shape)
     if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction is {reduction!r}; use 'mean' or 'sum'.")
-    if not h or h[:-1] != y:
-        raise ValueError(f"labels have shape {y} and hidden {h}; give hidden of shape (*labels.shape, hidden size).")
-    if len(w) != 2 or w[1] != h[-1]:
         raise ValueError(
-            f"weight has shape {w} and hidden {h}; give weight of shape (vocabulary, {h[-1]}), gathered if sharded."
+            f"reduction is {reduction!r}; use 'mean' or 'sum', or losses.cross_entropy_unlearning_loss on logits for "
+            "the loss of each token."
         )
+    for name, tensor, shape in (
+        ("labels", labels, h[:-1]),
+        ("unlearn_mask", unlearn_mask, h[:-1]),
+        ("weight", weight, (*w[:1], *h[-1:])),
+        ("bias", bias, w[:1]),
+    ):
+        if tensor is not None and (tuple(tensor.shape) != shape or not h):
+            found = tuple(tensor.shape)
+            raise ValueError(f"{name}: shape {found} does not fit hidden {h} and weight {w}; give {shape}.")
     if w[0] < 2:
         raise ValueError(f"the vocabulary has {w[0]} entry; CE-U needs at least 2, one of them not the label.")
-    if bias is not None and bias.shape != w[:1]:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; give one of shape ({w[0]},).")
     if unlearn_mask is not None and unlearn_mask.dtype != torch.bool:
         raise ValueError(f"unlearn_mask has dtype {unlearn_mask.dtype}; give a bool tensor, True where to unlearn.")
-    if unlearn_mask is not None and unlearn_mask.shape != y:
-        raise ValueError(f"unlearn_mask has shape {tuple(unlearn_mask.shape)} and labels {y}; give the same shape.")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}; use a number above 0, or None for no cap.")
     if chunk_size is not None and chunk_size < 1:

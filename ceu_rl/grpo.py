@@ -1,44 +1,24 @@
 """GRPO whose push on completions with a negative advantage fades as their tokens fall."""
 
-import functools
-import inspect
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch.nn import Module
 from transformers import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 
 from .data.prompts import prompt_ids
-from .data.rows import check_layout, name_rows
+from .data.rows import check_layout
 from .losses import anchor_log_ratio
-from .rollouts import ReloadingVLLMGeneration, check_rewards, check_vllm, drift_by_sign, name_vllm_settings
+from .rollouts import ReloadingVLLMGeneration, check_vllm
 from .route import CITATION, DescentConfig, DescentTrainer, Scored, Weight, descent_rule
 from .run.checkpoints import WholeCheckpoints
-from .run.checks import (
-    RolloutError,
-    StopAtNonFinite,
-    check_choices,
-    check_language_model,
-    check_numbers,
-    check_reference_is_loaded,
-)
-from .run.engines import Float32Outputs
-from .run.errors import note, note_once
+from .run.checks import RolloutError, StopAtNonFinite, check_reference_is_loaded
+from .run.engines import Float32Outputs, is_asked_for
+from .run.errors import NameCause, note, note_once
 from .tasks.generate import decode_by
-
-CHOICES = {
-    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
-    "importance_sampling_level": ("token", "sequence"),
-    "scale_rewards": ("group", "batch", "none"),
-    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
-    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
-}
 
 
 @dataclass
@@ -109,48 +89,54 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
 
     A token descends where the loss lowers its log-probability: in completions with a negative advantage, unless
     clipping or the KL term says otherwise. With `ceu_coef` 0 it trains the same weights as `trl.GRPOTrainer`, bit for
-    bit: the route then only looks on. It takes the same arguments, and a `CEUGRPOConfig`. Rollouts take nothing of the
-    model's own `generation_config` but its end tokens, and follow no end token that the tokenizer adds to a prompt.
+    bit. It takes the same arguments, and a `CEUGRPOConfig`. Rollouts take nothing of the model's own
+    `generation_config` but its end tokens, and follow no end token that the tokenizer adds to a prompt.
 
     The anchor of a rule is the token's probability under what generated it: vLLM's, else the policy's when the rollouts
     came. A rule that measures against it (anchored, token_ratio, sequence_ratio) replaces TRL's importance weight:
     descending tokens get the rule's, ascending ones 1. TRL's clip and masks still decide which tokens have a gradient.
 
     It logs what `route.descent_metrics` returns, and with vLLM `rollout/age_mean`, `rollout/age_max` (steps between the
-    weights that generated and those that learn) and `rollout/sync_seconds`. Where the log-probabilities of what
-    generated are known, it logs how far the policy has moved from it, apart for tokens of positive and of negative
-    advantage: `rollout/ratio_positive`, `rollout/ratio_negative`, `rollout/mismatch_positive` and
-    `rollout/mismatch_negative` (`rollouts.drift_by_sign`).
+    weights that generated and those that learn) and `rollout/sync_seconds`.
 
     Raises:
         ValueError: before any step, for a dataset without rows or without `prompt`, or a model without a
             language-model head.
-        RolloutError: at the step whose reward or prompt cannot be used, with the function or row.
+        RolloutError: at the step whose rewards or rollouts cannot be used, with the function or what failed.
         FloatingPointError: at the step whose loss or gradient is not finite.
     """
 
     args: CEUGRPOConfig
+    stock, config_class = GRPOTrainer, CEUGRPOConfig
     vllm_generation: ReloadingVLLMGeneration
     _tag_names = ["trl", "grpo", "ceu"]
     _name = "CE-U GRPO"
     # Both, and no "method introduced in": neither paper has this trainer
     _paper = {"citation": f"{CITATION}\n\n{GRPOTrainer._paper['citation']}"}
 
-    @functools.wraps(GRPOTrainer.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        bound = inspect.signature(GRPOTrainer.__init__).bind(self, *args, **kwargs)
-        given = bound.arguments
-        given["args"] = config = CEUGRPOConfig.given(given.get("args"), given["model"])
+        super().__init__(*args, **kwargs)
+        self._ages: list[int] = []
+        if self.use_vllm:
+            self.vllm_generation.__class__ = ReloadingVLLMGeneration
+            self.vllm_generation.period = self.args.weight_sync_steps
+            self.vllm_generation.clock = lambda: self.state.global_step
+        if not isinstance(self.processing_class, ProcessorMixin):
+            for column in {"image", "images"} & set(getattr(self.train_dataset, "column_names", None) or []):
+                raise ValueError(
+                    f"The train dataset has a column {column!r}, and {type(self.model).__name__} reads text alone; "
+                    "remove the column, or rename it."
+                )
+
+    def check_given(self, given: dict[str, Any]) -> None:
+        config: CEUGRPOConfig = given["args"]
         for role in ("train", "eval"):
-            check = functools.partial(self._check_rows, config=config, prompted=not given.get("environment_factory"))
-            if isinstance(dataset := given.get(f"{role}_dataset"), dict):
-                given[f"{role}_dataset"] = {name: check(one, name) for name, one in dataset.items()}
+            dataset = given.get(f"{role}_dataset")
+            if isinstance(dataset, dict):
+                given[f"{role}_dataset"] = {name: self._check_rows(one, name, given) for name, one in dataset.items()}
             elif dataset is not None:
-                given[f"{role}_dataset"] = check(dataset, role)
+                given[f"{role}_dataset"] = self._check_rows(dataset, role, given)
         _check_prompts(given.get("train_dataset"), config)
-        check_numbers(vars(config))
-        check_choices(config, CHOICES)
-        _check_generation(config)
         if config.needs_anchor and not self._knows_behaviour(given):
             raise ValueError(
                 f"descent_rule {config.descent_rule!r} measures a token against what generated it, and these rollouts "
@@ -162,31 +148,21 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
                 "top_p, top_k or min_p cuts what vLLM samples from, so its probabilities are no anchor; the policy's "
                 "when the rollouts came are taken where TRL computes them."
             )
-        check_language_model(given["model"], config.trust_remote_code)
         adapts = given.get("peft_config") is not None or isinstance(given["model"], PeftModel)
         check_reference_is_loaded(needs_reference=config.beta != 0 and not adapts)
-        if config.use_vllm:
-            check_vllm(adapts, config)
-        with name_vllm_settings():
-            super().__init__(*bound.args[1:], **bound.kwargs)
-        if config.use_vllm:
-            self.vllm_generation.__class__ = ReloadingVLLMGeneration
-            self.vllm_generation.period = config.weight_sync_steps
-            self.vllm_generation.clock = lambda: self.state.global_step
-        self._ages: list[int] = []
-        check_language_model(self.model)
-        columns = getattr(self.train_dataset, "column_names", None) or []
-        if not isinstance(self.processing_class, ProcessorMixin):
-            for column in {"image", "images"} & set(columns):
-                raise ValueError(
-                    f"The train dataset has a column {column!r}, and {type(self.model).__name__} reads text alone; "
-                    "remove the column, or rename it."
-                )
-        self.attach_route(observe=True)
+        if not config.use_vllm:
+            return
+        check_vllm()
+        if adapts and (is_asked_for("FSDP") or config.fsdp_plugin_args is not None):
+            raise ValueError(
+                "use_vllm is True with an adapter under FSDP, which was never tested; leave out one of use_vllm, "
+                "use_peft and FSDP (recipes/accelerate/ddp.yaml)."
+            )
 
-    def _check_rows(self, dataset: Any, name: str, config: CEUGRPOConfig, prompted: bool) -> Any:
+    def _check_rows(self, dataset: Any, name: str, given: dict[str, Any]) -> Any:
         """The layout check, which spares a dataset without prompts where an environment's `reset` gives them."""
         columns = getattr(dataset, "column_names", None) or ["prompt"]
+        prompted = not given.get("environment_factory")
         if "completions" in columns and name == "train":
             raise ValueError(
                 "The train dataset brings 'completions', and this trainer generates its own; use "
@@ -233,19 +209,8 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
         with self.descent_route.collect() as forwards:
             loss: torch.Tensor = super()._compute_loss(model, inputs)
-        policy = forwards[0]
-        generated = inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps"))
         if self.args.needs_anchor:
-            self._set_anchor(policy, inputs)
-        log_probs = policy.log_probs[:, -inputs["completion_ids"].size(1) :]
-        # A `rollout_func` need not know the probabilities, and may give something in their place
-        if self._is_training and generated is not None and generated.shape == log_probs.shape:
-            mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-            sums = drift_by_sign(log_probs, generated, inputs["advantages"], mask)
-            sums = self.accelerator.reduce(sums, reduction="sum")
-            for sign, (count, ratio, mismatch) in zip(("positive", "negative"), sums.tolist(), strict=True):
-                self._metrics["train"][f"rollout/ratio_{sign}"].append(ratio / count if count else math.nan)
-                self._metrics["train"][f"rollout/mismatch_{sign}"].append(mismatch / count if count else math.nan)
+            self._set_anchor(forwards[0], inputs)
         return loss
 
     def _set_anchor(self, policy: Scored, inputs: Any) -> None:
@@ -284,51 +249,26 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
         if self.use_vllm:
             self.vllm_generation.shutdown()
 
-    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
-        given: list[Any] = self.reward_funcs
-        self.reward_funcs = [
-            reward if isinstance(reward, Module) else check_rewards(reward, name)
-            for reward, name in zip(given, self.reward_func_names, strict=True)
-        ]
-        try:
-            return super()._calculate_rewards(*args, **kwargs)
-        finally:
-            self.reward_funcs = given
-
-    def describe_rows(self, inputs: Any) -> list[str]:
-        # TRL hands each step the rows of a whole generation, each row once for every completion
-        texts = {text: text for row in inputs if (text := str(row.get("prompt", row)))}
-        dataset: Any = self.train_dataset
-        known = isinstance(dataset, Dataset) and "prompt" in dataset.column_names
-        return name_rows(texts, map(str, dataset["prompt"] if known else []))
-
-
-def _check_generation(config: GRPOConfig) -> None:
-    """Refuse what generation would only meet in the first step."""
-    for name in ("chat_template_kwargs", "generation_kwargs"):
-        if not isinstance(value := getattr(config, name) or {}, Mapping):
-            raise ValueError(f"{name} is {value!r}; give a mapping, such as {{name: value}}.")
-    for name in ("num_return_sequences", "n"):
-        if name in (config.generation_kwargs or {}):
-            raise ValueError(f"generation_kwargs has {name}, which num_generations sets; set that, and leave it out.")
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        remedy = "return a finite number for each completion, or None for one that it cannot judge."
+        with NameCause(f"The reward function {' or '.join(self.reward_func_names)}", remedy, RolloutError):
+            rewards: torch.Tensor = super()._calculate_rewards(*args, **kwargs)
+        for name, column in zip(self.reward_func_names, rewards.T, strict=True):
+            if column.isinf().any():
+                raise RolloutError(f"The reward function {name} returned an infinite number; {remedy}")
+        return rewards
 
 
 def _check_prompts(dataset: Any, args: GRPOConfig) -> None:
-    """Refuse a dataset from which no batch of generations can be made, and say what a partial one drops.
-
-    TRL takes the prompts of one generation together, and leaves a last, smaller batch of them out of every epoch.
-    """
+    """Refuse a dataset from which TRL can make no batch of generations, and say what its last one leaves out."""
     if not isinstance(dataset, Dataset):
         return
     batch, generations = args.generation_batch_size or 1, args.num_generations or 1
     prompts = batch // generations
+    taken = f"The train dataset has {len(dataset)} prompts, and one generation takes {prompts}"
     if len(dataset) < prompts:
         raise ValueError(
-            f"The train dataset has {len(dataset)} prompts, and one generation takes {prompts}: a batch of {batch} "
-            f"completions (generation_batch_size) with {generations} for each prompt (num_generations). So no step "
-            "would be trained; give more prompts, or lower per_device_train_batch_size or steps_per_generation."
+            f"{taken}: a batch of {batch} completions (generation_batch_size) with {generations} for each prompt "
+            "(num_generations); give more prompts, or lower per_device_train_batch_size or steps_per_generation."
         )
-    note(
-        f"The train dataset has {len(dataset)} prompts, and one generation takes {prompts}: "
-        f"{len(dataset) % prompts} are left out of each epoch."
-    )
+    note(f"{taken}: {len(dataset) % prompts} are left out of each epoch.")

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from trl.trainer.utils import get_config_model_id
 
+from .data.rows import first_row
 from .losses import (
     anchored_weight,
     check_ranges,
@@ -36,10 +37,10 @@ from .losses import (
     sequence_ratio_weight,
     token_ratio_weight,
 )
+from .run.checks import check_language_model, check_numbers
 from .run.errors import import_function
 
 SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
-RECORD = 10  # numbers that a route keeps of what it met
 CITATION = textwrap.dedent("""\
     @article{yang2025ceu,
         title  = {{CE-U: Cross Entropy Unlearning}},
@@ -154,23 +155,17 @@ class DescentRoute:
     Args:
         weight: The weight function of the rule; None leaves every gradient as it is.
         coef: Share of the rule; the rest is stock, whose weight is 1.
-        observe: Record what the backward passes meet without a rule as well.
         always: Act on every fused forward; else inside [`collect`] alone, so that other trainers of the model stay
             what they are.
     """
 
-    def __init__(self, weight: Weight | None, coef: float = 1.0, observe: bool = False, always: bool = False) -> None:
-        self.weight, self.coef, self.observe, self.always = weight, coef, observe, always
+    def __init__(self, weight: Weight | None, coef: float = 1.0, always: bool = False) -> None:
+        self.weight, self.coef, self.always = weight, coef, always
         self._forwards: list[Scored] | None = None
-        self._record: torch.Tensor | None = None
+        self._record: torch.Tensor | float = 0.0  # backward passes, tokens, descending ones, the sum of their weights
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_forwards": None, "_record": None}  # a copy has its own
-
-    @property
-    def records(self) -> bool:
-        """Whether gradients pass through it."""
-        return self.observe or self.weight is not None
+        return {**vars(self), "_forwards": None, "_record": 0.0}  # a copy has its own
 
     @contextmanager
     def collect(self) -> Iterator[list[Scored]]:
@@ -186,46 +181,36 @@ class DescentRoute:
         if not kwargs.get("fused_lm_head") or (self._forwards is None and not self.always):
             return
         scored = Scored(outputs.log_probs.detach(), outputs.label_mask)
-        if self.records and torch.is_grad_enabled() and outputs.log_probs.requires_grad:
+        if self.weight is not None and torch.is_grad_enabled() and outputs.log_probs.requires_grad:
             outputs.log_probs.register_hook(functools.partial(self.weigh, scored))
         if self._forwards is not None:
             self._forwards.append(scored)
 
-    def weigh(self, scored: Scored, grad: torch.Tensor) -> torch.Tensor | None:
-        """Return `grad` (B, T) times its weights, or None to leave it, and record what it met.
-
-        Recording stays on the device, so a step never waits for it.
-        """
+    def weigh(self, scored: Scored, grad: torch.Tensor) -> torch.Tensor:
+        """Return `grad` (B, T) times its weights, and record what it met: on the device, so a step never waits."""
+        assert self.weight is not None
         log_probs, mask = scored.log_probs, scored.mask
         descending = (grad > 0) & mask
-        weighed, weights = grad, torch.ones_like(log_probs)
-        if self.weight is not None:
-            anchor = None if scored.anchor is None else _aligned(scored.anchor, log_probs, math.nan)
-            weights = self.weight(log_probs, anchor, descending, mask)
-            if scored.log_importance is not None:
-                log_importance = _aligned(scored.log_importance, log_probs, 0.0).nan_to_num(nan=0.0)
-                weights = weights * (-log_importance).clamp(max=80).exp()
-            weights = ((1.0 - self.coef) + self.coef * weights).expand_as(grad)
-            weighed = grad * torch.where(mask, weights, 1.0).to(grad.dtype)
-        descended = weights.masked_fill(~descending, 0.0)
-        rare, sure = log_probs < math.log(0.01), log_probs > math.log(0.99)
-        groups = torch.stack([mask, descending, descending & rare, descending & sure]).flatten(1).float()
-        norms = weighed.abs().float() * -torch.expm1(log_probs).clamp(max=0).float()
-        largest = descended.max() if descended.numel() else descended.sum()
-        over_weights = torch.stack([descended.sum(), largest]).float()
-        record = torch.cat([groups.sum(dim=1), (groups * norms.flatten()).sum(dim=1), over_weights])
-        self._record = merge_records(self._record, record)
-        return None if self.weight is None else weighed
+        anchor = None if scored.anchor is None else _aligned(scored.anchor, log_probs, math.nan)
+        weights = self.weight(log_probs, anchor, descending, mask)
+        if scored.log_importance is not None:
+            log_importance = _aligned(scored.log_importance, log_probs, 0.0).nan_to_num(nan=0.0)
+            weights = weights * (-log_importance).clamp(max=80).exp()
+        weights = ((1.0 - self.coef) + self.coef * weights).expand_as(grad)
+        total = weights.masked_fill(~descending, 0.0).sum()
+        met = (torch.ones_like(total), mask.sum(), descending.sum(), total)
+        self._record = torch.stack([each.float() for each in met]) + self._record
+        return grad * torch.where(mask, weights, 1.0).to(grad.dtype)
 
-    def pop_record(self) -> torch.Tensor | None:
-        """What this process met since the last call, for `merge_records` and `descent_metrics`, or None."""
-        record, self._record = self._record, None
+    def pop_record(self) -> torch.Tensor | float:
+        """What this process met since the last call, for `descent_metrics`; 0 without a backward pass."""
+        record, self._record = self._record, 0.0
         return record
 
     def pop_metrics(self) -> dict[str, float]:
         """`descent_metrics` of what this process met since the last call; empty if no backward pass went through."""
         record = self.pop_record()
-        return {} if record is None else descent_metrics(record)
+        return descent_metrics(record) if isinstance(record, torch.Tensor) else {}
 
 
 def _aligned(values: torch.Tensor, log_probs: torch.Tensor, fill: float) -> torch.Tensor:
@@ -275,35 +260,12 @@ def route_descent(model: PreTrainedModel, weight: Weight | None = None, coef: fl
     return route
 
 
-def merge_records(*records: torch.Tensor | None) -> torch.Tensor:
-    """One record of several of shape (RECORD,). The last number is a maximum, the others are sums."""
-    stacked = torch.stack([record for record in records if record is not None])
-    return torch.cat([stacked[:, :-1].sum(dim=0), stacked[:, -1:].amax(dim=0)])
-
-
 def descent_metrics(record: torch.Tensor) -> dict[str, float]:
-    """Read a record of shape (RECORD,).
-
-    With g the gradient on the log-probability of one token, weight included, the L1 norm of what it sends into the
-    logits is exactly known from p alone: |g (e_y - p)|_1 = 2 |g| (1 - p_y), half of it on the token's own logit.
-
-    Returns:
-        `ceu/descending_fraction` of the labelled tokens; over the descending ones `ceu/weight_mean`, `ceu/weight_max`,
-        and the shares `ceu/descending_below_0.01` and `ceu/descending_above_0.99` whose probability is below or above
-        that; and of the sum of those norms over all labelled tokens what descending ones carry,
-        `ceu/gradient_descending`, and what those two groups of them do, `ceu/gradient_below_0.01` and
-        `ceu/gradient_above_0.99`.
-    """
-    tokens, descending, rare, sure, norm, norm_descending, norm_rare, norm_sure, total, largest = record.tolist()
+    """`ceu/descending_fraction` of the labelled tokens, and `ceu/weight_mean` over these, from a record, shape (4,)."""
+    _, tokens, descending, total = record.tolist()
     return {
         "ceu/descending_fraction": descending / max(tokens, 1.0),
-        "ceu/descending_below_0.01": rare / max(descending, 1.0),
-        "ceu/descending_above_0.99": sure / max(descending, 1.0),
-        "ceu/gradient_descending": norm_descending / (norm or 1.0),
-        "ceu/gradient_below_0.01": norm_rare / (norm or 1.0),
-        "ceu/gradient_above_0.99": norm_sure / (norm or 1.0),
         "ceu/weight_mean": total / max(descending, 1.0),
-        "ceu/weight_max": largest,
     }
 
 
@@ -363,22 +325,23 @@ class DescentConfig:
     )
 
     def __post_init__(self) -> None:
-        self.check()
-        super().__post_init__()  # type: ignore[misc]
-
-    def check(self) -> None:
-        """Raise a ValueError for a rule or parameter that cannot be honoured."""
         check_trl_version()
         if self.drop_descending:
             warnings.warn(
                 "drop_descending is deprecated; use descent_rule='constant', constant_weight=0, ceu_coef=1.",
                 FutureWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
             self.descent_rule, self.constant_weight, self.ceu_coef = "constant", 0.0, 1.0
             self.drop_descending = False
         check_ranges(ceu_coef=self.ceu_coef)
+        check_numbers(vars(self))
         self.weight()
+        self.check()
+        super().__post_init__()  # type: ignore[misc]
+
+    def check(self) -> None:
+        """Raise a ValueError for a setting that the rule cannot honour."""
         if getattr(self, "use_liger_kernel", False):
             raise ValueError(
                 "use_liger_kernel is True, and Liger's kernels replace the forward that the route reads; leave it out, "
@@ -399,61 +362,71 @@ class DescentConfig:
         """Whether the rule may measure against an anchor, as a function of the user's may."""
         return self.is_anchored or (self.ceu_coef != 0 and "." in self.descent_rule)
 
-    @classmethod
-    def given(cls, args: Any, model: Any) -> Any:
-        """Return `args`, or, where there are none, a default config that writes where TRL's trainer would.
 
-        Raises:
-            ValueError: for a config of another class, TRL's own included.
-        """
-        parent = cls.__mro__[2].__name__
-        if args is None:
-            config: Any = getattr(model, "config", None)
-            name = model if isinstance(model, str) else get_config_model_id(config)
-            return cls(f"{name.split('/')[-1]}-{parent.removesuffix('Config')}")  # type: ignore[call-arg]
-        if not isinstance(args, cls):
-            raise ValueError(
-                f"args is a {type(args).__name__}; give a {cls.__name__}, which takes what a {parent} takes."
-            )
-        args.check()
-        return args
+def own_config(args: Any, config_class: type, model: Any) -> Any:
+    """Return `args`, or, where there are none, a default config that writes where TRL's trainer would.
+
+    Raises:
+        ValueError: for a config of another class, TRL's own included.
+    """
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(getattr(model, "config", None))  # type: ignore[arg-type]
+        kind = config_class.__name__.removeprefix("CEU").removesuffix("Config")
+        return config_class(f"{name.split('/')[-1]}-{kind}")
+    if not isinstance(args, config_class):
+        raise ValueError(f"args is a {type(args).__name__}; give a {config_class.__name__}.")
+    return args
 
 
 class DescentTrainer:
-    """Trainer mixin: attaches the route after TRL's constructor and logs what it met."""
+    """Trainer mixin: takes what its parent takes, attaches the route after TRL's constructor, and logs what it met."""
 
+    stock: type  # TRL's trainer
+    config_class: type[DescentConfig]
     descent_route: DescentRoute
-    _descent_record: torch.Tensor | None = None  # of all processes, since the last log
+    _descent_record: torch.Tensor | float = 0.0  # of all processes, since the last log
 
-    def attach_route(self, observe: bool = False) -> None:
-        """Attach the rule of `self.args` to the policy, and see the forwards of a reference model."""
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.__signature__ = inspect.signature(cls.stock)  # type: ignore[attr-defined]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(self.stock).bind(*args, **kwargs).arguments
+        given["args"] = config = own_config(given.get("args"), self.config_class, given["model"])
+        self.check_given(given)
+        check_language_model(given["model"], config.trust_remote_code)
+        with first_row("train"):
+            super().__init__(**given)
         trainer: Any = self
-        args: DescentConfig = trainer.args
-        self.descent_route = DescentRoute(args.weight() if args.ceu_coef else None, args.ceu_coef, observe)
-        trainer.model.register_forward_hook(self.descent_route, with_kwargs=True)
+        check_language_model(trainer.model)
+        route = DescentRoute(config.weight() if config.ceu_coef else None, config.ceu_coef)
+        self.descent_route = route
+        trainer.model.register_forward_hook(route, with_kwargs=True)
         if getattr(trainer, "ref_model", None) is not None:
             # Before the hook of FSDP2, which rounds outputs
             reference = trainer.accelerator.unwrap_model(trainer.ref_model, keep_torch_compile=False)
-            reference.register_forward_hook(self.descent_route, with_kwargs=True, prepend=True)
+            reference.register_forward_hook(route, with_kwargs=True, prepend=True)
+
+    def check_given(self, given: dict[str, Any]) -> None:
+        """Judge the arguments before TRL's constructor gets them; it may change them."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
         accelerator: Any = self.accelerator  # type: ignore[attr-defined]
         # Here, where every process comes by: a callback may log on one of them alone
-        if accelerator.sync_gradients and self.descent_route.records:
-            record = self.descent_route.pop_record()
-            record = torch.full((RECORD,), -1.0, device=loss.device) if record is None else record
-            records = accelerator.gather(record).view(-1, RECORD)
-            if (records < 0).all() and self.descent_route.weight is not None:  # in every process, so that all end
+        if accelerator.sync_gradients and self.descent_route.weight is not None:
+            record = torch.zeros(4, device=loss.device) + self.descent_route.pop_record()
+            record = accelerator.reduce(record, reduction="sum")
+            if record[0] == 0:  # in every process, so that all end
                 raise ValueError(
                     "No gradient of this step went through the descent route: the model was wrapped or replaced after "
                     "this trainer was built; build it again."
                 )
-            self._descent_record = merge_records(self._descent_record, *records.clamp(min=0))
+            self._descent_record = record + self._descent_record
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self.model.training and self._descent_record is not None:  # type: ignore[attr-defined]
+        if self.model.training and isinstance(self._descent_record, torch.Tensor):  # type: ignore[attr-defined]
             logs.update(descent_metrics(self._descent_record))
-            self._descent_record = None
+            self._descent_record = 0.0
         super().log(logs, *args, **kwargs)  # type: ignore[misc]

@@ -12,7 +12,7 @@ import functools
 import json
 import textwrap
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,20 +24,14 @@ from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
-from trl.trainer.utils import (
-    add_fused_lm_head,
-    create_model_from_path,
-    get_config_model_id,
-    maybe_gather_lm_head_ctx,
-)
+from trl.trainer.utils import add_fused_lm_head, create_model_from_path, maybe_gather_lm_head_ctx
 
 from .data.answer_spans import part_answer, template_edges
 from .data.prompts import PromptArguments
-from .data.rows import check_layout, name_rows
+from .data.rows import check_layout
 from .fused import fused_linear_unlearning_loss, lm_head_options
 from .losses import (
     activation_loss,
-    cross_entropy_unlearning_loss,
     gradient_ascent_loss,
     kl_loss,
     log_ratio,
@@ -48,7 +42,7 @@ from .losses import (
     weighted_gradient_ascent_loss,
 )
 from .models import end_token_ids
-from .route import CITATION, check_trl_version
+from .route import CITATION, check_trl_version, own_config
 from .run.checkpoints import WholeCheckpoints
 from .run.checks import (
     StopAtNonFinite,
@@ -233,11 +227,7 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
         ref_model: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> None:
-        if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(getattr(model, "config", None))  # type: ignore[arg-type]
-            args = UnlearnConfig(f"{name.split('/')[-1]}-Unlearn")
-        if not isinstance(args, UnlearnConfig):
-            raise ValueError(f"args is a {type(args).__name__}; give an UnlearnConfig.")
+        args = own_config(args, UnlearnConfig, model)
         for name in ("train_dataset", "compute_loss_func"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} is given, which UnlearnTrainer sets itself; give forget_dataset alone.")
@@ -266,17 +256,14 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
         self.model_accepts_loss_kwargs = True  # the loss is divided by the units of the whole step, see `compute_loss`
         base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         add_unlearning_head(base)
-        _check_head(base)
-        self._frozen = (
-            freeze_for_rmu(self.model, args.rmu_layer, args.rmu_update_layers) if args.loss_type == "rmu" else []
-        )
+        self._frozen = _frozen_by_rmu(self.model, args.rmu_layer, args.rmu_update_layers) if method == "rmu" else []
         spared = functools.partial(
             _spared_row, skipped=args.method.ignore_first_n_answer_tokens, tokenizer=self._tokenizer,
             template=self.chat_template, ends=end_token_ids(base, self._tokenizer),
         )  # fmt: skip
         forget: Any = self.train_dataset
         self.train_dataset = forget.map(spared, with_indices=True)
-        self.data_collator = PairCollator(self.data_collator)
+        self.data_collator = functools.partial(_collate_pairs, self.data_collator)
         if retain_dataset is not None:
             retain = self._prepare_dataset(
                 retain_dataset, self.processing_class, args, False, kwargs.get("formatting_func"), "retain"
@@ -290,11 +277,13 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As stock; what RMU leaves alone is frozen for that time, so that a later trainer trains all of the model."""
-        _set_trainable(self._frozen, False)
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
         try:
             return super().train(*args, **kwargs)
         finally:
-            _set_trainable(self._frozen, True)
+            for parameter in self._frozen:
+                parameter.requires_grad_(True)
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
@@ -454,13 +443,6 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
             yield self.model
         policy.train(training)
 
-    def describe_rows(self, inputs: Mapping[str, Any]) -> list[str]:
-        given = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-        batch = [tuple(ids[kept.bool()].tolist()) for ids, kept in given]
-        texts: dict[Any, str] = {ids: self._tokenizer.decode(ids, skip_special_tokens=True) for ids in batch}
-        forget: Any = getattr(self.train_dataset, "forget", self.train_dataset)
-        return [f"{row} of the forget dataset" for row in name_rows(texts, map(tuple, forget["input_ids"]))]
-
 
 class PairedDataset(torch.utils.data.Dataset, TrainerCallback):
     """The rows of the forget set, each with one of the retain set: all of them in turn, in an order drawn from a seed.
@@ -485,18 +467,12 @@ class PairedDataset(torch.utils.data.Dataset, TrainerCallback):
         return {**self.forget[index], "retain": self.retain[self.order[place]]}
 
 
-class PairCollator:
+def _collate_pairs(collate: Callable[..., dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The collator of `SFTTrainer` on both rows of a pair; the batch of the retain rows has the prefix `retain_`."""
-
-    def __init__(self, collate: Any) -> None:
-        self.collate = collate
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collate([{key: row[key] for key in row if key != "retain"} for row in rows])
-        if "retain" in rows[0]:
-            retain = self.collate([row["retain"] for row in rows])
-            batch |= {f"retain_{key}": value for key, value in retain.items()}
-        return batch
+    batch = collate([{key: row[key] for key in row if key != "retain"} for row in rows])
+    if "retain" in rows[0]:
+        batch |= {f"retain_{key}": value for key, value in collate([row["retain"] for row in rows]).items()}
+    return batch
 
 
 def add_unlearning_head(model: PreTrainedModel) -> None:
@@ -552,31 +528,6 @@ def activations(model: Any, layer: int, **inputs: Any) -> torch.Tensor:
     return found[0][0] if isinstance(found[0], tuple) else found[0]
 
 
-@torch.no_grad()
-def _check_head(model: Any) -> None:
-    """Raise a ValueError for a model that makes more of its last hidden states than the fused losses know of.
-
-    On a few tokens, where the weights are at hand: not where an engine has parted them.
-    """
-    weights = [model.get_output_embeddings().weight, *model.parameters()]
-    if len({weight.device for weight in weights}) > 1 or weights[0].is_meta or not all(map(torch.numel, weights)):
-        return
-    ids = torch.arange(1, 9, device=weights[0].device)[None] % len(weights[0])
-    training = model.training
-    model.eval()
-    try:
-        found, logits = model(input_ids=ids, labels=ids, inside=ceu_loss), model(input_ids=ids).logits
-    finally:
-        model.train(training)
-    expected = cross_entropy_unlearning_loss(logits[0, :-1].float(), ids[0, 1:])
-    if torch.isfinite(expected) and not torch.isclose(found.float(), expected, rtol=0.02, atol=1e-2):
-        raise ValueError(
-            f"{type(model).__name__} makes its logits in another way than by its head from its last hidden states (the "
-            f"loss of a few tokens is {expected:.4g}, not {found:.4g}), which unlearning does not support; use another "
-            "model."
-        )
-
-
 def _layers(model: Any) -> Any:
     layers = getattr(model.base_model, "layers", None)
     if layers is None:
@@ -584,16 +535,8 @@ def _layers(model: Any) -> Any:
     return layers
 
 
-def freeze_for_rmu(model: Any, layer: int, updated: list[int] | None) -> list[torch.nn.Parameter]:
-    """Let the weights `mlp.down_proj` of some layers alone be trained (Li et al. 2024, section 4.2).
-
-    Args:
-        model: A causal language model without an adapter.
-        layer: The layer after which activations are steered, counted from 0.
-        updated: The layers that are trained, none after `layer`. None: it and the two before it.
-
-    Returns:
-        What was trainable before and is frozen now.
+def _frozen_by_rmu(model: Any, layer: int, updated: list[int] | None) -> list[torch.nn.Parameter]:
+    """What is trainable but not the `mlp.down_proj` of the layers that RMU updates (Li et al. 2024, section 4.2).
 
     Raises:
         ValueError: for layers that do not exist or cannot matter, an adapter, or a model without such weights.
@@ -607,20 +550,11 @@ def freeze_for_rmu(model: Any, layer: int, updated: list[int] | None) -> list[to
             f"rmu_layer is {layer} and rmu_update_layers {updated}; the model has the layers 0 to {len(layers) - 1}, "
             "and none after rmu_layer can be updated."
         )
-    trained = [weight for place in updated for name, weight in layers[place].named_parameters()
-               if name.endswith("mlp.down_proj.weight")]  # fmt: skip
+    named = [each for place in updated for each in layers[place].named_parameters()]
+    trained = {id(weight) for name, weight in named if name.endswith("mlp.down_proj.weight")}
     if not trained:
         raise ValueError(f"The layers {updated} of {type(model).__name__} have no mlp.down_proj, which rmu trains.")
-    places = set(map(id, trained))
-    frozen = [each for each in model.parameters() if each.requires_grad and id(each) not in places]
-    _set_trainable(frozen, False)
-    _set_trainable(trained, True)
-    return frozen
-
-
-def _set_trainable(parameters: Iterable[torch.nn.Parameter], trains: bool) -> None:
-    for parameter in parameters:
-        parameter.requires_grad_(trains)
+    return [each for each in model.parameters() if each.requires_grad and id(each) not in trained]
 
 
 def _make_reference(model: Any, args: UnlearnConfig, ref_model: Any, adapts: bool) -> PreTrainedModel | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
-from transformers import training_args
+from transformers import TrainerCallback, training_args
 
 from ceu_rl import CEUDPOConfig, CEUDPOTrainer, CEUGRPOConfig, CEUGRPOTrainer, UnlearnConfig, UnlearnTrainer
 from ceu_rl.run.callbacks import StartModel, TaskScore
@@ -74,7 +74,22 @@ def held_out(rows, given):
 def dpo(model, output_dir, peft_config=None, **given):
     rows = [{"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a + b}{b}"[: 1 + b % 3]} for a, b in sums(0)]
     args, sets = CEUDPOConfig(**settings(output_dir, **given)), (filled(rows), held_out(rows, given))
-    return CEUDPOTrainer(model, None, args, None, *sets, peft_config=peft_config)
+    trainer = CEUDPOTrainer(model, None, args, None, *sets, peft_config=peft_config)
+    trainer.add_callback(LogsAlone(trainer))
+    return trainer
+
+
+class LogsAlone(TrainerCallback):
+    """Logs in the first process alone, as a stock trainer allows."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2 and self.trainer.is_world_process_zero():
+            due = control.should_log
+            self.trainer.log({"alone": state.global_step})
+            control.should_log = due  # the other processes log this step too
 
 
 def dpo_long(model, output_dir, **given):
@@ -97,6 +112,26 @@ def grpo(model, output_dir, peft_config=None, rollout_func=None, **given):
     rows = [{"prompt": f"{a}+{b}="} for a, b in sums(0)]
     sets = (Dataset.from_list(rows), held_out(rows, given))
     return CEUGRPOTrainer(model, in_turn, args, *sets, peft_config=peft_config, rollout_func=rollout_func)
+
+
+def grpo_old(*given, **more):
+    """Each rollout serves two steps, and each step logs how far the policy has moved from it, as the loss sees that."""
+    trainer = grpo(*given, rollout_func=written, num_iterations=2, **more)
+    score, compute, found = trainer._get_per_token_logps_and_entropies, trainer._compute_loss, []
+
+    def scored(*args, **kwargs):
+        found.append(score(*args, **kwargs))
+        return found[-1]
+
+    def computed(model, inputs):
+        found.clear()
+        loss, mask = compute(model, inputs), inputs["completion_mask"]
+        drift = ((found[0][0] - inputs["old_per_token_logps"]).abs() * mask).sum() / mask.sum()
+        trainer._metrics["train"]["drift"].append(trainer.accelerator.gather(drift).mean().item())
+        return loss
+
+    trainer._get_per_token_logps_and_entropies, trainer._compute_loss = scored, computed
+    return trainer
 
 
 def in_turn(completions, **kwargs):
@@ -132,7 +167,7 @@ CASES = {
     "dpo-lora-start": lambda *given, **more: from_start(dpo(*given, peft_config=lora(), **EVALUATED, **more)),
     "grpo-start": lambda *given, **more: from_start(grpo(*given, rollout_func=written, **EVALUATED, **more)),
     "dpo-long": dpo_long,
-    "grpo-old": lambda *given, **more: grpo(*given, rollout_func=written, num_iterations=2, **more),
+    "grpo-old": grpo_old,
     "dpo": lambda *given, **more: dpo(*given, **more),
     "dpo-lora": lambda *given, **more: dpo(*given, peft_config=lora(), **more),
     "unlearn-ceu": lambda *given, **more: unlearn(*given, **more),

@@ -86,7 +86,10 @@ def gpu_tests(device: str, folder: Path) -> dict[str, Any]:
     if not importlib.util.find_spec("pytest"):
         raise Skipped("pytest is not installed")
     here = Path(__file__).parent
-    for which in ([str(here / "test_fused_kernels.py")], ["-m", "gpu", str(here)]):
+    from .test_fused_kernels import BOTH_WAYS
+
+    both = ["-k", BOTH_WAYS, str(here / "test_fused.py")]
+    for which in ([str(here / "test_fused_kernels.py")], both, ["-m", "gpu", str(here)]):
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *which]
         status = subprocess.run(command, cwd=here.parent).returncode
         assert status in (0, 5), f"pytest ended with {status}"  # 5: no test was selected

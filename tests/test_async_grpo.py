@@ -17,7 +17,6 @@ from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 from trl.experimental.async_grpo.packing import TreeRow
 
 from ceu_rl import CEUAsyncGRPOConfig, CEUAsyncGRPOTrainer
-from ceu_rl.run.checkpoints import saved_checkpoints
 
 from .reference import keep_log_probs
 from .trainers import build, losses, same, save_model
@@ -123,7 +122,6 @@ def test_coef_zero_equals_stock_bit_for_bit_and_the_default_does_not(run):
     assert abs(log[0]["ratio"] - 1) < 1e-3 < abs(log[1]["ratio"] - 1)  # rollouts lag
     assert routed_log[0]["loss"] == log[0]["loss"]
     assert all(0 < entry["ceu/descending_fraction"] < 1 for entry in routed_log)
-    assert all(entry["ceu/weight_mean"] == 1 for entry in our_log)  # it looks on
 
 
 def test_the_route_weighs_the_net_gradient_of_a_token_that_completions_share(run):
@@ -154,18 +152,5 @@ def test_it_is_refused_under_another_trl_and_for_a_wrong_coefficient(monkeypatch
 
 
 def test_a_step_that_is_not_finite_ends_the_run(run):
-    with pytest.raises(FloatingPointError, match="tokens of rollouts that begin with"):
+    with pytest.raises(FloatingPointError, match="Its rows: '"):
         run(learning_rate=1e30)
-
-
-def test_a_checkpoint_that_is_written_again_counts_once_it_is_whole_again(run, monkeypatch):
-    trainer, _ = run(save_strategy="steps", save_steps=4)
-    assert [step for step, _ in saved_checkpoints(trainer.args.output_dir)] == [4]
-
-    def killed(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer, "_save", killed)
-    with pytest.raises(KeyboardInterrupt):
-        trainer._save_checkpoint(trainer.model, None)
-    assert saved_checkpoints(trainer.args.output_dir) == []

@@ -11,7 +11,7 @@ from trl import DatasetMixtureConfig, get_dataset
 from trl.scripts.utils import DatasetConfig
 
 from ceu_rl.data.load import BUILDERS, load, open_dataset
-from ceu_rl.data.rows import check_layout, leave_ties_out, mean_response_tokens, name_rows
+from ceu_rl.data.rows import check_layout, leave_ties_out, mean_response_tokens
 from ceu_rl.tofu import load_tofu
 
 USER, SAID, OTHER = (
@@ -283,7 +283,6 @@ def test_what_tokenized_rows_tell(caplog):
     assert mean_response_tokens(pairs, None) == {"chosen": 1.5, "rejected": 1.0}  # nothing predicts a first token
     assert mean_response_tokens(pairs, 3) == {"chosen": 1.0, "rejected": 0.5}
     assert mean_response_tokens(made([TEXT]), None) == {} == mean_response_tokens(made([TEXT], stream=True), None)
-    assert name_rows({(3,): "a b", (9,): "c"}, [(1,), (3,)]) == ["row 1 ('a b')", "row unknown ('c')"]
 
 
 # names

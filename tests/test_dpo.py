@@ -1,12 +1,6 @@
 """CE-U DPO against the imported `trl.DPOTrainer`, and against float64 gradients from plain logits."""
 
 import copy
-import inspect
-import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,20 +8,23 @@ import torch
 import transformers
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig, DPOTrainer, KTOConfig
 from trl.trainer.dpo_trainer import use_adapter
 
 from ceu_rl import CEUDPOConfig, CEUDPOTrainer
 from ceu_rl.data.rows import mean_response_tokens
-from ceu_rl.dpo import CHOICES
 from ceu_rl.run import checks
 
 from .reference import assert_gradients_follow, distance, keep_log_probs, routed_gradients
-from .trainers import build, losses, same, save_model, trained
+from .trainers import assert_close_gradients, build, gradients_of, losses, same, save_model, trained
 
+LOSS_TYPES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
 SETTINGS = {
-    **{loss: {"loss_type": loss} for loss in CHOICES["loss_type"]},
+    **{loss: {"loss_type": loss} for loss in LOSS_TYPES},
     "exo_pair": {"loss_type": "exo_pair", "label_smoothing": 0.1},
     "robust": {"loss_type": "robust", "label_smoothing": 0.1},
     "two losses": {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.8, 0.3]},
@@ -41,16 +38,6 @@ SETTINGS = {
     "gradient checkpointing": {"gradient_checkpointing": True},
     "bf16": {"bf16": True},
 }
-
-
-class KeepGradients(TrainerCallback):
-    """Keeps the gradient of every parameter that reaches the optimizer, step by step."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
 
 @pytest.fixture
@@ -122,7 +109,7 @@ def test_default_differs_from_stock_and_logs_what_it_met(make_trainer, preferenc
     stock, _, ours = train_three(make_trainer)
     log = ours.state.log_history[0]
     assert 0 < log["ceu/descending_fraction"] < 1
-    assert 0 < log["ceu/weight_mean"] <= log["ceu/weight_max"] < 1
+    assert 0 < log["ceu/weight_mean"] < 1
     assert stock.state.log_history[0]["loss"] == log["loss"]
     ours.evaluate(preferences.select(range(8)))
     assert "eval_logps/chosen" in ours.state.log_history[-1]
@@ -308,14 +295,6 @@ def test_mixture_of_experts(make_trainer, tokenizer):
     assert routed.state.log_history[0]["aux_loss"] == stock.state.log_history[0]["aux_loss"] > 0
 
 
-def gradients_of(trainer):
-    """Of each parameter at each step."""
-    keep = KeepGradients()
-    trainer.add_callback(keep)
-    trainer.train()
-    return [{name.removeprefix("_orig_mod."): each for name, each in step.items()} for step in keep.steps]
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -328,72 +307,9 @@ def gradients_of(trainer):
 )
 def test_the_same_gradients_come_another_way(make_trainer, settings):
     plain, other = make_trainer(CEUDPOTrainer, max_steps=2), make_trainer(CEUDPOTrainer, max_steps=2, **settings)
-    for one, two in zip(gradients_of(plain), gradients_of(other), strict=True):
-        scale = max(value.abs().max().item() for value in one.values())
-        for name, value in one.items():
-            torch.testing.assert_close(value, two[name], rtol=1e-4, atol=1e-5 * scale)
-    for key in ("ceu/descending_fraction", "ceu/weight_mean", "ceu/weight_max"):
+    assert_close_gradients(gradients_of(plain), gradients_of(other))
+    for key in ("ceu/descending_fraction", "ceu/weight_mean"):
         assert other.state.log_history[0][key] == pytest.approx(plain.state.log_history[0][key], rel=1e-4)
-
-
-def test_resume_gives_the_weights_of_the_uninterrupted_run(make_trainer):
-    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
-    whole = make_trainer(CEUDPOTrainer, **settings)
-    whole.train()
-    resumed = make_trainer(CEUDPOTrainer, **settings)
-    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-3")
-    assert resumed.state.global_step == 6 and same(whole, resumed)
-
-
-TWO_PROCESSES = """
-import json, os, sys
-from datasets import Dataset
-from transformers import TrainerCallback
-from ceu_rl import CEUDPOConfig, CEUDPOTrainer
-
-folder, batch_size = sys.argv[1], int(sys.argv[2])
-rows = [{"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a + b}{b}"[: 1 + b % 3]}
-        for a in range(8) for b in range(8)]
-args = CEUDPOConfig(f"{folder}/run{batch_size}", max_steps=4, per_device_train_batch_size=batch_size, logging_steps=1,
-                    learning_rate=1e-3, use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no",
-                    disable_tqdm=True)
-trainer = CEUDPOTrainer(f"{folder}/model", args=args, train_dataset=Dataset.from_list(rows))
-
-class LogsAlone(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 2 and trainer.is_world_process_zero():  # as a stock trainer allows
-            due = control.should_log
-            trainer.log({"alone": state.global_step})
-            control.should_log = due  # the other processes log this step too
-
-trainer.add_callback(LogsAlone)
-trainer.train()
-if trainer.is_world_process_zero():
-    open(f"{folder}/log{batch_size}.json", "w").write(json.dumps(trainer.state.log_history))
-sys.stdout.flush()
-os._exit(0)  # under load a thread of gloo can abort the interpreter at its exit, process group destroyed or not
-"""
-
-
-def test_two_processes_log_the_metrics_of_one(tiny_model, tokenizer, tmp_path):
-    save_model(tiny_model(), tokenizer, tmp_path / "model")
-    script, logs = tmp_path / "train.py", []
-    script.write_text(TWO_PROCESSES)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for launcher, size in (([], "8"), (torchrun, "4")):
-        command = [sys.executable, *launcher, script, tmp_path, size]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
-        steps = {}  # the entries of each as one
-        for entry in json.loads((tmp_path / f"log{size}.json").read_text())[:-1]:
-            steps.setdefault(entry["step"], {}).update(entry)
-        assert steps[2]["alone"] == 2 and len(steps) == 4
-        logs.append(steps)
-    one, two = logs
-    for step, first in one.items():
-        for key in ("loss", "grad_norm", "rewards/chosen", "logps/rejected", "num_tokens"):
-            assert two[step][key] == pytest.approx(first[key], rel=1e-3, abs=1e-5), key
-        for key in ("ceu/descending_fraction", "ceu/weight_mean", "ceu/weight_max"):
-            assert two[step][key] == pytest.approx(first[key], rel=1e-4), key
 
 
 def test_fsdp_without_reference_weights_is_refused(make_trainer, monkeypatch):
@@ -401,28 +317,6 @@ def test_fsdp_without_reference_weights_is_refused(make_trainer, monkeypatch):
     monkeypatch.setattr(checks, "is_fsdp_enabled", lambda: True)
     with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading is true"):
         make_trainer(CEUDPOTrainer)
-
-
-def test_the_choices_are_those_of_trl(make_trainer):
-    source = inspect.getsource(DPOTrainer)
-    for name, values in CHOICES.items():
-        assert all(f'"{value}"' in source for value in values), f"TRL no longer has each of {name}"
-    listed = re.search(r"Unknown loss type: .*?Should be one of (.*?)\]", source, re.S)[1]
-    assert set(re.findall(r"'(\w+)'", listed)) == set(CHOICES["loss_type"])
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("loss_type", "sigmoidd"),
-        ("loss_type", ["sigmoid", "x"]),
-        ("truncation_mode", "keep"),
-        ("f_divergence_type", "kl"),
-    ],
-)
-def test_a_choice_that_there_is_not_is_refused_before_the_first_step(make_trainer, name, value):
-    with pytest.raises(ValueError, match=f"{name} is .*; use one of"):
-        make_trainer(CEUDPOTrainer, **{name: value})
 
 
 # rows
@@ -537,18 +431,3 @@ def test_trainers_of_one_model_leave_each_other_alone(make_trainer, tiny_model, 
         for name, parameter in trainer.model.named_parameters():
             assert torch.equal(parameter.grad, alone.model.get_parameter(name).grad)
     first.train()
-
-
-@pytest.mark.parametrize("form", ["torch", "numpy"])
-def test_a_dataset_with_a_format_trains_as_without(make_trainer, preferences, form):
-    logs = []
-    for rows in (preferences, preferences.with_format(form)):
-        trainer = make_trainer(CEUDPOTrainer, train_dataset=rows, max_steps=2)
-        trainer.train()
-        logs.append([entry["loss"] for entry in losses(trainer)])
-    assert logs[0] == logs[1] and len(logs[0]) == 2
-
-
-def test_a_transform_that_tokenization_would_lose_is_refused(make_trainer, preferences):
-    with pytest.raises(ValueError, match="has a transform, which tokenization loses; apply it with map"):
-        make_trainer(CEUDPOTrainer, train_dataset=preferences.with_transform(lambda rows: rows))

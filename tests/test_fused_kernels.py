@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from ceu_rl import fused
 from ceu_rl.fused import fused_linear_unlearning_loss
 
-from .reference import LOG_ODDS, exact, logits_with, worst_relative_error
-from .test_fused import OPTIONS, HostReads, batch, error, on_logits
+from . import test_fused
+from .test_fused import DEVICE, batch, error, on_logits
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BOTH_WAYS = "at_any_probability or losses_on_logits or forbids or nothing_to_learn or extreme_logits"  # of test_fused
 kernels = pytest.mark.skipif(
     not fused._kernels(DEVICE, torch.bfloat16), reason="needs Triton, and a CUDA device or its interpreter"
 )
@@ -25,10 +25,11 @@ def test_in_the_interpreter():
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET"):
         pytest.skip("runs in it")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not compile"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run([*command, __file__], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-3000:]
+    for file, which in ((__file__, "not compile"), (test_fused.__file__, BOTH_WAYS)):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", which, file]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-3000:]
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -66,58 +67,6 @@ def with_gradients(function, inputs, labels, mask, upstream=1.0, **options):
     inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     value = function(*inputs[:2], labels, mask, *inputs[2:], **options)
     return [value, *torch.autograd.grad(value, inputs, torch.tensor(upstream, device=value.device).to(value.dtype))]
-
-
-@kernels
-@pytest.mark.parametrize("unlearn", [True, False], ids=["ce-u", "cross entropy"])
-@pytest.mark.parametrize("log_odds", LOG_ODDS)
-def test_float32_is_exact_at_any_probability(log_odds, unlearn):
-    logits = logits_with(log_odds, torch.float32)
-    value, gradient = exact(logits, 2, unlearn)
-    # A hidden state (1, 0) makes the first column of the weight the logits, with no rounding
-    weight = torch.stack([logits, torch.linspace(0.5, 1.5, 5)], dim=1).to(DEVICE)
-    inputs = torch.tensor([[1.0, 0.0]], device=DEVICE), weight, torch.zeros(5, device=DEVICE)
-    labels, mask = torch.tensor([2], device=DEVICE), torch.tensor([unlearn], device=DEVICE)
-    loss, _, by_weight, by_bias = with_gradients(fused_linear_unlearning_loss, inputs, labels, mask)
-    assert worst_relative_error([loss.item()], [value]) <= 1e-5
-    assert worst_relative_error(by_bias.tolist(), gradient) <= 1e-5
-    assert worst_relative_error(by_weight[:, 0].tolist(), gradient) <= 1e-5
-
-
-@kernels
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize(("chunk_size", "vocabulary"), [(7, 1009), (None, 5001)])
-def test_float32_equals_the_losses_on_logits(options, chunk_size, vocabulary):
-    """With rows of several blocks and a rest, an upstream gradient, and labels that are ignored."""
-    hidden, weight, labels, mask, bias = (tensor.to(DEVICE) for tensor in batch(vocabulary=vocabulary))
-    given = (hidden, weight, bias), labels, mask, 3.0
-    found = with_gradients(fused_linear_unlearning_loss, *given, chunk_size=chunk_size, **options)
-    doubled = [tensor.double() for tensor in given[0]]
-    truth = with_gradients(on_logits, doubled, labels, mask, 3.0, **options)
-    for ours, expected in zip(found, truth, strict=True):
-        assert ours.dtype == torch.float32 and error(ours, expected) <= 1e-5
-    assert (found[1][labels == -100] == 0).all()
-
-
-@kernels
-def test_tokens_that_the_bias_forbids_count_nothing():
-    hidden, weight, labels, mask, bias = (tensor.to(DEVICE) for tensor in batch(vocabulary=12))
-    labels = labels.masked_fill(labels >= 9, 3)
-    forbidding = bias.detach().index_fill(0, torch.arange(9, 12, device=DEVICE), float("-inf"))
-    found = with_gradients(fused_linear_unlearning_loss, (hidden, weight, forbidding), labels, mask)
-    expected = with_gradients(on_logits, (hidden, weight[:9], bias[:9]), labels, mask)
-    torch.testing.assert_close(found[:2], expected[:2])
-    torch.testing.assert_close(found[2][:9], expected[2])
-    assert (found[2][9:] == 0).all() and (found[3][9:] == 0).all()
-
-
-@kernels
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_nothing_to_learn_is_zero(dtype):
-    inputs = [torch.randn(*shape, device=DEVICE, dtype=dtype) for shape in ((2, 3, 4), (7, 4), (7,))]
-    labels = torch.full((2, 3), -100, device=DEVICE)
-    for value in with_gradients(fused_linear_unlearning_loss, inputs, labels, None):
-        assert (value == 0).all()
 
 
 def with_log_odds(log_odds, tokens=12, size=32, vocabulary=4999):
@@ -174,25 +123,6 @@ def test_inputs_of_several_dtypes_get_gradients_in_theirs(kinds, autocast):
     truth = with_gradients(on_logits, [tensor.double() for tensor in inputs], labels, mask)
     for ours, expected, kind in zip(found, truth, ("float32", *kinds), strict=True):
         assert ours.dtype == getattr(torch, kind) and error(ours, expected) < 0.03
-
-
-@kernels
-def test_one_read_on_the_host(monkeypatch):
-    hidden, weight, labels, mask, bias = (tensor.to(DEVICE) for tensor in batch())
-    reads, compute = HostReads(), fused._with_kernels
-    monkeypatch.setattr(torch.Tensor, "tolist", reads.to_list(torch.Tensor.tolist))
-
-    def unwatched(*given):  # the interpreter reads each number of a row
-        before = reads.count
-        result = compute(*given)
-        reads.count = before
-        return result
-
-    if DEVICE == "cpu":
-        monkeypatch.setattr(fused, "_with_kernels", unwatched)
-    with reads:
-        fused_linear_unlearning_loss(hidden, weight, labels, mask, bias)
-    assert reads.count == 1
 
 
 @kernels

@@ -1,12 +1,9 @@
 """CE-U GRPO against the imported `trl.GRPOTrainer`, and against float64 gradients from plain logits."""
 
 import copy
-import functools
 import importlib.util
-import inspect
 import math
 import random
-import re
 from pathlib import Path
 
 import datasets
@@ -20,7 +17,6 @@ from tokenizers.processors import TemplateProcessing
 from trl import GRPOTrainer
 
 from ceu_rl import CEUGRPOConfig, CEUGRPOTrainer
-from ceu_rl.grpo import CHOICES
 from ceu_rl.rollouts import ReloadingVLLMGeneration, RolloutError
 
 from .reference import assert_gradients_follow, distance, keep_log_probs, routed_gradients
@@ -119,15 +115,8 @@ def test_coef_zero_equals_stock_bit_for_bit_and_the_default_does_not(make_traine
     assert not same(stock, routed)
     # The first rollouts are the same, and so is the first loss
     assert routed.state.log_history[0]["loss"] == stock.state.log_history[0]["loss"]
-    log, observed = routed.state.log_history[0], ours.state.log_history[0]
-    assert 0 < log["ceu/descending_fraction"] < 1 and 0 < log["ceu/weight_mean"] <= log["ceu/weight_max"]
-    # Stock's arm tells the same, of gradients that it leaves alone
-    assert log.keys() == observed.keys() > stock.state.log_history[0].keys()
-    assert observed["ceu/weight_mean"] == observed["ceu/weight_max"] == 1
-    assert observed["ceu/descending_fraction"] == log["ceu/descending_fraction"]
-    assert log["ceu/gradient_descending"] < observed["ceu/gradient_descending"] < 1
-    off_policy = {"iterations", "steps per generation", "off-policy mask", "delta", "no upper bound"}
-    assert (observed.get("rollout/mismatch_negative") is not None) == (name in off_policy)
+    log = routed.state.log_history[0]
+    assert 0 < log["ceu/descending_fraction"] < 1 and 0 < log["ceu/weight_mean"]
 
 
 @pytest.mark.parametrize("off_policy", [False, True])
@@ -245,6 +234,14 @@ def test_clipped_tokens_are_not_descended(make_trainer):
         assert trainer.descent_route.pop_metrics()["ceu/descending_fraction"] == fraction
 
 
+@pytest.mark.parametrize("by", ["launcher", "args"])
+def test_an_adapter_under_fsdp_is_refused_with_vllm(make_trainer, monkeypatch, by):
+    monkeypatch.setattr("ceu_rl.grpo.check_vllm", lambda: None)
+    monkeypatch.setattr("ceu_rl.grpo.is_asked_for", lambda engine: by == "launcher" and engine == "FSDP")
+    with pytest.raises(ValueError, match="use_vllm is True with an adapter under FSDP"):
+        make_trainer(CEUGRPOTrainer, use_vllm=True, fsdp=by == "args", peft_config=LoraConfig())
+
+
 def test_lora(make_trainer):
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     stock = trained(make_trainer(GRPOTrainer, peft_config=copy.deepcopy(config)))
@@ -261,7 +258,7 @@ def test_a_step_that_is_not_finite_ends_the_run(make_trainer):
         return compute_loss(*args, **kwargs) * (float("nan") if trainer.state.global_step == 2 else 1)
 
     trainer.compute_loss = poisoned
-    with pytest.raises(FloatingPointError, match=r"Step 3 met a non-finite loss \(nan\).*Its rows: row \d+ \('\d\+\d="):
+    with pytest.raises(FloatingPointError, match=r"Step 3 met a non-finite loss \(nan\).*Its rows: '\d\+\d='"):
         trainer.train()
 
 
@@ -291,20 +288,9 @@ def test_a_prompt_that_cannot_be_answered_is_named(make_trainer, prompt):
             make_trainer(CEUGRPOTrainer, **given).train()
 
 
-def test_the_choices_are_those_of_trl():
-    source = inspect.getsource(GRPOTrainer)
-    for name, values in CHOICES.items():
-        assert all(f'"{value}"' in source for value in values), f"TRL no longer has each of {name}"
-    compared = re.findall(r'self\.loss_type (?:==|in) (\[.*?\]|"\w+")', source)
-    assert {name for found in compared for name in re.findall(r'"(\w+)"', found)} <= set(CHOICES["loss_type"])
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss_type": "ppo"}, "loss_type is 'ppo'; use one of grpo"),
-        ({"importance_sampling_level": "word"}, "importance_sampling_level is 'word'; use one of token"),
-        ({"scale_rewards": "x"}, "scale_rewards is 'x'; use one of group"),
         ({"epsilon": -1}, "epsilon is -1; use a number from 0"),
         ({"epsilon_high": -3.0}, "epsilon_high is -3.0; use a number from 0"),
         ({"delta": -2.0}, "delta is -2.0; use a number above 0"),
@@ -314,8 +300,6 @@ def test_the_choices_are_those_of_trl():
         ({"top_k": -5}, "top_k is -5; use a number above 0, or 0 for no limit"),
         ({"min_p": 3.0}, "min_p is 3.0; use a number from 0 to 1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; use a number above 0"),
-        ({"chat_template_kwargs": [1]}, r"chat_template_kwargs is \[1\]; give a mapping"),
-        ({"generation_kwargs": {"num_return_sequences": 2}}, "generation_kwargs has num_return_sequences"),
     ],
 )
 def test_a_setting_that_would_train_something_else_is_refused(make_trainer, settings, message):
@@ -323,32 +307,33 @@ def test_a_setting_that_would_train_something_else_is_refused(make_trainer, sett
         make_trainer(CEUGRPOTrainer, **settings)
 
 
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, "raised TypeError"),
+        ([1.0], "raised ValueError: .*returned 1 rewards, but 8"),
+        (["high"] * 8, "raised ValueError"),
+        ([*[0.0] * 7, 1e300], "returned an infinite number"),  # in float32
+    ],
+)
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_reward_that_cannot_be_used_is_named(make_trainer, returned, message, is_async):
+    def judge(prompts, **kwargs):
+        return returned
+
+    async def later(prompts, **kwargs):
+        return returned
+
+    later.__name__ = "judge"
+    trainer = make_trainer(CEUGRPOTrainer, reward_funcs=later if is_async else judge)
+    with pytest.raises(RolloutError, match=f"The reward function judge {message}.*; return a finite number"):
+        trainer._calculate_rewards([{}] * 8, ["1+2="] * 8, ["3"] * 8, [[3]] * 8)
+
+
 def test_images_for_a_model_that_reads_text_are_refused(make_trainer):
     rows = datasets.Dataset.from_list([{"prompt": f"{a}+1=", "image": "a.png"} for a in range(8)])
     with pytest.raises(ValueError, match="a column 'image', and LlamaForCausalLM reads text alone; remove the column"):
         make_trainer(CEUGRPOTrainer, train_dataset=rows)
-
-
-class Judge:
-    async def __call__(self, completions, **kwargs):
-        return digits(completions)
-
-
-class OtherJudge(Judge):
-    pass
-
-
-def test_rewards_are_logged_under_the_names_of_stock(make_trainer):
-    rewards = [Judge(), OtherJudge(), functools.partial(digits, scale=1), functools.partial(OtherJudge())]
-    logs = []
-    for trainer_class in (GRPOTrainer, CEUGRPOTrainer):
-        given = list(rewards)
-        trainer = trained(make_trainer(trainer_class, reward_funcs=given, max_steps=1))
-        assert trainer.reward_funcs == given == rewards  # the user's own, for a callback to look at
-        logs.append({key: value for key, value in trainer.state.log_history[0].items() if key.startswith("reward")})
-    stock, ours = logs
-    assert ours == stock
-    assert {"rewards/Judge/mean", "rewards/OtherJudge/mean", "rewards/digits/mean"} <= set(ours)
 
 
 class Echo:
@@ -391,7 +376,6 @@ def test_an_environment_may_own_the_prompts(make_trainer, tokenizer, rows):
     trainer = make_trainer(CEUGRPOTrainer, **settings, max_steps=2, remove_unused_columns=False)
     trainer.train()
     assert trainer.state.global_step == 2 and "rewards/Echo/mean" in trainer.state.log_history[0]
-    assert "Say" in trainer.describe_rows(words)[0] or "row" in trainer.describe_rows(words)[0]
 
 
 @pytest.fixture
@@ -450,18 +434,6 @@ def test_weights_stay_for_as_many_steps_as_set(make_trainer, engine, mode):
     assert log[0]["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=1e-4)
 
 
-@pytest.mark.parametrize("coef", [0.0, 0.5])
-def test_how_far_the_policy_moved_from_its_rollouts_is_logged_by_sign(make_trainer, engine, coef):
-    """Of rollouts from weights that lag, where the loss takes every ratio as 1."""
-    unknown = {"vllm_importance_sampling_correction": False, "ceu_coef": coef}
-    _, log = train_with_lag(make_trainer, weight_sync_steps=4, **unknown)
-    for sign in ("positive", "negative"):
-        mismatches = [entry[f"rollout/mismatch_{sign}"] for entry in log]
-        assert max(mismatches[::4]) < 1e-5 < 1e-3 < min(mismatches[1::4])
-        assert [entry[f"rollout/ratio_{sign}"] for entry in log[::4]] == pytest.approx([1.0, 1.0], abs=1e-4)
-        assert all(abs(entry[f"rollout/ratio_{sign}"] - 1) > 1e-3 for entry in log[1:4])
-
-
 @pytest.mark.parametrize("placeholder", [None, 0.0])
 def test_a_rollout_func_that_does_not_know_the_probabilities_trains_as_stock(make_trainer, tokenizer, placeholder):
     """TRL asks it for `logprobs`, and uses them with vLLM alone: what stands in their place is no behaviour policy."""
@@ -473,7 +445,6 @@ def test_a_rollout_func_that_does_not_know_the_probabilities_trains_as_stock(mak
 
     stock = trained(make_trainer(GRPOTrainer, rollout_func=rollout, max_steps=2))
     ours = trained(make_trainer(CEUGRPOTrainer, rollout_func=rollout, max_steps=2, ceu_coef=0.0))
-    assert not any(key.startswith("rollout/ratio") for entry in ours.state.log_history for key in entry)
     assert same(stock, ours)
 
 
@@ -492,7 +463,7 @@ def test_the_age_of_rollouts_is_logged(make_trainer, engine, settings, largest):
 
 
 @pytest.mark.parametrize("vllm_mode", ["colocate", "server"])
-@pytest.mark.parametrize("mode", CHOICES["vllm_importance_sampling_mode"])
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
 def test_the_correction_of_trl_corrects_for_the_age(make_trainer, engine, mode, vllm_mode):
     """What it multiplies the loss with is the ratio of the weights that learn to the older ones that generated."""
     settings = {**STALE, "weight_sync_steps": 4, "vllm_importance_sampling_mode": mode, "vllm_mode": vllm_mode}
@@ -521,14 +492,6 @@ def test_the_correction_of_trl_corrects_for_the_age(make_trainer, engine, mode, 
     trainer._compute_loss = check
     trainer.train()
     assert limited[::4] == [False, False] and all(limited[1:4])
-
-
-def test_without_the_correction_the_loss_does_not_know_the_age(make_trainer, engine):
-    settings = {"weight_sync_steps": 4, "vllm_importance_sampling_correction": False, "ceu_coef": 0.0}
-    trainer, log = train_with_lag(make_trainer, **settings)
-    assert trainer.args.vllm_importance_sampling_correction is False
-    assert not any("sampling/importance_sampling_ratio/max" in entry for entry in log)
-    assert all(entry["clip_ratio/region_mean"] == 0 for entry in log)
 
 
 def test_an_evaluation_scores_the_weights_of_its_own_step(make_trainer, engine):
@@ -570,17 +533,7 @@ def test_a_lag_that_cannot_be_is_refused(settings, message):
         CEUGRPOConfig("out", use_cpu=True, bf16=False, **settings)
 
 
-def test_dropping_descending_tokens_trains_on_the_others_as_stock_does(make_trainer):
-    """The gradient follows the rule with w = 0, whatever the coefficients."""
-    stock = make_trainer(GRPOTrainer)
-    batch = rollouts(stock)
-    stock_loss, expected, descending = stock_and_routed(stock, batch, torch.zeros_like)
-    assert descending > 0
-    for coef in (0.0, 0.5):
-        ours = make_trainer(CEUGRPOTrainer, drop_descending=True, ceu_coef=coef)
-        our_loss = ours.compute_loss(ours.model, copy.deepcopy(batch))
-        our_loss.backward()
-        assert torch.equal(our_loss, stock_loss)
-        assert_gradients_follow(ours.model, expected)
-        metrics = ours.descent_route.pop_metrics()
-        assert metrics["ceu/weight_mean"] == metrics["ceu/weight_max"] == 0 < metrics["ceu/descending_fraction"]
+def test_the_old_name_of_positives_only_warns():
+    with pytest.warns(FutureWarning, match="drop_descending is deprecated"):
+        config = CEUGRPOConfig("out", use_cpu=True, bf16=False, drop_descending=True)
+    assert (config.descent_rule, config.constant_weight, config.ceu_coef) == ("constant", 0.0, 1.0)

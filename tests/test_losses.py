@@ -231,14 +231,9 @@ def test_neighbours_are_the_same_family_with_another_x(ratio):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"coef": -0.1}, "ceu_coef is -0.1"),
         ({"coef": 1.5}, "ceu_coef is 1.5"),
-        ({"coef": float("nan")}, "ceu_coef is nan"),
         ({"scale": 0.0}, "ceu_scale is 0.0"),
-        ({"scale": float("nan")}, "ceu_scale is nan"),
-        ({"scale": float("inf")}, "ceu_scale is inf"),
         ({"scale": 1e40}, r"ceu_scale is 1e\+40; use a number above 0 up to"),
-        ({"max_weight": -1.0}, "ceu_max_weight is -1.0"),
         ({"max_weight": float("nan")}, "ceu_max_weight is nan"),
     ],
 )
@@ -257,13 +252,6 @@ def with_gradient(loss, *arguments, **settings):
     value = loss(log_probs, *arguments, **settings)
     value.sum().backward()
     return value.tolist(), log_probs.grad.tolist()
-
-
-def test_gradient_ascent_by_hand():
-    """log p: -0.6931 and -1.3863, with slope 1 wherever it is."""
-    value, gradient = with_gradient(gradient_ascent_loss)
-    assert value == pytest.approx([-0.69314718, -1.38629436])
-    assert gradient == [1.0, 1.0]
 
 
 def test_weighted_gradient_ascent_by_hand():
@@ -298,10 +286,6 @@ def test_a_token_that_the_model_rules_out_is_at_the_limit_of_p_log_p(loss, dtype
     value = loss(logits.log_softmax(dim=-1))[2]
     value.backward()
     assert value.item() == 0 and logits.grad.tolist() == [0, 0, 0]
-
-
-def test_satimp_of_a_certain_token_is_zero():
-    assert satimp_loss(torch.zeros(1)).item() == 0.0
 
 
 def test_npo_by_hand():

@@ -66,7 +66,6 @@ def test_the_rule_against_plain_logits_in_float64(coef, scale, max_weight):
     metrics = route.pop_metrics()
     assert metrics["ceu/descending_fraction"] == pytest.approx((descending.sum() / kept.sum()).item())
     assert metrics["ceu/weight_mean"] == pytest.approx(weight[descending].mean().item(), rel=1e-5)
-    assert metrics["ceu/weight_max"] == pytest.approx(weight[descending].max().item(), rel=1e-5)
     assert route.pop_metrics() == {}
 
 
@@ -86,43 +85,7 @@ def test_metrics_add_up_over_backward_passes():
     route = route_descent(toy)
     for g in ([1.0, -1.0], [1.0, 1.0]):
         (toy(torch.zeros(1, 2, dtype=torch.long), fused_lm_head=True).log_probs * torch.tensor([g])).sum().backward()
-    metrics = route.pop_metrics()
-    assert metrics["ceu/descending_fraction"] == 3 / 4
-    assert metrics["ceu/weight_mean"] == metrics["ceu/weight_max"] == pytest.approx(0.25)
-    assert metrics["ceu/descending_below_0.01"] == metrics["ceu/descending_above_0.99"] == 0
-
-
-@pytest.mark.parametrize("rule", [None, descent_rule("constant", constant_weight=0.75), descent_rule()])
-def test_metrics_tell_rare_and_sure_tokens_apart(rule):
-    """A share of the gradient is a share of its L1 norm on the logits, which are the toy's parameters."""
-    p = torch.tensor([0.001, 0.009, 0.02, 0.5, 0.98, 0.995, 0.9999, 0.001], dtype=torch.float64)
-    toy = ToyHead(torch.stack([p, 0.7 * (1 - p), 0.3 * (1 - p)], dim=-1).log())
-    route = DescentRoute(rule, observe=True, always=True)
-    toy.register_forward_hook(route, with_kwargs=True)
-    g = torch.tensor([1.0, 2, 1, 1, 1, 3, 1, -1])
-    (toy(torch.zeros(8, dtype=torch.long), fused_lm_head=True).log_probs * g).sum().backward()
-    metrics = route.pop_metrics()
-    assert metrics["ceu/descending_below_0.01"] == pytest.approx(2 / 7)
-    assert metrics["ceu/descending_above_0.99"] == pytest.approx(2 / 7)
-    norms = toy.logits.grad.abs().sum(-1)
-    assert norms[:7].sum() < 0.999 * norms.sum()
-    for name, group in {"below_0.01": norms[:2], "above_0.99": norms[5:7], "descending": norms[:7]}.items():
-        assert metrics[f"ceu/gradient_{name}"] == pytest.approx((group.sum() / norms.sum()).item(), rel=1e-5)
-
-
-def test_a_route_that_observes_leaves_the_gradient():
-    torch.manual_seed(0)
-    logits, labels, g = 3 * torch.randn(4, 6, 9), torch.randint(0, 9, (4, 6)), torch.randn(4, 6)
-    labels[0, :2] = -100
-    plain, observed = ToyHead(logits.clone()), ToyHead(logits.clone())
-    route = DescentRoute(None, observe=True, always=True)
-    observed.register_forward_hook(route, with_kwargs=True)
-    for toy in (plain, observed):
-        (toy(labels, fused_lm_head=True).log_probs * g).sum().backward()
-    assert torch.equal(plain.logits.grad, observed.logits.grad)
-    metrics = route.pop_metrics()
-    assert metrics["ceu/weight_mean"] == metrics["ceu/weight_max"] == 1
-    assert 0 < metrics["ceu/gradient_descending"] < 1
+    assert route.pop_metrics() == {"ceu/descending_fraction": 3 / 4, "ceu/weight_mean": pytest.approx(0.25)}
 
 
 RULES = {

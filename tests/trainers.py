@@ -5,6 +5,8 @@ import inspect
 import sys
 
 import torch
+from transformers import TrainerCallback
+from trl import SFTTrainer
 
 SETTINGS = {
     "per_device_train_batch_size": 8,
@@ -22,9 +24,11 @@ GRPO = {"max_steps": 5, "num_generations": 4, "max_completion_length": 8, "learn
 
 def build(trainer_class, folder, **given):
     """A trainer that writes into a new folder: `given` are arguments of its constructor and fields of its config."""
-    name = trainer_class.__name__.replace("OfflineGRPO", "CEUGRPO").replace("Trainer", "Config")
-    config_class = getattr(sys.modules[trainer_class.__module__], name)
-    names = inspect.signature(trainer_class.__init__).parameters
+    config_class = getattr(trainer_class, "config_class", None)
+    if config_class is None:  # TRL's own
+        name = trainer_class.__name__.replace("Trainer", "Config")
+        config_class = getattr(sys.modules[trainer_class.__module__], name)
+    names = {*inspect.signature(trainer_class).parameters, *inspect.signature(SFTTrainer).parameters}
     arguments = {key: given.pop(key) for key in list(given) if key in names}
     output_dir = folder / f"run{len(list(folder.iterdir()))}"
     output_dir.mkdir()
@@ -53,6 +57,34 @@ def trained(trainer):
     trainer.train()
     assert any(not torch.equal(value, start[name]) for name, value in weights(trainer).items())
     return trainer
+
+
+class KeepGradients(TrainerCallback):
+    """Keeps the gradient of every parameter that reaches the optimizer, step by step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        named = ((name.removeprefix("_orig_mod."), p.grad) for name, p in model.named_parameters())
+        self.steps.append({name: grad.clone() for name, grad in named if grad is not None})
+
+
+def gradients_of(trainer):
+    """Of each parameter at each step of a training run."""
+    keep = KeepGradients()
+    trainer.add_callback(keep)
+    trainer.train()
+    return keep.steps
+
+
+def assert_close_gradients(first, second, rtol=1e-4):
+    assert len(first) == len(second) > 0
+    for one, other in zip(first, second, strict=True):
+        scale = max(value.abs().max().item() for value in one.values())
+        assert scale > 0
+        for name, value in one.items():
+            torch.testing.assert_close(value.double(), other[name].double(), rtol=rtol, atol=1e-5 * scale)
 
 
 def losses(trainer):

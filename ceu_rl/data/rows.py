@@ -17,8 +17,7 @@ import dataclasses
 import difflib
 import json
 import re
-import textwrap
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from datasets import Dataset, Features, IterableDataset, Json, Value, concatenate_datasets
@@ -302,17 +301,6 @@ def _kept(row: Mapping[str, Any], column: str, max_length: int | None, truncatio
     if truncation_mode == "keep_end":
         return row[column][-max_length:]
     return row[column][: max(max_length - len(row["prompt_ids"]), 0)]
-
-
-def name_rows(batch: Mapping[Any, str], dataset: Iterable[Hashable]) -> list[str]:
-    """Each row of a batch by its number in the dataset and its text, such as `row 3 ('In Oslo.')`.
-
-    Args:
-        batch: The text of each row by what tells it from others, such as its token ids.
-        dataset: What tells each row of the dataset from others, in order.
-    """
-    numbers = {key: number for number, key in enumerate(dataset) if key in batch}
-    return [f"row {numbers.get(key, 'unknown')} ({textwrap.shorten(text, 60)!r})" for key, text in batch.items()]
 
 
 # columns

@@ -4,6 +4,7 @@
 """
 
 import math
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -168,7 +169,7 @@ class StopAtNonFinite:
         # The checkpoint of this very step holds the weights that failed
         good = [path for number, path in saved_checkpoints(output_dir) if number < step]
         checkpoint = good[-1] if good else None
-        rows = "; ".join(row for batch in inputs for row in self.describe_rows(batch))
+        rows = "; ".join(text for batch in inputs for text in _texts(batch, self.processing_class))  # type: ignore[attr-defined]
         raise FloatingPointError(
             f"Step {step + 1} met a non-finite {what} and was not applied. "
             + (
@@ -179,9 +180,14 @@ class StopAtNonFinite:
             + f" with a lower learning_rate or without the batch that failed. Its rows: {rows}."
         )
 
-    def describe_rows(self, inputs: Mapping[str, Any]) -> list[str]:
-        """Name the rows of one prepared batch for a person; each trainer knows its own batches."""
-        raise NotImplementedError
+
+def _texts(inputs: Any, tokenizer: Any) -> list[str]:
+    """How the rows of a batch begin: of GRPO its prompts, which TRL hands to each of their steps."""
+    if isinstance(inputs, list):
+        texts = [str(row.get("prompt", row)) for row in inputs]
+    else:
+        texts = tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
+    return [repr(textwrap.shorten(text, 60)) for text in dict.fromkeys(texts)]
 
 
 class RolloutError(ValueError):
