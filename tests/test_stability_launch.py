@@ -95,6 +95,14 @@ def test_submitit_names_what_it_does_not_take(launch, tmp_path):
     assert status == 2 and "lokal" in out and not starts(tmp_path)
 
 
+def test_the_report_is_drawn_as_each_run_ends(launch, tmp_path, monkeypatch):
+    """One run at a time too, where none runs when one has ended."""
+    drawn = []
+    monkeypatch.setattr(report, "_html", lambda *args: drawn.append(len(starts(tmp_path))) or "a page")
+    assert_all_finished(*launch("local"), tmp_path)
+    assert drawn == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(("launcher", "package", "extra"), [("ray", "ray", "ray"), ("submitit", "submitit", "slurm")])
 def test_a_launcher_without_its_package_is_one_sentence(launch, monkeypatch, launcher, package, extra):
     monkeypatch.setitem(sys.modules, package, None)

@@ -234,7 +234,7 @@ def run_jobs(
                         outcome = f"failed: {' '.join(str(error).split())[-300:]}"
                     bars.end(running.pop(handle), outcome)
                 bars.show(running.values(), len(jobs) - len(waiting) - len(running))
-                if ended and running:
+                if ended and (waiting or running):
                     draw()
         except BaseException:
             _stop(list(running))

@@ -31,10 +31,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 from markupsafe import Markup, escape
-from rich import box, markup
 from rich.console import Console
-from rich.table import Column
-from rich.table import Table as Grid
 
 from . import figures
 from .runs import RECORD, STATUSES, Run, key_of, rate, write_whole
@@ -462,12 +459,10 @@ def _print(report: Mapping[str, Any], console: Console) -> None:
     for line in [*(f"- {sentence}" for sentence in rest), *(f"  {line}" for line in arm_lines(report).values())]:
         console.print(line, markup=False, highlight=False)
     frame = table_of(report, spread=False)
-    # A narrow terminal folds what it has no room for, and cuts nothing
-    columns = [Column(markup.escape(head), overflow="fold", no_wrap=head == "arm") for head in frame]
-    grid = Grid(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for row in frame.itertuples(index=False):
-        grid.add_row(*map(markup.escape, row))
-    console.print(grid)
+    frame = frame.set_index([name for name in ("arm", "learning rate", "setting") if name in frame])
+    # In a narrow terminal several tables, each with the arms: a folded number reads as two
+    text = frame.to_string(line_width=console.width, sparsify=False)
+    console.print(f"\n{text}\n", markup=False, highlight=False, soft_wrap=True)
 
 
 def arm_lines(report: Mapping[str, Any]) -> dict[str, str]:

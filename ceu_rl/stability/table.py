@@ -64,7 +64,8 @@ def preference_scores(rows: Mapping[str, Any], beta: float) -> dict[str, np.ndar
     chosen, rejected, ref_chosen, ref_rejected = (np.asarray(rows[name], dtype=np.float64) for name in PAIR)
     margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
     accuracy = np.where(np.isnan(margin), np.nan, (margin > 0) + 0.5 * (margin == 0))
-    return {"margin": margin, "accuracy": accuracy, "loss": np.logaddexp(0.0, -margin)}
+    with np.errstate(invalid="ignore"):  # a frame also has rows that are no pairs
+        return {"margin": margin, "accuracy": accuracy, "loss": np.logaddexp(0.0, -margin)}
 
 
 def paired_bootstrap(differences: Any, resamples: int = RESAMPLES) -> Interval | None:
