@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .losses import anchor_log_ratio
-from .route import CITATION, DescentConfig, DescentTrainer, check_trl_version
+from .route import DescentConfig, DescentTrainer, check_trl_version
 from .run.checkpoints import WholeCheckpoints
 from .run.checks import StopAtNonFinite
 from .run.engines import Float32Outputs
@@ -57,9 +57,6 @@ class CEUAsyncGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Flo
 
     args: CEUAsyncGRPOConfig
     stock, config_class = AsyncGRPOTrainer, CEUAsyncGRPOConfig
-    _tag_names = ["trl", "async-grpo", "ceu"]
-    _name = "CE-U AsyncGRPO"
-    _paper = {"citation": f"{CITATION}\n\n{AsyncGRPOTrainer._paper['citation']}"}
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         with self.descent_route.collect() as forwards:

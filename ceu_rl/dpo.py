@@ -9,7 +9,7 @@ from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 
 from .data.rows import Rows, check_dataset, check_layout, first_row, leave_ties_out
-from .route import CITATION, DescentConfig, DescentTrainer, Scored
+from .route import DescentConfig, DescentTrainer, Scored
 from .run.checkpoints import WholeCheckpoints
 from .run.checks import StopAtNonFinite, check_reference_is_loaded, check_shared_cache
 from .run.engines import Float32Outputs
@@ -52,10 +52,6 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32Ou
     stock, config_class = DPOTrainer, CEUDPOConfig
     held_out: dict[str, list[dict[str, float]]]  # by evaluation ("eval"): sums of log-probabilities of each pair
     _pairs: list[torch.Tensor] | None = None  # of the evaluation that runs
-    _tag_names = ["trl", "dpo", "ceu"]
-    _name = "CE-U DPO"
-    # Both, and no "method introduced in": neither paper has this trainer
-    _paper = {"citation": f"{CITATION}\n\n{DPOTrainer._paper['citation']}"}
 
     def check_given(self, given: dict[str, Any]) -> None:
         config, dataset = given["args"], given.get("train_dataset")

@@ -6,14 +6,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 
 from .data.prompts import prompt_ids
 from .data.rows import check_layout
 from .losses import anchor_log_ratio
 from .rollouts import ReloadingVLLMGeneration, check_vllm
-from .route import CITATION, DescentConfig, DescentTrainer, Scored, Weight, descent_rule
+from .route import DescentConfig, DescentTrainer, Scored, Weight, descent_rule
 from .run.checkpoints import WholeCheckpoints
 from .run.checks import RolloutError, StopAtNonFinite, check_reference_is_loaded
 from .run.engines import Float32Outputs, is_asked_for
@@ -48,15 +47,11 @@ class CEUGRPOConfig(DescentConfig, GRPOConfig):
         steps = self.weight_sync_steps
         if type(steps) is not int or steps < 1:
             raise ValueError(f"weight_sync_steps is {steps}; use a whole number from 1, which syncs before each step.")
-        if steps > 1 and not self.use_vllm:
+        if steps > 1 and (not self.use_vllm or self.vllm_enable_sleep_mode):
             raise ValueError(
-                f"weight_sync_steps is {steps} and use_vllm is False: the model itself then generates, and is never "
-                "behind; set use_vllm to True, or leave weight_sync_steps out."
-            )
-        if steps > 1 and self.vllm_enable_sleep_mode:
-            raise ValueError(
-                f"weight_sync_steps is {steps} and vllm_enable_sleep_mode is True, which discards the engine's weights "
-                "after each generation; set one of the two to its default."
+                f"weight_sync_steps is {steps} with use_vllm {self.use_vllm} and vllm_enable_sleep_mode "
+                f"{self.vllm_enable_sleep_mode}; only an engine that keeps its weights can be behind: set True and "
+                "False, or leave weight_sync_steps out."
             )
         if self.bdpo_lambda is not None:
             raise ValueError(f"bdpo_lambda is {self.bdpo_lambda}, and sequence_ratio is TOPR in GRPO; leave it out.")
@@ -109,10 +104,6 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
     args: CEUGRPOConfig
     stock, config_class = GRPOTrainer, CEUGRPOConfig
     vllm_generation: ReloadingVLLMGeneration
-    _tag_names = ["trl", "grpo", "ceu"]
-    _name = "CE-U GRPO"
-    # Both, and no "method introduced in": neither paper has this trainer
-    _paper = {"citation": f"{CITATION}\n\n{GRPOTrainer._paper['citation']}"}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -121,12 +112,6 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
             self.vllm_generation.__class__ = ReloadingVLLMGeneration
             self.vllm_generation.period = self.args.weight_sync_steps
             self.vllm_generation.clock = lambda: self.state.global_step
-        if not isinstance(self.processing_class, ProcessorMixin):
-            for column in {"image", "images"} & set(getattr(self.train_dataset, "column_names", None) or []):
-                raise ValueError(
-                    f"The train dataset has a column {column!r}, and {type(self.model).__name__} reads text alone; "
-                    "remove the column, or rename it."
-                )
 
     def check_given(self, given: dict[str, Any]) -> None:
         config: CEUGRPOConfig = given["args"]

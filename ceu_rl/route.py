@@ -388,7 +388,11 @@ class DescentTrainer:
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.__signature__ = inspect.signature(cls.stock)  # type: ignore[attr-defined]
+        stock: Any = cls.stock
+        cls.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]
+        # Both papers, and no "method introduced in": neither has this trainer
+        cls._paper = {"citation": f"{CITATION}\n\n{stock._paper['citation']}"}  # type: ignore[attr-defined]
+        cls._name, cls._tag_names = f"CE-U {stock._name}", [*stock._tag_names, "ceu"]  # type: ignore[attr-defined]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(self.stock).bind(*args, **kwargs).arguments

@@ -369,41 +369,6 @@ def test_response_tokens_are_those_that_the_loss_counts(make_trainer, mode, prom
     assert mean_response_tokens(trainer.train_dataset, 16, mode) == pytest.approx(means)
 
 
-def test_the_prompt_beside_whole_conversations_is_no_part_of_the_answer(make_trainer):
-    turn = [{"role": "user", "content": "1+2="}]
-    answers = {name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "3"), ("rejected", "4"))}
-    whole = {name: turn + answer for name, answer in answers.items()}
-    layouts = [{"prompt": turn, **answers}, {"prompt": "1+2=", **whole}, {"prompt": turn, **whole}, whole]
-    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
-    found = [
-        make_trainer(CEUDPOTrainer, train_dataset=Dataset.from_list([row])).train_dataset.select_columns(columns)[0]
-        for row in layouts
-    ]
-    assert all(ids == found[0] for ids in found)
-
-
-def test_a_stream_is_read_no_further_than_stock_reads_it(make_trainer, preferences):
-    read = []
-
-    def rows():
-        for row in preferences:
-            read.append(row)
-            yield row
-
-    counts = []
-    for trainer_class in (DPOTrainer, CEUDPOTrainer):
-        read.clear()
-        stream = IterableDataset.from_generator(rows).shuffle(buffer_size=10, seed=0)
-        make_trainer(trainer_class, train_dataset=stream)
-        counts.append(len(read))
-    assert counts[1] == counts[0] > 0
-
-
-def test_a_stream_without_rows_is_refused(make_trainer):
-    with pytest.raises(ValueError, match="The train dataset has no rows"):
-        make_trainer(CEUDPOTrainer, train_dataset=IterableDataset.from_generator(lambda: iter([])))
-
-
 def test_an_evaluation_keeps_the_ties_that_training_leaves_out(make_trainer, preferences):
     rows = preferences.select(range(16)).to_list()
     tied = Dataset.from_list([*rows[:8], *({**row, "rejected": row["chosen"]} for row in rows[8:])])

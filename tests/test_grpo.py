@@ -250,18 +250,6 @@ def test_lora(make_trainer):
     assert same(stock, ours) and not same(stock, routed)
 
 
-def test_a_step_that_is_not_finite_ends_the_run(make_trainer):
-    trainer = make_trainer(CEUGRPOTrainer)
-    compute_loss = trainer.compute_loss
-
-    def poisoned(*args, **kwargs):
-        return compute_loss(*args, **kwargs) * (float("nan") if trainer.state.global_step == 2 else 1)
-
-    trainer.compute_loss = poisoned
-    with pytest.raises(FloatingPointError, match=r"Step 3 met a non-finite loss \(nan\).*Its rows: '\d\+\d='"):
-        trainer.train()
-
-
 def test_too_few_prompts_are_refused_with_the_numbers(make_trainer):
     rows = datasets.Dataset.from_list([{"prompt": f"{n}="} for n in range(3)])
     with pytest.raises(ValueError, match="has 3 prompts, and one generation takes 4: a batch of 16 completions"):
@@ -328,12 +316,6 @@ def test_a_reward_that_cannot_be_used_is_named(make_trainer, returned, message, 
     trainer = make_trainer(CEUGRPOTrainer, reward_funcs=later if is_async else judge)
     with pytest.raises(RolloutError, match=f"The reward function judge {message}.*; return a finite number"):
         trainer._calculate_rewards([{}] * 8, ["1+2="] * 8, ["3"] * 8, [[3]] * 8)
-
-
-def test_images_for_a_model_that_reads_text_are_refused(make_trainer):
-    rows = datasets.Dataset.from_list([{"prompt": f"{a}+1=", "image": "a.png"} for a in range(8)])
-    with pytest.raises(ValueError, match="a column 'image', and LlamaForCausalLM reads text alone; remove the column"):
-        make_trainer(CEUGRPOTrainer, train_dataset=rows)
 
 
 class Echo:
@@ -434,34 +416,6 @@ def test_weights_stay_for_as_many_steps_as_set(make_trainer, engine, mode):
     assert log[0]["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=1e-4)
 
 
-@pytest.mark.parametrize("placeholder", [None, 0.0])
-def test_a_rollout_func_that_does_not_know_the_probabilities_trains_as_stock(make_trainer, tokenizer, placeholder):
-    """TRL asks it for `logprobs`, and uses them with vLLM alone: what stands in their place is no behaviour policy."""
-
-    def rollout(prompts, trainer):
-        ids = [tokenizer("1" * (place % 4) + "xy")["input_ids"] for place in range(len(prompts))]
-        known = placeholder if placeholder is None else [[placeholder]] * len(prompts)
-        return {"prompt_ids": tokenizer(prompts)["input_ids"], "completion_ids": ids, "logprobs": known}
-
-    stock = trained(make_trainer(GRPOTrainer, rollout_func=rollout, max_steps=2))
-    ours = trained(make_trainer(CEUGRPOTrainer, rollout_func=rollout, max_steps=2, ceu_coef=0.0))
-    assert same(stock, ours)
-
-
-@pytest.mark.parametrize(
-    ("settings", "largest"),
-    [
-        ({"weight_sync_steps": 4, "logging_steps": 4}, [3, 3]),
-        # Rollouts that are used again grow older: generated at steps 0, 2, 4 and 6, synced at 0 and 4
-        ({"weight_sync_steps": 3, "num_iterations": 2}, [0, 1, 2, 3, 0, 1, 2, 3]),
-    ],
-)
-def test_the_age_of_rollouts_is_logged(make_trainer, engine, settings, largest):
-    _, log = train_with_lag(make_trainer, **settings)
-    assert ages(log) == largest
-    assert [entry["rollout/age_mean"] for entry in log] == ([1.5, 1.5] if len(log) == 2 else largest)
-
-
 @pytest.mark.parametrize("vllm_mode", ["colocate", "server"])
 @pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
 def test_the_correction_of_trl_corrects_for_the_age(make_trainer, engine, mode, vllm_mode):
@@ -521,11 +475,8 @@ def test_a_resumed_run_knows_the_age_of_its_weights(make_trainer, engine):
         ({"weight_sync_steps": -3}, "weight_sync_steps is -3; use"),
         ({"weight_sync_steps": 2.5, "use_vllm": True}, r"weight_sync_steps is 2\.5; use"),
         ({"weight_sync_steps": True}, "weight_sync_steps is True; use"),
-        ({"weight_sync_steps": 16}, "weight_sync_steps is 16 and use_vllm is False"),
-        (
-            {"weight_sync_steps": 2, "use_vllm": True, "vllm_enable_sleep_mode": True},
-            "vllm_enable_sleep_mode is True, which discards",
-        ),
+        ({"weight_sync_steps": 16}, "weight_sync_steps is 16 with use_vllm False"),
+        ({"weight_sync_steps": 2, "use_vllm": True, "vllm_enable_sleep_mode": True}, "vllm_enable_sleep_mode True"),
     ],
 )
 def test_a_lag_that_cannot_be_is_refused(settings, message):

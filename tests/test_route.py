@@ -273,17 +273,6 @@ def test_the_forward_is_untouched(tiny_model, tokenizer):
     assert route.pop_metrics() == {}
 
 
-def test_coef_zero_leaves_the_gradient(tiny_model, tokenizer):
-    model, stock = tiny_model(), tiny_model()
-    for each in (model, stock):
-        add_fused_lm_head(each)
-    assert route_descent(model, coef=0.0).pop_metrics() == {}
-    for each in (model, stock):
-        each(**fused_batch(each, tokenizer)).log_probs.sum().backward()
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter.grad, stock.get_parameter(name).grad)
-
-
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_has_its_own_weights_and_route(tiny_model, tokenizer, how, kind):

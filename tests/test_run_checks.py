@@ -162,13 +162,8 @@ def test_a_step_that_is_not_finite_ends_the_run(construct, preferences, tmp_path
     # Checkpoint 3 holds the weights whose step failed
     assert f"The last good checkpoint is {tmp_path / 'run'}/checkpoint-2" in message
     inputs, before, files = seen[0]
-    rows = [
-        number
-        for number, row in enumerate(trainer.train_dataset)
-        for ids in inputs["input_ids"][:2]
-        if ids.tolist()[: len(row["prompt_ids"] + row["chosen_ids"])] == row["prompt_ids"] + row["chosen_ids"]
-    ]
-    assert len(rows) == 2 and all(f"row {number} (" in message for number in rows)
+    texts = trainer.processing_class.batch_decode(inputs["input_ids"], skip_special_tokens=True)
+    assert all(repr(text) in message for text in texts)
     assert digest(tmp_path) == files
     assert all(torch.equal(value, trainer.model.get_parameter(name)) for name, value in before.items())
 
