@@ -197,7 +197,7 @@ def test_short_names_and_the_latest_checkpoint(recipe, method):
 @pytest.mark.parametrize(
     ("method", "own", "trls"),
     [
-        ("sft", "--eval_facts", "--packing"),
+        ("sft", "--model_name_or_path", "--packing"),
         ("dpo", "--ceu_coef", "--beta"),
         ("grpo", "--weight_sync_steps", "--num_generations"),
         ("unlearn", "--retain_weight", "--max_length"),
@@ -210,7 +210,7 @@ def test_help_opens_with_what_is_used(method, own, trls, capsys):
         out = capsys.readouterr().out
         assert f"usage: ceu-rl {method} --config" in out and own in out and trls in out and "--dataset" in out
         assert ("--adam_beta1" in out) == (most is None) and (most is None or len(out.splitlines()) < most)
-        assert most is None or out.index(own) < out.index("--learning_rate")
+        assert most is None or out.index(own) < out.index("--learning_rate") < out.index("--eval_facts")
 
 
 def test_a_token_of_the_hub_is_not_recorded():

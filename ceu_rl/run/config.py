@@ -38,7 +38,7 @@ NO_SETTINGS = ("output_dir", "resume_from_checkpoint", "hub_token")
 ALIASES = {"model": "model_name_or_path", "dataset": "dataset_name"}
 # A truth value or a number, or else a text; argparse knows one type of a field
 MIXED = ("scale_rewards", "pad_to_multiple_of", "include_num_input_tokens_seen", "trackio_static_space_id")
-# What the help of a command opens with, beside the fields of our own classes
+# What the help of a command shows after the fields of our own config
 USED = (
     *("model_name_or_path", "dataset_name", "dataset_test_split", "output_dir", "learning_rate", "max_steps"),
     *("per_device_train_batch_size", "max_length", "use_peft", "resume_from_checkpoint"),
@@ -78,11 +78,16 @@ def print_help(method: str, all_fields: bool) -> None:
     """The fields of our own classes and those that are used most, or all that TRL's classes have too."""
     parser = parser_for(method)
     if not all_fields:
-        classes = [kind for each in parser.dataclass_types[::-1] for kind in each.__mro__]
-        ours = [vars(kind) for kind in classes if kind.__module__.startswith("ceu_rl")]
-        own = [name for kind in ours for name in kind.get("__annotations__", {})]
+        script, config, *others = parser.dataclass_types
+
+        def own(*classes: Any) -> list[str]:
+            ours = [kind for each in classes for kind in each.__mro__ if kind.__module__.startswith("ceu_rl")]
+            return [name for kind in ours for name in vars(kind).get("__annotations__", {})]
+
         actions = {action.dest: action for action in reversed(parser._actions)}
-        shown = [actions[name] for name in dict.fromkeys([*own, *USED]) if name in actions]
+        actions["resume_from_checkpoint"].help = "A checkpoint to go on from, alone the last one in output_dir."
+        names = dict.fromkeys([*own(config), *USED, *own(script, *others)])
+        shown = [actions[name] for name in names if name in actions]
         for action in shown:
             action.option_strings = [each for each in action.option_strings if "-" not in each.removeprefix("--")]
         parser._optionals._group_actions = shown
