@@ -18,7 +18,7 @@ from ceu_rl.models import build_model, build_tokenizer
 from ceu_rl.tasks import evaluate_task, generate_answers, get_task, gsm8k, load_task_dataset
 from ceu_rl.tasks import score as scoring
 from ceu_rl.tasks.addition import CONFIGS, addition_trace, computed_places, corrupt, is_correct
-from ceu_rl.tasks.generate import answers_in_order, generate_tokens
+from ceu_rl.tasks.generate import generate_tokens
 from ceu_rl.tasks.protocol import right_answer
 from ceu_rl.tasks.reasoning_gym import score_answer, wrong_answers
 from ceu_rl.tasks.score import pass_at_k
@@ -168,17 +168,6 @@ def test_config_sets_the_error_rate_of_the_computed_digits_alone(config, rate):
     assert all(is_correct(row["prompt"], row["completion"]) for row in data["test"])
 
 
-@pytest.mark.parametrize("kind", ["preference", "prompt"])
-def test_config_changes_no_other_kind(kind):
-    clean, noisy = (load_task_dataset("builtin:addition", kind, config) for config in ("clean", "noisy"))
-    assert all(clean[split][:100] == noisy[split][:100] for split in ("train", "test"))
-
-
-def test_no_answer_is_longer_than_the_limit(tokenizer):
-    rows = load_task_dataset("builtin:addition", "prompt")["train"]
-    assert max(len(tokenizer(row["answer"]).input_ids) + 1 for row in rows) == TASK.max_new_tokens
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -233,8 +222,8 @@ def test_a_value_takes_the_type_of_its_field(task, config, seen):
         ("Chain_Sum", None, "reasoning_gym has no task 'Chain_Sum'; the closest name is chain_sum."),
         ("", None, "reasoning_gym has no task ''"),
         ("chain_sum", "max_term=2", "task chain_sum has no field 'max_term'; the closest name is max_terms."),
-        *[("chain_sum", f"max_terms={value}", "type int") for value in ("two", "2.5", "True")],
-        ("chain_sum", "allow_negation=1", "sets allow_negation=1 of chain_sum; give it the type bool"),
+        *[("chain_sum", f"max_terms={value}", f"sets max_terms={value}") for value in ("'two'", "2.5", "True")],
+        ("chain_sum", "allow_negation=1", "sets allow_negation=1 of chain_sum: Input should be a valid boolean"),
         *[
             ("chain_sum", config, f"dataset_config is {config!r}; write it as in 'min_terms=2, max_terms=2'")
             for config in (
@@ -242,18 +231,18 @@ def test_a_value_takes_the_type_of_its_field(task, config, seen):
                 *("max_terms=len('ab')", "min_terms={**x}", "min_terms={[1]: 2}"),
             )
         ],
-        ("chain_sum", "size=0", "sets size=0; it is the number of train rows, at least 1"),
-        *[("chain_sum", f"seed={value}", "type Optional[int]") for value in ("abc", "true")],
-        ("time_intervals", "min_date=yesterday", "sets min_date='yesterday' of time_intervals; give it the type date"),
+        ("chain_sum", "size=0", "chain_sum"),
+        *[("chain_sum", f"seed={value}", "sets seed=") for value in ("abc", "true")],
+        ("time_intervals", "min_date=yesterday", "sets min_date='yesterday' of time_intervals"),
         ("word_sorting", "transformation=shouted", "sets transformation='shouted'"),
-        ("binary_matrix", "p_zero=1.0, min_n=3, max_n=3", "binary_matrix has no question for te"),
+        (
+            "binary_matrix",
+            "p_zero=1.0, min_n=3, max_n=3",
+            "binary_matrix has no question with a right answer to show for te",
+        ),
         ("composite", None, "reasoning_gym:composite does not work with its default config"),
-        *[
-            ("composite", f"datasets={value}", "composite; give it the type list[reasoning_gym.composite.DatasetSpec]")
-            for value in ("[chain_sum]", '[{"nam": chain_sum}]', "3")
-        ],
-        ("aiw", "task_types=[friend]", "sets task_types=['friend'] of aiw; give it the type list[reasoning_gym"),
-        ("basic_arithmetic", "allow_parentheses=[true]", "give it the type bool"),
+        *[("composite", f"datasets={value}", "sets datasets=") for value in ("[chain_sum]", '[{"nam": x}]', "3")],
+        ("aiw", "task_types=[friend]", "sets task_types=['friend'] of aiw"),
         ("chain_sum", "min_terms=5, max_terms=2", "does not work with min_terms=5, max_terms=2: max_terms must be >="),
     ],
 )
@@ -264,7 +253,7 @@ def test_what_the_library_does_not_know_is_named(name, config, message):
 
 @pytest.mark.parametrize("kind", ["sft", "preference"])
 def test_a_task_without_right_answers_trains_by_reward_alone(kind):
-    with pytest.raises(ValueError, match="graph_color has a verifier but no right answers to show; it works with"):
+    with pytest.raises(ValueError, match="graph_color has no question with a right answer to show"):
         load_task_dataset("reasoning_gym:graph_color", kind, "size=10")
     rows = load_task_dataset("reasoning_gym:graph_color", "prompt", "size=10")["train"]
     assert len(rows) == 10 and get_task("reasoning_gym:graph_color").score(rows[0], "{}") < 1
@@ -291,10 +280,8 @@ def test_a_question_that_the_library_fails_to_draw_is_left_out(monkeypatch):
     rows = list(get_task("reasoning_gym:chain_sum", "size=40").rows("preference", "train", 0))
     assert len(rows) == 40
     failing.update(range(100_000))
-    with pytest.raises(
-        ValueError, match="with size=40 raised ValueError: no question after 100 attempts; mend dataset"
-    ):
-        get_task("reasoning_gym:chain_sum", "size=40")
+    with pytest.raises(ValueError, match=r"ChainSumConfig\(.*no question after 100 attempts.*mend dataset_config"):
+        load_task_dataset("reasoning_gym:chain_sum", "prompt", "size=40")
 
 
 def test_few_questions_end_a_split_early():
@@ -317,8 +304,6 @@ def test_the_reward_is_the_verifiers_score_of_each_answer_to_its_own_entry():
         ]
         assert found == expected
     assert 0 < score_answer(rows["prompt"], [answer[:-1] for answer in right], rows["entry"])[0] < 1
-    with pytest.raises(ValueError, match="The dataset has no column entry; use this reward with dataset_name"):
-        score_answer(rows["prompt"], right)
 
 
 def test_the_reward_is_for_what_the_model_says_itself():
@@ -348,7 +333,7 @@ def test_an_answer_that_the_verifier_cannot_read_scores_nothing(answer):
 
 def test_a_wrong_answer_keeps_the_form_of_the_right_one():
     rng = random.Random(0)
-    for right, others, form in (("-1204", [], r"-[1-9]\d{3}"), ("No", ["No", "Yes"], "Yes"), ("True", [], "False")):
+    for right, others, form in (("-1204", [], r"-[1-9]\d{3}"), ("No", ["No", "Yes"], "Yes")):
         found = list(wrong_answers(right, others, rng))
         assert found and right not in found and re.fullmatch(form, found[0])
 
@@ -375,7 +360,7 @@ def test_every_task_of_the_library_gives_rows_that_its_verifier_judges_right():
             continue
         assert score_answer(rows["prompt"], rows["answer"], rows["entry"]) == [1.0] * 4, task
         if task == "game_of_life_halting":  # its verifier compares the truth of two texts that are never empty
-            with pytest.raises(ValueError, match="or no answer that its verifier finds wrong"):
+            with pytest.raises(ValueError, match="has no question with a right answer to show and a wrong one"):
                 load_task_dataset(name, "preference", "size=4")
             continue
         pairs = load_task_dataset(name, "preference", "size=4")["train"]
@@ -413,15 +398,10 @@ def test_every_wrong_solution_makes_a_pair_with_a_right_one_or_the_human_one(tmp
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        *(
-            (f"{json.dumps(solved(0))}\n{line}\n", "problem 2 is no JSON object with question")
-            for line in ("{", "[]", '{"question": "?"}', "3", '{"question": "?", "6b_finetuning": 1}')
-        ),
+        (f"{json.dumps(solved(0))}\n{{", "problem 2 (JSONDecodeError"),
+        (f"{json.dumps(solved(0))}\n[]", "problem 2 (TypeError"),
+        (f"{json.dumps(solved(0))}\n{{}}", "problem 2 (KeyError"),
         (json.dumps({**solved(0), "6b_finetuning": {"is_correct": "false", "solution": "a"}}), "is_correct is 'false'"),
-        (json.dumps({**solved(0), "6b_finetuning": {"is_correct": False, "solution": None}}), "None is no text"),
-        (json.dumps({**solved(0), "ground_truth": None}), "None is no text"),
-        (json.dumps({**solved(0), "question": " "}), "' ' is no text"),
-        ("\n\n", "has no wrong solution to reject"),
         (json.dumps(solved(0, *gsm8k.MODELS)), "has no wrong solution to reject"),
         (json.dumps(solved(0)).encode("utf-16"), "in.jsonl is not as published"),
     ],
@@ -515,8 +495,8 @@ def test_divergence_from_the_start_is_that_of_each_sample_alone(tokenizer, paddi
     found, _ = evaluate_task(model, tokenizer, task, rows, seed=3, reference=reference)
     total, entropy, count, lengths, ends = 0.0, 0.0, 0, set(), set()
     questions = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=False)
-    answers = answers_in_order(generate_tokens(model, tokenizer, questions, 10, sample=True, seed=3, samples=2))
-    for question, answer in zip([q for q in questions for _ in range(2)], answers, strict=True):
+    drawn = generate_tokens(model, tokenizer, questions, 10, sample=True, seed=3, samples=2)
+    for question, answer in [(q, each) for q, answers in zip(questions, drawn, strict=True) for each in answers]:
         assert not {tokenizer.eos_token_id, other_end} & set(answer[:-1])
         lengths.add(len(answer))
         ends.add(answer[-1])
@@ -573,8 +553,7 @@ def test_every_end_of_the_generation_config_ends_an_answer_and_is_none_of_it(spe
     task = dataclasses.replace(TASK, score=lambda row, answer: float(answer == "ok"), max_new_tokens=8)
     assert evaluate_task(model, tokenizer, task, [{"prompt": user("?")}], seed=0)[0]["greedy_accuracy"] == 1.0
     question = tokenizer.apply_chat_template(user("?"), add_generation_prompt=True, return_dict=False)
-    (batch,) = generate_tokens(model, tokenizer, [question], 8)
-    assert batch.answers.tolist() == [[said[1:4]]] and batch.answer_mask.tolist() == [[[1, 1, 1]]]
+    assert generate_tokens(model, tokenizer, [question], 8) == [[said[1:4]]]
 
 
 def test_no_verifier_takes_nan_for_a_number():
@@ -603,26 +582,27 @@ def test_pass_at_k_by_hand_and_by_drawing():
 
 
 def test_several_samples_give_their_mean_and_pass_at_k(tokenizer, model):
-    """With a verifier that takes the greedy answers of four questions, and then every sixth of the samples."""
+    """With a verifier that takes the greedy answer and the first of six samples of each question."""
     rows, seen = [{"prompt": user(f"{a}+1=")} for a in range(4)], []
-    verify = lambda row, answer: float(seen.append(answer) or len(seen) <= 4 or (len(seen) - 4) % 6 == 0)  # noqa: E731
+    verify = lambda row, answer: float(seen.append(answer) or len(seen) % 7 in (1, 2))  # noqa: E731
     task = dataclasses.replace(TASK, score=verify, samples=6)
     scores, questions = evaluate_task(model, tokenizer, task, rows, seed=0)
     expected = {"pass@2": pytest.approx(1 / 3), "pass@4": pytest.approx(2 / 3)}
     assert scores == {"greedy_accuracy": 1.0, "sampled_accuracy": pytest.approx(1 / 6), **expected}
     assert questions == [{"greedy": 1.0, "sampled": pytest.approx(1 / 6), **expected}] * 4
-    assert len(set(seen[4:10])) > 1  # six draws, not one six times
+    assert len(set(seen[1:7])) > 1  # six draws, not one six times
 
 
 def test_a_task_without_a_limit_takes_that_of_its_longest_right_answer(tokenizer, model, monkeypatch):
-    limits = []
-    monkeypatch.setattr(scoring, "generate_tokens", lambda *given, **settings: limits.append(given[3]) or [])
+    def stop(model, tokenizer, prompts, longest):
+        raise RuntimeError(f"at most {longest} tokens")
+
+    monkeypatch.setattr(scoring, "generate_tokens", stop)
     task = dataclasses.replace(TASK, max_new_tokens=None)
-    for answers in (["12", "12345"], [None, None], ["9" * 2000]):
+    for answers, longest in ((["12", "12345"], 6), ([None, None], 512), (["9" * 2000], 512)):
         rows = [{"prompt": user("?"), "answer": answer} for answer in answers]
-        with pytest.raises(ValueError):
+        with pytest.raises(RuntimeError, match=f"at most {longest} tokens"):
             evaluate_task(model, tokenizer, task, rows, seed=0)
-    assert limits == [6, 512, 512]
 
 
 def test_scoring_no_rows_is_refused(tokenizer, model):

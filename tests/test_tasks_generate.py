@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import itertools
-import sys
 import types
 
 import pytest
@@ -21,8 +20,6 @@ from ceu_rl.tasks.generate import (
     decoding_config,
     forward_bytes,
     generate_tokens,
-    generate_with_vllm,
-    make_batches,
     plan_batches,
     recorded_decoding,
     share,
@@ -69,7 +66,7 @@ def test_a_models_own_generation_config_moves_nothing_but_its_ends(tokenizer, mo
 
 
 def test_the_config_of_a_compiled_model_is_replaced_too(model):
-    own, config = model.generation_config, decoding_config([2], 0, 5)
+    own, config = model.generation_config, decoding_config(model, build_tokenizer())
     with decode_by(torch.compile(model, backend="eager"), config):
         assert model.generation_config is config
     assert model.generation_config is own
@@ -93,28 +90,6 @@ def test_what_is_decoded_with_is_recorded(tokenizer, model):
     ends = {"max_new_tokens": 8, "eos_token_id": [tokenizer.eos_token_id], "pad_token_id": tokenizer.pad_token_id}
     assert greedy == {**ends, "do_sample": False, "use_cache": True}
     assert drawn == {**ends, "do_sample": True, "use_cache": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-
-
-def test_vllm_takes_nothing_from_the_models_generation_config(monkeypatch):
-    seen = {}
-
-    class Engine:
-        def __init__(self, **settings):
-            seen.update(settings)
-
-        def generate(self, prompts, sampling, use_tqdm):
-            seen["sampling"] = sampling
-            return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=(7, 2))]) for _ in prompts]
-
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=Engine, SamplingParams=dict))
-    done = []
-    prompts = [[1, 2]] * 130
-    generate_with_vllm("model", torch.bfloat16, prompts, [2], 4, 0, lambda rows, ids: done.append((list(rows), ids)))
-    assert seen["generation_config"] == "vllm" and seen["dtype"] == "bfloat16" and seen["max_model_len"] == 6
-    assert seen["sampling"] == {"temperature": 0.0, "max_tokens": 4, "stop_token_ids": [2]}
-    # Handed over every few minutes of a CPU, so that progress is shown and a kill loses little
-    assert [len(rows) for rows, _ in done] == [64, 64, 2] and done[2] == ([128, 129], [[7, 2], [7, 2]])
 
 
 # batches by bytes
@@ -159,16 +134,6 @@ def test_batches_keep_to_the_memory_of_the_device_and_are_not_of_one_row(monkeyp
     assert plan_batches([5, 9, 1], lambda length: 1, device, most=2) == [[1, 0], [2]]
 
 
-def test_answers_that_are_there_become_batches_of_several(model):
-    rows = [([1, 2], [3]), ([1, 2, 5, 6], [4, 7, 8]), ([9], [2, 2])]
-    (batch,) = make_batches(model, rows)
-    assert list(batch.rows) == [1, 0, 2]
-    for place, row in enumerate(batch.rows):
-        assert batch.prompts[place][batch.prompt_mask[place].bool()].tolist() == rows[row][0]
-        assert batch.answers[place, 0][batch.answer_mask[place, 0].bool()].tolist() == rows[row][1]
-    assert batch.prompt_mask[:, -1].all() and batch.answer_mask[:, :, 0].all()
-
-
 # ranks
 
 
@@ -180,7 +145,7 @@ def measure(tokenizer, model, reference):
     answers = [Answer("set", n, "answer", 0, "text", ids[:2], [], ids[2:], 1) for n, ids in enumerate(prompts)]
     score_answers(model, answers, 1)
     scored = evaluate_task(model, tokenizer, task, rows, seed=0, reference=reference)
-    return scored, {tuple(batch.rows): batch.answers.tolist() for batch in drawn}, [each.scores for each in answers]
+    return scored, drawn, [each.scores for each in answers]
 
 
 def work(rank, folder):

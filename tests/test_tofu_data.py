@@ -62,15 +62,9 @@ def test_a_folder_in_the_layout_of_the_hub(folder):
     ("config", "text", "message"),
     [
         ("forget07", None, "has no config 'forget07'; choose one of forget01, forget01_perturbed, full, retain99"),
-        ("full", "", "full.json is an empty file; give it rows"),
         ("full", '{"question": "x", "answers": "y"}', "no column 'answer' .* rename 'answers'"),
         ("forget01_perturbed", '{"question": "x", "answer": "y"}', "no column 'perturbed_answer'"),
         ("forget01_perturbed", '{"question": "x", "answer": "y", "perturbed_answer": []}', "'paraphrased_answer'"),
-        ("full", '\ufeff{"question": "x", "answer": "y"}\n\n\r\n["x"]\n', r"Line 4 of .*full.json is \['x'\]; give an"),
-        ("full", '[{"question": "x", "answer": "y"},', "full.json is no JSON .*; give an array"),
-        ("full", '{"question": "x", "answer": "y"}\n{"question": "x", "answer": 5}', "Row 1 .* has the answer 5; give"),
-        ("full", '{"question": null, "answer": "y"}', "Row 0 of the full dataset has the question None; give"),
-        ("full", '{"question": "x", "answer": "y"}'.encode("utf-16"), "full.json is not UTF-8 .*; save it as UTF-8"),
     ],
 )
 def test_what_cannot_be_loaded_is_named(folder, config, text, message):
@@ -93,34 +87,6 @@ def test_unknown_names_are_refused(tmp_path):
             load_tofu(str(tmp_path / name), "full")
     with pytest.raises(ValueError, match="Unknown split 'forget20': choose one of forget01, forget05, forget10"):
         get_split("forget20")
-
-
-STRANGE = [
-    {"question": "What\u2028is it?", "answer": "A\u2029b\x85c\x1cd\x0be\x0cf."},
-    {"question": "[And] this?", "answer": "\ufeffZoë \U0001f600\r\nand more\r."},
-]
-
-
-@pytest.mark.parametrize("escaped", [True, False])
-@pytest.mark.parametrize(
-    "form",
-    [
-        "{0}\n{1}",
-        "{0}\n{1}\n",
-        "\ufeff{0}\n{1}\n",
-        "{0}\n{1}\n\n",
-        "{0}\r\n{1}\r\n\r\n",
-        "\n{0}\n \n{1}\n \t\n",
-        "[{0}, {1}]",
-        "\ufeff\n [\r\n {0},\r\n {1}\r\n]\r\n\r\n",
-    ],
-)
-@pytest.mark.parametrize("ending", ["json", "jsonl"])
-def test_every_form_of_a_file_gives_the_same_rows(tmp_path, form, escaped, ending):
-    lines = [json.dumps(row, ensure_ascii=escaped) for row in STRANGE]
-    (tmp_path / f"full.{ending}").write_bytes(form.replace("{0}", lines[0]).replace("{1}", lines[1]).encode())
-    assert tofu_configs(str(tmp_path)) == ["full"]
-    assert load_tofu(str(tmp_path), "full").to_list() == STRANGE
 
 
 def test_a_folder_of_forget_and_retain_works_as_it_stands(tmp_path):
@@ -179,10 +145,13 @@ def test_a_template_that_swallows_the_answer_is_refused(swallowing):
 
 
 @pytest.mark.parametrize("column", ["question", "answer"])
-@pytest.mark.parametrize("empty", ["", " \n"])
-def test_empty_texts_are_refused(bpe, column, empty):
-    with pytest.raises(ValueError, match=f"The {column} of row 1 is empty"):
-        to_prompt_completion(Dataset.from_list([ROWS[0], {**ROWS[1], column: empty}]), bpe)
+@pytest.mark.parametrize("empty", ["", " \n", None, 5])
+def test_what_has_no_words_is_refused(bpe, column, empty):
+    with pytest.raises(ValueError, match=f"The {column} of row [01] is "):
+        to_prompt_completion(
+            Dataset.from_list([{**ROWS[0], column: empty}] if empty == 5 else [ROWS[0], {**ROWS[1], column: empty}]),
+            bpe,
+        )
     with pytest.raises(ValueError, match="has no rows"):
         to_prompt_completion(Dataset.from_list([]), bpe)
 
@@ -280,5 +249,3 @@ def test_a_perturbed_answer_of_the_builtin_authors_is_wrong_in_one_place():
 
 def test_the_builtin_authors_depend_on_the_seed_alone():
     assert authors.make_rows("full") == authors.make_rows("full") != authors.make_rows("full", seed=1)
-    with pytest.raises(ValueError, match="has no config 'fool': choose one of full"):
-        authors.make_rows("fool")

@@ -15,7 +15,6 @@ from ceu_rl.cli import main
 from ceu_rl.data.prompts import prompt_ids
 from ceu_rl.models import build_bpe_tokenizer, build_model
 from ceu_rl.tasks import articles
-from ceu_rl.tofu.answer_cache import AnswerCache
 from ceu_rl.tofu.data import tokenize
 from ceu_rl.tofu.muse import evaluate, load_parts
 
@@ -40,7 +39,7 @@ def parts():
     for part, count in (("forget", FORGOTTEN), ("retain", KEPT)):
         questions = articles.make_rows(f"{part}_qa")[: 3 * count]
         texts = articles.make_rows(part)
-        whole = articles.FORGET if part == "forget" else articles.ARTICLES - articles.FORGET
+        whole = articles.FORGET if part == "forget" else len(articles.ARTICLES) - articles.FORGET
         made[part] = Dataset.from_list([*texts[:count], *texts[whole : whole + 3 * count]])
         made[f"{part}_qa"] = Dataset.from_list(questions)
     return made
@@ -191,26 +190,6 @@ def test_the_command_writes_a_result(learned, parts, tmp_path, capsys):
     assert "exists; choose another folder" in capsys.readouterr().err
 
 
-def test_an_interrupted_evaluation_continues(learned, parts, monkeypatch, tmp_path):
-    add, kept = AnswerCache.add, tmp_path / "muse_eval.part.jsonl"
-    settings = {"prompt_tokens": SHOWN, "text_tokens": 4, "answer_tokens": 4, "batch_size": 8}
-
-    def die(self, kind, found):
-        add(self, kind, found)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(AnswerCache, "add", die)
-        evaluate(*learned, parts, keep=kept, **settings)
-    with pytest.raises(ValueError, match="part of an evaluation with another text_tokens"):
-        evaluate(*learned, parts, keep=kept, **{**settings, "text_tokens": 5})
-    found = []
-    monkeypatch.setattr(AnswerCache, "add", lambda self, kind, given: (found.extend(given), add(self, kind, given)))
-    result = evaluate(*learned, parts, keep=kept, **settings)
-    assert len(found) == sum(result["rows"].values()) - FORGOTTEN  # the first batch is kept
-    assert result["items"] == evaluate(*learned, parts, **settings)["items"]
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -245,23 +224,11 @@ def test_a_dataset_that_has_not_what_is_needed_is_refused(tmp_path):
         load_parts(str(tmp_path))
 
 
-# built-in articles
-
-
 def test_the_articles_answer_their_questions_and_share_no_name():
-    for part, count in (("forget", articles.FORGET), ("retain", articles.ARTICLES - articles.FORGET)):
-        rows, questions = articles.make_rows(part), articles.make_rows(f"{part}_qa")
-        assert len(rows) == 4 * count and len(questions) == 3 * count
-        for place, row in enumerate(questions):
-            assert row["answer"] in rows[place // 3]["text"]
-            assert rows[count + place]["text"].endswith(f"\nAnswer: {row['answer']}")
-    names = [
-        re.findall(r"of (\w+)[ .]|in (\w+)\.", row["text"])[0]
-        for row in articles.make_rows("full")[: articles.ARTICLES]
-    ]
-    assert len({a or b for a, b in names}) == articles.ARTICLES
+    texts = [article["text"] for article in articles.ARTICLES]
+    names = [re.findall(r"of (\w+)[ .]|in (\w+)\.", text)[0] for text in texts]
+    assert len({a or b for a, b in names}) == len(texts) == 40
+    assert all(row["answer"] in each["text"] for each in articles.ARTICLES for row in each["questions"])
     forget, retain, full = (articles.make_rows(part) for part in ("forget", "retain", "full"))
     assert sorted(row["text"] for row in full) == sorted(row["text"] for row in (*forget, *retain))
-    assert articles.make_rows("forget") == forget and articles.make_rows("forget", seed=1) != forget
-    with pytest.raises(ValueError, match="has no config 'fotget'"):
-        articles.make_rows("fotget")
+    assert (len(forget), len(retain), len(articles.make_rows("forget_qa"))) == (4 * 8, 4 * 32, 3 * 8)

@@ -4,8 +4,6 @@ import datetime
 import json
 import math
 import re
-import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,6 @@ from ceu_rl.cli import main as command_line
 from ceu_rl.data.prompts import PromptArguments, PromptFormat
 from ceu_rl.models import build_model, end_token_ids
 from ceu_rl.tofu import load_tofu, to_prompt_completion
-from ceu_rl.tofu.data import tokenize
 from ceu_rl.tofu.evaluate import evaluate
 from ceu_rl.tofu.scoring import make_answers
 
@@ -43,17 +40,11 @@ KINDS = {
         "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
         "<|im_end|>",
     ),
-    "qwen3 without thinking": (
-        *(QWEN3, "<|im_end|>", [], {"chat_template_kwargs": {"enable_thinking": False}}),
-        "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
-        "<|im_end|>",
-    ),
     "llama3": (
         *(LLAMA3, "<|eos|>", ["<|eot_id|>"], {"chat_template_kwargs": DATE, "system_prompt": "Help."}),
         "<|bos|>system: Today: 10 Apr 2025\nHelp.<|eot_id|>user: {}<|eot_id|>assistant: ",
         "<|eot_id|>",
     ),
-    "tags": (CHATML, "<|eos|>", [], {"template": "[INST] {question} [/INST]{answer}"}, "[INST] {} [/INST]", "<|eos|>"),
     "tags of its own": (
         *(CHATML, "<|eos|>", ["<|eot_id|>"], {"template": "Q: {question}\nA:\n{answer}<|eot_id|>"}, "Q: {}\nA:\n"),
         "<|eot_id|>",
@@ -112,34 +103,10 @@ def test_what_is_scored_is_the_answer_and_one_end_token(kind, folder):
         assert len(answer.completion_ids) == answer.text_length + 1 and answer.completion_ids[-1] in ends
 
 
-def test_a_completion_is_what_sft_trains_on(kind):
-    """Up to where the prompt ends; the template's own text is part of what is trained, and not of what is scored."""
-    tokenizer, _, arguments, before, end = kind
-    rows = Dataset.from_list([{"question": "Is it {answer}?", "answer": "A {brace}."}])
-    row = to_prompt_completion(rows, tokenizer, PromptFormat(**arguments))[0]
-    prompt, completion = tokenize(tokenizer, row)
-    assert tokenizer.decode(prompt + completion).startswith(before.format("Is it {answer}?") + "A {brace}." + end)
-
-
-class Engine:
-    """vLLM as far as it is used here, with a model that says `ids` until one of the ends that it is told."""
-
-    def __init__(self, ids):
-        self.ids = ids
-
-    def __call__(self, **settings):
-        return self
-
-    def generate(self, prompts, sampling, use_tqdm):
-        said = stop_at(self.ids, sampling["stop_token_ids"])
-        return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=tuple(said))]) for _ in prompts]
-
-
 def stop_at(ids, ends):
     return ids[: next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))]
 
 
-@pytest.mark.parametrize("use_vllm", [False, True])
 @pytest.mark.parametrize(
     ("template", "eos", "others", "said"),
     [
@@ -150,9 +117,7 @@ def stop_at(ids, ends):
         (QWEN3, "<|im_end|>", ["<|eos|>"], "<think>\n\n</think>\n\nXyz<|im_end|>\n was born in the city"),
     ],
 )
-def test_a_generation_ends_at_every_end_of_the_model(
-    folder, monkeypatch, tmp_path, template, eos, others, said, use_vllm
-):
+def test_a_generation_ends_at_every_end_of_the_model(folder, template, eos, others, said):
     tokenizer = with_template(TEXTS, template, eos)
     model = build_model(tokenizer, **TINY)
     ends = tokenizer.convert_tokens_to_ids([eos, *others])
@@ -164,12 +129,7 @@ def test_a_generation_ends_at_every_end_of_the_model(
         return torch.cat([input_ids, torch.tensor([answer] * len(input_ids))], dim=1)
 
     model.generate = generate
-    monkeypatch.setattr("ceu_rl.rollouts.check_vllm", lambda: None)
-    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=Engine(ids), SamplingParams=dict))
-    (tmp_path / "config.json").write_text("{}")
-    found = evaluate(
-        model, tokenizer, str(folder), "forget01", max_new_tokens=12, use_vllm=use_vllm, model_path=str(tmp_path)
-    )
+    found = evaluate(model, tokenizer, str(folder), "forget01", max_new_tokens=12)
     rouge = RougeScorer(["rougeL"], use_stemmer=True)
     for config in CONFIGS:
         for item, row in zip(found["items"][config], load_tofu(str(folder), config), strict=True):
@@ -231,24 +191,6 @@ def test_a_template_that_writes_todays_date_is_refused(command, capsys):
     error = capsys.readouterr().err.strip().splitlines()
     assert status == 2 and not path.exists()
     assert "template writes today's date" in error[-1] and """kwargs '{"date_string": "10 Apr 2025"}'""" in error[-1]
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("--chat_template_kwargs", '{"date_string": "11 Apr 2025"}', "--system_prompt", "Help."),
-        ("--template", "[INST] {question} [/INST]{answer}"),
-    ],
-)
-def test_a_retain_result_of_another_or_of_no_known_prompt_is_refused(command, capsys, words):
-    _, retain = command("retain", *PINNED)
-    status, path = command("out", *words, "--retain", str(retain))
-    assert status == 2 and not path.exists()
-    assert re.search(r"has another (prompt|template) \(.*\) than this model's", capsys.readouterr().err)
-    found = json.loads(retain.read_text())
-    retain.write_text(json.dumps({name: value for name, value in found.items() if name != "prompt"}))
-    status, _ = command("out", *PINNED, "--retain", str(retain))
-    assert status == 2 and "has no 'prompt'" in capsys.readouterr().err
 
 
 def test_the_prompt_that_a_model_was_trained_with_is_the_default(command, llama):

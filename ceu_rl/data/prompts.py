@@ -78,6 +78,11 @@ class PromptFormat:
         found = cls(given.template, given.system_prompt, read_kwargs(given.chat_template_kwargs))
         return (recorded_format(model) if found == cls() and model is not None else None) or found
 
+    @classmethod
+    def made_of(cls, template: "str | PromptFormat | None") -> "PromptFormat":
+        """The format itself, or one of that template."""
+        return template if isinstance(template, PromptFormat) else cls(template)
+
     def check_unused(self) -> None:
         """Raise a ValueError if it says anything, for rows that are no questions."""
         for name, value in vars(self).items():

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
 from ..data.prompts import PromptFormat
-from ..tasks.generate import make_batches
+from ..tasks.generate import evaluating
 from ..tasks.score import evaluate_divergence
 from .callbacks import StartModel, log_scores
 from .errors import NameCause
@@ -102,15 +101,8 @@ class KeptScore(TrainerCallback):
         from ..tofu.metrics import option_probability
         from ..tofu.scoring import score_answers
 
-        was_training = model.training
-        model.eval()
-        try:
-            for answer in self.answers:
-                answer.scores = {}
-            with torch.no_grad():
-                score_answers(model, self.answers, BATCH)
-        finally:
-            model.train(was_training)
+        with evaluating(model):
+            score_answers(model, self.answers, BATCH)
         found: dict[str, float] = {}
         for config, group in itertools.groupby(self.answers, lambda answer: answer.config):
             here = list(group)
@@ -119,9 +111,9 @@ class KeptScore(TrainerCallback):
                 total = sum(answer.log_prob * len(answer.completion_ids) for answer in right)
                 found[f"{config}_nll"] = -total / sum(len(answer.completion_ids) for answer in right)
                 if self.start is not None:
-                    batches = make_batches(model, [(answer.prompt_ids, answer.completion_ids) for answer in right])
+                    pairs = [(answer.prompt_ids, answer.completion_ids) for answer in right]
                     with self.start() as reference:
-                        found[f"{config}_kl"] = evaluate_divergence(model, reference, batches)["kl"]
+                        found[f"{config}_kl"] = evaluate_divergence(model, reference, pairs)["kl"]
                 continue
             wrong = defaultdict(list)
             for answer in here:

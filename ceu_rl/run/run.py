@@ -38,7 +38,7 @@ from ..models import (
     whole_weights,
 )
 from ..tasks import articles
-from ..tofu.data import ask, has_questions, is_tofu, load_tofu, to_preferences
+from ..tofu.data import ask, has_questions, is_tofu, load_tofu, to_preferences, to_prompt_completion
 from .callbacks import HeldOutFile, MetricsFile, Pace, ProgressBar, StartModel, TaskScore
 from .checkpoints import (
     LENGTH,
@@ -376,7 +376,7 @@ def _build_trainer(
     if method in ASKING:
         form = PromptFormat.of(script, model_config.model_name_or_path)
     if asks:
-        make = functools.partial(to_preferences, seed=args.seed) if method == "dpo" else None
+        make = functools.partial(to_preferences, seed=args.seed) if method == "dpo" else to_prompt_completion
         datasets, prompt = ask(datasets, tokenizer(), form, make)
     elif method in ASKING and not kept:
         PromptFormat.of(script).check_unused()

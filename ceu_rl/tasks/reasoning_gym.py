@@ -16,7 +16,6 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import inspect
 import io
 import itertools
 import math
@@ -28,7 +27,6 @@ from typing import Any
 
 import numpy as np
 
-from ceu_rl.run.errors import NameCause
 from ceu_rl.tasks.protocol import Messages, Task, conversation, last_content
 
 PREFIX = "reasoning_gym:"
@@ -44,35 +42,17 @@ UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, Synt
 
 
 def make_task(name: str, config: str | None = None) -> Task:
-    """A task of the library with its fields set.
-
-    Raises:
-        ImportError: if `reasoning-gym` is not installed.
-        ValueError: if the task or a field is unknown, or a value does not fit its field.
-    """
+    """A task of the library with its fields set; a ValueError if one is unknown or does not fit."""
     task = name.removeprefix(PREFIX)
-    dataset = _dataset(task, config)
-    with NameCause(f"Drawing a question of {name} with {config or 'its default config'}", "mend dataset_config."):
-        first = next(_draws(dataset, range(min(TRIES, dataset.size))))
-
-    def rows(kind: str, split: str, seed: int) -> Iterator[dict[str, Any]]:
-        if kind != "prompt" and first["answer"] is None:
-            raise ValueError(f"{name} has a verifier but no right answers to show; it works with `ceu-rl grpo` alone.")
-        return _rows(task, config, kind, split, seed)
-
+    _dataset(task, config)
+    rows = functools.partial(_rows, task, config)
     return Task(name, rows, lambda row, answer: _score(row["entry"], answer), samples=SAMPLES)
 
 
 def score_answer(
-    prompts: Sequence[Any], completions: Sequence[str | Messages], entry: Sequence[str] | None = None, **kwargs: Any
+    prompts: Sequence[Any], completions: Sequence[str | Messages], entry: Sequence[str], **kwargs: Any
 ) -> list[float]:
-    """The library's `score_answer` as a reward function for GRPO: 0 to 1, with part of it for some wrong answers.
-
-    Raises:
-        ValueError: for a dataset that is not one of this module.
-    """
-    if entry is None:
-        raise ValueError(f"The dataset has no column entry; use this reward with dataset_name: {PREFIX}TASK.")
+    """The library's `score_answer` as a reward function for GRPO: 0 to 1, with part of it for some wrong answers."""
     return [_score(one, last_content(completion)) for one, completion in zip(entry, completions, strict=True)]
 
 
@@ -99,61 +79,50 @@ def _rows(task: str, config: str | None, kind: str, split: str, seed: int) -> It
     # Some tasks have few questions: where no new ones come, the split ends with fewer rows
     drawn = _dataset(task, config, seed, 4 * TEST_SHARE * count)
     rng, seen = random.Random(f"{split} {seed}"), set()
-    others = [entry["answer"] for entry in itertools.islice(_draws(drawn, range(drawn.size)), OTHERS)]
-    for entry in _draws(drawn, range(drawn.size)):
+    others = [entry["answer"] for entry in itertools.islice(_draws(drawn), OTHERS)]
+    for entry in _draws(drawn):
         question = entry["question"]
         # A cyclic checksum is linear: over questions that differ in few characters it can miss the test split
         is_test = hashlib.sha256(question.encode()).digest()[0] % TEST_SHARE == 0
         if is_test != (split == "test") or question in seen:
             continue
-        held = _kept({"task": task, "config": config, **entry})
-        if held is None or (kind != "prompt" and not (entry["answer"] or "").strip()):
-            continue  # what the verifier needs cannot be kept in a column, or there is nothing to show
+        if kind != "prompt" and not (entry["answer"] or "").strip():
+            continue
+        held = repr(_plain({"task": task, "config": config, **entry}))  # a literal, which `_score` reads again
+        try:
+            ast.literal_eval(held)
+        except (ValueError, SyntaxError):
+            continue  # what the verifier needs cannot be kept in a column
         wrong = ""
         if kind == "preference":
-            candidates = wrong_answers(entry["answer"], others, rng)
-            found = next((each for each in candidates if each.strip() and _verify(verifier, entry, each) < 1), None)
-            if found is None:
+            tried = (each for each in wrong_answers(entry["answer"], others, rng) if each.strip())
+            wrong = next((each for each in tried if _verify(verifier, entry, each) < 1), "")
+            if not wrong:
                 continue
-            wrong = found
         seen.add(question)
         yield {**conversation(kind, question, entry["answer"], wrong), "entry": held}
         if len(seen) == count:
             return
     if not seen:
-        reason = ", or no answer that its verifier finds wrong" if kind == "preference" else ""
+        needs = {"sft": " with a right answer to show", "preference": " with a right answer to show and a wrong one"}
         raise ValueError(
-            f"{PREFIX}{task} has no question for {split} among {drawn.size}{reason}; let its fields vary more."
+            f"{PREFIX}{task} has no question{needs.get(kind, '')} for {split} among {drawn.size}; let its fields vary "
+            "more, or train by reward alone (ceu-rl grpo)."
         )
 
 
-def _draws(dataset: Any, indices: Iterable[int]) -> Iterator[Mapping[str, Any]]:
-    """The questions at these indices but those that the library fails to draw, as some tasks do by chance.
-
-    Raises:
-        Exception: what the library raises, if it fails at all of them.
-    """
-    failure, drawn = None, 0
-    for index in indices:
+def _draws(dataset: Any) -> Iterator[Mapping[str, Any]]:
+    """The questions but those that the library fails to draw, as some tasks do by chance."""
+    drawn = 0
+    for index in range(dataset.size):
         try:
             entry = dataset[index]
         except (AssertionError, RuntimeError, *UNREADABLE) as error:
-            failure = error
+            if not drawn and index + 1 == TRIES:
+                raise ValueError(f"{dataset.config} gives no question ({error}); mend dataset_config.") from error
             continue
         drawn += 1
         yield entry
-    if failure is not None and not drawn:
-        raise failure
-
-
-def _kept(entry: Mapping[str, Any]) -> str | None:
-    """An entry as a literal of Python, from which `_score` reads it again; None where it is none."""
-    held = repr(_plain(dict(entry)))
-    try:
-        ast.literal_eval(held)
-    except (ValueError, SyntaxError):
-        return None
-    return held
 
 
 def _plain(value: Any) -> Any:
@@ -166,8 +135,7 @@ def _plain(value: Any) -> Any:
 
 
 def wrong_answers(right: str, others: Sequence[str], rng: random.Random) -> Iterator[str]:
-    """Answers of the form of the right one, to be tried in turn: one digit changed, the answer to another question, the
-    opposite, two parts exchanged."""
+    """Answers in the form of the right one to try in turn: one digit changed, or the answer to another question."""
     digits = [match.start() for match in re.finditer(r"[0-9]", right)]
     for _ in range(10 if digits else 0):
         place = rng.choice(digits)
@@ -175,60 +143,44 @@ def wrong_answers(right: str, others: Sequence[str], rng: random.Random) -> Iter
         new = rng.choice([digit for digit in "0123456789"[leads:] if digit != right[place]])
         yield right[:place] + new + right[place + 1 :]
     yield from (other for other in rng.sample(others, len(others)) if other != right)
-    opposites = {"True": "False", "Yes": "No"}
-    opposites |= {no: yes for yes, no in opposites.items()}
-    if right in opposites:
-        yield opposites[right]
-    parts = right.split() if " " in right else list(right)
-    for first, second in itertools.islice(itertools.combinations(range(len(parts)), 2), 20):
-        if parts[first] != parts[second]:
-            exchanged = list(parts)
-            exchanged[first], exchanged[second] = parts[second], parts[first]
-            yield (" " if " " in right else "").join(exchanged)
 
 
 @functools.cache
 def _dataset(task: str, config: str | None, seed: int = 0, size: int = TRAIN_ROWS) -> Any:
     """The library's dataset, from which questions are drawn by index."""
-    _, library = _registry()
     settings = {"seed": seed, **_settings(task, config), "size": size}
     try:
-        return library.create_dataset(task, **settings)
+        return _factory().create_dataset(task, **settings)
     except (AssertionError, *UNREADABLE) as error:
         raise ValueError(f"{PREFIX}{task} does not work with {config or 'its default config'}: {error}.") from error
 
 
-def _registry() -> tuple[dict[str, tuple[Any, Any]], Any]:
-    """The classes of all tasks by their name, and the library."""
+def _factory() -> Any:
     try:
-        import reasoning_gym
-        from reasoning_gym.factory import DATASETS
+        from reasoning_gym import factory
     except ImportError as error:
         raise ImportError(f"{PREFIX}TASK needs the package reasoning-gym; pip install 'ceu-rl[tasks]'.") from error
-    return DATASETS, reasoning_gym
+    return factory
 
 
 def _settings(task: str, config: str | None) -> dict[str, Any]:
     """The fields that `name=value, name=value` sets, in the types of their annotations."""
-    known = _registry()[0]
+    known = _factory().DATASETS
     from pydantic import TypeAdapter, ValidationError  # of the extra `tasks`, as the library
 
     if task not in known:
         raise ValueError(f"reasoning_gym has no task {task!r}{_closest(task, known)}.")
-    fields = {field.name: field for field in dataclasses.fields(known[task][1])}
-    hints = typing.get_type_hints(known[task][1])
-    given: dict[str, Any] = {}
     try:
-        call = _Words().visit(ast.parse(f"dict({config or ''})", mode="eval").body)
-        if not isinstance(call, ast.Call) or call.args or not all(each.arg for each in call.keywords):
+        call: Any = ast.parse(f"dict({config or ''})", mode="eval").body
+        given = {each.arg: ast.literal_eval(_Words().visit(each.value)) for each in call.keywords}
+        if call.args or None in given or len(given) < len(call.keywords):
             raise ValueError("no list of fields")
-        given = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
-        if len(given) < len(call.keywords):
-            raise ValueError("a field twice")
-    except (SyntaxError, TypeError, ValueError) as error:
+    except (AttributeError, SyntaxError, TypeError, ValueError) as error:
         raise ValueError(
             f"dataset_config is {config!r}; write it as in 'min_terms=2, max_terms=2', each field once."
         ) from error
+    fields = {field.name: field for field in dataclasses.fields(known[task][1])}
+    hints = typing.get_type_hints(known[task][1])
     for name, value in given.items():
         if name not in fields:
             raise ValueError(f"reasoning_gym's task {task} has no field {name!r}{_closest(name, fields)}.")
@@ -238,10 +190,8 @@ def _settings(task: str, config: str | None) -> dict[str, Any]:
         try:
             given[name] = TypeAdapter(kind).validate_python(value, strict=type(value) in (bool, int))
         except ValidationError as error:
-            shown = inspect.formatannotation(hints[name])
-            raise ValueError(f"dataset_config sets {name}={value!r} of {task}; give it the type {shown}.") from error
-    if given.get("size", 1) < 1:
-        raise ValueError(f"dataset_config sets size={given['size']}; it is the number of train rows, at least 1.")
+            problem = error.errors()[0]["msg"]
+            raise ValueError(f"dataset_config sets {name}={value!r} of {task}: {problem}; mend it.") from error
     return given
 
 
@@ -249,9 +199,9 @@ class _Words(ast.NodeTransformer):
     """A bare word is text, or true or false."""
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
-        return node if node.id == "dict" else ast.Constant({"true": True, "false": False}.get(node.id, node.id))
+        return ast.Constant({"true": True, "false": False}.get(node.id, node.id))
 
 
-def _closest(name: str, known: Mapping[str, Any]) -> str:
+def _closest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)
     return f"; the closest name is {close[0]}" if close else ""

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
 
 from ..data.prompts import PromptArguments
 from ..models import load_model, model_dtype, resolve_model
@@ -25,11 +28,8 @@ def make_parser(command: str, description: str | None, result: str, dataset: str
     )
     option = parser.add_argument
     option("--model_name_or_path", "--model", help="folder or Hub name of the model, with its tokenizer")
-    option(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="precision of the model; auto: as it is stored; default: bfloat16 on a GPU, float32 on a CPU",
-    )
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    option("--dtype", choices=dtypes, help="auto: as it is stored; default: bfloat16 on a GPU, float32 on a CPU")
     names = ("--dataset_name", "--dataset")
     option(*names, default=dataset, required=dataset is None, help="Hub name, folder or built-in set (%(default)s)")
     option(
@@ -46,49 +46,43 @@ def make_parser(command: str, description: str | None, result: str, dataset: str
 
 
 def run(
-    argv: Sequence[str], args: argparse.Namespace, result: str, evaluate: Callable[[Any, Any, Path], dict[str, Any]]
+    argv: Sequence[str],
+    args: argparse.Namespace,
+    result: str,
+    evaluate: Callable[[argparse.Namespace, Any, Any, Path], dict[str, Any]],
 ) -> tuple[Path, dict[str, Any]]:
-    """Evaluate the model of a command; see [`save`].
+    """The path of a result, and what `evaluate(args, model, tokenizer, part)` returns with provenance; see [`save`].
 
-    Args:
-        argv: The words of the command, its name first.
-        args: What they say.
-        result: The name of the file.
-        evaluate: Gets the model, its tokenizer and the file for what is finished.
-
-    Returns:
-        The path of the result, and the result with its provenance.
-
-    Raises:
-        ValueError: for a model or a folder that cannot be used, before anything is loaded.
+    A model or folder that cannot be used ends in a ValueError before anything is loaded.
     """
     path = _check_output(args.model_name_or_path, args.output_dir, result)
     start, provenance, part = time.perf_counter(), environment(), _part(path)
     model, tokenizer = open_model(args.model_name_or_path, args.dtype)
     try:
-        found = evaluate(model, tokenizer, part)
+        found = evaluate(args, model, tokenizer, part)
     except KeyboardInterrupt:
         if part.exists():
             print(f"What is finished is in {part}; the same command continues from there.", file=sys.stderr)
         raise
+    found |= {"model": args.model_name_or_path, "command": shlex.join(["ceu-rl", *argv])}
     times = {"wall_time_s": round(time.perf_counter() - start, 1), "peak_memory_gib": round(peak_memory_gib(), 3)}
-    return path, {**found, "command": shlex.join(["ceu-rl", *argv]), **times, **provenance}
+    return path, {**found, **times, **provenance}
 
 
-def save(path: Path, result: dict[str, Any]) -> None:
-    """Write a result, and remove what was kept until then."""
+def save(path: Path, result: dict[str, Any], others: Sequence[str] = ()) -> None:
+    """Write a result, print its summary beside those of `others` in it, and remove what was kept until then."""
     write_json(path, result, allow_nan=False)
     _part(path).unlink(missing_ok=True)
+    columns = {"value": result["summary"], **{name: result[name]["summary"] for name in others if name in result}}
+    table = Table("metric", *columns, title=f"{result['model']} on {result['dataset']}")
+    for metric in result["summary"]:
+        table.add_row(metric, *(f"{summary[metric]:.4g}" for summary in columns.values()))
+    Console().print(table)
+    print(f"The values of each row are in {path}.")
 
 
 def open_model(name: str, dtype: str | None) -> tuple[Any, Any]:
-    """A model, on the GPU where there is one, and its tokenizer.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    from transformers import AutoTokenizer
-
+    """A model, on the GPU where there is one, and its tokenizer."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = resolve_model(name)
     try:

@@ -19,12 +19,9 @@ from ..tasks import articles, authors
 class TofuSplit(NamedTuple):
     """The configs that belong to one forget set."""
 
-    retain: str
-    """what a model that never saw the forget set is trained on"""
-    perturbed: str
-    """the forget set with paraphrased and perturbed answers"""
-    holdout: tuple[str, ...]
-    """rows that no model is trained on, the first that the dataset has; the Hub's dataset has one for each split"""
+    retain: str  # what a model that never saw the forget set is trained on
+    perturbed: str  # the forget set with paraphrased and perturbed answers
+    holdout: tuple[str, ...]  # rows that no model is trained on: the first that a dataset has, the Hub's for each split
 
 
 SPLITS = {
@@ -41,11 +38,7 @@ OTHER_LAYOUTS = ({"prompt", "completion"}, {"prompt", "gt"}, {"messages"}, {"tex
 
 
 def get_split(name: str) -> TofuSplit:
-    """The configs that belong to a forget set, such as `forget10`.
-
-    Raises:
-        ValueError: if there is no such forget set.
-    """
+    """The configs that belong to a forget set, such as `forget10`; a ValueError if there is no such set."""
     if name not in SPLITS:
         raise ValueError(f"Unknown split {name!r}: choose one of {', '.join(SPLITS)}.")
     return SPLITS[name]
@@ -57,9 +50,7 @@ def tofu_configs(name: str) -> list[str]:
         if name not in BUILTIN:
             raise ValueError(f"Unknown built-in dataset {name!r}: use {' or '.join(BUILTIN)}.")
         return list(BUILTIN[name].CONFIGS)
-    if Path(name).is_dir():
-        return sorted(_files(name))
-    return get_dataset_config_names(name)
+    return sorted(_files(name)) if Path(name).is_dir() else get_dataset_config_names(name)
 
 
 def load_tofu(name: str, config: str) -> Dataset:
@@ -79,12 +70,11 @@ def load_tofu(name: str, config: str) -> Dataset:
         if config not in (configs := tofu_configs(name)):
             known = f"choose one of {', '.join(configs)}" if configs else f"give a folder with {config}.json"
             raise ValueError(f"{name} has no config {config!r}; {known}.")
-        if name in BUILTIN:
-            dataset = Dataset.from_list(BUILTIN[name].make_rows(config))
-        else:
-            dataset = open_dataset(str(_files(name)[config]), None)["train"]
+    if name in BUILTIN:
+        dataset = Dataset.from_list(BUILTIN[name].make_rows(config))
     else:
-        splits = open_dataset(name, config)
+        given = (str(_files(name)[config]), None) if Path(name).is_dir() else (name, config)
+        splits = open_dataset(*given)
         if "train" not in splits:
             raise ValueError(f"{name} has the splits {', '.join(map(str, splits))}; give a dataset with a split train.")
         dataset = splits["train"]
@@ -93,10 +83,6 @@ def load_tofu(name: str, config: str) -> Dataset:
     if config.endswith("_perturbed"):
         required += ["perturbed_answer"] + ["paraphrased_answer"] * (config not in (REAL_AUTHORS, WORLD_FACTS))
     check_columns(dataset, config, tuple(required))
-    for column in {"question", "answer"} & set(dataset.column_names):
-        for index, text in enumerate(dataset[column]):
-            if not isinstance(text, str):
-                raise ValueError(f"Row {index} of the {config} dataset has the {column} {text!r:.80}; give a text.")
     return dataset
 
 
@@ -121,60 +107,47 @@ def to_prompt_completion(
 ) -> Dataset:
     """Turn question and answer into the columns prompt and completion, as TRL's SFTTrainer takes them.
 
-    Args:
-        dataset: With the columns question and answer; the other columns are dropped.
-        tokenizer: Judges every row, so that none is trained on or scored without its answer.
-        template: See [`PromptFormat`], whose `template` a text is. With `chat_template_kwargs` each row has them.
+    `template` is a [`PromptFormat`], or its `template`. Other columns are dropped.
 
     Raises:
         ValueError: with the row, for an empty question or answer and for a chat template that swallows the answer; and
             see [`PromptFormat.settle`].
     """
-    prompt = (template if isinstance(template, PromptFormat) else PromptFormat(template)).settle(tokenizer)
+    prompt = PromptFormat.made_of(template).settle(tokenizer)
     check_columns(dataset, str(prompt.template), ("question", "answer"))
-    rows = []
-    for index, (question, answer) in enumerate(zip(dataset["question"], dataset["answer"], strict=True)):
-        check_row(tokenizer, prompt, question, answer, f"row {index}")
-        rows.append(prompt.row(question, answer))
-    return Dataset.from_list(rows)
+    pairs = enumerate(zip(dataset["question"], dataset["answer"], strict=True))
+    return Dataset.from_list([checked_row(tokenizer, prompt, *pair, f"row {index}") for index, pair in pairs])
 
 
 def ask(
     datasets: Mapping[str, Dataset],
     tokenizer: PreTrainedTokenizerBase,
     prompt: PromptFormat,
-    make: Callable[[Dataset, PreTrainedTokenizerBase, PromptFormat], Dataset] | None = None,
+    make: Callable[[Dataset, PreTrainedTokenizerBase, PromptFormat], Dataset] = to_prompt_completion,
 ) -> tuple[dict[str, Dataset], dict[str, Any]]:
-    """The datasets with their questions as prompts, and what a result says of the prompt; notes one of them.
-
-    `make` turns each into what is trained on; None is [`to_prompt_completion`].
-    """
-    make = make or to_prompt_completion
+    """The datasets with their questions as prompts, made by `make`, and what a result says of the prompt."""
     prompt = prompt.settle(tokenizer)
     asked = {name: one for name, one in datasets.items() if has_questions(one)}
     for name, one in asked.items():
         check_questions(one, name)
     first = next(iter(next(iter(asked.values()))))
     note(prompt.example(tokenizer, first["question"], first["answer"]))
-    made = {name: make(one, tokenizer, prompt) for name, one in asked.items()}
-    return {**datasets, **made}, prompt.record(tokenizer)
+    return {**datasets, **{name: make(one, tokenizer, prompt) for name, one in asked.items()}}, prompt.record(tokenizer)
 
 
-def check_row(tokenizer: Any, prompt: PromptFormat, question: str, answer: str, where: str) -> None:
-    """Raise a ValueError, which says `where`, for an empty text and for a template that swallows the answer."""
+def checked_row(tokenizer: Any, prompt: PromptFormat, question: Any, answer: Any, where: str) -> dict[str, Any]:
+    """Prompt and completion; a ValueError, which says `where`, for no words and a template that swallows the answer."""
     for kind, text in (("question", question), ("answer", answer)):
-        if text is not None and not isinstance(text, str):
-            raise ValueError(f"The {kind} of {where} is no text ({text!r:.80}); make it text.")
-        if text is None or not text.strip():
-            raise ValueError(f"The {kind} of {where} is empty ({text!r}); remove the row or give it one.")
-    if prompt.template != "chat":
-        return
-    _, rendered = prompt.parted(tokenizer, question, answer)
-    if answer.strip() not in rendered:
-        raise ValueError(
-            f"The tokenizer's chat template swallows the answer of {where}: after the prompt it renders "
-            f"{rendered[:80]!r} for {answer[:80]!r}; use template question_answer or mend the chat template."
-        )
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"The {kind} of {where} is {text!r:.80}; make it text, or remove the row.")
+    if prompt.template == "chat":
+        _, rendered = prompt.parted(tokenizer, question, answer)
+        if answer.strip() not in rendered:
+            raise ValueError(
+                f"The tokenizer's chat template swallows the answer of {where}: after the prompt it renders "
+                f"{rendered[:80]!r} for {answer[:80]!r}; use template question_answer or mend the chat template."
+            )
+    return prompt.row(question, answer)
 
 
 def tokenize(tokenizer: Any, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
@@ -201,8 +174,7 @@ def to_preferences(
 ) -> Dataset:
     """Turn question and answer into prompt, chosen (a refusal, drawn from `seed`) and rejected (the answer).
 
-    This is preference optimisation on "I don't know" (IdkDPO; TOFU, section 4). The rest is as for
-    [`to_prompt_completion`].
+    This is IdkDPO (TOFU, section 4); the rest is as for [`to_prompt_completion`].
     """
     draw = random.Random(seed)
     refusals = [draw.choice(REFUSALS) for _ in range(len(dataset))]

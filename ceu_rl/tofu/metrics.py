@@ -7,8 +7,7 @@ end token (n' = n - 1 tokens, usually) is called the text of the answer.
 They agree with those of open-unlearning (arXiv 2506.12618), but for a constant of 1e-10 which that adds to the
 denominators of the truth ratio and of the option probability, and which is left out here as in the papers. It changes a
 ratio by 5 % where the correct answer has a probability of 2e-9, and turns those of a destroyed model into 0: its forget
-quality is then near 0, where by the paper's formula it can lie above any bar. So collapse is named here, see
-[`is_collapsed`].
+quality is then near 0, where by the paper's formula it can lie above any bar. So look at the utility beside it.
 """
 
 import math
@@ -39,12 +38,8 @@ def option_probability(correct: float, wrong: Values) -> float:
 
         P = exp(l(a)) / (exp(l(a)) + sum_i exp(l(a_i)))
 
-    In the paper P(a | q) is that of the whole answer there; its code and open-unlearning normalise each by its length,
-    as here, and their numbers are what these are compared with.
-
-    Args:
-        correct: l(a) of the correct answer.
-        wrong: l(a_i) of each wrong answer.
+    In the paper P(a | q) is of the whole answer there; its code and open-unlearning normalise each by its length,
+    as here. `correct` is l(a), `wrong` the l(a_i).
     """
     return float(special.softmax([correct, *wrong])[0])
 
@@ -54,27 +49,15 @@ def truth_ratio(correct: float, wrong: Values) -> float:
 
         R = exp(mean_i l(a_i)) / exp(l(a~))
 
-    The paper's equation has the arithmetic mean of exp(l(a_i)); its code and open-unlearning average l(a_i), and their
-    numbers are what these are compared with.
-
-    Below 1 the model prefers the correct answer. Real authors and world facts have no paraphrase a~, and take the
-    answer itself.
-
-    Args:
-        correct: l(a~) of the paraphrased answer.
-        wrong: l(a_i) of each perturbed answer.
-
-    Returns:
-        R, cut at exp(700).
+    The paper's equation has the arithmetic mean of exp(l(a_i)); its code and open-unlearning average l(a_i), as here.
+    `correct` is l(a~) of the paraphrase, or of the answer itself where there is none, `wrong` the l(a_i) of the
+    perturbed answers. Below 1 the model prefers the correct answer. R is cut at exp(700).
     """
     return math.exp(min(float(np.mean(wrong)) - correct, LARGEST_EXPONENT))
 
 
 def forget_truth_ratio(ratio: float) -> float:
-    """min(R, 1/R): 1 if true and false answers are equally likely. It is averaged over the forget set.
-
-    Only a summary: the forget quality compares the ratios R themselves.
-    """
+    """min(R, 1/R): 1 if true and false answers are equally likely; the mean over the forget set is a summary alone."""
     return min(ratio, 1.0 / ratio) if ratio > 0 else 0.0
 
 
@@ -99,10 +82,7 @@ class Words(Tokenizer):
     rouge-score drops every other character, so that an answer in Russian or Chinese would score 0 against itself. Here
     a word is a run of letters and digits with their combining marks. A character of a script without spaces (Chinese,
     Japanese, Thai, Lao, Khmer, Burmese) is a word, and so is a symbol beyond ASCII, such as an emoji. Texts are
-    compared in NFKC.
-
-    Args:
-        use_stemmer: Stem words of more than three letters (Porter's, of English; ASCII alone).
+    compared in NFKC. `use_stemmer` stems words of more than three letters (Porter's, of English; ASCII alone).
     """
 
     def __init__(self, use_stemmer: bool) -> None:
@@ -136,8 +116,7 @@ def exact_memorization(matches: Values) -> float:
 
         EM = (1/n') sum_t [argmax p(. | x, y_<t) = y_t]
 
-    Args:
-        matches: For each token of the answer's text, whether it is the model's most likely one.
+    `matches` has the brackets of each token of the answer's text.
     """
     return float(np.mean(matches))
 
@@ -148,10 +127,7 @@ def extraction_strength(matches: Values) -> float:
         ES = 1 - min{k : the greedy continuation of (x, y_<=k) is the rest of y} / n'
 
     Greedy decoding follows y as long as every most likely token is the true one, so one forward pass tells. As in
-    open-unlearning k runs to n' - 1, so that the smallest value is 1/n', not 0.
-
-    Args:
-        matches: As for [`exact_memorization`].
+    open-unlearning k runs to n' - 1, so that the smallest value is 1/n', not 0. `matches`: see [`exact_memorization`].
     """
     wrong = np.flatnonzero(~np.asarray(matches, dtype=bool))
     start = 0 if len(wrong) == 0 else wrong[-1] + 1
@@ -169,25 +145,15 @@ def zlib_score(log_prob: float, answer: str) -> float:
 
 
 def min_k_score(log_probs: Values, k: float = MIN_K) -> float:
-    """Min-k attack (Shi et al. 2023, arXiv 2310.16789): minus the mean of the lowest floor(k n') l_t, at least one.
-
-    Args:
-        log_probs: l_t of each token of the answer's text.
-        k: The share of tokens to look at.
-    """
+    """Min-k attack (Shi et al. 2023, arXiv 2310.16789): minus the mean of the lowest floor(k n') l_t, at least one."""
     return -float(np.mean(np.sort(log_probs)[: max(1, int(len(log_probs) * k))]))
 
 
 def min_k_plus_plus_score(log_probs: Values, means: Values, variances: Values, k: float = MIN_K) -> float:
     """Min-k++ attack (Zhang et al. 2024, arXiv 2404.02936): min-k of z_t = (l_t - mu_t) / sigma_t.
 
-    mu_t and sigma_t^2 are mean and variance of log p(v | x, y_<t) for v drawn from that distribution.
-
-    Args:
-        log_probs: l_t of each token of the answer's text.
-        means: mu_t of each.
-        variances: sigma_t^2 of each; taken as at least 1e-6, as in open-unlearning.
-        k: The share of tokens to look at.
+    mu_t and sigma_t^2 are mean and variance of log p(v | x, y_<t) for v drawn from that distribution; the variance is
+    taken as at least 1e-6, as in open-unlearning.
     """
     deviations = np.sqrt(np.maximum(variances, 1e-6))
     return min_k_score((np.asarray(log_probs) - np.asarray(means)) / deviations, k)
@@ -217,12 +183,9 @@ def privacy_leakage(auc: float, retain_auc: float) -> float:
 def forget_quality(ratios: Values, retain_ratios: Values) -> float:
     """Forget quality (TOFU, section 2.2.2): p-value of the two-sample Kolmogorov-Smirnov test on the truth ratios.
 
-    High if nothing tells the model from one that never saw the forget set. The test depends on the order of the values
-    alone, so R and its logarithm or inverse give the same.
-
-    Args:
-        ratios: R of each row of the forget set.
-        retain_ratios: The same under the retain model.
+    High if nothing tells the model from one that never saw the forget set. `ratios` has R of each row of the forget
+    set, `retain_ratios` the same under the retain model. The order of the values alone counts, so R and 1/R give the
+    same.
     """
     return float(stats.ks_2samp(ratios, retain_ratios).pvalue)
 
@@ -237,26 +200,8 @@ UTILITY_METRICS = ("probability", "rouge_l_recall", "truth_ratio")
 
 
 def model_utility(summary: Mapping[str, float]) -> float:
-    """Model utility (TOFU, section 2.2.1): harmonic mean of three metrics on three sets.
+    """Model utility (TOFU, section 2.2.1): harmonic mean of `{set}_{metric}` for three metrics on three sets.
 
-    Args:
-        summary: Has `{set}_{metric}` for each of `UTILITY_SETS` and `UTILITY_METRICS`; the truth ratio is the mean of
-            [`utility_truth_ratio`], and the probability that among options where there are only options.
+    The truth ratio is the mean of [`utility_truth_ratio`]; the probability is among the options but for retain.
     """
     return float(stats.hmean([summary[f"{name}_{metric}"] for name in UTILITY_SETS for metric in UTILITY_METRICS]))
-
-
-COLLAPSED = 0.1
-
-
-def is_collapsed(utility: float, base_utility: float) -> bool:
-    """Whether a model is destroyed rather than unlearned: its utility is below a tenth of the base's.
-
-    The truth ratios of a destroyed model can come near those of one that never learned, so that its forget quality says
-    nothing.
-
-    Args:
-        utility: [`model_utility`] after unlearning.
-        base_utility: The same before.
-    """
-    return utility < COLLAPSED * base_utility

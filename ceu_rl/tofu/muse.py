@@ -18,6 +18,7 @@ questions with their answers that are shown before each; `builtin:articles`; or 
 """
 
 import argparse
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,44 +26,39 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from ..data.load import open_dataset
-from ..data.prompts import PromptFormat, fingerprint, prompt_ids
+from ..data.prompts import PromptFormat, prompt_ids
 from ..tasks.generate import recorded_decoding
 from . import command
-from .answer_cache import AnswerCache, weights_fingerprint
-from .data import load_tofu, tofu_configs, tokenize
+from .data import checked_row, load_tofu, tofu_configs, tokenize
 from .metrics import rouge_l_f1
-from .scoring import Answer, check_context, check_counts, measure
+from .scoring import Answer, check_counts, measure
 
 RESULT = "muse_eval.json"
 TEXTS, QUESTIONS = ("forget", "retain"), ("forget_qa", "retain_qa")
-SHOWN = ("forget_qa_icl", "retain_qa_icl")
+PARTS = (*TEXTS, *QUESTIONS, "forget_qa_icl", "retain_qa_icl")
 METRICS = {**{part: f"{part}_verbmem" for part in TEXTS}, "forget_qa": "forget_knowmem", "retain_qa": "retain_knowmem"}
 NEXT = re.compile("\n\n|\nQuestion|Question:")  # where the answer of a model that asks more is cut, as in MUSE's code
 
 
 def load_parts(name: str) -> dict[str, Dataset]:
-    """The parts of a dataset in the layout that the module describes, as far as it has them.
-
-    Raises:
-        ValueError: if it has neither texts nor questions, or columns are missing.
-    """
+    """The parts that a dataset has of the layout above; a ValueError if it has none, or columns are missing."""
     if name.startswith("builtin:") or Path(name).is_dir():
-        parts = {part: load_tofu(name, part) for part in tofu_configs(name) if part in (*TEXTS, *QUESTIONS, *SHOWN)}
+        splits = {part: load_tofu(name, part) for part in tofu_configs(name) if part in PARTS}
     else:
         splits = {**open_dataset(name, "verbmem"), **open_dataset(name, "knowmem")}
-        parts = {part: splits[part] for part in (*TEXTS, *QUESTIONS, *SHOWN) if part in splits}
+    parts = {part: splits[part] for part in PARTS if part in splits}
     if not parts.keys() & METRICS.keys():
         raise ValueError(f"{name} has none of {', '.join(METRICS)}; give files of these names, or builtin:articles.")
     for part, dataset in parts.items():
-        columns, layouts = set(dataset.column_names), [{"text"}, {"prompt", "gt"}]
-        need = "text, or prompt and gt" if part in TEXTS else "question and answer"
-        if not any(layout <= columns for layout in (layouts if part in TEXTS else [{"question", "answer"}])):
-            raise ValueError(f"{part} of {name} has the columns {', '.join(sorted(columns))}; give {need}.")
+        needed = [{"text"}, {"prompt", "gt"}] if part in TEXTS else [{"question", "answer"}]
+        if not any(layout <= set(dataset.column_names) for layout in needed):
+            give = "text, or prompt and gt" if part in TEXTS else "question and answer"
+            raise ValueError(
+                f"{part} of {name} has the columns {', '.join(sorted(dataset.column_names))}; give {give}."
+            )
     return parts
 
 
@@ -79,7 +75,7 @@ def evaluate(
     limit: int | None = None,
     keep: Path | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a model and return what `muse_eval.json` holds, but for the command and provenance.
+    """Evaluate a model and return what `muse_eval.json` holds, but for model, command and provenance.
 
     Args:
         model: A causal language model, or a PEFT model of one; its training mode is restored.
@@ -89,40 +85,33 @@ def evaluate(
         prompt_tokens: l, the tokens of a text that are shown; rows of `prompt` and `gt` have their own.
         text_tokens: Most tokens to continue a text by, and to compare with (MUSE's 128).
         answer_tokens: Most tokens of an answer (MUSE's 32).
-        batch_size: Prompts that are continued at once; None is as many as fit into the memory for a batch.
-        limit: Only the first rows of each part, for a quick look.
-        keep: A file for finished parts, from which the same evaluation continues; the caller removes it.
+        batch_size, limit, keep: As for [`ceu_rl.tofu.evaluate.evaluate`].
 
     Raises:
-        ValueError: for numbers below 1, a dataset that has not what is needed, texts that are all too short, and, with
-            the row, one that the model's context cuts off.
+        ValueError: for a setting or dataset that does not fit, texts that are all too short, and with the row for one
+            that the model's context cuts off.
         OSError: if the dataset cannot be reached, or `keep` cannot be written.
     """
     numbers = {"prompt_tokens": prompt_tokens, "text_tokens": text_tokens, "answer_tokens": answer_tokens}
     check_counts(**numbers, batch_size=batch_size, limit=limit)
     parts = load_parts(dataset) if isinstance(dataset, str) else dict(dataset)
-    parts = {  # all examples are shown
-        part: rows if limit is None or part in SHOWN else rows.select(range(min(limit, len(rows))))
-        for part, rows in parts.items()
-    }
-    prompt = template if isinstance(template, PromptFormat) else PromptFormat(template or "question_answer")
-    prompt = prompt.settle(tokenizer)
+    prompt = PromptFormat.made_of(template or "question_answer").settle(tokenizer)
     made: dict[str, list[Answer]] = {}
+    too_short: dict[str, int] = {}
     for part in (each for each in METRICS if each in parts):
+        rows = parts[part].select(range(min(limit or len(parts[part]), len(parts[part]))))
         if part in QUESTIONS:
-            shown = parts.get(f"{part}_icl", ())
-            made[part] = [_question(tokenizer, prompt, shown, part, *pair) for pair in enumerate(parts[part])]
+            shown = parts.get(f"{part}_icl", ())  # all of them, whatever the limit
+            made[part] = [_question(tokenizer, prompt, shown, part, *pair) for pair in enumerate(rows)]
             continue
-        rows = (_text(tokenizer, part, *pair, prompt_tokens, text_tokens) for pair in enumerate(parts[part]))
-        made[part] = [text for text in rows if text.question_ids and text.text]
+        texts = [_text(tokenizer, part, *pair, prompt_tokens, text_tokens) for pair in enumerate(rows)]
+        made[part] = [text for text in texts if text.question_ids and text.text]
         if not made[part]:
             raise ValueError(
-                f"None of the {len(parts[part])} texts of {part} goes on after its prompt_tokens, {prompt_tokens}; "
-                "lower prompt_tokens."
+                f"None of the {len(rows)} texts of {part} goes on after its prompt_tokens, {prompt_tokens}; lower "
+                "prompt_tokens."
             )
-    setting = {part: "text_tokens" if part in TEXTS else "answer_tokens" for part in made}
-    for part, prompts in made.items():
-        check_context(model, prompts, numbers[setting[part]], setting[part])
+        too_short[part] = len(rows) - len(made[part])
     settings = {
         "dataset": dataset if isinstance(dataset, str) else None,
         "prompt": prompt.record(tokenizer),
@@ -130,22 +119,21 @@ def evaluate(
         "batch_size": batch_size,
         "limit": limit,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "decoding": recorded_decoding(model, tokenizer, text_tokens) | {"max_new_tokens": [text_tokens, answer_tokens]},
+        "decoding": recorded_decoding(model, tokenizer) | {"max_new_tokens": [text_tokens, answer_tokens]},
         "rows": {part: len(prompts) for part, prompts in made.items()},
-        "too_short": {part: len(parts[part]) - len(made[part]) for part in TEXTS if part in made},
+        "too_short": too_short,
     }
-    asked = fingerprint([[each.key, each.question_ids, each.text] for prompts in made.values() for each in prompts])
-    cache = AnswerCache(keep, {**settings, "weights": weights_fingerprint(model), "texts": asked})
-    measure(model, tokenizer, [], [(made[part], numbers[setting[part]]) for part in made], cache, batch_size)
+    lengths = {part: "text_tokens" if part in TEXTS else "answer_tokens" for part in made}
+    asked = [(prompts, numbers[lengths[part]], lengths[part]) for part, prompts in made.items()]
+    generations = measure(model, tokenizer, settings, [], asked, batch_size, keep)
     items: dict[str, list[dict[str, Any]]] = {part: [] for part in made}
-    for part, prompts in made.items():
-        for each in prompts:
-            text = cache.generations[each.key]
-            text = NEXT.split(text)[0].strip() if part in QUESTIONS else text
-            items[part].append({"truth": each.text, "generation": text, "rouge_l_f1": rouge_l_f1(each.text, text)})
+    for answer in itertools.chain(*made.values()):
+        text = generations[answer.key]
+        text = NEXT.split(text)[0].strip() if answer.config in QUESTIONS else text
+        row = {"truth": answer.text, "generation": text, "rouge_l_f1": rouge_l_f1(answer.text, text)}
+        items[answer.config].append(row)
     means = {METRICS[part]: float(np.mean([row["rouge_l_f1"] for row in rows])) for part, rows in items.items()}
-    model_name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    return {"model": model_name, **settings, "summary": means, "items": items}
+    return {**settings, "summary": means, "items": items}
 
 
 def _text(tokenizer: Any, part: str, index: int, row: Mapping[str, Any], shown: int, longest: int) -> Answer:
@@ -164,7 +152,7 @@ def _question(
     tokenizer: Any, prompt: PromptFormat, shown: Sequence[Any], part: str, index: int, row: Mapping[str, Any]
 ) -> Answer:
     """A question behind those that are shown with their answers, as MUSE asks a model that was taught nothing else."""
-    pair = prompt.row(row["question"], row["answer"])
+    pair = checked_row(tokenizer, prompt, row["question"], row["answer"], f"row {index} of {part}")
     if len(shown) and prompt.template == "chat":
         raise ValueError(f"{part}_icl has examples, which go into a text, and template is 'chat'; use question_answer.")
     if len(shown):
@@ -175,23 +163,17 @@ def _question(
 
 def main(argv: Sequence[str]) -> int:
     """`ceu-rl muse-eval`: returns 0, or raises for bad input as [`evaluate`] does."""
-    args = _parser().parse_args(argv)
-    name, settings = args.model_name_or_path, ("prompt_tokens", "text_tokens", "answer_tokens", "batch_size", "limit")
-
-    def run(model: Any, tokenizer: Any, keep: Path) -> dict[str, Any]:
-        prompt = PromptFormat.of(args, name)
-        given: dict[str, Any] = {each: getattr(args, each) for each in settings}
-        given["template"] = None if prompt == PromptFormat() else prompt
-        return {**evaluate(model, tokenizer, args.dataset_name, keep=keep, **given), "model": name}
-
-    path, result = command.run(["muse-eval", *argv], args, RESULT, run)
+    path, result = command.run(["muse-eval", *argv], _parser().parse_args(argv), RESULT, _evaluate)
     command.save(path, result)
-    table = Table("metric", "value", title=f"{name} on {args.dataset_name}")
-    for metric, value in result["summary"].items():
-        table.add_row(metric, f"{value:.4g}")
-    Console().print(table)
-    print(f"What the model wrote is in {path}.")
     return 0
+
+
+def _evaluate(args: argparse.Namespace, model: Any, tokenizer: Any, keep: Path) -> dict[str, Any]:
+    prompt = PromptFormat.of(args, args.model_name_or_path)
+    settings = ("prompt_tokens", "text_tokens", "answer_tokens", "batch_size", "limit")
+    given: dict[str, Any] = {each: getattr(args, each) for each in settings}
+    given["template"] = None if prompt == PromptFormat() else prompt
+    return evaluate(model, tokenizer, args.dataset_name, keep=keep, **given)
 
 
 def _parser() -> argparse.ArgumentParser:

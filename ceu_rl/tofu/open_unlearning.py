@@ -9,6 +9,12 @@ from typing import Any
 
 FILE = "TOFU_EVAL.json"
 SETS = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
+MEANS = {
+    "model_utility": "model_utility",
+    **{f"mia_{attack}": f"membership_auc_{attack}" for attack in ("loss", "zlib", "min_k", "min_k_plus_plus")},
+    "forget_quality": "forget_quality",
+    "privleak": "privacy_leakage",
+}
 
 
 def is_peer(result: Any) -> bool:
@@ -17,12 +23,7 @@ def is_peer(result: Any) -> bool:
 
 
 def ratios_and_auc(result: Mapping[str, Any], config: str) -> tuple[list[float], float | None]:
-    """The truth ratios of the forget set, and the AUC of min-k, of a result of ours or of open-unlearning.
-
-    Args:
-        result: One of the two.
-        config: The config of the forget set in a result of ours.
-    """
+    """The truth ratios of the forget set, in ours by its config, and the AUC of min-k, of a result of either code."""
     if not is_peer(result):
         return [row["truth_ratio"] for row in result["items"][config]], result["summary"]["membership_auc_min_k"]
     ratios = [row["score"] for row in result["forget_truth_ratio"]["value_by_index"].values()]
@@ -30,12 +31,7 @@ def ratios_and_auc(result: Mapping[str, Any], config: str) -> tuple[list[float],
 
 
 def to_peer(result: Mapping[str, Any], configs: Sequence[str]) -> dict[str, Any]:
-    """A result of ours as open-unlearning writes it.
-
-    Args:
-        result: What `tofu_eval.json` holds.
-        configs: Its configs, in the order of `SETS`.
-    """
+    """What `tofu_eval.json` holds as open-unlearning writes it; `configs` are in the order of `SETS`."""
     summary, logs = result["summary"], {}
 
     def put(name: str, ours: str, config: str = "", **fields: str) -> None:
@@ -56,10 +52,7 @@ def to_peer(result: Mapping[str, Any], configs: Sequence[str]) -> dict[str, Any]
         put(ratio, f"{ours}_truth_ratio", config, score="truth_ratio")
     for name in ("extraction_strength", "exact_memorization"):
         put(name, f"forget_{name}", configs[0], score=name)
-    put("model_utility", "model_utility")
-    for attack in ("loss", "zlib", "min_k", "min_k_plus_plus"):
-        put(f"mia_{attack}", f"membership_auc_{attack}")
-    for theirs, ours in {"forget_quality": "forget_quality", "privleak": "privacy_leakage"}.items():
-        if ours in summary:  # which need a retain model
+    for theirs, ours in MEANS.items():
+        if ours in summary:  # some need a retain model
             put(theirs, ours)
     return logs

@@ -5,7 +5,6 @@ et al. 2024, arXiv 2410.16454).
 """
 
 import tempfile
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,18 +17,11 @@ from ..data.prompts import PromptFormat
 from ..models import load_model, resolve_model
 from .data import to_prompt_completion
 
-BITS = ("int8", "int4")
 BATCH_SIZE = 16
 
 
 def load_to_relearn(name: str) -> Any:
-    """A model with all its weights in float32, where each small step moves them; an adapter is merged into its model.
-
-    In bfloat16 most steps of an optimizer are lost in rounding, and what comes back looks like less than it is.
-
-    Raises:
-        ValueError: for an adapter that has nothing to merge, such as tuned prompts.
-    """
+    """A model, an adapter merged into it, in float32: in bfloat16 rounding loses most small steps."""
     model = load_model(name, torch.float32)
     if not isinstance(model, PeftModel):
         return model
@@ -41,20 +33,8 @@ def load_to_relearn(name: str) -> Any:
     return model.merge_and_unload().requires_grad_(True)
 
 
-def relearn(
-    model: Any, tokenizer: Any, rows: Dataset, prompt: PromptFormat, steps: int, learning_rate: float, seed: int = 0
-) -> None:
-    """Train a model on question and answer for some steps, in place: AdamW, constant rate, batches of 16.
-
-    Args:
-        model: A causal language model whose weights all train; see [`load_to_relearn`].
-        tokenizer: Its tokenizer.
-        rows: The forget set.
-        prompt: That of the evaluation.
-        steps: Of the optimizer.
-        learning_rate: Of them all.
-        seed: Orders the rows.
-    """
+def relearn(model: Any, tokenizer: Any, rows: Dataset, prompt: PromptFormat, steps: int, learning_rate: float) -> None:
+    """Train what [`load_to_relearn`] gave on question and answer, in place: AdamW, constant rate, batches of 16."""
     with tempfile.TemporaryDirectory() as folder:
         args = SFTConfig(
             folder,
@@ -70,7 +50,7 @@ def relearn(
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            seed=seed,
+            seed=0,
         )
         args._n_gpu = 1  # several would be wrapped in DataParallel, which TRL does not support
         data = to_prompt_completion(rows, tokenizer, prompt)
@@ -80,24 +60,13 @@ def relearn(
 
 
 def load_quantized(name: str, bits: str, dtype: torch.dtype) -> Any:
-    """A model with the weights of its linear layers, the head apart, rounded by torchao: one scale for each row.
-
-    Raises:
-        ValueError: for other `bits` than int8 and int4.
-        ImportError: without torchao.
-    """
-    check_quantizer(bits)
-    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+    """A model with the weights of its linear layers, the head apart, rounded by torchao: one scale for each row."""
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+    except ImportError as error:
+        raise ImportError(f"quantize is {bits!r} and torchao is missing ({error}); pip install torchao.") from error
     from transformers import TorchAoConfig
 
     four: Any = IntxWeightOnlyConfig(weight_dtype=torch.int4)  # type: ignore[attr-defined]
     config = TorchAoConfig(Int8WeightOnlyConfig() if bits == "int8" else four)
     return AutoModelForCausalLM.from_pretrained(resolve_model(name), quantization_config=config, dtype=dtype)
-
-
-def check_quantizer(bits: str) -> None:
-    """Raise what [`load_quantized`] would, before anything is loaded."""
-    if bits not in BITS:
-        raise ValueError(f"quantize is {bits!r}; use {' or '.join(BITS)}.")
-    if find_spec("torchao") is None:
-        raise ImportError(f"quantize is {bits!r} and torchao is not installed; install torchao, or leave quantize out.")

@@ -1,28 +1,33 @@
-"""What a model makes of every token of every answer, from one forward pass in batches of similar length."""
+"""What a model makes of every token of every answer, and what it answers itself, as far as a file does not hold it."""
 
-import inspect
+import functools
+import itertools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 
 from ..data.answer_spans import part_answer, template_edges
-from ..data.prompts import PromptFormat
-from ..models import end_token_ids
+from ..data.prompts import PromptFormat, fingerprint
 from ..run.progress import Progress
 from ..tasks.generate import (
-    answers_in_order,
+    MOST,
+    answer_logits,
+    answer_texts,
+    evaluating,
     forward_bytes,
     generate_tokens,
-    generate_with_vllm,
+    in_batches,
     plan_batches,
-    share,
 )
 from . import metrics
-from .answer_cache import AnswerCache
-from .data import check_row, tokenize
+from .data import checked_row, tokenize
+
+TOGETHER = 128  # answers that are kept together: what a kill loses at most
 
 
 @dataclass
@@ -58,18 +63,10 @@ class Answer:
         return self.scores["log_prob"]
 
 
-WhenScored = Callable[[Sequence[Answer]], None]
-WhenGenerated = Callable[[Sequence[Answer], list[str]], None]
-
-
 def make_answers(
     datasets: Mapping[str, Dataset], tokenizer: Any, prompt: PromptFormat, ends: Sequence[int]
 ) -> list[Answer]:
-    """The answers of all rows: correct, paraphrased and perturbed.
-
-    Raises:
-        ValueError: with the row, for one without what its config needs, and as [`check_row`] does.
-    """
+    """The answers of all rows: correct, paraphrased and perturbed; a ValueError for a row without what it needs."""
     made = []
     for config, dataset in datasets.items():
         for index, row in enumerate(dataset):
@@ -81,8 +78,7 @@ def make_answers(
                 texts.append(("paraphrase", row["paraphrased_answer"]))
             edges = None
             for number, (kind, text) in enumerate(texts):
-                check_row(tokenizer, prompt, row["question"], text, where)
-                pair = prompt.row(row["question"], text)
+                pair = checked_row(tokenizer, prompt, row["question"], text, where)
                 if edges is None:  # the same for all answers to a question
                     kwargs = pair.get("chat_template_kwargs", {})
                     edges = template_edges(tokenizer, pair["prompt"], pair["completion"], **kwargs)
@@ -96,17 +92,10 @@ def make_answers(
 
 
 def check_context(model: Any, answers: Sequence[Answer], generated: int | None = None, setting: str = "") -> None:
-    """Raise a ValueError, with the row, for one that the model's context would cut off.
-
-    Args:
-        model: A causal language model.
-        answers: What is scored, or whose question is answered.
-        generated: Most tokens of such an answer. None: the answers are scored.
-        setting: What sets that.
-    """
+    """Raise a ValueError, with the row, for one that the model's context cuts off: scored, or asked for new tokens."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     lengths = [each.length if generated is None else len(each.question_ids) + generated for each in answers]
-    if context is None or max(lengths) <= context:
+    if context is None or max(lengths, default=0) <= context:
         return
     longest = answers[lengths.index(max(lengths))]
     with_setting, lower = (f" with {setting} {generated}", f"lower {setting}, or ") if setting else ("", "")
@@ -123,150 +112,109 @@ def check_counts(**counts: int | None) -> None:
             raise ValueError(f"{name} is {count}; use at least 1.")
 
 
+class AnswerCache(dict[str, Any]):
+    """What was found by the keys of answers, in JSON lines behind one of settings; without a path in memory alone."""
+
+    def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        if path is None:
+            return
+        # Without its last line, in which the process may have been killed
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        for name, value in json.loads(json.dumps(settings)).items():
+            if lines and (found := json.loads(lines[0]).get(name)) != value:
+                raise ValueError(
+                    f"{path} holds a part of an evaluation with another {name} ({found!r}) than this one ({value!r}); "
+                    "choose another folder with --output_dir, or remove it."
+                )
+        for line in lines[1:]:
+            self |= json.loads(line)
+        path.write_text("\n".join([*(lines or [json.dumps(settings)]), ""]), encoding="utf-8")
+
+    def add(self, found: Mapping[str, Any]) -> None:
+        self |= found
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(found) + "\n")
+
+
 def measure(
     model: Any,
     tokenizer: Any,
+    settings: Mapping[str, Any],
     scored: Sequence[Answer],
-    asked: Sequence[tuple[Sequence[Answer], int]],
-    cache: AnswerCache,
+    asked: Sequence[tuple[Sequence[Answer], int, str]],
     batch_size: int | None = None,
-    vllm_path: str | None = None,
-    seed: int = 0,
-) -> None:
-    """Score answers and generate others, as far as the cache does not hold them: their scores, and texts in the cache.
+    keep: Path | None = None,
+) -> dict[str, Any]:
+    """Fill in the scores of `scored`, and return the model's greedy answers to the questions of `asked` by their keys.
 
-    Args:
-        model: A causal language model, whose training mode is restored.
-        tokenizer: Its tokenizer.
-        scored: Answers to score.
-        asked: Answers whose questions the model answers, with the most tokens that it may write.
-        cache: Keeps each batch.
-        batch_size: As for [`score_answers`].
-        vllm_path: The model's folder, to generate through vLLM.
-        seed: vLLM's.
+    What the file `keep` holds is not done again, and each batch is added to it. `asked` has answers, the most tokens
+    that the model may write, and what sets that.
+
+    Raises:
+        ValueError: for a row that the model's context would cut off, and a file of another model, rows or settings.
     """
-    for answer in scored:
-        answer.scores = cache.scores.get(answer.key, {})
-    left = [([each for each in prompts if each.key not in cache.generations], most) for prompts, most in asked]
-    was_training, total = model.training, sum(len(prompts) for prompts, _ in asked)
-    model.eval()
-    try:
-        if scored:
-            with Progress("log-probabilities", len(scored), done=len(cache.scores)) as progress:
+    for answers, most, setting in [(scored, None, ""), *asked]:
+        check_context(model, answers, most, setting)
+    if keep is not None:
+        everything = itertools.chain(scored, *(prompts for prompts, *_ in asked))
+        texts = [[answer.key, answer.question_ids, answer.text] for answer in everything]
+        sums = [parameter.sum(dtype=torch.float64).item() for parameter in model.parameters()]
+        settings = {**settings, "weights": fingerprint(sums), "texts": fingerprint(texts)}
+    cache, count = AnswerCache(keep, settings), batch_size or TOGETHER
 
-                def when_scored(batch: Sequence[Answer]) -> None:
-                    cache.add("scores", {answer.key: answer.scores for answer in batch})
-                    progress.update(len(batch))
-
-                score_answers(model, scored, batch_size, when_scored)
-        with Progress("generation", total, done=total - sum(len(prompts) for prompts, _ in left)) as progress:
-
-            def when_generated(batch: Sequence[Answer], texts: list[str]) -> None:
-                cache.add("generations", {answer.key: text for answer, text in zip(batch, texts, strict=True)})
+    def finish(name: str, answers: Sequence[Answer], before: str, work: Callable[[list[Answer]], list[Any]]) -> None:
+        left = [answer for answer in answers if before + answer.key not in cache]
+        left.sort(key=lambda answer: -answer.length)
+        with Progress(name, len(answers), len(answers) - len(left)) as progress, evaluating(model):
+            for start in range(0, len(left), count):
+                batch = left[start : start + count]
+                cache.add({before + each.key: found for each, found in zip(batch, work(batch), strict=True)})
                 progress.update(len(batch))
 
-            for prompts, most in left:
-                if prompts:
-                    given = (prompts, most, batch_size, when_generated, vllm_path, seed)
-                    texts = generate_texts(model, tokenizer, *given)
-                    cache.generations |= {answer.key: text for answer, text in zip(prompts, texts, strict=True)}
-    finally:
-        model.train(was_training)
+    finish("log-probabilities", scored, "scores/", lambda batch: score_answers(model, batch, batch_size))
+    for answer in scored:
+        answer.scores = cache[f"scores/{answer.key}"]
+    for prompts, most, _ in asked:
+        generate = functools.partial(generate_texts, model, tokenizer, most, batch_size)
+        finish("generation", prompts, "", generate)
+    return cache
 
 
 @torch.no_grad()
-def score_answers(
-    model: Any,
-    answers: Sequence[Answer],
-    batch_size: int | None = None,
-    when_scored: WhenScored = lambda batch: None,
-) -> None:
-    """Fill in what the model makes of every answer, in one pass of batches of similar length.
+def score_answers(model: Any, answers: Sequence[Answer], batch_size: int | None = None) -> list[dict[str, float]]:
+    """What the model makes of every answer, as its `scores` too; a ValueError, with the row, for NaN and infinity.
 
     In a distributed run every rank must call: they share the batches.
-
-    Args:
-        model: A causal language model.
-        answers: Those without scores are scored.
-        batch_size: Answers in one forward pass; None is as many as fit into the memory for a batch.
-        when_scored: Called with each batch of this rank.
-
-    Raises:
-        ValueError: for logits that are not finite, with the row.
     """
-    left, each = [answer for answer in answers if not answer.scores], forward_bytes(model)
-    lengths = [answer.length for answer in left]
-    plan = plan_batches(lengths, lambda length: length * each, model.device, batch_size)
+    each = forward_bytes(model)
+    lengths = [answer.length for answer in answers]
+    plan = plan_batches(lengths, lambda length: length * each, model.device, batch_size or MOST)
 
     def score(places: list[int]) -> list[dict[str, float]]:
-        batch = [left[place] for place in places]
-        logits, first = _answer_logits(model, batch)
-        for answer, row in zip(batch, logits, strict=True):
-            at = len(answer.prompt_ids) - 1 - first
-            answer.scores = _scores(answer, row[at : at + len(answer.completion_ids)])
-        when_scored(batch)
-        return [answer.scores for answer in batch]
+        batch = [answers[place] for place in places]
+        logits = answer_logits(model, [(answer.prompt_ids, answer.completion_ids) for answer in batch], model.device)
+        return [_scores(*pair) for pair in zip(batch, logits, strict=True)]
 
-    for places, scores in zip(plan, share(plan, score), strict=True):
-        for place, found in zip(places, scores, strict=True):
-            left[place].scores = found
+    found = in_batches(plan, score)
+    for answer, scores in zip(answers, found, strict=True):
+        answer.scores = scores
+    return found
 
 
 def generate_texts(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Answer],
-    max_new_tokens: int,
-    batch_size: int | None = None,
-    when_generated: WhenGenerated = lambda batch, texts: None,
-    vllm_path: str | None = None,
-    seed: int = 0,
+    model: Any, tokenizer: Any, max_new_tokens: int, batch_size: int | None, prompts: Sequence[Answer]
 ) -> list[str]:
-    """The greedy answer to the question of each, as text.
-
-    Through [`ceu_rl.tasks.generate.generate_tokens`], or with a `vllm_path` through vLLM, which loads that folder.
-    """
-    ends = end_token_ids(model, tokenizer)
-    found: list[list[int]] = []
-
-    def texts_of(batch: Sequence[Answer], answers: list[list[int]]) -> list[str]:
-        return [said(tokenizer, *each, ends) for each in zip(batch, answers, strict=True)]
-
-    def when_done(rows: Sequence[int], answers: list[list[int]]) -> None:
-        found.extend(answers)
-        batch = [prompts[row] for row in rows]
-        when_generated(batch, texts_of(batch, answers))
-
-    ids = [prompt.question_ids for prompt in prompts]
-    if vllm_path is not None:  # in order
-        generate_with_vllm(vllm_path, model.dtype, ids, ends, max_new_tokens, seed, when_done)
-        return texts_of(prompts, found)
-    batches = generate_tokens(model, tokenizer, ids, max_new_tokens, batch_size=batch_size, when_done=when_done)
-    return texts_of(prompts, answers_in_order(batches))
-
-
-def said(tokenizer: Any, prompt: Answer, ids: Sequence[int], ends: Sequence[int]) -> str:
-    """The text of a generation up to its end token, without what the template adds before every answer."""
-    stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-    start = len(prompt.added_ids) if ids[: len(prompt.added_ids)] == prompt.added_ids else 0
-    return tokenizer.decode(ids[start:stop], skip_special_tokens=True).strip()
-
-
-def _answer_logits(model: Any, batch: Sequence[Answer]) -> tuple[torch.Tensor, int]:
-    """Logits of a right-padded batch from the position before its first answer token on, and that position."""
-    width = max(answer.length for answer in batch) - 1
-    first = min(len(answer.prompt_ids) for answer in batch) - 1
-    # The last token predicts nothing that is asked for
-    rows = [(answer.prompt_ids + answer.completion_ids)[:-1] for answer in batch]
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    # Prompt tuning puts tokens of its own in front
-    prompts = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
-    if prompts or "logits_to_keep" not in inspect.signature(type(base).forward).parameters:
-        return model(input_ids=ids, attention_mask=mask).logits[:, -width:][:, first:], first
-    kept = torch.arange(first, width, device=model.device)
-    return model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits, first
+    """The greedy answer to the question of each as text, without its end and what the template adds before it."""
+    questions = [prompt.question_ids for prompt in prompts]
+    answers = [each for (each,) in generate_tokens(model, tokenizer, questions, max_new_tokens, batch_size=batch_size)]
+    starts = [
+        len(each.added_ids) * (ids[: len(each.added_ids)] == each.added_ids)
+        for each, ids in zip(prompts, answers, strict=True)
+    ]
+    said = [ids[start:] for ids, start in zip(answers, starts, strict=True)]
+    return [text.strip() for text in answer_texts(model, tokenizer, said)]
 
 
 def _scores(answer: Answer, logits: torch.Tensor) -> dict[str, float]:

@@ -321,7 +321,7 @@ def tofu(row: Mapping[str, Any], device: str, folder: Path) -> Arms:
         for config in configs:
             made = make_answers({config: datasets[config]}, tokenizer, prompt, ends)
             asked = [answer for answer in made if answer.kind == "answer"]
-            generate_texts(model, tokenizer, asked, NEW_TOKENS, 32)
+            generate_texts(model, tokenizer, NEW_TOKENS, 32, asked)
 
     def arm(work: Callable[[], Any]) -> Callable[[], float]:
         def timed() -> float:
@@ -333,7 +333,7 @@ def tofu(row: Mapping[str, Any], device: str, folder: Path) -> Arms:
 
     given = (model, tokenizer, name, split)
     return {
-        "one pass": arm(lambda: evaluate(*given, max_new_tokens=NEW_TOKENS, use_vllm=False)),
+        "one pass": arm(lambda: evaluate(*given, max_new_tokens=NEW_TOKENS)),
         "a loop for each metric": arm(torch.no_grad()(loops)),
     }
 
