@@ -497,7 +497,7 @@ def _html(folder: Path, table: Table, report: Mapping[str, Any]) -> str:
         curves=figures.curves(table, looks),
         runs=table.runs,
         differ=[name for name in ORIGIN if any(entry[name] != origins[0][name] for entry in origins)],
-        going=any(run["status"] in ("running", "waiting") for run in report["runs"]),
+        left=sum(run["status"] in ("running", "interrupted", "waiting") for run in report["runs"]),
         now=datetime.now().strftime("%H:%M"),
         unit="token" if any(table.tokens) else "response",
         setting_name=setting_name,
