@@ -99,8 +99,8 @@ def check_language_model(model: Any, trust_remote_code: bool = False) -> None:
         )
     if isinstance(model, PeftModel) and isinstance(model.get_output_embeddings(), TrainableTokensWrapper):
         raise ValueError(
-            "trainable_token_indices changes the model's head, by its name or by tied weights, which TRL's fused head does "
-            "not see; leave it out, or train the embeddings whole with modules_to_save."
+            "trainable_token_indices changes the model's head, by its name or by tied weights, which TRL's fused head "
+            "does not see; leave it out, or train the embeddings whole with modules_to_save."
         )
 
 
