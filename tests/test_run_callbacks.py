@@ -19,7 +19,7 @@ from .conftest import TINY
 @pytest.mark.parametrize(("before", "counted"), [(0, [30, 90]), (1000, [1030, 1090])])
 def test_tokens_per_second_are_those_of_the_steps_up_to_the_last_log(before, counted, monkeypatch):
     """Three steps of 2, 3 and 5 s with logs after the first two, and an evaluation of 100 s between."""
-    pace, now = Pace(), [0.0]
+    pace, now = Pace(2), [0.0]
     monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now[0])
     state = SimpleNamespace(num_input_tokens_seen=before)
     pace.on_train_begin(None, state, None)
@@ -31,7 +31,7 @@ def test_tokens_per_second_are_those_of_the_steps_up_to_the_last_log(before, cou
             pace.on_log(None, state, None, logs={"loss": 1.0, "num_tokens": logged})
         now[0] += 100
         pace.on_log(None, state, None, logs={"eval_loss": 1.0})
-    assert pace.result(2) == {"tokens_per_second": 18.0, "tokens_per_second_per_process": 9.0}  # 90 tokens in 5 s
+    assert pace.result() == {"tokens_per_second": 18.0, "tokens_per_second_per_process": 9.0}  # 90 tokens in 5 s
 
 
 def test_a_trainer_that_counts_no_tokens_has_no_pace():

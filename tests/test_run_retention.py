@@ -14,7 +14,7 @@ from scipy.special import softmax
 from ceu_rl import CEUDPOConfig, CEUDPOTrainer, CEUGRPOConfig, CEUGRPOTrainer
 from ceu_rl.cli import main
 from ceu_rl.data.prompts import PromptFormat
-from ceu_rl.run import callbacks, checks
+from ceu_rl.run import callbacks
 from ceu_rl.run import retention as keeps
 from ceu_rl.run.callbacks import StartModel, TaskScore
 from ceu_rl.run.retention import KeptArguments, KeptScore, load_kept
@@ -176,28 +176,11 @@ def test_a_reference_that_follows_the_policy_is_not_the_start(saved, preferences
     assert StartModel(trainer).model is not trainer.ref_model
 
 
-def test_a_start_that_fsdp_would_leave_empty_is_refused(saved, preferences, monkeypatch):
-    trainer = grpo(saved, preferences)
-    monkeypatch.setattr(checks, "is_fsdp_enabled", lambda: True)
-    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading is true"):
-        StartModel(trainer)
-
-
 @pytest.mark.parametrize("wrong", ["xy", {"a": "x"}])
 def test_wrong_answers_that_are_no_list_are_named(tiny_model, tokenizer, wrong):
     rows = datasets.Dataset.from_list([{"question": "?", "answer": "y", "perturbed_answer": wrong}])
     with pytest.raises(ValueError, match=r"perturbed_answer of row 0 of world_facts_perturbed is .*; give a list of"):
         make_answers({WORLD_FACTS: rows}, tokenizer, PromptFormat().settle(tokenizer), [])
-
-
-def test_a_solution_beyond_the_context_is_named(tiny_model, tokenizer, preferences, tmp_path):
-    (tmp_path / "long.jsonl").write_text(json.dumps({"question": "?", "answer": "1" * 2000}) + "\n")
-    args = CEUDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
-    trainer = CEUDPOTrainer(
-        tiny_model(), ref_model=tiny_model(), args=args, train_dataset=preferences, processing_class=tokenizer
-    )
-    with pytest.raises(ValueError, match=r"Row 0 of solutions takes 20\d\d tokens, .* context of 1024"):
-        KeptScore(trainer, load_kept(KeptArguments(eval_solutions=str(tmp_path / "long.jsonl"))), PromptFormat())
 
 
 def test_a_run_logs_what_its_recipe_names(recipe, solutions, tmp_path, capsys):

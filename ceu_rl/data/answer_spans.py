@@ -29,13 +29,10 @@ class Parts(NamedTuple):
 def template_edges(
     tokenizer: Any, prompt: Any, completion: Sequence[Mapping[str, Any]] | str, **kwargs: Any
 ) -> tuple[list[int], list[int]]:
-    """The tokens that a conversation begins and ends with, whatever the answer.
+    """The tokens that a conversation begins and ends with, whatever the answer; none around a text.
 
-    Args:
-        tokenizer: With a chat template.
-        prompt: Messages, or a text, around whose answer no template writes anything.
-        completion: Messages, of which the first is the answer's beginning and the last its end; or a text.
-        kwargs: For `apply_chat_template`.
+    The answer begins with the first message of the completion and ends with its last. `kwargs` are for
+    `apply_chat_template`.
     """
     if isinstance(prompt, str) or isinstance(completion, str):
         return [], []
@@ -71,13 +68,9 @@ def _probed(value: Any, probe: str) -> Any:
 def part_answer(
     ids: Sequence[int], prompt: int, edges: tuple[Sequence[int], Sequence[int]], ends: Collection[int]
 ) -> Parts:
-    """Part the tokens of a row.
+    """Part the tokens of prompt and completion, of which the first `prompt` are the prompt's.
 
-    Args:
-        ids: Of prompt and completion.
-        prompt: How many are the prompt's, as TRL's SFTTrainer parts them.
-        edges: What [`template_edges`] found.
-        ends: End tokens, see [`ceu_rl.models.end_token_ids`].
+    `edges` are those of [`template_edges`], `ends` of [`ceu_rl.models.end_token_ids`].
     """
     head, tail = edges
     content = max(prompt, common_prefix_length(list(ids), list(head)))

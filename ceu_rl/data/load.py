@@ -60,8 +60,7 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
         train and eval, or forget and retain for unlearning; and the task or None.
 
     Raises:
-        ValueError: for a name, config or split that there is not.
-        OSError: for what cannot be read or reached.
+        ValueError: for a name, config or split that there is not, and for what cannot be read.
     """
     from ..tasks import get_task, is_task, load_task_dataset
     from ..tofu.data import has_questions, is_tofu, load_tofu
@@ -223,35 +222,28 @@ def _cells(path: Path, separator: str) -> dict[str, Any]:
 def _json_rows(paths: Sequence[str], encoding: str) -> Iterator[dict[str, Any]]:
     """The objects of files in JSON lines, or in one array each; a line ends at a newline and nowhere else."""
     for path in paths:
-        with open(path, "rb") as file:
-            begun = array = False
-            for number, line in enumerate(file, 1):
-                where, fix = f"Line {number} of {path}", "give one object on each line"
-                try:
-                    text = line.decode("utf-8-sig" if encoding == "utf-8" and number == 1 else encoding)
-                    if not text.strip():
-                        continue
-                    if array := not begun and text.lstrip().startswith("["):
-                        where, fix = path, "give an array of objects, or one object on each line"
-                        text += file.read().decode(encoding)
-                    found = _parse(text)
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"{where} is not UTF-8 ({error.reason}); save it as UTF-8.") from error
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{where} is no JSON ({error}); {fix}.") from error
-                begun = True
-                for place, row in enumerate(found if array else [found], 1):
-                    if not isinstance(row, dict):
-                        where = f"Entry {place} of {path}" if array else where
-                        raise ValueError(f'{where} is {row!r:.80}; give an object, such as {{"prompt": ...}}.')
-                    yield row
-
-
-def _parse(text: str) -> Any:
-    found = json.loads(text, parse_int=_integer)
-    if "\\ud" in text or "\\uD" in text:
-        json.dumps(found, ensure_ascii=False).encode()  # half a character is no text
-    return found
+        try:
+            text = Path(path).read_bytes().decode("utf-8-sig" if encoding == "utf-8" else encoding)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8."
+            ) from error
+        is_array = text.lstrip().startswith("[")
+        for number, line in enumerate([text] if is_array else text.split("\n"), 1):
+            if not line.strip():
+                continue
+            where = path if is_array else f"Line {number} of {path}"
+            try:
+                found = json.loads(line, parse_int=_integer)
+                if "\\ud" in line.lower():
+                    json.dumps(found, ensure_ascii=False).encode()  # half a character is no text
+            except (ValueError, RecursionError) as error:
+                fix = "give one object on each line, or one array of objects"
+                raise ValueError(f"{where} is no JSON ({error}); {fix}.") from error
+            for row in found if is_array else [found]:
+                if not isinstance(row, dict):
+                    raise ValueError(f'{where} holds {row!r:.80}; give an object, such as {{"prompt": ...}}.')
+                yield row
 
 
 def _integer(digits: str) -> int:

@@ -1,8 +1,10 @@
 """How question and answer become a text: the prompt that a model was trained with, or is to be."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,11 +44,8 @@ class PromptArguments(ScriptArguments):
 
 def read_kwargs(value: Any) -> dict[str, Any] | None:
     """Arguments of a chat template, from a mapping or its JSON."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"chat_template_kwargs is {value!r}, which is no JSON object ({error}).") from error
+    with suppress(json.JSONDecodeError):
+        value = json.loads(value) if isinstance(value, str) else value
     if value is not None and not isinstance(value, Mapping):
         raise ValueError(f"chat_template_kwargs is {value!r}; give an object such as {{'date_string': '10 Apr 2025'}}.")
     return dict(value) if value else None
@@ -83,15 +82,6 @@ class PromptFormat:
         """The format itself, or one of that template."""
         return template if isinstance(template, PromptFormat) else cls(template)
 
-    def check_unused(self) -> None:
-        """Raise a ValueError if it says anything, for rows that are no questions."""
-        for name, value in vars(self).items():
-            if value is not None:
-                raise ValueError(
-                    f"{name} is {value!r}, and the dataset has no columns question and answer to put it around; leave "
-                    "it out, and write the rows as they are to be."
-                )
-
     def settle(self, tokenizer: Any) -> "PromptFormat":
         """The same with the template that the tokenizer decides.
 
@@ -99,7 +89,7 @@ class PromptFormat:
             ValueError: for a template that is none, that refuses the prompt, or that writes today's date.
         """
         template = self.template or ("chat" if tokenizer.chat_template else "question_answer")
-        settled = PromptFormat(template, self.system_prompt, self.chat_template_kwargs)
+        settled = dataclasses.replace(self, template=template)
         if template != "chat":
             if template != "question_answer" and not template.partition("{question}")[2].count("{answer}") == 1:
                 raise ValueError(

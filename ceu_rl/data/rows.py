@@ -51,19 +51,9 @@ def check_layout(
     """Judge every row of a dataset before it is tokenized, and bring it into the layout that TRL reads right.
 
     A text is a string; a conversation a list of messages with a role and content. Completions must not be empty: the
-    last message has content, reasoning or a tool call.
-
-    Args:
-        dataset: A `Dataset`, or an `IterableDataset`, whose rows are judged when they come.
-        name: What it is called in messages, such as train.
-        kind: sft (prompt and completion, messages, or text), preference (chosen and rejected, with or without prompt)
-            or prompt.
-        num_proc: Processes that judge.
-        text_field: The column of texts of kind sft.
-        blank_user: Whether a message of the user may be without words, which an environment adds.
-
-    Returns:
-        The dataset, the same object if nothing had to be changed.
+    last message has content, reasoning or a tool call. The rows of a stream are judged when they come. The user's turn
+    may be without words where `blank_user` says that an environment adds them. A dataset in which nothing has to
+    change is returned as it is.
 
     Raises:
         ValueError: for what is no dataset, no rows or a column that is missing, and with row and column for a value
@@ -84,7 +74,7 @@ def check_layout(
             f"The {name} dataset has no column 'prompt': the prompt is what 'chosen' and 'rejected' begin with alike, "
             f"and {others} is not read."
         )
-    judge = _Judge(name, kind, text_field, blank_user)
+    judge = _Judge(name, kind, text_field, blank_user, pictured=bool({*IMAGES} & {*columns}))
     unread = [column for column in LAYOUT if column in columns and column not in judged and kind != "prompt"]
     if isinstance(dataset, IterableDataset):
         return dataset.map(judge, with_indices=True, remove_columns=unread)
@@ -92,10 +82,8 @@ def check_layout(
     if kind != "prompt" and dataset.format["type"] is not None:  # TRL joins the lists of ids
         dataset = plain
     seen = (*judged, "prompt", *QUESTIONS, *SYSTEMS, *CONTEXTS, *BESIDE)
-    given = plain  # without a prompt any column may hold one
-    if kind != "preference" or "prompt" in columns:  # images are not opened
-        judge = dataclasses.replace(judge, pictured=bool({*IMAGES} & {*columns}))
-        given = plain.select_columns([column for column in columns if column in seen])
+    asks = kind != "preference" or "prompt" in columns  # else any column may hold the prompt
+    given = plain.select_columns([column for column in columns if column in seen or not asks])
     first = judge(given[0], 0)
     judge = dataclasses.replace(judge, chats=_is_chat(first))
     settings: dict[str, Any] = {"with_indices": True, "remove_columns": given.column_names, "num_proc": num_proc}
@@ -114,7 +102,7 @@ class _Judge:
     kind: Kind
     text_field: str
     blank_user: bool
-    pictured: bool = False  # whether the dataset has a column of images
+    pictured: bool  # whether the dataset has a column of images
     chats: bool | None = None  # whether its first row is messages
 
     def __call__(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -160,9 +148,8 @@ class _Judge:
         if value is None or value == [] or (isinstance(value, str) and not value.strip()):
             raise refuse(column, "an empty", rest)
         if isinstance(value, list):
-            pictured = self.pictured or bool({*IMAGES} & {*row})
             for turn in value:
-                if problem := _turn_problem(turn, column == "conversations", self.blank_user, pictured):
+                if problem := _turn_problem(turn, column == "conversations", self.blank_user, self.pictured):
                     raise refuse(column, f"{problem} in", "give each message a role and content")
             if (completes or column == "messages") and is_empty(value[-1]):
                 raise refuse(column, "an empty", rest)
@@ -173,11 +160,7 @@ class _Judge:
 
 
 def check_dataset(dataset: Any, name: str, kind: Kind, text_field: str = "text") -> None:
-    """What [`check_layout`] can tell without reading a row: whether it is a dataset, with rows and the columns needed.
-
-    Raises:
-        ValueError: if not.
-    """
+    """Raise a ValueError unless it is a dataset with rows and the columns needed: what no row has to be read for."""
     if not isinstance(dataset, Rows):
         raise ValueError(
             f"The {name} dataset is a {type(dataset).__name__} ({_short(dataset)}); give one datasets.Dataset, such as "
@@ -231,14 +214,7 @@ ANSWER_IDS = ("chosen_ids", "rejected_ids")
 
 
 def leave_ties_out(prepared: Any, dataset: Any, name: str, args: Any, leaves_out: bool) -> Any:
-    """Leave the pairs out whose answers are the same after truncation, and say what became of the rows.
-
-    Args:
-        prepared: What TRL tokenized of the dataset.
-        dataset: The dataset.
-        name: What it is called in messages, such as train.
-        args: `max_length`, `truncation_mode` and `dataset_num_proc`.
-        leaves_out: False counts them alone.
+    """Leave the pairs out of what TRL prepared whose answers are the same after truncation, or else count them alone.
 
     Raises:
         ValueError: if no pair is left.

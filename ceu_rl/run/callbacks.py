@@ -84,8 +84,8 @@ class HeldOutFile(TrainerCallback):
 class Pace(TrainerCallback):
     """Measures tokens per second of the training steps, rollouts and the optimizer included, evaluations not."""
 
-    def __init__(self) -> None:
-        self.seconds = self.timed = 0.0
+    def __init__(self, processes: int = 1) -> None:
+        self.processes, self.seconds, self.timed = processes, 0.0, 0.0
         self.tokens = self.before = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -101,13 +101,13 @@ class Pace(TrainerCallback):
         if "num_tokens" in (logs or {}):
             self.tokens, self.timed = int(logs["num_tokens"]), self.seconds
 
-    def result(self, processes: int = 1) -> dict[str, float]:
+    def result(self) -> dict[str, float]:
         """Tokens per second of all processes and of one, up to the last log; empty for a trainer that counts none."""
         tokens = self.tokens - self.before
         if tokens <= 0 or not self.timed:
             return {}
         pace = tokens / self.timed
-        return {"tokens_per_second": round(pace, 1), "tokens_per_second_per_process": round(pace / processes, 1)}
+        return {"tokens_per_second": round(pace, 1), "tokens_per_second_per_process": round(pace / self.processes, 1)}
 
 
 def log_scores(trainer: Any, scores: Mapping[str, float], metrics: dict[str, float] | None) -> None:

@@ -39,11 +39,7 @@ BOUNDS = ("ceu_max_weight", "max_grad_norm", "delta", "epsilon_high", "vllm_impo
 
 
 def check_numbers(settings: Mapping[str, Any]) -> None:
-    """Raise a ValueError for a number with which training would end somewhere in a dependency, or silently be wrong.
-
-    No setting may be NaN, none infinite but an upper bound, which is then none; counts, temperatures and the like are
-    above 0, shares from 0 to 1.
-    """
+    """Raise a ValueError for a number with which training would end somewhere in a dependency, or silently be wrong."""
     for name, value in settings.items():
         for number in value if isinstance(value, list | tuple) else [value]:
             if not isinstance(number, int | float):
@@ -83,18 +79,15 @@ def check_language_model(model: Any, trust_remote_code: bool = False) -> None:
     """
     if isinstance(model, str):
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-        # A class that is not in transformers comes with the checkpoint, and is judged once it is loaded
-        name = (config.architectures or ["no architecture"])[0]
-        kind: type | None = getattr(transformers, name, None)
+        kind = getattr(transformers, (config.architectures or [""])[0], None)
+        if kind is None:  # it comes with the checkpoint, and is judged once it is loaded
+            return
     else:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         config, kind = getattr(base, "config", None), type(base)
-        name = kind.__name__
-    if kind is None and isinstance(model, str):
-        return
-    if config is None or not issubclass(kind or object, GenerationMixin) or config.is_encoder_decoder:
+    if config is None or not issubclass(kind, GenerationMixin) or config.is_encoder_decoder:
         raise ValueError(
-            f"{name} is not a decoder with a language-model head, so TRL's fused head cannot give its token "
+            f"{kind.__name__} is not a decoder with a language-model head, so TRL's fused head cannot give its token "
             "log-probabilities; use a causal language model (AutoModelForCausalLM)."
         )
     if isinstance(model, PeftModel) and isinstance(model.get_output_embeddings(), TrainableTokensWrapper):
@@ -107,8 +100,7 @@ def check_language_model(model: Any, trust_remote_code: bool = False) -> None:
 def check_reference_is_loaded(needs_reference: bool) -> None:
     """Raise a ValueError where FSDP would leave the reference model empty on every process but the first.
 
-    With `fsdp_cpu_ram_efficient_loading` only the first process reads the weights. The policy is synchronised
-    afterwards; the reference model of TRL's trainers is not.
+    The first alone reads the weights, and TRL's trainers synchronise those of the policy alone.
     """
     if needs_reference and is_fsdp_enabled():
         raise ValueError(
@@ -120,8 +112,7 @@ def check_reference_is_loaded(needs_reference: bool) -> None:
 def check_shared_cache(dataset: Dataset | IterableDataset, processes: int) -> None:
     """Raise a ValueError if several processes are to share reference log-probabilities of a dataset in memory.
 
-    With `precompute_ref_log_probs` TRL's first process writes them to the cache folder of the dataset, where the others
-    read them; a dataset that was made in memory has one such folder for each process.
+    TRL's first process writes them to the dataset's cache folder for all; one in memory has a folder for each process.
     """
     if processes > 1 and isinstance(dataset, Dataset) and not dataset.cache_files:
         raise ValueError(
@@ -168,16 +159,13 @@ class StopAtNonFinite:
         output_dir: str = self.args.output_dir  # type: ignore[attr-defined]
         # The checkpoint of this very step holds the weights that failed
         good = [path for number, path in saved_checkpoints(output_dir) if number < step]
-        checkpoint = good[-1] if good else None
         rows = "; ".join(text for batch in inputs for text in _texts(batch, self.processing_class))  # type: ignore[attr-defined]
+        fix = f"There is no earlier checkpoint in {output_dir}: start again"
+        if good:
+            fix = f"The last good checkpoint is {good[-1]}: start a new run with it as model_name_or_path,"
         raise FloatingPointError(
-            f"Step {step + 1} met a non-finite {what} and was not applied. "
-            + (
-                f"The last good checkpoint is {checkpoint}: start a new run with it as model_name_or_path,"
-                if checkpoint
-                else f"There is no earlier checkpoint in {output_dir}: start again"
-            )
-            + f" with a lower learning_rate or without the batch that failed. Its rows: {rows}."
+            f"Step {step + 1} met a non-finite {what} and was not applied. {fix} with a lower learning_rate or without "
+            f"the batch that failed. Its rows: {rows}."
         )
 
 

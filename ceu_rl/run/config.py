@@ -165,13 +165,8 @@ def read_arguments(method: str, argv: Sequence[str]) -> dict[str, Any]:
     return {**(read_recipe(method, recipe) if recipe else {}), **_parse(parser_for(method), words)}
 
 
-def read_settings(method: str, argv: Sequence[str]) -> dict[str, Any]:
-    """The settings of a run: [`read_arguments`] without where it lies and whether it is resumed."""
-    return settings_of(read_arguments(method, argv))
-
-
 def settings_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings among the arguments of a run."""
+    """The settings of a run: its arguments without where it lies and whether it is resumed."""
     return {name: value for name, value in arguments.items() if name not in NO_SETTINGS}
 
 
@@ -189,7 +184,7 @@ def build_configs(method: str, arguments: Mapping[str, Any]) -> tuple[Any, Any, 
 
     check_numbers(arguments)
     # A copy: the config of a mixture writes its own objects into what it is given, which is recorded as it was
-    fields = {name: copy.deepcopy(value) for name, value in arguments.items() if name != "env"}
+    fields = copy.deepcopy({name: value for name, value in arguments.items() if name != "env"})
     if not (torch.accelerator.is_available() or "use_cpu" in fields or "RANK" in os.environ):
         logging.getLogger(__name__).info("No GPU was found: use_cpu is true, and bf16 false unless it is given.")
         fields = {"bf16": False, **fields, "use_cpu": True}
@@ -204,13 +199,14 @@ def _split_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
         found, rest = parser.parse_known_args(list(argv))
     except argparse.ArgumentError:
         raise ValueError("--config has no value; give a recipe: --config RECIPE.yaml.") from None
-    if len(found.config) > 1:
+    recipe, *others = found.config or [None]
+    if others:
         raise ValueError(
             f"--config is given {len(found.config)} times ({', '.join(map(str, found.config))}); give one."
         )
-    if found.config and not found.config[0].is_file():
-        raise ValueError(f"--config names '{found.config[0]}', which is no file; give a recipe: --config RECIPE.yaml.")
-    return (found.config[0] if found.config else None), rest
+    if recipe and not recipe.is_file():
+        raise ValueError(f"--config names '{recipe}', which is no file; give a recipe: --config RECIPE.yaml.")
+    return recipe, rest
 
 
 def _parse(parser: Any, words: Sequence[str], where: str = "") -> dict[str, Any]:
@@ -242,7 +238,7 @@ def _check_variables(value: Any, path: Path) -> dict[str, Any]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts texts into quotes that the loader below would read as numbers."""
+    """Puts texts into quotes that the loader would read as numbers."""
 
 
 class _OnceLoader(yaml.SafeLoader):

@@ -29,7 +29,7 @@ def engines_on_cpu() -> None:
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo")
         # It takes FSDP up under the name of any device but the CPU
-        PartialState._prepare_backend = lambda self, cpu=False, *args: ("gloo", DistributedType.MULTI_GPU)
+        PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
     elif is_asked_for("DEEPSPEED"):
         prepare = PartialState._prepare_backend
 
@@ -40,11 +40,9 @@ def engines_on_cpu() -> None:
 
 
 def check_processes(args: Any) -> None:
-    """Judge the processes that were started; call it before anything sets an address.
+    """Raise a ValueError for several processes that would each train alone, and for one that sees several GPUs.
 
-    Raises:
-        ValueError: for several that would each train alone, and write the same files, and for one that sees several
-            GPUs, over which it would split each batch or the model.
+    Call it before anything sets an address.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > args.world_size:
@@ -98,9 +96,8 @@ def check_engine(accelerator: Any) -> None:
 class Float32Outputs:
     """Trainer mixin: FSDP2 in mixed precision returns what the model computed, and sums gradients in float32.
 
-    accelerate rounds what a sharded model returns to the dtype of its forward pass. In bfloat16 the sum of a response's
-    log-probabilities then falls on a grid of two nats from -256 nats down, and margins of DPO are noise. The reference
-    model takes the same policy, and is sharded after this.
+    accelerate rounds what a sharded model returns to bfloat16, where the sum of a response's log-probabilities falls on
+    a grid of two nats from -256 nats down. The reference is sharded after this, by the same policy.
     """
 
     def create_accelerator_and_postprocess(self) -> None:

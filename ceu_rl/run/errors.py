@@ -20,11 +20,8 @@ REPORT = "This is a fault of ceu_rl and not of your input: please report it with
 class Boundary(AbstractContextManager["Boundary"]):
     """The outermost block of a command. `status` is its exit status after the block.
 
-    An exception that reaches it is printed as one sentence, unless it is a fault of this package: of a kind that we
-    never raise on purpose, from our own code. `CEU_RL_TRACEBACK=1` keeps every traceback.
-
-    Args:
-        command: What is printed before the sentence.
+    An exception that reaches it is printed as one sentence after `command`, unless it is a fault of this package: of a
+    kind that we never raise on purpose, from our own code. `CEU_RL_TRACEBACK=1` keeps every traceback.
     """
 
     def __init__(self, command: str) -> None:
@@ -74,12 +71,9 @@ def note_once(message: str) -> None:
 
 
 class NameCause(AbstractContextManager["NameCause"]):
-    """Turns whatever is raised inside into one sentence: what failed, the error, and what to do.
+    """Turns whatever is raised inside into one sentence of this `kind`: what failed, the error, and the remedy.
 
-    Args:
-        what: The subject, such as "The reward function 'f'".
-        remedy: What to do.
-        kind: The type of the exception that says it. One that is of this type already, and no plain ValueError, passes.
+    An exception that is of the kind already, and no plain ValueError, passes.
     """
 
     def __init__(self, what: str, remedy: str, kind: type[Exception] = ValueError) -> None:
@@ -98,13 +92,11 @@ def import_function(path: str, field: str) -> Any:
     Raises:
         ValueError: if the module cannot be imported, or holds no such function.
     """
-    module, _, name = path.rpartition(".")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    with NameCause(f"{field} names {path!r}, and importing {module}", "mend it, or give module.function."):
-        source = importlib.import_module(module)
-    found = getattr(source, name, None)
+    module, _, name = path.rpartition(".")
+    with NameCause(f"{field} names {path!r}, and importing it", "give a function as module.function."):
+        found = getattr(importlib.import_module(module), name)
     if not callable(found):
-        what = f"a {type(found).__name__}" if hasattr(source, name) else "not there"
-        raise ValueError(f"{field} names {path!r}, which is {what}; give a function as module.function.")
+        raise ValueError(f"{field} names {path!r}, which is a {type(found).__name__}; give a function.")
     return found

@@ -11,12 +11,7 @@ STEPS = 20  # lines of a whole loop
 class Progress(tqdm):
     """tqdm on stderr; without a terminal it prints lines, the first one as soon as it can say how long it will take.
 
-    A loop that is over in a second prints none.
-
-    Args:
-        name: What is done.
-        total: In how many units.
-        done: How many were done before.
+    A loop that is over in a second prints none. `done` of the `total` units were done before.
     """
 
     def __init__(self, name: str, total: int, done: int = 0) -> None:

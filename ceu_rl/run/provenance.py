@@ -63,11 +63,14 @@ def describe_run(trainer: Any) -> dict[str, str]:
 
 def _commit() -> str | None:
     """The commit that this package is checked out at, `-dirty` if its source was changed since; None if installed."""
-    source = Path(__file__).resolve().parents[1]
-    described = "git ls-files --error-unmatch __init__.py && git rev-parse HEAD && git status --porcelain -- ."
-    result = subprocess.run(described, shell=True, cwd=source, capture_output=True, text=True)
-    _, commit, *changes = [*result.stdout.splitlines(), "", ""]
-    return None if result.returncode else f"{commit}{'-dirty' if any(changes) else ''}"
+    if not shutil.which("git"):
+        return None
+    folder = Path(__file__).resolve().parents[1]
+    tracked, commit, changes = (
+        subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True).stdout.strip()
+        for words in (["ls-files", "__init__.py"], ["rev-parse", "HEAD"], ["status", "--porcelain", "--", "."])
+    )
+    return f"{commit}{'-dirty' if changes else ''}" if tracked else None
 
 
 def peak_memory_gib() -> float:

@@ -51,13 +51,13 @@ def copy_recipes(name: str, destination: Path) -> list[Path]:
         FileExistsError: for a file there that differs; nothing is written then.
     """
     root = recipes_folder().resolve()
-    source, found = root / name, list[Path]()
+    source, found = (root / name).resolve(), list[Path]()
     if source.is_file():
         text = source.read_text()
         found = [source, *(path for path in source.parent.iterdir() if path != source and f"/{path.name}\n" in text)]
-    elif source.resolve().is_relative_to(root):
+    elif source.is_relative_to(root):
         found = sorted(path for path in source.rglob("*") if path.is_file())
-    if not found or not source.resolve().is_relative_to(root):
+    if not found or not source.is_relative_to(root):
         folders = sorted({str(Path(each).parent) for each, _, _ in list_recipes()})
         raise ValueError(
             f"There is no recipe {name}; use one that ceu-rl recipes lists, or one of {', '.join(folders)}."
@@ -81,10 +81,12 @@ def main(argv: Sequence[str]) -> int:
         return 0
     for folder, group in itertools.groupby(list_recipes(), lambda row: Path(row[0]).parent):
         rows = list(group)
-        width, shared = max(len(name) for name, *_ in rows), len({hardware for *_, hardware in rows}) == 1
-        print(f"\n{folder}: {rows[0][2]}" if shared else f"\n{folder}")
-        for name, what, hardware in rows:
-            print(f"  {name:<{width}}  {what}" if shared else f"  {name:<{width}}  {what} ({hardware})")
+        width = max(len(name) for name, *_ in rows)
+        print(
+            f"\n{folder}",
+            *(f"  {name:<{width}}  {what}{hardware and f' ({hardware})'}" for name, what, hardware in rows),
+            sep="\n",
+        )
     return 0
 
 

@@ -45,11 +45,7 @@ class KeptArguments:
 
 
 def load_kept(arguments: KeptArguments) -> dict[str, Dataset]:
-    """The rows that a recipe names, by the set they belong to; empty if it names none.
-
-    Raises:
-        ValueError: for a file, folder or name that cannot be read or lacks the columns.
-    """
+    """The rows that a recipe names, by the set they belong to; empty if it names none."""
     from ..data.load import open_dataset
     from ..tofu.data import REAL_AUTHORS, WORLD_FACTS, load_tofu
 
@@ -74,9 +70,9 @@ class KeptScore(TrainerCallback):
 
     `eval_world_facts_probability` and `eval_real_authors_probability` are TOFU's: the mean over questions of the right
     answer's length-normalised probability among the options, 0 to 1. `eval_solutions_nll` and `eval_foreign_nll` are in
-    nats per token, the mean over all tokens of all answers with their end. With the model at the `start`,
-    `eval_solutions_kl` and `eval_foreign_kl` are the mean divergence from it at these tokens, KL(p | p_ref) over the
-    whole vocabulary. What the chat template writes before each answer is not scored.
+    nats per token, the mean over all tokens of all answers with their end; `eval_solutions_kl` and `eval_foreign_kl`
+    the mean divergence KL(p | p_ref) from the model at the `start` at these tokens. What the chat template writes
+    before each answer is not scored.
     """
 
     def __init__(
@@ -105,20 +101,19 @@ class KeptScore(TrainerCallback):
             score_answers(model, self.answers, BATCH)
         found: dict[str, float] = {}
         for config, group in itertools.groupby(self.answers, lambda answer: answer.config):
-            here = list(group)
-            right = [answer for answer in here if answer.kind == "answer"]
+            log_probs, right = defaultdict(list), []
+            for answer in group:
+                log_probs[answer.kind, answer.row].append(answer.log_prob)
+                right += [answer] * (answer.kind == "answer")
             if config in TEXTS:
-                total = sum(answer.log_prob * len(answer.completion_ids) for answer in right)
-                found[f"{config}_nll"] = -total / sum(len(answer.completion_ids) for answer in right)
+                lengths = [len(answer.completion_ids) for answer in right]
+                total = sum(answer.log_prob * length for answer, length in zip(right, lengths, strict=True))
+                found[f"{config}_nll"] = -total / sum(lengths)
                 if self.start is not None:
                     pairs = [(answer.prompt_ids, answer.completion_ids) for answer in right]
                     with self.start() as reference:
                         found[f"{config}_kl"] = evaluate_divergence(model, reference, pairs)["kl"]
-                continue
-            wrong = defaultdict(list)
-            for answer in here:
-                if answer.kind == "perturbed":
-                    wrong[answer.row].append(answer.log_prob)
-            values = [option_probability(answer.log_prob, wrong[answer.row]) for answer in right]
-            found[f"{config.removesuffix('_perturbed')}_probability"] = sum(values) / len(values)
+            else:
+                values = [option_probability(each.log_prob, log_probs["perturbed", each.row]) for each in right]
+                found[f"{config.removesuffix('_perturbed')}_probability"] = sum(values) / len(values)
         return found

@@ -13,8 +13,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from filelock import FileLock, Timeout
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
 
 from ..data.load import load
@@ -53,7 +52,7 @@ from .checkpoints import (
 )
 from .config import CLASSES, build_configs, read_arguments, settings_of, with_defaults
 from .engines import check_engine, check_processes, engines_on_cpu, note_batch, note_unfinished_builds, save_whole
-from .errors import Boundary, import_function, note, sentence
+from .errors import Boundary, import_function, note
 from .provenance import describe_run, environment, peak_memory, write_json
 from .retention import TEXTS, KeptScore, load_kept
 
@@ -115,8 +114,7 @@ def _run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
             end.callback(trainer.close)  # vLLM's groups of processes go before torch's
         try:
             with _Course(trainer, boundary) as course:
-                with _naming_refused_rows(trainer.train_dataset, lambda: trainer.processing_class):
-                    trainer.train(resume_from_checkpoint=checkpoint)
+                trainer.train(resume_from_checkpoint=checkpoint)
             if course.stopped_by:
                 print(
                     f"{boundary.command}: stopped by {course.stopped_by.name} after step {trainer.state.global_step}, "
@@ -156,26 +154,23 @@ def _finish(method: str, trainer: Any, args: Any, script: Any, record: Mapping[s
             f"The evaluation after step {step} met a non-finite loss ({final['eval_loss']}), so that the model in "
             f"{args.output_dir} is of no use; start again with a lower learning_rate."
         )
-    peaks, tokens = peak_memory(args.device), None  # which turn log-probabilities into nats per token
-    if method == "dpo":
+    result = {
+        **record,
+        "diverged": False,
+        "steps": step,
+        "processes": trainer.accelerator.num_processes,
+        "metrics": {key: value for key, value in final.items() if key not in ("step", "epoch")},
+    }
+    if method == "dpo":  # which turn log-probabilities into nats per token
         tokens = mean_response_tokens(trainer.eval_dataset, args.max_length, args.truncation_mode)
-    callbacks = trainer.callback_handler.callbacks
-    pace = next(each for each in callbacks if isinstance(each, Pace))
-    score = next((each for each in callbacks if isinstance(each, TaskScore)), None)
+        result |= {"eval_tokens": tokens} if tokens else {}
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, Pace | TaskScore):
+            result |= callback.result()
+    if isinstance(trainer.eval_dataset, Dataset):
+        result["eval_rows"] = len(trainer.eval_dataset)
+    result |= {"wall_time_s": round(time.perf_counter() - start, 1), **peak_memory(args.device)}
     if trainer.is_world_process_zero():
-        result = {
-            **record,
-            "diverged": False,
-            "steps": step,
-            "processes": trainer.accelerator.num_processes,
-            "metrics": {key: value for key, value in final.items() if key not in ("step", "epoch")},
-            **({"eval_tokens": tokens} if tokens else {}),
-            **pace.result(trainer.accelerator.num_processes),
-            **(score.result() if score else {}),
-            **({"eval_rows": len(trainer.eval_dataset)} if isinstance(trainer.eval_dataset, Dataset) else {}),
-            "wall_time_s": round(time.perf_counter() - start, 1),
-            **peaks,
-        }
         Path(args.output_dir, FAILURE).unlink(missing_ok=True)
         write_json(Path(args.output_dir, RESULT), result)
         print(f"The model, metrics.jsonl and result.json are in {args.output_dir}.")
@@ -254,10 +249,9 @@ def _resume_from(method: str, args: Any, record: Mapping[str, Any]) -> str | Non
     if str(checkpoint).lower() == "true":
         if checkpoints:
             return str(checkpoints[-1])
-        if is_json(folder / RESULT):
-            result = json.loads((folder / RESULT).read_text())
-            if not differences({"settings": moving(with_defaults(method, result["settings"]))}, record):
-                raise NothingLeft(f"nothing is left of this run of {result['steps']} steps; {folder} is as it was.")
+        result = json.loads((folder / RESULT).read_text()) if is_json(folder / RESULT) else None
+        if result and not differences({"settings": moving(with_defaults(method, result["settings"]))}, record):
+            raise NothingLeft(f"nothing is left of this run of {result['steps']} steps; {folder} is as it was.")
         raise ValueError(
             f"There is no checkpoint in {folder} to resume; move away what it holds, and leave resume_from_checkpoint "
             "out."
@@ -378,8 +372,8 @@ def _build_trainer(
     if asks:
         make = functools.partial(to_preferences, seed=args.seed) if method == "dpo" else to_prompt_completion
         datasets, prompt = ask(datasets, tokenizer(), form, make)
-    elif method in ASKING and not kept:
-        PromptFormat.of(script).check_unused()
+    elif method in ASKING and not kept and (unused := PromptFormat.of(script)) != PromptFormat():
+        raise ValueError(f"{unused} is given, and the dataset has no columns question and answer for it; leave it out.")
     trainer_class = CLASSES[method][2]
     if method == "sft":  # the other trainers judge their rows themselves
         workers, field = args.dataset_num_proc, args.dataset_text_field
@@ -393,15 +387,14 @@ def _build_trainer(
     targets = model_config.lora_target_modules
     if isinstance(targets, str) and targets.isidentifier():  # TRL unpacks a list of one, and peft reads a pattern
         model_config.lora_target_modules = [targets]
-    with _naming_refused_rows(next(iter(datasets.values())), tokenizer):
-        sets = {f"{name}_dataset": dataset for name, dataset in datasets.items()}
-        build = pkgutil.resolve_name(trainer_class)
-        trainer = build(args=args, peft_config=get_peft_config(model_config), **sets, **given)
+    sets = {f"{name}_dataset": dataset for name, dataset in datasets.items()}
+    build = pkgutil.resolve_name(trainer_class)
+    trainer = build(args=args, peft_config=get_peft_config(model_config), **sets, **given)
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(ProgressBar)
     trainer.add_callback(MetricsFile)
-    trainer.add_callback(Pace())
+    trainer.add_callback(Pace(trainer.accelerator.num_processes))
     scored = datasets.get("eval") if task is not None else None
     compares = method != "sft" and (scored is not None or bool(set(TEXTS) & set(kept)))
     start = StartModel(trainer) if compares else None
@@ -444,27 +437,6 @@ def _name_model(
     }
     given = {"model": name, "quantization_config": get_quantization_config(model_config)}
     return given, lambda: AutoTokenizer.from_pretrained(name, **shared)
-
-
-@contextmanager
-def _naming_refused_rows(dataset: Any, tokenizer: Callable[[], Any]) -> Iterator[None]:
-    """Say which row it was that a chat template refused in the block."""
-    try:
-        yield
-    except TemplateError as error:
-        template = tokenizer()
-        for index, row in enumerate(dataset):
-            chats = [row[name] for name in ("prompt", "messages") if isinstance(row.get(name), list)] or [[]]
-            chats += [chats[0] + row[n] for n in ("completion", "chosen", "rejected") if isinstance(row.get(n), list)]
-            try:
-                for chat in filter(None, chats):
-                    template.apply_chat_template(chat, tokenize=False)
-            except TemplateError as refusal:
-                raise ValueError(
-                    f"The model's chat template refuses row {index} of the dataset ({sentence(refusal)}); change the "
-                    "roles or the order of its messages, or remove it."
-                ) from error
-        raise
 
 
 def _load_rewards(script: Any) -> list[Any]:

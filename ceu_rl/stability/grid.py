@@ -303,12 +303,12 @@ def _jobs_of(
 
 def _typed(method: str, name: str, values: Sequence[str]) -> dict[str, Any]:
     """The values of a field by how they were written, each of the type that the method gives it."""
-    from ..run.config import read_settings
+    from ..run.config import read_arguments
 
     typed: dict[str, Any] = {}
     for value in values:
         try:
-            typed[value] = read_settings(method, [f"--{name}={value}"])[name]
+            typed[value] = read_arguments(method, [f"--{name}={value}"])[name]
         except ValueError as error:
             raise ValueError(f"--{name} {value}: {error}") from None
     if len(set(map(key_of, typed.values()))) < len(values):

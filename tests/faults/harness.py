@@ -99,15 +99,15 @@ def make(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in content))
     for method, own in OWN.items():
-        recipe = {"model_name_or_path": str(folder / "model"), **SETTINGS, **own, "output_dir": "unused"}
+        recipe = {"model_name_or_path": str(folder / "model"), **SETTINGS, **own, "method": method}
         recipe["dataset_name"] = str(folder / "data" / own["dataset_name"])
-        path = folder / ("tofu" if method == "unlearn" else method) / "recipe.yaml"
+        path = recipe_of(folder, method)
         path.parent.mkdir()
         path.write_text(yaml.safe_dump(recipe))
 
 
 def recipe_of(folder, method):
-    return folder / ("tofu" if method == "unlearn" else method) / "recipe.yaml"
+    return folder / method / "recipe.yaml"
 
 
 class Run:
@@ -172,27 +172,25 @@ def left_behind(mark, at_once=False):
         time.sleep(0.1)
 
 
-def train(folder, method, out, *more):
+def start(folder, method, out):
+    """A run, or a comparison of two, from the beginning or from its last checkpoint."""
+    if method == "compare":
+        words = ["compare", recipe_of(folder, "dpo"), "--output_dir", out, "--learning_rate", "1e-3", "2e-3"]
+        return Run([*words, "--jobs", "2"], out.with_name(f"{out.name}.log"), str(out))
     resume = ["--resume_from_checkpoint", "true"] if saved_checkpoints(out) else []
     if not resume:  # killed before its first checkpoint: what there is is moved away, and the run starts again
         shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
-    words = [method, "--config", recipe_of(folder, method), "--output_dir", out, *resume, *more]
-    return Run(words, out.with_name(f"{out.name}.log"), str(out))
-
-
-def compare(folder, out):
-    words = ["compare", recipe_of(folder, "dpo"), "--output_dir", out, "--learning_rate", "1e-3", "2e-3", "--jobs", "2"]
+    words = [method, "--config", recipe_of(folder, method), "--output_dir", out, *resume]
     return Run(words, out.with_name(f"{out.name}.log"), str(out))
 
 
 def steps_of(out):
-    path = out / "metrics.jsonl"
-    return path.read_text().count('"loss"') if path.is_file() else 0
+    return sum(path.read_text().count('"loss"') for path in out.rglob("metrics.jsonl"))
 
 
 def folders_of(out):
-    return {path.name for path in out.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    return set(out.rglob(f"{PREFIX_CHECKPOINT_DIR}-*"))
 
 
 def same_weights(one, other):
@@ -201,40 +199,25 @@ def same_weights(one, other):
 
 
 def kill_at_random(folder, method, out, chance):
-    """Kill one run and resume it; says where the kill fell, and what became of it."""
-    run = train(folder, method, out)
-    step, in_checkpoint = chance.randrange(1, STEPS), chance.random() < 0.5
-    if in_checkpoint:
-        run.wait(lambda: steps_of(out) >= step and not run.poll())
+    """Kill a run, or a comparison and in every other try its runs too, and start it again; says what became of it."""
+    run, compares = start(folder, method, out), method == "compare"
+    step, other = chance.randrange(1, STEPS * (1 + compares)), chance.random() < 0.5
+    run.wait(lambda: steps_of(out) >= step)
+    if other and not compares:  # in a checkpoint
         before = folders_of(out)
         run.wait(lambda: folders_of(out) - before)
-        time.sleep(chance.uniform(0, 0.02))
-    else:
-        run.wait(lambda: steps_of(out) >= step)
-        time.sleep(chance.uniform(0, 0.05))
+    time.sleep(chance.uniform(0, 0.05))
     killed = run.kill() == -signal.SIGKILL
-    whole = {path.name for _, path in saved_checkpoints(out)}
-    found = {"killed": killed, "step": steps_of(out), "half_written": len(folders_of(out) - whole)}
-    found["left_behind"] = len(left_behind(str(out)))
-    if killed:
-        found["status"] = train(folder, method, out).wait()
-        found["left_behind"] += len(left_behind(str(out)))
-    return found
-
-
-def kill_compare(folder, out, chance):
-    """Kill a comparison, and in every other try its runs too; start it again."""
-    run = compare(folder, out)
-    step = chance.randrange(1, 2 * STEPS)
-    run.wait(lambda: sum(path.read_text().count('"loss"') for path in out.glob("*/*/*/metrics.jsonl")) >= step)
-    killed = run.kill() == -signal.SIGKILL
-    runs_too = chance.random() < 0.5
-    if runs_too:
+    if other and compares:
         for pid in left_behind(str(out), at_once=True):
             os.kill(pid, signal.SIGKILL)
-    found = {"killed": killed, "step": step, "runs_killed_too": runs_too, "half_written": 0}
-    found["status"] = compare(folder, out).wait()
-    found["left_behind"] = len(left_behind(str(out)))
+    found = {"killed": killed, "step": steps_of(out), "half_written": 0, "left_behind": 0, "status": 0}
+    if not compares:
+        found["half_written"] = len(folders_of(out) - {path for _, path in saved_checkpoints(out)})
+        found["left_behind"] = len(left_behind(str(out)))
+    if killed:
+        found["status"] = start(folder, method, out).wait()
+        found["left_behind"] += len(left_behind(str(out)))
     return found
 
 
@@ -242,18 +225,17 @@ def try_method(folder, method, tries, seed):
     """Count over the tries: kills, half-written checkpoints that were skipped, and what was lost or left behind."""
     whole = folder / f"{method}-whole"
     shutil.rmtree(whole, ignore_errors=True)
-    run = compare(folder, whole) if method == "compare" else train(folder, method, whole)
+    run = start(folder, method, whole)
     assert run.wait() == 0, run.log
-    expected = {path.parent.relative_to(whole): path.parent for path in models(whole)}
+    models = [path.parent for path in whole.rglob("model.safetensors") if PREFIX_CHECKPOINT_DIR not in path.parent.name]
+    expected = {path.relative_to(whole): path for path in models}
     assert len(expected) == (2 if method == "compare" else 1)
     count = {**NOTHING, "steps": []}
     for number in range(tries):
         out, chance = folder / f"{method}-{number}", random.Random(f"{method} {seed} {number}")
         shutil.rmtree(out, ignore_errors=True)
-        found = (
-            kill_compare(folder, out, chance) if method == "compare" else kill_at_random(folder, method, out, chance)
-        )
-        kept = found.get("status", 0) == 0 and all(same_weights(out / at, path) for at, path in expected.items())
+        found = kill_at_random(folder, method, out, chance)
+        kept = found["status"] == 0 and all(same_weights(out / at, path) for at, path in expected.items())
         count["tries"] += 1
         count["killed"] += found["killed"]
         count["half_written_skipped"] += found["half_written"]
@@ -262,11 +244,6 @@ def try_method(folder, method, tries, seed):
         count["steps"].append(found["step"])
         print(method, number, found, "kept" if kept else "LOST", flush=True)
     return count
-
-
-def models(folder):
-    """The models at the end of the runs of a comparison."""
-    return [path for path in folder.rglob("model.safetensors") if not path.parent.name.startswith("checkpoint-")]
 
 
 def main(words=None):
