@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -365,13 +365,15 @@ def _build_trainer(
             f"chat_template_path is {template!r}, and rows of question and answer are asked in the template of the "
             "model; leave it out, or start from a model that has the template."
         )
-    given, tokenizer = _name_model(method, script, args, model_config, asks, next(iter(datasets.values())))
+    given = _name_model(method, script, args, model_config, asks, next(iter(datasets.values())))
     prompt, form = None, PromptFormat(chat_template_kwargs=getattr(args, "chat_template_kwargs", None))
     if method in ASKING:
         form = PromptFormat.of(script, model_config.model_name_or_path)
     if asks:
         make = functools.partial(to_preferences, seed=args.seed) if method == "dpo" else to_prompt_completion
-        datasets, prompt = ask(datasets, tokenizer(), form, make)
+        where = {"revision": model_config.model_revision, "trust_remote_code": args.trust_remote_code}
+        tokenizer = given.get("processing_class") or AutoTokenizer.from_pretrained(given["model"], **where)
+        datasets, prompt = ask(datasets, tokenizer, form, make)
     elif method in ASKING and not kept and (unused := PromptFormat.of(script)) != PromptFormat():
         raise ValueError(f"{unused} is given, and the dataset has no columns question and answer for it; leave it out.")
     trainer_class = CLASSES[method][2]
@@ -406,10 +408,8 @@ def _build_trainer(
     return trainer, prompt
 
 
-def _name_model(
-    method: str, script: Any, args: Any, model_config: Any, asks: bool, train: Any
-) -> tuple[dict[str, Any], Callable[[], Any]]:
-    """What a trainer takes for `model_name_or_path`, and what gives the tokenizer before the trainer is there."""
+def _name_model(method: str, script: Any, args: Any, model_config: Any, asks: bool, train: Any) -> dict[str, Any]:
+    """What a trainer takes for `model_name_or_path`."""
     from trl import get_quantization_config
 
     name, revision = model_config.model_name_or_path, model_config.model_revision
@@ -426,17 +426,16 @@ def _name_model(
             tokenizer = build_bpe_tokenizer(train["text"])
         model = build_model(tokenizer, seed=args.seed, **(args.model_init_kwargs or {}))
         args.model_init_kwargs = None
-        return {"model": model, "processing_class": tokenizer}, lambda: tokenizer
+        return {"model": model, "processing_class": tokenizer}
     name = model_config.model_name_or_path = resolve_model(name)
-    shared = {"revision": revision or "main", "trust_remote_code": args.trust_remote_code}
     args.model_init_kwargs = {
-        **shared,
+        "revision": revision or "main",
+        "trust_remote_code": args.trust_remote_code,
         "attn_implementation": model_config.attn_implementation,
         "dtype": model_config.dtype,
         **(args.model_init_kwargs or {}),
     }
-    given = {"model": name, "quantization_config": get_quantization_config(model_config)}
-    return given, lambda: AutoTokenizer.from_pretrained(name, **shared)
+    return {"model": name, "quantization_config": get_quantization_config(model_config)}
 
 
 def _load_rewards(script: Any) -> list[Any]:
