@@ -356,24 +356,13 @@ def test_a_file_name_is_no_pattern(tmp_path, name):
     assert datasets["train"].to_list() == ROWS
 
 
-def test_a_cell_of_a_csv_is_the_text_that_stands_there(tmp_path):
-    (tmp_path / "rows.csv").write_text('\ufeffprompt,answer\nq1,None\nq2,007\n"q,3",NA\n\nq4,\n')
+@pytest.mark.parametrize("header", ["i,prompt,answer", ",prompt,answer", "\n\n,prompt,answer", "\ufeffi,prompt,answer"])
+def test_a_cell_of_a_csv_is_the_text_that_stands_there(tmp_path, header):
+    """Beside an index as pandas writes it too."""
+    (tmp_path / "rows.csv").write_text(f'{header}\n0,q1,None\n1,q2,007\n2,"q,3",NA\n\n3,q4,\n')
     datasets, _ = load("grpo", script(dataset_name=str(tmp_path / "rows.csv")), NO_MIXTURE, evaluates=False)
-    assert [(row["prompt"], row["answer"]) for row in datasets["train"]] == [
-        ("q1", "None"),
-        ("q2", "007"),
-        ("q,3", "NA"),
-        ("q4", None),
-    ]
-
-
-@pytest.mark.parametrize("header", [",prompt,answer", "i,prompt,answer,answer", "\n\n,prompt,answer"])
-def test_a_cell_is_text_too_where_a_column_has_no_name_or_that_of_another(tmp_path, header):
-    """As pandas writes its index."""
-    more = header.strip().count(",") - 2
-    (tmp_path / "rows.csv").write_text(f"{header}\n0,q1,None{',1' * more}\n1,q2,007{',2' * more}\n")
-    datasets, _ = load("grpo", script(dataset_name=str(tmp_path / "rows.csv")), NO_MIXTURE, evaluates=False)
-    assert datasets["train"]["answer"] == ["None", "007"] and datasets["train"]["prompt"] == ["q1", "q2"]
+    assert datasets["train"]["prompt"] == ["q1", "q2", "q,3", "q4"]
+    assert datasets["train"]["answer"] == ["None", "007", "NA", None]
 
 
 def every_way(path, method="sft"):
@@ -420,21 +409,6 @@ def test_every_way_to_read_csv_gives_what_stands_there(tmp_path, suffix, separat
     (tmp_path / f"rows.{suffix}").write_text("".join(f"{separator.join(line)}\n" for line in lines))
     for found in every_way(tmp_path / f"rows.{suffix}"):
         assert [tuple(value or "" for value in row.values()) for row in found] == rows
-
-
-@pytest.mark.parametrize(
-    ("line", "problem"),
-    [
-        ('{"id": 123456789012345678901}', "is no JSON .123456789012345678901 has more than 64 bits"),
-        ('{"text": "\\ud83d"}', "is no JSON .*surrogates"),
-        ("[" * 10**5, "is no JSON .*recursion"),
-        ('"a"', "holds 'a'; give an object"),
-    ],
-)
-def test_a_line_that_would_be_read_wrong_is_named(tmp_path, line, problem):
-    (tmp_path / "rows.jsonl").write_text(f'{{"id": 1}}\n{line}\n')
-    with pytest.raises(ValueError, match=f"Line 2 of .*rows.jsonl {problem}"):
-        open_dataset(str(tmp_path / "rows.jsonl"), None)
 
 
 def test_a_file_may_be_packed(tmp_path):
@@ -504,25 +478,6 @@ def test_text_and_messages_are_not_mixed(tmp_path):
             check_layout(datasets["train"], "train", "preference")
 
 
-def test_files_that_cannot_be_read_right_are_named(tmp_path):
-    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "a"}\n{"prompt": "\xe9"}\n')
-    (tmp_path / "more.csv").write_text("prompt,chosen,rejected\nHi, how?,c1,r1\n")
-    (tmp_path / "none.csv").write_text("prompt,chosen\n")
-    (tmp_path / "rows.txt").write_text("a\n")
-    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
-    (tmp_path / "saved" / "state.json").write_text("{")
-    for name, message in (
-        ("latin.jsonl", r"latin.jsonl is not UTF-8 .* at byte 28"),
-        ("more.csv", "more.csv raised .*row 0 has 4 fields and the header 3, so quote texts"),
-        ("none.csv", "Reading dataset_name .*none.csv raised .* no data"),
-        ("rows.txt", r"rows.txt is a file of another kind; give one that ends in .jsonl, "),
-        ("saved", "Reading dataset_name .*saved raised"),
-    ):
-        with pytest.raises(ValueError, match=message) as refusal:
-            load("dpo", script(dataset_name=str(tmp_path / name)), NO_MIXTURE, evaluates=False)
-        assert "\n" not in str(refusal.value)
-
-
 def test_folders(tmp_path):
     (tmp_path / "files").mkdir()
     write(tmp_path / "files" / "train.jsonl", ROWS)
@@ -535,39 +490,47 @@ def test_folders(tmp_path):
         assert len(datasets["eval"]) == rows and len(datasets["train"]) == 20 - (5 if split == "0.25" else 0)
 
 
+ONE = '{"a": 1}\n'
+
+
 @pytest.mark.parametrize(
-    ("content", "fields", "message"),
+    ("name", "content", "fields", "message"),
     [
-        (None, {}, "rows.jsonl is no file"),
-        ("", {}, "rows.jsonl is an empty file"),
-        ('{"a": 1}\n{"a": 1', {}, "Line 2 of .*rows.jsonl is no JSON .*; give one object on each line"),
-        ("not json at all", {}, "Line 1 of .*rows.jsonl is no JSON"),
-        ("[1, 2", {}, "rows.jsonl is no JSON .*, or one array of objects"),
-        (None, {"dataset_name": "./nowhere"}, "./nowhere is no folder and no file"),
-        ('{"a": 1}\n', {"dataset_config": "x"}, "dataset_config is 'x', and .* has no configs"),
-        ('{"a": 1}\n', {"dataset_test_split": "0.1"}, "leaves a part of the 1 rows empty"),
-        ('{"a": 1}\n', {"dataset_test_split": "1.5"}, "use a split's name or a share between 0 and 1"),
+        ("rows.jsonl", None, {}, "rows.jsonl is no file"),
+        ("rows.jsonl", "", {}, "rows.jsonl is an empty file"),
+        ("rows.jsonl", ONE + '{"a": 1', {}, "Line 2 of .*rows.jsonl is no JSON .*; give one object on each line"),
+        ("rows.jsonl", "[1, 2", {}, "rows.jsonl is no JSON .*, or one array of objects"),
+        ("rows.jsonl", ONE + '{"id": 123456789012345678901}', {}, "Line 2 .* no JSON .1234\\d+ has more than 64 bits"),
+        ("rows.jsonl", ONE + '{"text": "\\ud83d"}', {}, "Line 2 of .* is no JSON .*surrogates"),
+        ("rows.jsonl", ONE + "[" * 10**5, {}, "Line 2 of .* is no JSON .*recursion"),
+        ("rows.jsonl", ONE + '"a"', {}, "Line 2 of .* holds 'a'; give an object"),
+        ("latin.jsonl", ONE.encode() + b'{"a": "\xe9"}\n', {}, "latin.jsonl is not UTF-8 .* at byte 16"),
+        ("more.csv", "prompt,chosen,rejected\nHi, how?,c1,r1\n", {}, "row 0 has 4 fields and the header 3, so quote"),
+        ("none.csv", "prompt,chosen\n", {}, "Reading dataset_name .*none.csv raised .* no data"),
+        ("rows.txt", "a\n", {}, "rows.txt is a file of another kind; give one that ends in .jsonl, "),
+        ("state.json", "{", {"dataset_name": "{tmp}"}, "Reading dataset_name .* raised"),
+        ("rows.jsonl", None, {"dataset_name": "./nowhere"}, "./nowhere is no folder and no file"),
+        ("rows.jsonl", ONE, {"dataset_config": "x"}, "dataset_config is 'x', and .* has no configs"),
+        ("rows.jsonl", ONE, {"dataset_test_split": "0.1"}, "leaves a part of the 1 rows empty"),
+        ("rows.jsonl", ONE, {"dataset_test_split": "1.5"}, "use a split's name or a share between 0 and 1"),
         (
-            '{"a": 1}\n',
+            "rows.jsonl",
+            ONE,
             {"dataset_test_split": "dev"},
-            r"dataset_test_split is 'dev', and the dataset has \['train'\]; name one of these, or a share",
+            r"test_split is 'dev', .* \['train'\]; .* these, or a share",
         ),
-        (
-            '{"a": 1}\n',
-            {"dataset_train_split": "trian"},
-            r"dataset_train_split is 'trian', and the dataset has \['train'\]; name one of these\.",
-        ),
-        ('{"a": 1}\n', {"dataset_test_split": "0.5", "dataset_streaming": True}, "a streamed dataset cannot be parted"),
+        ("rows.jsonl", ONE, {"dataset_train_split": "trian"}, r"train_split is 'trian', .* \['train'\]; .* these\."),
+        ("rows.jsonl", ONE, {"dataset_test_split": "0.5", "dataset_streaming": True}, "a streamed .* cannot be parted"),
     ],
 )
-def test_what_cannot_be_loaded_is_named(tmp_path, content, fields, message):
-    path = tmp_path / "rows.jsonl"
+def test_what_cannot_be_loaded_is_named(tmp_path, name, content, fields, message):
     if content is not None:
-        path.write_text(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    fields = {key: str(tmp_path) if value == "{tmp}" else value for key, value in fields.items()}
     asked_only = fields.get("dataset_test_split") == "dev"  # a name is not looked for without evaluation
     for evaluates in (True,) if asked_only else (True, False):
         with pytest.raises(ValueError, match=message) as refusal:
-            load("dpo", script(**{"dataset_name": str(path), **fields}), NO_MIXTURE, evaluates=evaluates)
+            load("dpo", script(**{"dataset_name": str(tmp_path / name), **fields}), NO_MIXTURE, evaluates=evaluates)
         assert "\n" not in str(refusal.value)
 
 

@@ -45,9 +45,7 @@ def user(text):
 def test_every_character_survives_a_round_trip(tokenizer):
     text = "".join(map(chr, range(32, 127))) + "\n\n  two  spaces , 'tis n't ! \n"
     ids = tokenizer(text).input_ids
-    assert len(ids) == len(text)
-    assert tokenizer.unk_token_id not in ids
-    assert tokenizer.decode(ids) == text
+    assert len(ids) == len(text) and tokenizer.unk_token_id not in ids and tokenizer.decode(ids) == text
     assert tokenizer("aé").input_ids == [*tokenizer("a").input_ids, tokenizer.unk_token_id]
 
 
@@ -147,29 +145,9 @@ def test_every_end_of_the_generation_config_ends_an_answer(tiny_model, tokenizer
     assert end_token_ids(tiny_model(), endless) == [2] and end_token_ids(None, endless) == []
 
 
-# content in parts
-
-
-def test_the_text_of_content_parts_is_the_content(tokenizer):
-    parts = [{"type": "text", "text": "y"}, {"type": "text", "text": "es"}]
-    for role in ("system", "user", "assistant"):
-        flat, parted = (
-            tokenizer.apply_chat_template([{"role": role, "content": content}], tokenize=False)
-            for content in ("yes", parts)
-        )
-        assert parted == flat and "yes" in parted
-
-
-@pytest.mark.parametrize(
-    ("message", "problem"),
-    [
-        ({"role": "user", "content": [{"type": "image"}]}, "Unknown content of type image: use text"),
-        ({"role": "tool", "content": "x"}, "Unknown role tool: use system, user or assistant"),
-    ],
-)
-def test_what_the_template_cannot_write_is_refused_by_name(tokenizer, message, problem):
-    with pytest.raises(TemplateError, match=problem):
-        tokenizer.apply_chat_template([message], tokenize=False)
+def test_a_role_that_the_template_cannot_write_is_refused_by_name(tokenizer):
+    with pytest.raises(TemplateError, match="Unknown role tool: use system, user or assistant"):
+        tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
 
 
 # SmolLM2

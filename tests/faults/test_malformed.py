@@ -21,10 +21,6 @@ from ceu_rl.cli import main
 from ceu_rl.data.load import open_dataset
 from ceu_rl.data.rows import CONTEXTS, QUESTIONS, SYSTEMS, _leaves, check_layout
 from ceu_rl.run.config import parser_for, read_recipe
-from ceu_rl.stability.report import summarize
-from ceu_rl.stability.runs import STATUSES, Run
-from ceu_rl.stability.table import Table
-from ceu_rl.tofu.evaluate import read_result
 
 
 def volume(count):
@@ -173,57 +169,6 @@ def test_rows_through_the_trainer(folder, tiny_model, tokenizer, rows):
         trainer = CEUDPOTrainer(tiny_model(), tiny_model(), args, train_dataset=dataset, processing_class=tokenizer)
         trainer.train()
         assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
-
-
-# results
-
-
-@volume(200)
-@given(
-    result=st.one_of(
-        VALUES.map(json.dumps),
-        WORDS,
-        st.dictionaries(
-            st.sampled_from(["settings", "metrics", "steps", "eval_tokens", "versions", "date", "command", "seed"]),
-            VALUES,
-        ).map(json.dumps),
-    ),
-    log=st.lists(
-        st.one_of(
-            WORDS,
-            VALUES.map(json.dumps),
-            st.dictionaries(
-                st.sampled_from(["step", "loss", "grad_norm", "eval_logps/chosen", "eval_kl"]), SCALARS
-            ).map(json.dumps),
-        ),
-        max_size=4,
-    ),
-)
-def test_results_of_a_comparison(folder, result, log):
-    run = folder / "stock" / "recipe" / "0"
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "result.json").write_text(result, encoding="utf-8")
-    (run / "metrics.jsonl").write_text("\n".join(log), encoding="utf-8")
-    found = Run("stock", {}, 0, run)
-    assert found.status in STATUSES
-    summarize(Table([found]), "command")
-
-
-@volume(200)
-@given(
-    content=st.one_of(
-        st.binary(max_size=40),
-        VALUES.map(lambda v: json.dumps(v).encode()),
-        st.dictionaries(st.sampled_from(["split", "data", "tokenizer", "rows", "items", "summary"]), VALUES).map(
-            lambda v: json.dumps(v).encode()
-        ),
-    )
-)
-def test_results_of_an_evaluation(folder, content):
-    path = folder / "tofu_eval.json"
-    path.write_bytes(content)
-    with refused_in_a_sentence(str(path)):
-        raise AssertionError(f"{read_result(path)} was taken for a result")
 
 
 # code in the place of data
