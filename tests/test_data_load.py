@@ -140,7 +140,11 @@ def test_a_dataset_in_trls_own_layout_is_not_copied():
         ("preference", {"problem": "What is 1+2?", "chosen": "It is 3", "rejected": "It is 4"}, "'problem'"),
         ("preference", {"problem": "What is 1+2?", **ANSWERS}, "'problem'"),
         ("preference", {"题目": "法国的首都是哪里", "chosen": "首都是巴黎", "rejected": "首都是伦敦"}, "'题目'"),
-        ("preference", {"turns": [{**USER, "content": "What is 1+2?"}], "chosen": "It is 3", "rejected": "4"}, "'turns'"),
+        (
+            "preference",
+            {"turns": [{**USER, "content": "What is 1+2?"}], "chosen": "It is 3", "rejected": "4"},
+            "'turns'",
+        ),
         *[("preference", {**TEXT, name: "Of old."}, f"'{name}'") for name in ("document", "passage", "conversation")],
         ("preference", {**TEXT, "system_message": "Add."}, "'system_message'"),
         ("sft", {"text": "a", "instruction": "Of old."}, "'instruction'"),
