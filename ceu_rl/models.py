@@ -28,7 +28,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast, modeling_utils
 
 BUILTIN_MODEL = "builtin:llama"
-COMMAND = re.compile(r"^#\s*(ceu-rl \w+ --config \S+)")  # in the header of a recipe
+COMMAND = re.compile(r"(?m)^#\s*(ceu-rl \w+ --config \S+)")  # in the header of a recipe
 
 PAD, BOS, EOS, UNK = "<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>"
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -179,9 +179,9 @@ def _command_that_makes(name: str, recipe: Path) -> str | None:
     """The command in the header of the recipe whose `output_dir` is that folder."""
     root = next((parent for parent in recipe.resolve().parents if parent.name == "recipes"), recipe.resolve().parent)
     for path in sorted(root.rglob("*.yaml")):
-        lines = path.read_text(errors="replace").splitlines()
-        if any(re.fullmatch(rf"output[_-]dir:\s*['\"]?{re.escape(name)}/?['\"]?\s*(#.*)?", line) for line in lines):
-            return next((match[1] for line in lines if (match := COMMAND.search(line))), None)
+        text, made = path.read_text(errors="replace"), rf"(?m)^output_dir:\s*{re.escape(name)}\s*(#.*)?$"
+        if re.search(made, text) and (command := COMMAND.search(text)):
+            return command[1]
     return None
 
 

@@ -18,11 +18,7 @@ SAMPLE = ("Where does she live?", "In Oslo.")  # what the fingerprint is made of
 
 @dataclass
 class PromptArguments(ScriptArguments):
-    """`trl.ScriptArguments` for question and answer: how they become a text.
-
-    Raises:
-        ValueError: for `chat_template_kwargs` that are no object.
-    """
+    """`trl.ScriptArguments` for question and answer: how they become a text."""
 
     template: str | None = field(
         default=None,
@@ -61,10 +57,8 @@ class PromptFormat:
     | `question_answer` | `"Question: {question}\\nAnswer:"` | `" {answer}"` |
     | a text with `{question}` and `{answer}` | what is before `{answer}` | the rest, blanks before it included |
 
-    Args:
-        template: None is `chat` if the tokenizer has a chat template, else `question_answer`.
-        system_prompt: A message before the question; `chat` alone.
-        chat_template_kwargs: What the chat template takes besides, such as `date_string` or `enable_thinking`.
+    A template of None is `chat` if the tokenizer has a chat template, else `question_answer`. `chat` alone takes a
+    `system_prompt`, a message before the question, and `chat_template_kwargs`, such as `date_string`.
     """
 
     template: str | None = None
@@ -174,11 +168,7 @@ class PromptFormat:
 
 
 def recorded_format(model: str | Path) -> PromptFormat | None:
-    """The prompt that `result.json` in a model's folder says that it was trained with, if it says so.
-
-    Raises:
-        ValueError: for a result that is cut short.
-    """
+    """The prompt that `result.json` in a model's folder says that it was trained with, if it says so."""
     found = recorded_run(model).get("prompt")
     return found and PromptFormat(found["template"], found["system_prompt"], found["chat_template_kwargs"])
 

@@ -150,7 +150,7 @@ class _Judge:
         if isinstance(value, list):
             for turn in value:
                 if problem := _turn_problem(turn, column == "conversations", self.blank_user, self.pictured):
-                    raise refuse(column, f"{problem} in", "give each message a role and content")
+                    raise refuse(column, f"{problem} in", "give each message a role and text")
             if (completes or column == "messages") and is_empty(value[-1]):
                 raise refuse(column, "an empty", rest)
         elif not isinstance(value, str) or column in ("messages", "conversations"):

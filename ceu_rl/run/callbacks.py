@@ -41,19 +41,15 @@ class ProgressBar(ProgressCallback):
 class MetricsFile(TrainerCallback):
     """Appends every log entry to `metrics.jsonl` at once, so that a run that dies keeps its curves."""
 
-    begun = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.begun = False
+    mode = "w"
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A resumed run starts from the log of its checkpoint; one that fails before leaves the file as it was
-        entries, mode = (state.log_history[-1:], "a") if self.begun else (state.log_history, "w")
-        self.begun = True
+        entries = state.log_history[-1:] if self.mode == "a" else state.log_history
         if state.is_world_process_zero:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            with open(Path(args.output_dir, "metrics.jsonl"), mode) as file:
+            with open(Path(args.output_dir, "metrics.jsonl"), self.mode) as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        self.mode = "a"
 
 
 class HeldOutFile(TrainerCallback):
@@ -123,9 +119,6 @@ class StartModel:
 
     Where the trainer keeps it as its reference, or the policy is it without the adapter, nothing is loaded. Else it is
     loaded as TRL loads a reference; between evaluations it is sharded (FSDP, ZeRO-3) or lies in the host's memory.
-
-    Raises:
-        ValueError: where it would have to be loaded and FSDP would leave it empty.
     """
 
     def __init__(self, trainer: Any) -> None:

@@ -100,7 +100,7 @@ def fingerprint(dataset: Any) -> str:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What differs between two runs as `run.json` has them, by its name: as it was, and as it is now.
+    """What differs between two runs as `run.json` has them: as it was, and as it is now.
 
     Data are judged by their rows where both runs know them, else by what names them.
     """
@@ -129,8 +129,7 @@ def moving(settings: Mapping[str, Any]) -> dict[str, Any]:
 def check_resumes(checkpoint: str | Path, engine: DistributedType) -> None:
     """Raise a ValueError if another kind of engine saved the checkpoint, whose optimizer this one cannot read, or none.
 
-    One process and data parallel are of one kind, and FSDP and DeepSpeed of one each, with any number of processes for
-    FSDP. The weights alone can be read by every engine.
+    One process and data parallel are of one kind, and FSDP and DeepSpeed of one each.
     """
     found = _saved_by(checkpoint)
     if found != {engine} & set(_MARKS):
@@ -231,11 +230,7 @@ class WholeCheckpoints:
 
 
 def mend_generation_config(model: Any) -> None:
-    """Take out of the model's generation config what transformers ignores, and refuses to save.
-
-    Raises:
-        ValueError: if it cannot be saved without it either.
-    """
+    """Take out of the model's generation config what transformers ignores, and refuses to save."""
     config = getattr(model, "generation_config", None)
     if config is None:
         return

@@ -107,9 +107,8 @@ def read_recipe(method: str, path: str | Path) -> dict[str, Any]:
     """The fields of a recipe, typed.
 
     Raises:
-        ValueError: with the file, for what is no UTF-8, no YAML or no mapping, and with the field for one that is given
-            twice, that the method does not have, or whose value has another type.
-        OSError: if it cannot be read.
+        ValueError: with the file, for what is no recipe, and with the field for one that is given twice, that the
+            method does not have, or whose value has another type.
     """
     path, parser = Path(path), parser_for(method)
     lists = {action.dest for action in parser._actions if action.nargs == "+"} - {"datasets"}
@@ -139,12 +138,7 @@ def read_recipe(method: str, path: str | Path) -> dict[str, Any]:
 
 
 def recipe_method(path: str | Path) -> str:
-    """The field `method` of a recipe: the command that trains it.
-
-    Raises:
-        ValueError: for a recipe that [`read_recipe`] cannot read, or whose method is missing or unknown.
-        OSError: if it cannot be read.
-    """
+    """The field `method` of a recipe: the command that trains it; a ValueError where it is missing or unknown."""
     method = load_yaml(Path(path)).get("method")
     if method not in CLASSES:
         raise ValueError(f"{path}: method is {method!r}; write one of {', '.join(CLASSES)}, as in `method: dpo`.")
@@ -156,7 +150,6 @@ def read_arguments(method: str, argv: Sequence[str]) -> dict[str, Any]:
 
     Raises:
         ValueError: as for [`read_recipe`], and for words that are no option.
-        SystemExit: after `--help` and `--help-all`.
     """
     if asked := {"-h", "--help", "--help-all"} & set(argv):
         print_help(method, "--help-all" in asked)

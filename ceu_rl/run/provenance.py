@@ -81,9 +81,8 @@ def peak_memory_gib() -> float:
 def peak_memory(device: torch.device) -> dict[str, float]:
     """Peak memory in GiB of the process that took most of it; every process must call it.
 
-    Returns:
-        `peak_memory_gib`: of tensors on the GPU, and on a CPU what is resident; `peak_host_memory_gib`: what is
-        resident; on a GPU also `peak_reserved_gib`: what its allocator held.
+    `peak_memory_gib` is of tensors on the GPU, and on a CPU what is resident; `peak_reserved_gib` what the GPU's
+    allocator held.
     """
     resident = _resident_gib()
     peaks = {"peak_memory_gib": resident, "peak_host_memory_gib": resident}
@@ -100,11 +99,7 @@ def _resident_gib() -> float:
 
 
 def write_json(path: Path, content: Mapping[str, Any], allow_nan: bool = True) -> None:
-    """Write a result file, whole or not at all.
-
-    Raises:
-        ValueError: for a number that is not finite, unless `allow_nan`.
-    """
+    """Write a result file, whole or not at all; a ValueError names a number that is not finite, unless `allow_nan`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=2, allow_nan=allow_nan) + "\n"
     part = path.with_name(f"{path.name}.part")

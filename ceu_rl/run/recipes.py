@@ -19,11 +19,7 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def recipes_folder() -> Path:
-    """Where the recipes lie: in the package of a wheel, beside it in a checkout.
-
-    Raises:
-        FileNotFoundError: if they are in neither place.
-    """
+    """Where the recipes lie: in the package of a wheel, beside it in a checkout."""
     for folder in (PACKAGE / "_recipes", PACKAGE.parent / "recipes"):
         if folder.is_dir():
             return folder
