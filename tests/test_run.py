@@ -233,6 +233,7 @@ def test_what_is_saved_names_its_model_and_no_cache(recipe, base, tmp_path, monk
     assert main(["dpo", "--config", recipe(**fields)]) == 0
     card = Path("out/README.md").read_text()
     assert f"fine-tuned version of [{name}](https://huggingface.co/{name})" in card if name else f"`{cache}`" in card
+    assert 'pipeline("text-generation", model="out"' in card and "None" not in card
     lora = recipe(**fields, use_peft=True, output_dir="lora")
     assert main(["dpo", "--config", lora]) == 0
     for folder in (Path("lora"), Path("lora/checkpoint-1")):

@@ -179,8 +179,9 @@ class WholeCheckpoints:
                 settings.get("model_name_or_path") or trainer.model.config._name_or_path or type(trainer.model).__name__
             )
             name = Path(name).name if Path(name).is_absolute() else name
-            # TRL names no model that is a folder, or was made in memory
-            card.write_text(card.read_text().replace("[None](https://huggingface.co/None)", f"`{name}`"))
+            # TRL names no model that is a folder, or was made in memory, and none that is not on the Hub
+            text = card.read_text().replace("[None](https://huggingface.co/None)", f"`{name}`")
+            card.write_text(text.replace('model="None"', f'model="{card.resolve().parent.name}"'))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         trainer: Any = self
