@@ -111,7 +111,11 @@ def test_what_is_wrong_is_named_with_file_and_field(recipe, text, message):
         (["--config", "/no/such.yaml"], "names '/no/such.yaml', which is no file"),
         (["R.yaml"], "R.yaml is no option; write --config R.yaml"),
         (["--ceu_cof", "1"], "no field 'ceu_cof'; did you mean ceu_coef"),
-        (["--max_steps", "1", "2"], "no field '2'"),
+        (["--lr", "1"], "no field 'lr'; did you mean learning_rate"),
+        (["--batch-size", "1"], "no field 'batch-size'; did you mean per_device_train_batch_size"),
+        (["--epochs=1"], "no field 'epochs'; did you mean num_train_epochs"),
+        (["--data", "a"], "no field 'data'; did you mean dataset_name"),
+        (["--max_steps", "1", "2"], "no field '2'; ceu-rl dpo --help-all"),
         (["--seed"], "argument --seed: expected one argument"),
     ],
 )

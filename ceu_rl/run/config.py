@@ -41,7 +41,7 @@ MIXED = ("scale_rewards", "pad_to_multiple_of", "include_num_input_tokens_seen",
 # What the help of a command shows after the fields of our own config
 USED = (
     *("model_name_or_path", "dataset_name", "dataset_test_split", "output_dir", "learning_rate", "max_steps"),
-    *("per_device_train_batch_size", "max_length", "use_peft", "resume_from_checkpoint"),
+    *("num_train_epochs", "per_device_train_batch_size", "max_length", "use_peft", "resume_from_checkpoint"),
     *("packing", "beta", "reward_funcs", "num_generations", "use_vllm"),
 )
 _PARSER = threading.Lock()
@@ -214,10 +214,17 @@ def _parse(parser: Any, words: Sequence[str], where: str = "") -> dict[str, Any]
         if Path(rest[0]).suffix in (".yaml", ".yml"):
             raise ValueError(f"{rest[0]} is no option; write --config {rest[0]}.")
         name = rest[0].lstrip("-").partition("=")[0]
-        close = difflib.get_close_matches(name.replace("-", "_"), [action.dest for action in parser._actions], n=1)
+        asked, fields = name.replace("-", "_"), [action.dest for action in parser._actions]
+        # batch_size is a part of its field's name, and lr are its first letters
+        named = [one for one in USED if asked.isidentifier() and (asked in one or asked == _initials(one))]
+        close = named or difflib.get_close_matches(asked, fields, n=1)
         hint = f"did you mean {close[0]}?" if close else f"{parser.prog} --help-all lists what there is."
         raise ValueError(f"{where}There is no field {name!r}; {hint}")
     return vars(namespace)
+
+
+def _initials(name: str) -> str:
+    return "".join(word[0] for word in name.split("_"))
 
 
 def _check_variables(value: Any, path: Path) -> dict[str, Any]:

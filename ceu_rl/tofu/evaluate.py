@@ -244,6 +244,7 @@ def main(argv: Sequence[str]) -> int:
                 f"--relearn is {args.relearn} and --relearn_learning_rate {args.relearn_learning_rate}; use a number "
                 "of steps and a finite rate above 0."
             )
+        get_split(args.split)  # what can fail comes before the model is loaded
         path, result = command.run(["tofu-eval", *argv], args, RESULT, _evaluate)
     command.save(path, result, ("quantized", "relearned"))
     if args.format:
