@@ -2,7 +2,6 @@
 
 import itertools
 import re
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -39,13 +38,6 @@ def test_what_is_over_at_once_prints_nothing(clock, capsys):
         for _ in range(100):
             shown.update(1)
     assert capsys.readouterr().err == ""
-
-
-def test_a_terminal_gets_a_bar(monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with Progress("scoring", 10) as shown:
-        shown.update(10)
-    assert "10/10" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

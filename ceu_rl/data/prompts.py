@@ -106,14 +106,12 @@ class PromptFormat:
                 f"The tokenizer's chat template refuses the prompt ({error}); change system_prompt "
                 f"({self.system_prompt!r}) or chat_template_kwargs ({self.chat_template_kwargs!r})."
             ) from error
-        try:  # the function that gives a template the date, in whose place newer transformers take only plain values
+        try:  # without the function that gives a template the date
             settled.texts(tokenizer, *SAMPLE, strftime_now="")
         except TypeError as error:
             raise ValueError(
-                "The tokenizer's chat template writes today's date, so that the same model would get another result "
-                "tomorrow; pin the date that it was trained with, as in chat_template_kwargs "
-                '\'{"date_string": "10 Apr 2025"}\' (open-unlearning\'s Llama 3), or, where the template takes none, '
-                "in a chat template of its own."
+                "The tokenizer's chat template writes today's date, so that results would change from day to day; pin "
+                'it, as in chat_template_kwargs \'{"date_string": "10 Apr 2025"}\', or in a template of its own.'
             ) from error
         return settled
 

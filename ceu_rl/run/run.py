@@ -208,8 +208,7 @@ def _check_names(arguments: Mapping[str, Any], argv: Sequence[str]) -> None:
     if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").is_file():
         raise ValueError(
             f"model_name_or_path {name} is an adapter and no whole model; merge it into its base first, with peft's "
-            "AutoPeftModelForCausalLM.from_pretrained(NAME).merge_and_unload().save_pretrained(FOLDER), and copy its "
-            "tokenizer there."
+            "merge_and_unload, and save that with its tokenizer."
         )
     if reward := arguments.get("reward_model_name_or_path"):
         check_model_name(reward, recipe, "reward_model_name_or_path")
