@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from .losses import anchor_log_ratio
-from .route import DescentConfig, DescentTrainer, check_trl_version
+from .route import DescentConfig, DescentTrainer  # which refuses another TRL, where the next may not be
+
+# isort: split
+from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
+
 from .run.checkpoints import WholeCheckpoints
 from .run.checks import StopAtNonFinite
 from .run.engines import Float32Outputs
-
-check_trl_version()  # before an import that another version may not have
-from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer  # noqa: E402
 
 
 @dataclass
@@ -30,7 +31,6 @@ class CEUAsyncGRPOConfig(DescentConfig, AsyncGRPOConfig):
     Raises:
         ValueError: for an unknown rule, a parameter out of range or one that the rule does not read, or
             `use_liger_kernel`.
-        ImportError: for a version of TRL that this package was not tested with.
     """
 
     def check(self) -> None:
@@ -51,7 +51,6 @@ class CEUAsyncGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Flo
 
     Raises:
         ValueError: before any step, for a model without a language-model head.
-        ImportError: for a version of TRL that this package was not tested with.
         FloatingPointError: at the step whose loss or gradient is not finite.
     """
 

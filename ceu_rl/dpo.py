@@ -29,7 +29,6 @@ class CEUDPOConfig(DescentConfig, DPOConfig):
     Raises:
         ValueError: for an unknown rule, a parameter out of range or one that the rule does not read, or
             `use_liger_kernel`.
-        ImportError: for a version of TRL that this package was not tested with.
     """
 
 

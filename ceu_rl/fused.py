@@ -22,7 +22,6 @@ them in bfloat16 or float32 and reads them twice, in the kernel of `fused_kernel
 import importlib.util
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -154,12 +153,6 @@ class _Plan:
     chunk_size: int
     kernels: ModuleType | None
 
-    def chunks(self, rows: int) -> Iterator[tuple[slice, int]]:
-        """Each chunk, and how many of its rows are CE-U."""
-        for start in range(0, rows, self.chunk_size):
-            stop = min(start + self.chunk_size, rows)
-            yield slice(start, stop), max(0, min(self.unlearned, stop) - start)
-
 
 class _FusedLoss(torch.autograd.Function):
     """The sum of the losses times a scale; `backward` only scales the gradients that `forward` has formed."""
@@ -168,10 +161,37 @@ class _FusedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: _Plan
     ) -> torch.Tensor:
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
-        ctx.kernels = plan.kernels
-        hidden, weight = hidden.to(plan.dtype), weight.to(plan.dtype)
-        losses, ctx.gradients = _losses_and_gradients(hidden, weight, bias, plan, ctx.dtypes)
+        rows, kernels, exact = len(hidden), plan.kernels, torch.promote_types(plan.dtype, torch.float32)
+        ctx.kernels, ctx.dtypes = kernels, [None if each is None else each.dtype for each in (hidden, weight, bias)]
+        hidden, weight = hidden.to(plan.dtype), weight.to(plan.dtype).contiguous()  # the kernel reads its rows
+        new = torch.empty if rows else torch.zeros  # the first product overwrites what is there
+        # A sum over chunks, or what the exact way has yet to scale, is in float32
+        once = (kernels, kernels and plan.chunk_size >= rows, False)
+        kinds = [each if whole and each == plan.dtype else exact for each, whole in zip(ctx.dtypes, once, strict=True)]
+        ctx.gradients = grad_hidden, grad_weight, grad_bias = [
+            new(tensor.shape, dtype=kind, device=hidden.device) if wanted and tensor is not None else None
+            for tensor, kind, wanted in zip((hidden, weight, bias), kinds, plan.form, strict=True)
+        ]
+        losses = hidden.new_empty(rows, dtype=exact)
+        # The products of a GPU read aligned rows; some of a CPU compute with what lies between them
+        shape = (min(plan.chunk_size, rows), math.ceil(len(weight) / 64) * 64 if hidden.is_cuda else len(weight))
+        logits = hidden.new_empty(shape, dtype=plan.dtype if kernels else exact)[:, : len(weight)]
+        softmax_of_others_ = kernels.softmax_of_others_ if kernels else _softmax_of_others_
+        for start in range(0, rows, plan.chunk_size):
+            chunk = slice(start, start + plan.chunk_size)
+            h, labels = hidden[chunk], plan.labels[chunk]
+            z, unlearned = logits[: len(h)], max(0, min(plan.unlearned - start, len(h)))
+            _product(h, weight.t(), z)
+            given = (plan.scale, plan.logit_scale, plan.softcap, any(plan.form))
+            log_odds, entropy = softmax_of_others_(z, h, weight, bias, labels, unlearned, *given)
+            losses[chunk] = _losses(log_odds, entropy, unlearned)
+            if grad_hidden is not None:
+                _product(z, weight, grad_hidden[chunk])
+            if grad_weight is not None:
+                _product(z.t(), h, grad_weight, add=start > 0)
+            if grad_bias is not None:
+                sums = z.sum(dim=0, dtype=exact)
+                grad_bias.copy_(grad_bias + sums if start else sums)
         return losses.sum() * plan.scale
 
     @staticmethod
@@ -190,54 +210,6 @@ class _FusedLoss(torch.autograd.Function):
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         return (*scaled, None)
-
-
-def _losses_and_gradients(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: _Plan, dtypes: list[torch.dtype]
-) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """The losses of the rows, and the gradients of their sum times the scale."""
-    exact = torch.promote_types(plan.dtype, torch.float32)
-    weight = weight.contiguous()  # the kernel reads its rows
-    losses = hidden.new_empty(len(hidden), dtype=exact)
-    new = torch.empty if len(hidden) else torch.zeros  # the first product overwrites what is there
-    # A sum over chunks, or what the exact way has yet to scale, is in float32
-    once = (plan.kernels, plan.kernels and plan.chunk_size >= len(hidden), False)
-    kinds = [each if whole and each == plan.dtype else exact for each, whole in zip(dtypes, once, strict=True)]
-    gradients = [
-        new(tensor.shape, dtype=kind, device=hidden.device) if wanted and tensor is not None else None
-        for tensor, kind, wanted in zip((hidden, weight, bias), kinds, plan.form, strict=True)
-    ]
-    grad_hidden, grad_weight, grad_bias = gradients
-    # The products of a GPU read aligned rows; some of a CPU compute with what lies between them
-    padded = math.ceil(len(weight) / 64) * 64 if hidden.is_cuda else len(weight)
-    logits = hidden.new_empty(min(plan.chunk_size, len(hidden)), padded, dtype=plan.dtype if plan.kernels else exact)[
-        :, : len(weight)
-    ]
-    softmax_of_others_ = plan.kernels.softmax_of_others_ if plan.kernels else _softmax_of_others_
-    for chunk, unlearned in plan.chunks(len(hidden)):
-        h, z = hidden[chunk], logits[: chunk.stop - chunk.start]
-        _product(h, weight.t(), z)
-        log_odds, entropy = softmax_of_others_(
-            z,
-            h,
-            weight,
-            bias,
-            plan.labels[chunk],
-            unlearned,
-            plan.scale,
-            plan.logit_scale,
-            plan.softcap,
-            any(plan.form),
-        )
-        losses[chunk] = _losses(log_odds, entropy, unlearned)
-        if grad_hidden is not None:
-            _product(z, weight, grad_hidden[chunk])
-        if grad_weight is not None:
-            _product(z.t(), h, grad_weight, add=chunk.start > 0)
-        if grad_bias is not None:
-            sums = z.sum(dim=0, dtype=exact)
-            grad_bias.copy_(grad_bias + sums if chunk.start else sums)
-    return losses, gradients
 
 
 def _losses(log_odds: torch.Tensor, entropy: torch.Tensor, unlearned: int) -> torch.Tensor:

@@ -31,7 +31,6 @@ class CEUGRPOConfig(DescentConfig, GRPOConfig):
         ValueError: for an unknown rule, a parameter out of range or one that the rule does not read, settings that
             would count an importance ratio twice, `use_liger_kernel`, or a `weight_sync_steps` below 1, without vLLM or
             with its sleep mode.
-        ImportError: for a version of TRL that this package was not tested with.
     """
 
     weight_sync_steps: int = field(

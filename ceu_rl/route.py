@@ -41,6 +41,11 @@ from .run.checks import check_language_model, check_numbers
 from .run.errors import import_function
 
 SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
+if trl.__version__ not in SUPPORTED_TRL:
+    raise ImportError(
+        f"trl is {trl.__version__}, and its fused LM head is not a stable interface; install a tested version: "
+        f"pip install 'trl{SUPPORTED_TRL}'."
+    )
 CITATION = textwrap.dedent("""\
     @article{yang2025ceu,
         title  = {{CE-U: Cross Entropy Unlearning}},
@@ -240,9 +245,7 @@ def route_descent(model: PreTrainedModel, weight: Weight | None = None, coef: fl
 
     Raises:
         ValueError: if coef is out of range or the model has no fused head.
-        ImportError: if TRL is of another version than the one whose fused head this was written for.
     """
-    check_trl_version()
     check_ranges(ceu_coef=coef)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if "fused_lm_head" not in inspect.signature(base.forward, follow_wrapped=False).parameters:
@@ -267,15 +270,6 @@ def descent_metrics(record: torch.Tensor) -> dict[str, float]:
         "ceu/descending_fraction": descending / max(tokens, 1.0),
         "ceu/weight_mean": total / max(descending, 1.0),
     }
-
-
-def check_trl_version() -> None:
-    """Raise an ImportError unless TRL is of a version whose fused LM head this package was tested with."""
-    if trl.__version__ not in SUPPORTED_TRL:
-        raise ImportError(
-            f"trl is {trl.__version__}, and its fused LM head is not a stable interface; "
-            f"install a tested version: pip install 'trl{SUPPORTED_TRL}'."
-        )
 
 
 # the config and the trainer
@@ -325,7 +319,6 @@ class DescentConfig:
     )
 
     def __post_init__(self) -> None:
-        check_trl_version()
         if self.drop_descending:
             warnings.warn(
                 "drop_descending is deprecated; use descent_rule='constant', constant_weight=0, ceu_coef=1.",

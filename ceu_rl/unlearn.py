@@ -42,7 +42,7 @@ from .losses import (
     weighted_gradient_ascent_loss,
 )
 from .models import end_token_ids
-from .route import CITATION, check_trl_version, own_config
+from .route import CITATION, own_config
 from .run.checkpoints import WholeCheckpoints
 from .run.checks import (
     StopAtNonFinite,
@@ -108,7 +108,6 @@ class UnlearnConfig(SFTConfig):
 
     Raises:
         ValueError: for a field out of its range, or a setting of `SFTConfig` that unlearning does not honour.
-        ImportError: for a version of TRL that this package was not tested with.
     """
 
     loss_type: str = field(
@@ -158,7 +157,6 @@ class UnlearnConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        check_trl_version()
         check_choices(self, {"loss_type": tuple(METHODS)})
         check_choices(self.method, {"retain_loss_type": RETAIN_LOSSES[: 3 if self.loss_type == "rmu" else 2]})
         check_numbers(vars(self))

@@ -275,18 +275,10 @@ def test_peft(make_trainer, tiny_model, peft_config):
 def test_mixture_of_experts(make_trainer, tokenizer):
     def moe():
         torch.manual_seed(0)
-        return MixtralForCausalLM(
-            MixtralConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=32,
-                intermediate_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                num_local_experts=4,
-                output_router_logits=True,
-            )
-        )
+        sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 32)
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+        config = MixtralConfig(len(tokenizer), **sizes, **heads, num_hidden_layers=2, output_router_logits=True)
+        return MixtralForCausalLM(config)
 
     def make(trainer_class, **settings):
         return make_trainer(trainer_class, model=moe(), ref_model=moe(), **settings)
