@@ -90,7 +90,16 @@ def fused_linear_unlearning_loss(
             or a label outside the vocabulary.
         RuntimeError: on a second backward pass through the same loss.
     """
-    _check(hidden, weight, labels, unlearn_mask, bias, reduction, softcap, chunk_size)
+    _check_shapes(hidden, weight, labels, unlearn_mask, bias)
+    if reduction not in ("mean", "sum"):
+        raise ValueError(
+            f"reduction is {reduction!r}; use 'mean' or 'sum', or losses.cross_entropy_unlearning_loss on logits for "
+            "the loss of each token."
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}; use a number above 0, or None for no cap.")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; use at least 1 token.")
     kept = labels != ignore_index
     unlearned = kept if unlearn_mask is None else kept & unlearn_mask
     outside = kept & ((labels < 0) | (labels >= weight.shape[0]))
@@ -313,37 +322,15 @@ def lm_head_options(model: Any) -> dict[str, Any]:
     return {"softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": scale}
 
 
-def _check(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    unlearn_mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    reduction: str,
-    softcap: float | None,
-    chunk_size: int | None,
-) -> None:
-    """Raise a ValueError for an argument that does not fit, without reading a tensor's values."""
+def _check_shapes(hidden: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> None:
+    """Raise a ValueError for a tensor that does not fit the others (labels, mask and bias), without reading values."""
     h, w = tuple(hidden.shape), tuple(weight.shape)
-    if reduction not in ("mean", "sum"):
-        raise ValueError(
-            f"reduction is {reduction!r}; use 'mean' or 'sum', or losses.cross_entropy_unlearning_loss on logits for "
-            "the loss of each token."
-        )
-    for name, tensor, shape in (
-        ("labels", labels, h[:-1]),
-        ("unlearn_mask", unlearn_mask, h[:-1]),
-        ("weight", weight, (*w[:1], *h[-1:])),
-        ("bias", bias, w[:1]),
-    ):
+    shapes = {"weight": (*w[:1], *h[-1:]), "labels": h[:-1], "unlearn_mask": h[:-1], "bias": w[:1]}
+    for (name, shape), tensor in zip(shapes.items(), (weight, *others), strict=True):
         if tensor is not None and (tuple(tensor.shape) != shape or not h):
             found = tuple(tensor.shape)
             raise ValueError(f"{name}: shape {found} does not fit hidden {h} and weight {w}; give {shape}.")
+        if name == "unlearn_mask" and tensor is not None and tensor.dtype != torch.bool:
+            raise ValueError(f"unlearn_mask has dtype {tensor.dtype}; give a bool tensor, True where to unlearn.")
     if w[0] < 2:
         raise ValueError(f"the vocabulary has {w[0]} entry; CE-U needs at least 2, one of them not the label.")
-    if unlearn_mask is not None and unlearn_mask.dtype != torch.bool:
-        raise ValueError(f"unlearn_mask has dtype {unlearn_mask.dtype}; give a bool tensor, True where to unlearn.")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}; use a number above 0, or None for no cap.")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; use at least 1 token.")

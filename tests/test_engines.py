@@ -16,7 +16,6 @@ import yaml
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
-from transformers import AutoModelForCausalLM
 
 from ceu_rl.run import engines
 from ceu_rl.run.checkpoints import check_resumes
@@ -206,16 +205,6 @@ def test_a_checkpoint_goes_on_under_an_engine_of_its_kind(launch, saved, resumed
     for case, name in zip(("dpo", "dpo-lora"), goes_on, strict=True):
         (_, weights), (_, theirs) = read(folder / "one" / case), read(folder / resumed / name.replace("/", "-"))
         assert_same_weights(weights, theirs, start)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("saved", ["fsdp2", "fsdp2-sharded", pytest.param("zero3", marks=deepspeed)])
-def test_another_kind_of_engine_refuses_a_checkpoint_and_takes_its_weights(launch, saved):
-    folder, _ = launch(saved, *SAVED)
-    name = f"dpo+5@{saved}/dpo+3"
-    _, printed = launch("one", name)
-    assert f"one {name}: " in printed and not (folder / "one" / name.replace("/", "-") / "log.json").exists()
-    AutoModelForCausalLM.from_pretrained(folder / saved / "dpo+3")
 
 
 @pytest.mark.parametrize(
