@@ -144,19 +144,13 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
             )
 
     def _check_rows(self, dataset: Any, name: str, given: dict[str, Any]) -> Any:
-        """The layout check, which spares a dataset without prompts where an environment's `reset` gives them."""
-        columns = getattr(dataset, "column_names", None) or ["prompt"]
-        prompted = not given.get("environment_factory")
-        if "completions" in columns and name == "train":
+        """The layout check; an environment's `reset` may give the prompts or their words, which TRL then judges."""
+        if name == "train" and "completions" in (getattr(dataset, "column_names", None) or ()):
             raise ValueError(
                 "The train dataset brings 'completions', and this trainer generates its own; use "
                 "ceu_rl.OfflineGRPOTrainer, or remove the column."
             )
-        if prompted or "prompt" in columns:
-            return check_layout(dataset, name, "prompt", blank_user=not prompted)
-        if isinstance(dataset, Dataset) and len(dataset) == 0:
-            raise ValueError(f"The {name} dataset has no rows; give it at least one.")
-        return dataset
+        return dataset if given.get("environment_factory") else check_layout(dataset, name, "prompt")
 
     @staticmethod
     def _knows_behaviour(given: dict[str, Any]) -> bool:

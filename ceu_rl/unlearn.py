@@ -592,6 +592,8 @@ def _check_sets(forget: Any, retain: Any, args: UnlearnConfig) -> None:
     for name, dataset in (("forget", forget), ("retain", retain)):
         if not isinstance(dataset, Dataset) and (name, dataset) != ("retain", None):
             raise ValueError(f"{name}_dataset is a {type(dataset).__name__}; give a datasets.Dataset.")
+        if dataset is not None and len(dataset) == 0:
+            raise ValueError(f"The {name} dataset has no rows; give it at least one.")
 
 
 def _check_disjoint(forget: Dataset, retain: Dataset, tokenizer: Any) -> None:

@@ -547,5 +547,3 @@ def test_prompts_may_have_a_format_or_a_transform():
     assert check_layout(asked, "train", "prompt") is asked
     with pytest.raises(ValueError, match="has no column 'prompt'"):
         check_layout(asked.with_transform(lambda batch: {"asked": batch["asked"]}), "train", "prompt")
-    blank = Dataset.from_list([{"prompt": [{"role": "user", "content": ""}]}])  # an environment adds the words
-    assert check_layout(blank, "train", "prompt", blank_user=True) is blank

@@ -277,7 +277,9 @@ def test_mixture_of_experts(make_trainer, tokenizer):
         torch.manual_seed(0)
         sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 32)
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
-        config = MixtralConfig(len(tokenizer), **sizes, **heads, num_hidden_layers=2, output_router_logits=True)
+        config = MixtralConfig(
+            vocab_size=len(tokenizer), **sizes, **heads, num_hidden_layers=2, output_router_logits=True
+        )
         return MixtralForCausalLM(config)
 
     def make(trainer_class, **settings):

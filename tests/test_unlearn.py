@@ -540,7 +540,9 @@ class TestBadInput:
     def test_a_mixture_of_experts_with_its_loss(self, make_trainer, tokenizer):
         sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 32)
         heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_local_experts"), 2)
-        config = MixtralConfig(len(tokenizer), **sizes, **heads, num_hidden_layers=1, output_router_logits=True)
+        config = MixtralConfig(
+            vocab_size=len(tokenizer), **sizes, **heads, num_hidden_layers=1, output_router_logits=True
+        )
         with pytest.raises(ValueError, match=r"router_aux_loss_coef is 0\.001, which unlearning does not support"):
             make_trainer(model=MixtralForCausalLM(config))
 

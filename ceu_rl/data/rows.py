@@ -45,15 +45,12 @@ def check_layout(
     kind: Kind,
     num_proc: int | None = None,
     text_field: str = "text",
-    *,
-    blank_user: bool = False,
 ) -> Dataset | IterableDataset:
     """Judge every row of a dataset before it is tokenized, and bring it into the layout that TRL reads right.
 
     A text is a string; a conversation a list of messages with a role and content. Completions must not be empty: the
-    last message has content, reasoning or a tool call. The rows of a stream are judged when they come. The user's turn
-    may be without words where `blank_user` says that an environment adds them. A dataset in which nothing has to
-    change is returned as it is.
+    last message has content, reasoning or a tool call. The rows of a stream are judged when they come. A dataset in
+    which nothing has to change is returned as it is.
 
     Raises:
         ValueError: for what is no dataset, no rows or a column that is missing, and with row and column for a value
@@ -74,7 +71,7 @@ def check_layout(
             f"The {name} dataset has no column 'prompt': the prompt is what 'chosen' and 'rejected' begin with alike, "
             f"and {others} is not read."
         )
-    judge = _Judge(name, kind, text_field, blank_user, pictured=bool({*IMAGES} & {*columns}))
+    judge = _Judge(name, kind, text_field, pictured=bool({*IMAGES} & {*columns}))
     unread = [column for column in LAYOUT if column in columns and column not in judged and kind != "prompt"]
     if isinstance(dataset, IterableDataset):
         return dataset.map(judge, with_indices=True, remove_columns=unread)
@@ -101,7 +98,6 @@ class _Judge:
     name: str
     kind: Kind
     text_field: str
-    blank_user: bool
     pictured: bool  # whether the dataset has a column of images
     chats: bool | None = None  # whether its first row is messages
 
@@ -149,7 +145,7 @@ class _Judge:
             raise refuse(column, "an empty", rest)
         if isinstance(value, list):
             for turn in value:
-                if problem := _turn_problem(turn, column == "conversations", self.blank_user, self.pictured):
+                if problem := _turn_problem(turn, column == "conversations", self.pictured):
                     raise refuse(column, f"{problem} in", "give each message a role and text")
             if (completes or column == "messages") and is_empty(value[-1]):
                 raise refuse(column, "an empty", rest)
@@ -404,7 +400,7 @@ def _squeezed(text: str) -> str:
     return " ".join(text.split())
 
 
-def _turn_problem(turn: Any, is_from_value: bool, blank_user: bool, pictured: bool) -> str | None:
+def _turn_problem(turn: Any, is_from_value: bool, pictured: bool) -> str | None:
     if is_from_value:  # a layout that TRL turns into messages
         return None if isinstance(turn, Mapping) and {"from", "value"} <= set(turn) else "a turn without from and value"
     if not isinstance(turn, Mapping):
@@ -418,7 +414,7 @@ def _turn_problem(turn: Any, is_from_value: bool, blank_user: bool, pictured: bo
     if unread := sorted(kinds & {"image", "image_url", "video", "audio"}) if not pictured else []:
         return f"content of type {unread[0]}, which TRL takes from a column 'images' alone,"
     # Many datasets have a system message of no words
-    empty = turn["role"] == "user" and not blank_user and is_empty(turn)
+    empty = turn["role"] == "user" and is_empty(turn)
     if empty or (turn["role"] == "system" and content is None):
         return f"a message without content ({_short(dict(turn))})"
     return None
