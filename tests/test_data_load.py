@@ -494,6 +494,15 @@ def test_folders(tmp_path):
         assert len(datasets["eval"]) == rows and len(datasets["train"]) == 20 - (5 if split == "0.25" else 0)
 
 
+@pytest.mark.parametrize(("files", "left"), [("a.jsonl b.csv", "b.csv"), ("train.jsonl more.jsonl", "more.jsonl")])
+def test_a_file_that_datasets_does_not_read_is_named(tmp_path, caplog, files, left):
+    for name in files.split():
+        write(tmp_path / name, ROWS)
+    with caplog.at_level("INFO", "ceu_rl"):
+        assert len(open_dataset(str(tmp_path), None)["train"]) == len(ROWS)
+    assert f"also holds {left}, which datasets does not read" in caplog.text
+
+
 ONE = '{"a": 1}\n'
 
 

@@ -28,7 +28,7 @@ from datasets import (
 from datasets.packaged_modules.csv.csv import CsvConfig
 from datasets.packaged_modules.json.json import JsonConfig
 
-from ..run.errors import NameCause
+from ..run.errors import NameCause, note
 from .rows import QUESTIONS, TEXTS, Kind, prompt_of
 
 KIND_OF: dict[str, Kind] = {"sft": "sft", "dpo": "preference", "grpo": "prompt", "unlearn": "sft"}
@@ -176,7 +176,11 @@ def _read(source: str, field: str, said: str, streaming: bool, **where: Any) -> 
     with _reading(field, said):
         builder = load_dataset_builder(source, **where)
         config, files = builder.config, {name: list(each) for name, each in (builder.config.data_files or {}).items()}
-        local = all(Path(file).is_file() for each in files.values() for file in each)
+        read = [Path(file) for each in files.values() for file in each]
+        local = all(map(Path.is_file, read))
+        beside = Path(source).iterdir() if Path(source).is_dir() else ()
+        if left := sorted({each.name for each in beside if each.suffix in BUILDERS} - {each.name for each in read}):
+            note(f"{field} {said} also holds {', '.join(left)}, which datasets does not read; name a file, or move it.")
         own = isinstance(config, CsvConfig | JsonConfig) and builder.info.features is None and (local or not streaming)
         if own and files:
             files = DownloadManager().download_and_extract(files)
