@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ceu_rl.cli import main
-from ceu_rl.run.recipes import copy_recipes, list_recipes, recipes_folder
+from ceu_rl.run.recipes import copy_recipes, list_recipes
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -74,10 +74,6 @@ def test_a_name_that_no_recipe_has(name, tmp_path, capsys):
     )
 
 
-def test_the_package_says_that_it_is_typed():
-    assert (ROOT / "ceu_rl" / "py.typed").is_file()
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """Built by what pyproject.toml names, without isolation: no download."""
@@ -119,10 +115,6 @@ def test_an_installed_wheel_finds_its_recipes(wheel, tmp_path):
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     assert ran.stdout.split() == [str(tmp_path / "ceu_rl" / "_recipes"), str(len(RECIPES))], ran.stderr
-
-
-def test_in_a_checkout_they_lie_beside_the_package():
-    assert recipes_folder().samefile(ROOT / "recipes")
 
 
 def test_tasks_need_nothing_of_their_extra_until_one_is_asked_for():

@@ -74,13 +74,9 @@ def test_verifier_against_python_addition():
             carry = int(right) // 10
         assert is_correct(prompt, trace)
         assert is_correct(f"{a}+{b}=", [{"role": "assistant", "content": trace}])
-        assert not is_correct(prompt, corrupt(trace, rng))
+        for wrong in (corrupt(trace, rng), "", str(a + b), f"{trace} ", f"{trace}\n", f"{trace}<|eos|>"):
+            assert not is_correct(prompt, wrong)
         assert not is_correct(prompt, f"{columns} {a + b + rng.choice([-100, -10, -1, 1, 10, 100])}")
-
-
-@pytest.mark.parametrize("wrong", ["", "3", "{} ", "{} 3", "{}\n", "{}<|eos|>"])
-def test_verifier_demands_the_exact_trace(wrong):
-    assert not is_correct("1+2=", wrong.format(addition_trace(1, 2)))
 
 
 def test_a_corruption_changes_one_computed_digit_and_reaches_all_of_them():
@@ -145,15 +141,6 @@ def test_no_question_is_in_both_splits_for_any_two_seeds(task):
             assert not train & test
 
 
-def test_dataset_depends_on_its_arguments_alone(preference):
-    random.seed(7)
-    state = random.getstate()
-    again = load_task_dataset("builtin:addition", "preference")
-    assert random.getstate() == state
-    for split in ("train", "test"):
-        assert again[split].to_list() == preference[split].to_list()
-
-
 @pytest.mark.parametrize("config, rate", CONFIGS.items())
 def test_config_sets_the_error_rate_of_the_computed_digits_alone(config, rate):
     data = load_task_dataset("builtin:addition", "sft", config)
@@ -184,15 +171,6 @@ def test_unknown_names_are_refused_with_the_choices(arguments, message):
 # reasoning gym
 
 
-def test_a_config_sets_the_fields_of_the_task_and_the_number_of_rows():
-    fields = "min_terms=3, max_terms=3, min_digits=2, max_digits=2, size=40"
-    data = load_task_dataset("reasoning_gym:chain_sum", "sft", fields)
-    assert (len(data["train"]), len(data["test"])) == (40, 40)
-    for row in data["train"]:
-        numbers = re.findall(r"\d+", row["prompt"][0]["content"])
-        assert len(numbers) == 3 and all(len(number) == 2 for number in numbers)
-
-
 @pytest.mark.parametrize(
     "task, config, seen",
     [
@@ -212,7 +190,7 @@ def test_a_config_sets_the_fields_of_the_task_and_the_number_of_rows():
 )
 def test_a_value_takes_the_type_of_its_field(task, config, seen):
     rows = load_task_dataset(f"reasoning_gym:{task}", "prompt", f"{config}, size=5")["train"]
-    assert all(seen(row["prompt"][0]["content"]) for row in rows)
+    assert len(rows) == 5 and all(seen(row["prompt"][0]["content"]) for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -398,12 +376,13 @@ def test_every_wrong_solution_makes_a_pair_with_a_right_one_or_the_human_one(tmp
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (f"{json.dumps(solved(0))}\n{{", "problem 2 (JSONDecodeError"),
-        (f"{json.dumps(solved(0))}\n[]", "problem 2 (TypeError"),
-        (f"{json.dumps(solved(0))}\n{{}}", "problem 2 (KeyError"),
+        (f"{json.dumps(solved(0))}\n{{", "Line 2 of"),
+        (f"{json.dumps(solved(0))}\n[]", "Line 2 of"),
+        ('{"question": "?"}', "KeyError('6b_finetuning')"),
+        (f'{json.dumps(solved(0))}\n{{"question": "?"}}', "NoneType"),
         (json.dumps({**solved(0), "6b_finetuning": {"is_correct": "false", "solution": "a"}}), "is_correct is 'false'"),
         (json.dumps(solved(0, *gsm8k.MODELS)), "has no wrong solution to reject"),
-        (json.dumps(solved(0)).encode("utf-16"), "in.jsonl is not as published"),
+        (json.dumps(solved(0)).encode("utf-16"), "is not UTF-8"),
     ],
 )
 def test_a_file_that_is_not_the_published_one_is_named_with_the_problem(content, message, tmp_path, capsys):
@@ -421,16 +400,14 @@ def test_a_file_that_is_not_the_published_one_is_named_with_the_problem(content,
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_scoring_leaves_no_trace(tokenizer, model, preference, training):
+def test_scoring_leaves_no_trace(model, preference, training):
     right_padded = build_tokenizer()
     right_padded.padding_side = "right"
     model.train(training)
-    torch.manual_seed(5)
     before = torch.get_rng_state()
     evaluate_task(model, right_padded, TASK, list(preference["test"].select(range(4))), seed=0)
     assert torch.equal(torch.get_rng_state(), before)
-    assert model.training is training
-    assert right_padded.padding_side == "right"
+    assert model.training is training and right_padded.padding_side == "right"
 
 
 def test_sampling_follows_its_own_seed_whatever_the_callers_state(tokenizer, model):

@@ -105,29 +105,16 @@ def test_the_bytes_of_a_token_are_those_that_a_model_keeps(tokenizer):
 
 def test_batches_keep_to_the_memory_of_the_device_and_are_not_of_one_row(monkeypatch):
     """An 8B model with 128k tokens: 512 rows of 700 tokens would take 47 GB, and one prompt a forward wastes a GPU."""
-    config = LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    )
+    sizes = {"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    config = LlamaConfig(**sizes, num_attention_heads=32, num_key_value_heads=8)
     model = types.SimpleNamespace(config=config, dtype=torch.bfloat16)
-    assert cache_bytes(model) == 131_072
     memory = types.SimpleNamespace(total_memory=80 * 2**30)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: memory)
-    device = torch.device("cuda")
-    lengths = [200 + place % 500 for place in range(512)]
-    for row_bytes in (
-        lambda length: cache_bytes(model) * (length + 512),
-        lambda length: forward_bytes(model) * length,
-    ):
+    device, lengths = torch.device("cuda"), [200 + place % 500 for place in range(512)]
+    for row_bytes in (lambda n: cache_bytes(model) * (n + 512), lambda n: forward_bytes(model) * n):
         plan = plan_batches(lengths, row_bytes, device)
         assert sorted(itertools.chain(*plan)) == list(range(512))
-        for batch in plan:
-            longest = max(lengths[place] for place in batch)
-            assert len(batch) * row_bytes(longest) <= 10 * 2**30
+        assert all(len(batch) * row_bytes(max(lengths[place] for place in batch)) <= 10 * 2**30 for batch in plan)
         assert min(map(len, plan[:-1])) > 15
     assert max(map(len, plan_batches(lengths, lambda length: 1, device))) == 512
     assert [len(batch) for batch in plan_batches([5, 9, 1], lambda length: 2**60, device)] == [1, 1, 1]

@@ -273,16 +273,14 @@ def test_the_precision_is_a_setting_and_recorded(result_of, learned, bpe, tmp_pa
     assert result_of("model", "out", model=tmp_path / "half", dtype=dtype, limit=1)["dtype"] == expected
 
 
-def test_a_limit_takes_the_first_rows_and_is_compared_with_the_same(command, refused, result, learned, bpe, folder):
-    _, retain = command("retain", limit=2)
-    found = json.loads(retain.read_text())
+def test_a_limit_takes_the_first_rows_and_is_compared_with_the_same(command, result_of, refused, result, tmp_path):
+    found = result_of("model", "few", limit=2)
     assert found["limit"] == 2 and set(found["rows"].values()) == {2}
-    first = evaluate(learned, bpe, str(folder), "forget01", limit=2, max_new_tokens=NEW_TOKENS, retain=retain)
     for config in CONFIGS:
-        for one, other in zip(first["items"][config], result["items"][config], strict=False):
-            assert one["log_prob"] == pytest.approx(other["log_prob"], rel=1e-5)
-    assert "forget_quality" in first["summary"]
-    refused(command("model", retain=retain)[0], r"has another limit \(2\) than this model's \(None\)")
+        expected = [row["log_prob"] for row in result["items"][config][:2]]
+        assert [row["log_prob"] for row in found["items"][config]] == pytest.approx(expected, rel=1e-5)
+    few = tmp_path / "few" / "tofu_eval.json"
+    refused(command("model", retain=few)[0], r"has another limit \(2\) than this model's \(None\)")
 
 
 def test_batching_changes_nothing_and_leaves_no_trace(learned, bpe, folder, result):
@@ -296,14 +294,6 @@ def test_batching_changes_nothing_and_leaves_no_trace(learned, bpe, folder, resu
             assert one["generation"] == other["generation"]
             assert one["log_prob"] == pytest.approx(other["log_prob"], rel=1e-4)
             assert one["min_k_plus_plus"] == pytest.approx(other["min_k_plus_plus"], rel=1e-3)
-
-
-def test_an_adapter_is_scored_as_its_model(learned, bpe, folder, result):
-    base = build_model(bpe, **TINY)
-    base.load_state_dict(learned.state_dict())
-    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
-    found = evaluate(adapted, bpe, str(folder), "forget01", max_new_tokens=NEW_TOKENS)
-    assert found["summary"] == pytest.approx(result["summary"], rel=1e-3)
 
 
 def test_an_answer_after_tuned_prompts_is_scored_where_it_stands(learned, bpe):

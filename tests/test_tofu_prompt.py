@@ -11,7 +11,6 @@ import torch
 from datasets import Dataset
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoTokenizer
-from trl import TrlParser
 
 from ceu_rl.cli import main as command_line
 from ceu_rl.data.prompts import PromptArguments, PromptFormat
@@ -227,17 +226,10 @@ def test_a_prompt_that_cannot_be_is_refused(template, given, message):
         )
 
 
-def test_arguments_come_from_a_recipe_and_from_the_command_line(tmp_path):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("dataset_name: x\nchat_template_kwargs: {date_string: 10 Apr 2025}\nsystem_prompt: Help.\n")
-    (script,) = TrlParser((PromptArguments,)).parse_args_and_config(["--config", str(recipe)])
-    assert PromptFormat.of(script) == PromptFormat(None, "Help.", DATE)
-    argv = ["--dataset_name", "x", "--chat_template_kwargs", json.dumps(DATE)]
-    (script,) = TrlParser((PromptArguments,)).parse_args_and_config(argv)
-    assert PromptFormat.of(script) == PromptFormat(None, None, DATE)
-    for wrong in ("{", "[1]", "3"):
-        with pytest.raises(ValueError, match="chat_template_kwargs is "):
-            PromptArguments(dataset_name="x", chat_template_kwargs=wrong)
+@pytest.mark.parametrize("wrong", ["{", "[1]", "3"])
+def test_arguments_of_a_template_are_an_object(wrong):
+    with pytest.raises(ValueError, match="chat_template_kwargs is "):
+        PromptArguments(dataset_name="x", chat_template_kwargs=wrong)
 
 
 def test_the_prompt_goes_from_training_to_unlearning_to_evaluation(llama, folder, tmp_path, capfd, caplog):

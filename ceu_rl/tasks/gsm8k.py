@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ceu_rl.data.load import open_dataset
 from ceu_rl.tasks.protocol import conversation
 
 MODELS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
@@ -44,15 +45,12 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.pairs.exists():
         raise ValueError(f"{args.pairs} exists; choose another name, or move it away.")
-    pairs: list[dict[str, Any]] = []
-    number = 0
+    solutions = open_dataset(str(args.solutions), None, field="solutions")["train"]
     try:
-        for number, line in enumerate(filter(str.strip, args.solutions.read_text(encoding="utf-8-sig").split("\n"))):
-            pairs += make_pairs(number, json.loads(line))
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        pairs = [pair for number, problem in enumerate(solutions) for pair in make_pairs(number, problem)]
+    except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{args.solutions} is not as published at problem {number + 1} ({type(error).__name__}: {error}); take "
-            "example_model_solutions.jsonl."
+            f"{args.solutions} is not as published ({error!r}); take example_model_solutions.jsonl."
         ) from error
     if not pairs:
         raise ValueError(f"{args.solutions} has no wrong solution to reject; take example_model_solutions.jsonl.")

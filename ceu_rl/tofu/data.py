@@ -130,9 +130,10 @@ def ask(
     asked = {name: one for name, one in datasets.items() if has_questions(one)}
     for name, one in asked.items():
         check_questions(one, name)
+    made = {name: make(one, tokenizer, prompt) for name, one in asked.items()}
     first = next(iter(next(iter(asked.values()))))
     note(prompt.example(tokenizer, first["question"], first["answer"]))
-    return {**datasets, **{name: make(one, tokenizer, prompt) for name, one in asked.items()}}, prompt.record(tokenizer)
+    return {**datasets, **made}, prompt.record(tokenizer)
 
 
 def checked_row(tokenizer: Any, prompt: PromptFormat, question: Any, answer: Any, where: str) -> dict[str, Any]:
