@@ -27,7 +27,7 @@ from ..tasks.generate import (
 from . import metrics
 from .data import checked_row, tokenize
 
-TOGETHER = 128  # answers that are kept together: what a kill loses at most
+TOGETHER = 256  # answers that are kept together: what a kill loses at most
 
 
 @dataclass
