@@ -9,7 +9,7 @@ import pytest
 from ceu_rl.models import build_model
 from ceu_rl.run import callbacks
 from ceu_rl.run.callbacks import HeldOutFile, Pace, TaskScore
-from ceu_rl.stability.grid import Run
+from ceu_rl.stability.runs import Run
 from ceu_rl.stability.table import ACCURACIES, Table
 from ceu_rl.tasks import Task
 

@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 
 from ceu_rl.cli import main
-from ceu_rl.stability import grid, report, runs
+from ceu_rl.stability import job, report, runs
 from ceu_rl.stability import launch as launch_module
 
 # Trains for two seconds, with a checkpoint at each step; a killed one goes on from the last of them
@@ -35,7 +35,8 @@ while step < 20:
     time.sleep(0.1)
     step += 1
     (folder / f"checkpoint-{step}").mkdir()
-    (folder / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json"):
+        (folder / f"checkpoint-{step}" / name).write_text("{}")
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": step, "loss": 0.5}) + "\\n")
 (folder / "result.json").write_text(json.dumps({"settings": settings, "steps": step}))
@@ -50,7 +51,7 @@ def launch(tmp_path, monkeypatch, capsys):
         (tmp_path / "dpo" / f"{arm}.yaml").write_text(yaml.safe_dump({"method": "dpo", "max_steps": 20}))
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(grid, "MODULE", [sys.executable, "stand_in.py"])  # of the folder where it was started
+    monkeypatch.setattr(job, "MODULE", [sys.executable, "stand_in.py"])  # of the folder where it was started
     monkeypatch.setattr(report, "_html", lambda *args: "a page")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
 
@@ -75,7 +76,8 @@ def starts(folder):
 
 def assert_all_finished(status, out, folder):
     assert status == 0, out
-    assert [run.status for run in runs.find_runs(folder / "runs")] == ["finished"] * 4
+    found = [runs.Run("", {}, 0, path.parent) for path in folder.glob("runs/*/*/*/run.json")]
+    assert [run.status for run in found] == ["finished"] * 4
 
 
 def test_submitit_runs_them_at_the_same_time_and_keeps_what_is_done(launch, tmp_path):
@@ -103,12 +105,12 @@ def test_the_report_is_drawn_as_each_run_ends(launch, tmp_path, monkeypatch):
     assert drawn == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("launcher", "package", "extra"), [("ray", "ray", "ray"), ("submitit", "submitit", "slurm")])
-def test_a_launcher_without_its_package_is_one_sentence(launch, monkeypatch, launcher, package, extra):
-    monkeypatch.setitem(sys.modules, package, None)
+@pytest.mark.parametrize(("launcher", "extra"), [("ray", "ray"), ("submitit", "slurm")])
+def test_a_launcher_without_its_package_is_one_sentence(launch, monkeypatch, launcher, extra):
+    monkeypatch.setitem(sys.modules, launcher, None)
     status, out = launch(launcher)
     (line,) = out.splitlines()[1:]
-    assert status == 2 and f"--launcher {launcher} needs the package {package}" in line and f"'ceu-rl[{extra}]'" in line
+    assert status == 2 and f"--launcher {launcher} needs its package" in line and f"'ceu-rl[{extra}]'" in line
 
 
 @pytest.fixture
@@ -214,36 +216,27 @@ def test_each_job_gets_one_of_the_visible_gpus(at_once, monkeypatch):
     assert launched["CUDA_VISIBLE_DEVICES"] == ("5,7" if at_once == 1 else "5")
 
 
-def test_the_time_of_each_run_is_its_own_and_the_first_estimate_is_from_its_first_steps(tmp_path):
-    """The second run's bar kept the end of the first, with nothing left. Loading takes 20 s here and a step 5 s."""
-    now, console = SimpleNamespace(at=0.0), Console(file=io.StringIO(), width=200)
-
-    def added(name, **settings):
-        (tmp_path / name).mkdir()
-        return bars.add(name, job=SimpleNamespace(folder=tmp_path / name, settings=settings))
-
-    def logged(task, seconds, done, **entry):
-        now.at = seconds
-        lines = [json.dumps({"step": 0}), json.dumps(entry)]
-        (task.fields["job"].folder / "metrics.jsonl").write_text("\n".join(lines))
-        bars.show([task], done)
-
-    with launch_module.Bars(3, console, get_time=lambda: now.at) as bars:
-        first = added("stock", max_steps=10)
-        for seconds, step in ((20, 0), (25, 1), (30, 2), (35, 3)):
-            logged(first, seconds, 0, step=step)
-        assert (first.fields["at"], first.completed) == ("3 of 10 steps", pytest.approx(0.3))
-        assert (first.elapsed, first.time_remaining) == (35, 35)
-        assert bars.all.elapsed == 35 and bars.all.time_remaining == pytest.approx(135, abs=1)
-        now.at = 70.0
-        bars.end(first, "finished")
-        second = added("ceu", num_train_epochs=2.0)
-        bars.show([second], 1)
-        # Nothing is known of it yet
-        assert (second.fields["at"], second.completed, second.elapsed, second.time_remaining) == ("", 0, 0, None)
-        assert len(bars.tasks) == 2 and bars.all.fields["at"] == "1 of 3" and bars.all.elapsed == 70
-        for seconds, epoch in ((90, 0.5), (100, 1.0)):
-            logged(second, seconds, 1, step=9, epoch=epoch)
-        assert (second.fields["at"], second.elapsed, second.time_remaining) == ("step 9", 30, 20)
-    lines = [line for line in console.file.getvalue().splitlines() if "left" in line]
-    assert lines == ["stock: 2 of 10 steps, about 0 min 40 s left"]
+def test_the_bar_has_the_share_of_all_steps_and_the_time_left_by_the_pace_since_the_first(tmp_path):
+    """The bar of a second run kept the end of the first. Loading takes 20 s here and a step of ten 5 s."""
+    now = SimpleNamespace(at=0.0)
+    jobs = [
+        SimpleNamespace(folder=tmp_path / "runs" / arm / "recipe" / "0", settings=settings)
+        for arm, settings in (("stock", {"max_steps": 10}), ("ceu", {"num_train_epochs": 2.0}))
+    ]
+    with launch_module._bar(Console(file=io.StringIO()), get_time=lambda: now.at) as bar:
+        bar.add_task("", total=2)
+        (task,) = bar.tasks
+        for job_, seconds, done, entry in (
+            *((jobs[0], 20 + 5 * step, 0, {"step": step}) for step in range(4)),
+            (jobs[1], 100, 1, {"step": 9, "epoch": 0.5}),
+        ):
+            job_.folder.mkdir(parents=True, exist_ok=True)
+            (job_.folder / "metrics.jsonl").write_text(json.dumps({"step": 0}) + "\n" + json.dumps(entry))
+            now.at = seconds
+            launch_module.show(bar, [job_], done)
+            if seconds == 35:
+                assert (task.description, task.completed) == ("0 of 2 runs, stock/recipe/0 at step 3 of 10", 0.3)
+                assert (task.elapsed, task.time_remaining) == (35, 85)  # 17 of 20 steps
+        assert (task.description, task.completed) == ("1 of 2 runs, ceu/recipe/0 at step 9", 1.25)
+        launch_module.show(bar, [SimpleNamespace(folder=tmp_path / "none", settings={})], 1)
+        assert (task.description, task.elapsed) == ("1 of 2 runs", 100)

@@ -17,18 +17,9 @@ from ceu_rl.stability.table import (
     paired_bootstrap,
     preference_scores,
     setting_name,
-    spikes,
 )
 
 # Measures of a series
-
-
-def test_spikes():
-    calm = [1.0, 2.0, 3.0, 2.0, 1.0]  # median 2
-    assert spikes([*calm, 20.0]) == [] and spikes([*calm, 20.1]) == [5]
-    assert spikes([*calm, math.nan, math.inf, 21.0]) == [7]
-    assert spikes([100.0, 1.0, 1.0, 1.0, 50.0]) == []  # the first five are no spikes
-    assert spikes([1.0] * 5 + [100.0] * 3 + [1001.0], window=3) == [5, 6, 8]  # at the last the median is 100
 
 
 def test_drawdown():
@@ -240,8 +231,6 @@ def test_how_a_run_ended_is_a_field(tmp_path):
         assert runs["running"].reason == "It is at step 3 of 60."
     assert Run("stock", {}, 0, runs["running"].folder).status == "interrupted"
     assert "at step 3" in runs["interrupted"].reason and runs["failed"].reason == message
-    lost = written(tmp_path, "lost", metrics={"eval_loss": math.nan})
-    assert (lost.status, "eval_loss (nan)" in lost.reason) == ("diverged", True)
     assert written(tmp_path, "none", steps=0).status == "failed"
 
 

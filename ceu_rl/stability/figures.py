@@ -4,7 +4,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -36,36 +36,14 @@ STYLE: Any = {
     "axes.edgecolor": GREY,
     "grid.color": "#e4e4e4",
 }
-TITLES = {  # of the curves, by their metric
-    "greedy accuracy": "greedy accuracy",
-    "sampled accuracy": "sampled accuracy",
-    "eval_reward": "reward, held out",
-    "reward": "reward, training",
-    "preference accuracy": "preference accuracy, held out",
-    "DPO loss": "DPO loss, held out",
-    "chosen": "chosen log-probability, nats per {unit}",
-    "rejected": "rejected log-probability, nats per {unit}",
-    "eval_world_facts_probability": "probability of the right world facts",
-    "eval_real_authors_probability": "probability of the right real authors",
-    "eval_solutions_nll": "NLL of solutions, nats per token",
-    "eval_solutions_kl": "KL from the start on solutions, nats per token",
-    "grad_norm": "gradient norm before clipping",
-    "loss": "loss",
-    "forget_loss": "loss on the forget set",
-    "retain_loss": "loss on the retain set",
-    "eval_kl": "KL from the start, nats per token",
-    "eval_sampled_entropy": "entropy of samples, nats per token",
-    "eval_entropy": "entropy, held out, nats per token",
-    "ceu/descending_below_0.01": "share of descending tokens below 0.01",
-    "ceu/descending_above_0.99": "share of descending tokens above 0.99",
-    "ceu/gradient_descending": "share of the gradient on descending tokens",
-    "ceu/gradient_below_0.01": "share of the gradient below 0.01",
-    "ceu/gradient_above_0.99": "share of the gradient above 0.99",
-    "rollout/ratio_positive": "importance ratio, positive advantage",
-    "rollout/ratio_negative": "importance ratio, negative advantage",
-    "rollout/mismatch_positive": "mismatch with rollouts in nats, positive advantage",
-    "rollout/mismatch_negative": "mismatch with rollouts in nats, negative advantage",
-}
+CURVES = (  # the metrics that are drawn over steps, by the names that runs and tables give them
+    *("greedy accuracy", "sampled accuracy", "eval_reward", "reward", "preference accuracy", "DPO loss"),
+    *("chosen", "rejected", "eval_world_facts_probability", "eval_real_authors_probability", "eval_solutions_nll"),
+    *("eval_solutions_kl", "grad_norm", "loss", "forget_loss", "retain_loss", "eval_kl", "eval_sampled_entropy"),
+    *("eval_entropy", "ceu/descending_below_0.01", "ceu/descending_above_0.99", "ceu/gradient_descending"),
+    *("ceu/gradient_below_0.01", "ceu/gradient_above_0.99", "rollout/ratio_positive", "rollout/ratio_negative"),
+    *("rollout/mismatch_positive", "rollout/mismatch_negative"),
+)
 
 
 class Look(NamedTuple):
@@ -96,71 +74,71 @@ def _styled(arms: Mapping[str, Look]) -> dict[str, Any]:
     }
 
 
-def finals(table: Table, arms: Mapping[str, Look]) -> list[dict[str, str]]:
-    """A figure for each score and condition in which a run has ended."""
-    found: list[dict[str, str]] = []
-    for score, condition in itertools.product(table.scores, table.about.condition.unique()):
-        ends = table.ends[(table.ends.score == score.name) & (table.ends.condition == condition)]
-        if ends.status.isin(("finished", "diverged")).any():
-            title = f"{score.name} ({condition})" if condition else score.name
-            found.append({"title": title, "svg": _final(ends, score, arms, f"final{len(found)}")})
+def finals(table: Table, arms: Mapping[str, Look]) -> list[dict[str, Any]]:
+    """For each score its final values by learning rate, a cross below for a run that diverged."""
+    found: list[dict[str, Any]] = []
+    for score in table.scores:
+        ends = table.ends_of(range(len(table.runs)), score).sort_values("rate", kind="stable")
+        ends["learning rate"] = ["" if math.isnan(each) else rate(each) for each in ends.rate]
+        known, diverged = ends.dropna(subset=["final"]), ends[ends.status == "diverged"]
+        if known.empty:
+            continue
+
+        def draw(axes: Axes, condition: str, score: Score = score, diverged: pd.DataFrame = diverged) -> None:
+            for base in table.ends_of(range(len(table.runs)), score).base.dropna().unique():
+                axes.axhline(base, color=GREY, lw=1, ls=":", zorder=1)
+                if score.kept and base > 0:
+                    axes.axhline(KEEP * base, color=GREY, lw=1, ls="--", zorder=1)
+            if "accuracy" in score.name:
+                axes.set_ylim(-0.04, 1.04)
+            for run in diverged[diverged.condition == condition].to_dict("records"):
+                look: Any = {"color": arms[run["arm"]].colour, "transform": axes.get_xaxis_transform()}
+                axes.plot([run["learning rate"]], 0.03, "x", ms=8, mew=2, zorder=4, **look)
+
+        means = known.groupby(["arm", "setting"], sort=False).final.mean()
+        spoken = ", ".join(f"{arm} {number(mean)} at {at}" for (arm, at), mean in means.items())
+        drawn = _strip(known, "learning rate", "final", "condition", arms, draw, f"final{len(found)}", spoken)
+        found.append({"title": score.name, **drawn})
     return found
-
-
-def _final(ends: pd.DataFrame, score: Score, arms: Mapping[str, Look], name: str) -> str:
-    """Final scores at each learning rate; a cross below for a run that diverged."""
-    ends = ends.assign(at=["" if math.isnan(each) else rate(each) for each in ends.rate]).sort_values("rate")
-    known, diverged = ends.dropna(subset=["final"]), ends[ends.status == "diverged"]
-    order, places = [arm for arm in arms if arm in set(ends.arm)], list(ends["at"].unique())
-
-    def draw(axes: Axes) -> None:
-        for base in sorted(set(ends.base.dropna())):
-            axes.axhline(base, color=GREY, lw=1, ls=":", zorder=1)
-            if score.kept and base > 0:
-                axes.axhline(KEEP * base, color=GREY, lw=1, ls="--", zorder=1)
-        style = {key: value for key, value in _styled(arms).items() if key in ("hue", "palette", "errorbar", "legend")}
-        apart = {"dodge": len(order) > 1 and min(0.5, 0.08 * len(order)), "hue_order": order, "order": places}
-        markers = [arms[arm].marker for arm in order]
-        sns.pointplot(known, x="at", y="final", markers=markers, ms=6, lw=1.5, ax=axes, **style, **apart)
-        axes.set(xlabel="learning rate" if ends.rate.notna().any() else "", ylabel="")
-        if "accuracy" in score.name:
-            axes.set_ylim(-0.04, 1.04)
-        for run in diverged.itertuples():
-            look: Any = {"color": arms[run.arm].colour, "transform": axes.get_xaxis_transform()}
-            axes.plot(places.index(run.at), 0.03, "x", ms=8, mew=2, zorder=4, **look)
-
-    means = known.groupby(["arm", "at"], sort=False).final.mean()
-    spoken = [f"{arm} {number(mean)}" + (f" at {at}" if at else "") for (arm, at), mean in means.items()]
-    return _drawn((5.0, 3.3), draw, name, f"Final {score.name}: {', '.join(spoken) or 'no run has finished'}.")
 
 
 def curves(table: Table, arms: Mapping[str, Look]) -> list[dict[str, Any]]:
-    """For each metric a strip of panels, one for each setting: means over seeds, bands over their range."""
-    values, settings = table.values[np.isfinite(table.values.value)], list(table.about.setting.unique())
+    """For each metric of `CURVES` its values over the steps."""
     found: list[dict[str, Any]] = []
-    for metric, title in TITLES.items():
-        logarithmic = metric == "grad_norm" or "ratio" in metric
+    values = table.values[np.isfinite(table.values.value)]
+    for metric in CURVES:
+        logarithmic = metric == "grad_norm" or "ratio_" in metric
         own = values[(values.metric == metric) & ((values.value > 0) | (not logarithmic))]
         if own.empty:
             continue
-        title = title.format(unit="token" if any(table.tokens) else "response")
-        panels = {"col": "setting", "col_order": [each for each in settings if each in set(own.setting)]}
-        style = _styled(arms) | ({"markers": False} if own.step.nunique() > 12 else {})
-        with sns.axes_style("ticks", STYLE), matplotlib.rc_context(STYLE):
-            grid = sns.relplot(
-                _binned(own), kind="line", x="step", y="value", height=2.5, aspect=1.3, **panels, **style
-            )
-            grid.set_titles("{col_name}" if len(settings) > 1 else "")
-            grid.set(ylabel="")
-            for axes in grid.axes.flat:
-                if logarithmic:
-                    _log_axis(axes)
-                axes.grid(True)
-                axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            svg = _svg(grid.figure, f"curve{len(found)}", f"{title} over steps: {', '.join(own.arm.unique())}.")
-            plt.close(grid.figure)
-        found.append({"title": title, "svg": svg, "panels": grid.axes.size})
+
+        def draw(axes: Axes, setting: str, logarithmic: bool = logarithmic) -> None:
+            if logarithmic:
+                _log_axis(axes)
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+        title = f"log-probability of {metric}, nats per token" if metric in ("chosen", "rejected") else metric
+        spoken = f"over steps: {', '.join(own.arm.unique())}"
+        drawn = _strip(_binned(own), "step", "value", "setting", arms, draw, f"curve{len(found)}", spoken)
+        found.append({"title": title, **drawn})
     return found
+
+
+def _strip(
+    frame: pd.DataFrame, x: str, y: str, column: str, arms: Mapping[str, Look], draw: Any, name: str, alt: str
+) -> dict[str, Any]:
+    """Panels side by side: means over seeds, with their range."""
+    style = _styled(arms) | ({"markers": False} if frame[x].nunique() > 12 else {})
+    style |= {"err_style": "bars"} if y == "final" else {}
+    with sns.axes_style("ticks", STYLE), matplotlib.rc_context(STYLE):
+        grid = sns.relplot(frame, kind="line", x=x, y=y, col=column, height=2.5, aspect=1.3, **style)
+        grid.set_titles("{col_name}" if grid.axes.size > 1 else "").set(ylabel="")
+        for panel, axes in grid.axes_dict.items():
+            axes.grid(True)
+            draw(axes, panel)
+        svg = _svg(grid.figure, name, alt)
+        plt.close(grid.figure)
+    return {"svg": svg, "panels": grid.axes.size}
 
 
 def _binned(frame: pd.DataFrame) -> pd.DataFrame:
@@ -182,51 +160,32 @@ def _log_axis(axes: Axes) -> None:
 def plane(found: Mapping[str, Any], arms: Mapping[str, Look], name: str) -> str:
     """Two coordinates of each arm at each setting, with its seeds; a line joins the settings of an arm."""
     points = found["points"]
-    floor = min([y for point in points for _, y in point["seeds"] if y > 0], default=1e-3) / 3
-    low = floor if found["logarithmic"] else -math.inf
-
-    def draw(axes: Axes) -> None:
-        def mark(places: Sequence[Sequence[float]], marker: str, **look: Any) -> None:
-            axes.plot(*zip(*((x, max(y, low)) for x, y in places), strict=True), marker, **look)
-
+    with sns.axes_style("whitegrid", STYLE), matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.2, 4.2), layout="constrained")
+        axes = figure.subplots()
+        if found["logarithmic"]:
+            _log_axis(axes)
         for level, line in ((found.get("x_line"), axes.axvline), (found.get("y_line"), axes.axhline)):
             if level is not None:
                 line(level, color=GREY, ls="--", lw=1)
         for arm, look in arms.items():
             own = [point for point in points if point["arm"] == arm]
-            at = [(point["x"], point["y"]) for point in own]
-            if own:
-                mark(at, "-", color=look.colour, lw=0.9, alpha=0.55)
-                mark(
-                    [seed for point in own for seed in point["seeds"]],
-                    look.marker,
-                    color=look.colour,
-                    ms=3.5,
-                    alpha=0.4,
-                )
-                mark(at, look.marker, color=look.colour, ms=7, zorder=4)
+            seeds = np.array([seed for point in own for seed in point["seeds"]]).reshape(-1, 2)
+            style: Any = {"color": look.colour, "marker": look.marker}
+            axes.plot(*seeds.T, ls="", ms=3.5, alpha=0.4, **style)
+            axes.plot([point["x"] for point in own], [point["y"] for point in own], lw=0.9, ms=7, **style)
             for point in own:
                 where: Any = {"xytext": (6, -9), "textcoords": "offset points", "fontsize": 7.5, "color": look.colour}
-                axes.annotate(rate(point["rate"]) if point["rate"] else "", (point["x"], max(point["y"], low)), **where)
-        if lost := [(point["x"], point["y"]) for point in points if point["lost"]]:
-            mark(lost, "x", color="black", ms=8, mew=1.6, zorder=5)
-        for label, (x, y) in found["around"].items():
-            mark([(x, y)], "*", color="black", ms=11, zorder=5)
-            axes.annotate(label, (x, max(y, low)), (0, 8), textcoords="offset points", fontsize=8, ha="center")
-        if found["logarithmic"]:
-            _log_axis(axes)
+                axes.annotate(rate(point["rate"]) if point["rate"] else "", (point["x"], point["y"]), **where)
+                if point["lost"]:
+                    axes.plot(point["x"], point["y"], "x", color="black", ms=8, mew=1.6, zorder=5)
+        for label, at in found["around"].items():
+            axes.plot(*at, "*", color="black", ms=11, zorder=5)
+            axes.annotate(label, at, (0, 8), textcoords="offset points", fontsize=8, ha="center")
         axes.set(xlabel=found["x"], ylabel=found["y"])
         axes.margins(0.12)
-
-    spoken = [f"{point['arm']} {number(point['x'])}, {number(point['y'])}" for point in points]
-    return _drawn((6.2, 4.2), draw, name, f"{found['y']} against {found['x']}: {'; '.join(spoken)}.")
-
-
-def _drawn(size: tuple[float, float], draw: Callable[[Axes], None], name: str, alt: str) -> str:
-    with sns.axes_style("whitegrid", STYLE), matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure.subplots())
-        return _svg(figure, name, alt)
+        spoken = [f"{point['arm']} {number(point['x'])}, {number(point['y'])}" for point in points]
+        return _svg(figure, name, f"{found['y']} against {found['x']}: {'; '.join(spoken)}.")
 
 
 def _svg(figure: Figure, name: str, alt: str) -> str:

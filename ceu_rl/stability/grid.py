@@ -2,7 +2,7 @@
 
     ceu-rl compare RECIPE.yaml ... [--learning_rate 1e-5 3e-5] [--seed 0 1 2] [--any_field v1 v2] [--jobs 2]
     ceu-rl compare RECIPE.yaml ... --dry_run
-    ceu-rl compare --report_only --output_dir DIR
+    ceu-rl compare RECIPE.yaml ... --report_only
 
 Each recipe is an arm, named after its file; the first is the baseline. The recipe's field `method` says how it is
 trained. A run lies in `OUTPUT_DIR/<arm>/<what varies>/<seed>/`, and its record in `run.json` there. The same command
@@ -16,40 +16,31 @@ import argparse
 import contextlib
 import hashlib
 import itertools
-import json
 import re
 import shlex
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
 
-from .runs import EVALUATIONS, FAILURE, LOG, RECORD, RESULT, Run, find_runs, key_of, rate, read_json, write_whole
+from .job import MODULE, Job, is_done
+from .runs import RECORD, Run, key_of, rate, read_json
 
-# What needs torch is imported where it is used: the process of each run imports this module too
-
-RECIPE = "recipe.yaml"  # the settings that a comparison gave to the run
 RESERVED = ("config", "output_dir", "resume_from_checkpoint")
 DEFAULT_SEED = 42  # of transformers
-MODULE = [sys.executable, "-m"]
 LONGEST = 80  # characters of a folder's name
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM."""
 
 
 def main(argv: Sequence[str]) -> int:
     """`ceu-rl compare`: 0 if each run finished or diverged, 1 if one failed, 130 for Ctrl-C, 143 for SIGTERM; raises a
     ValueError for bad input."""
 
-    def terminate(*_: Any) -> NoReturn:
-        raise _Terminated
+    def terminate(number: int, frame: Any) -> NoReturn:
+        raise KeyboardInterrupt(number)
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminate)
@@ -57,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         return _compare(argv, Console(), shlex.join(["ceu-rl", "compare", *argv]))
     except KeyboardInterrupt as error:
         print("ceu-rl compare: interrupted; the same command continues where it stopped.", file=sys.stderr)
-        return 143 if isinstance(error, _Terminated) else 130
+        return 143 if error.args else 130
 
 
 def _compare(argv: Sequence[str], console: Console, command: str) -> int:
@@ -66,8 +57,6 @@ def _compare(argv: Sequence[str], console: Console, command: str) -> int:
     from .launch import make_launcher, run_jobs
 
     args, recipes, fields = parse(argv)
-    if args.report_only and not recipes:
-        return _report(args.output_dir, find_runs(args.output_dir), console, command)
     folder = args.output_dir or Path("runs", f"{recipe_method(recipes[0])}-{recipes[0].resolve().parent.name}")
     jobs = make_jobs(recipes, fields, folder, args.accelerate_config, args.retain)
 
@@ -77,22 +66,22 @@ def _compare(argv: Sequence[str], console: Console, command: str) -> int:
     if args.report_only:
         return report(console)
     # Seed by seed, so that a grid that is cut short has every arm
-    pending = [job for job in sorted(jobs, key=lambda job: job.seed_place) if not is_done(job)]
+    pending = [job for job in sorted(jobs, key=lambda job: job.run.seed) if not is_done(job)]
     if args.dry_run:
         for job in jobs:
             _print_commands(job, "" if job in pending else "# done: ")
         return 0
     for job in pending:
         if model := job.settings.get("model_name_or_path"):
-            check_model_name(model, job.recipe)
-    options = {str(k): v for k, v in load_yaml(args.launcher_config).items()} if args.launcher_config else {}
+            check_model_name(model, Path(job.run.planned["recipe"]))
+    options = load_yaml(args.launcher_config) if args.launcher_config else {}
     folder.mkdir(parents=True, exist_ok=True)
     kept = len(jobs) - len(pending)
     console.print(f"{len(jobs)} runs in {folder}: {kept} done earlier and kept, {len(pending)} to do", soft_wrap=True)
     try:
         if pending:  # the report is there to look at before the last run is
             launcher = make_launcher(args.launcher, folder, args.jobs, options)
-            at_once = args.jobs or (1 if args.launcher == "local" else None)
+            at_once = args.jobs or (1 if args.launcher == "local" else len(pending))
             run_jobs(pending, launcher, at_once, console, lambda: report(Console(quiet=True)))
     except KeyboardInterrupt:
         report(console)
@@ -144,18 +133,12 @@ def _parser() -> argparse.ArgumentParser:
     option("--launcher", choices=LAUNCHERS, default="local", help="where the runs run; default: local")
     option("--launcher_config", type=Path, help="YAML: options of a Ray task, or of submitit's AutoExecutor")
     option("--dry_run", action="store_true", help="print the command of each run, and run nothing")
-    option("--report_only", action="store_true", help="draw the report again; without recipes, of every run there")
+    option("--report_only", action="store_true", help="draw the report again, and run nothing")
     return parser
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Path], dict[str, list[str]]]:
-    """The options of the comparison, its recipes, and the values of each field of its grid.
-
-    Raises:
-        ValueError: for an option with a value of the wrong type, or a field without a value, given twice, or set by the
-            comparison.
-        SystemExit: after `--help`.
-    """
+    """The options of the comparison, its recipes, and the values of each field of its grid; a ValueError for others."""
     from ..run.config import ALIASES
 
     args, rest = _parser().parse_known_args([_underscored(word) for word in argv])
@@ -180,9 +163,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Path], dict[str
         fields[name] = [value] if value else []
     if lacking := [name for name, values in fields.items() if not values]:
         raise ValueError(f"--{lacking[0]} has no value; give at least one.")
-    if not recipes and fields and args.report_only:
-        raise ValueError(f"--{next(iter(fields))} is given without recipes; --report_only takes what lies there.")
-    if not recipes and not (args.report_only and args.output_dir):
+    if not recipes:
         raise ValueError("No recipe is given; write ceu-rl compare RECIPE.yaml ... --field value ...")
     return args, recipes, fields
 
@@ -194,41 +175,13 @@ def _underscored(word: str) -> str:
 
 def _print_commands(job: "Job", mark: str) -> None:
     """The commands that would make a run without a comparison, ready for a shell."""
-    launched = ["ceu-rl"] if job.launcher == MODULE else [*job.launcher, "ceu_rl.cli"]
+    launched = [*MODULE, *job.launcher, "ceu_rl.cli"] if job.launcher else ["ceu-rl"]
     print(mark + shlex.join([*launched, *job.words]))
     if job.evaluation:
         print(mark + shlex.join(["ceu-rl", *job.evaluation]))
 
 
 # The grid
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run of the grid and how it is made."""
-
-    run: Run
-    recipe: Path
-    overrides: Mapping[str, Any]  # the settings that the grid gives, but the seed
-    text: str  # of the recipe that is stored in its folder
-    words: Sequence[str]  # arguments of ceu-rl that would make it without a comparison
-    seed_place: int
-    evaluation: Sequence[str] | None  # arguments of ceu-rl for what is to be run after it
-    retain: Path | None  # the retain model's result that its forget quality is computed against
-    launcher: Sequence[str]  # the words before `ceu_rl.cli`
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        return self.run.planned["settings"]
-
-    @property
-    def folder(self) -> Path:
-        return self.run.folder
-
-    @property
-    def found(self) -> Run:
-        """The run as it lies in its folder now."""
-        return replace(self.run)
 
 
 def make_jobs(
@@ -240,24 +193,20 @@ def make_jobs(
 ) -> list[Job]:
     """The runs of the grid: the product of recipes, values of the fields and seeds, in this order.
 
-    Each recipe is read here and never again.
-
     Raises:
-        ValueError: for two recipes of one name, a recipe without its method, or a field or value that its method does
-            not take.
-        OSError: for a recipe that cannot be read.
+        ValueError: for two recipes of one name, or a field or value that a method does not take.
+        OSError: for a recipe that cannot be read; each is read here and never again.
     """
     for path in (accelerate_config, retain):
         if path is not None and not path.is_file():
             raise ValueError(f"{path} is no file; check its name.")
     if retain is not None:
         read_json(retain)
-    stems = [recipe.stem for recipe in recipes]
-    if len(set(stems)) < len(stems):
+    if len({recipe.stem for recipe in recipes}) < len(recipes):
         raise ValueError(f"Two recipes have one name among {[str(recipe) for recipe in recipes]}; rename one.")
-    launcher = list(MODULE)
+    launcher = []
     if accelerate_config is not None:
-        launcher += ["accelerate.commands.launch", "--config_file", str(accelerate_config), "-m"]
+        launcher = ["accelerate.commands.launch", "--config_file", str(accelerate_config), "-m"]
     return [job for recipe in recipes for job in _jobs_of(recipe, fields, folder / recipe.stem, launcher, retain)]
 
 
@@ -279,23 +228,19 @@ def _jobs_of(
         overrides = {name: typed[name][value] for name, value in given.items()}
         setting = {n: value for n, value in overrides.items() if len(grid[n]) > 1 or n == "learning_rate"}
         words = [word for name, value in given.items() for word in (f"--{name}", value)]
-        for place, seed in enumerate(seeds):
+        for seed in seeds:
             settings = {**content, **overrides, "disable_tqdm": True, "seed": seed}
             check_numbers(settings)
             if settings.get("learning_rate") == 0:
                 raise ValueError("learning_rate is 0, which trains nothing; leave it out: every report shows the base.")
             at = folder / known.get(key_of(overrides), folder_name(setting)) / str(seed)
+            record = {"arm": recipe.stem, "seed": seed, "method": method, "recipe": str(recipe), "settings": settings}
             direct = [method, "--config", str(recipe), *words, "--seed", str(seed), "--output_dir", str(at)]
             yield Job(
-                run=Run(
-                    recipe.stem, setting, seed, at, {"method": method, "recipe": str(recipe), "settings": settings}
-                ),
-                recipe=recipe,
-                overrides=overrides,
+                run=Run(recipe.stem, setting, seed, at, {**record, "overrides": overrides}),
                 text=dump_recipe({"method": method, **settings}),
                 words=[*direct, "--disable_tqdm", "true"],
-                seed_place=place,
-                evaluation=_evaluation(recipe, settings, at, retain) if method == "unlearn" else None,
+                evaluation=_evaluation(recipe, settings, at, retain) if method == "unlearn" else [],
                 retain=retain,
                 launcher=launcher,
             )
@@ -340,7 +285,7 @@ def _known_settings(folder: Path) -> dict[str, str]:
     return found
 
 
-def _evaluation(recipe: Path, settings: Mapping[str, Any], folder: Path, retain: Path | None) -> list[str] | None:
+def _evaluation(recipe: Path, settings: Mapping[str, Any], folder: Path, retain: Path | None) -> list[str]:
     from ..tasks import articles
     from ..tofu.data import SPLITS, is_tofu
 
@@ -351,89 +296,5 @@ def _evaluation(recipe: Path, settings: Mapping[str, Any], folder: Path, retain:
     if dataset == articles.NAME or str(dataset).startswith("muse-bench/"):
         return ["muse-eval", *words]
     if settings.get("dataset_config") is not None or not is_tofu(dataset) or forget not in SPLITS:
-        return None
+        return []
     return ["tofu-eval", *words, "--split", forget] + (["--retain", str(retain)] if retain else [])
-
-
-# What is left to do for a run
-
-
-def is_done(job: Job) -> bool:
-    """Whether nothing is left to do for a run: it finished and was evaluated, or it diverged.
-
-    Raises:
-        ValueError: for a run that was made or begun with other settings; one that failed with them starts again.
-    """
-    found = job.found
-    records = {name: found.record(name) for name in (RESULT, FAILURE, RECORD)}
-    failed = records[FAILURE] and not records[FAILURE].get("diverged")
-    name = next((name for name, record in records.items() if record.get("settings") is not None), None)
-    if name and not failed and _is_begun(job.folder):
-        if other := _others(job.settings, records[name]["settings"]):
-            raise ValueError(
-                f"{job.folder / name} was made with other settings ({', '.join(other)}); choose another --output_dir, "
-                "or give these."
-            )
-    return found.status == "diverged" or (found.status == "finished" and not _lacks_evaluation(job))
-
-
-def _is_begun(folder: Path) -> bool:
-    """As `run.checkpoints.traces`, without torch."""
-    return any(any(folder.glob(name)) for name in ("checkpoint-*", RESULT, LOG, "*.safetensors"))
-
-
-def _others(ours: Mapping[str, Any], recorded: Mapping[str, Any]) -> list[str]:
-    """The fields in which recorded settings are not those of a job: by value and type, not by how they were written."""
-    old, new = (json.loads(key_of(dict(each))) for each in (recorded, ours))
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return [f"{name}: {old.get(name)!r}, now {new.get(name)!r}" for name in names]
-
-
-def _lacks_evaluation(job: Job) -> list[Sequence[str]]:
-    """The commands of ceu-rl that evaluate what was trained, as far as that is not done; a retain model may come with
-    a later call."""
-    if job.evaluation is None:
-        return []
-    path = job.folder / next(name for name in EVALUATIONS if name.startswith(job.evaluation[0].split("-")[0]))
-    found = job.found.record(path.name)
-    if not found or not found.get("summary"):
-        return [job.evaluation]
-    known = found.get("retain")
-    if job.retain is None or (known and Path(known).resolve() == job.retain.resolve()):
-        return []
-    return [["tofu-eval", "--results", str(path), "--retain", str(job.retain)]]
-
-
-def commands_of(job: Job) -> list[list[str]]:
-    """What is left to do for a run; its folder is made ready for it, with a record and the recipe that it trains by."""
-    if is_done(job):
-        return []
-    commands, folder, trained = [], job.folder, job.found.record(RESULT)
-    if not trained or trained.get("steps") == 0:
-        words = [job.words[0], "--config", str(folder / RECIPE), "--output_dir", str(folder), *_resume(job)]
-        commands = [[*job.launcher, "ceu_rl.cli", *words]]
-    commands += [[*MODULE, "ceu_rl.cli", *words] for words in _lacks_evaluation(job)]
-    for path in (folder / name for name in EVALUATIONS):
-        if path.is_file() and not job.found.record(path.name):  # one that cannot be used
-            path.rename(path.with_name(f"{path.name}.broken"))
-    record = {"arm": job.run.arm, "seed": job.run.seed, **job.run.planned, "overrides": dict(job.overrides)}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole({folder / RECIPE: job.text, folder / RECORD: json.dumps(record, indent=2, default=str) + "\n"})
-    (folder / FAILURE).unlink(missing_ok=True)
-    return commands
-
-
-def _resume(job: Job) -> list[str]:
-    """How to continue what an interrupted run left; what cannot be continued is moved aside, never deleted."""
-    folder, record = job.folder, job.found.record(RECORD)
-    if not _is_begun(folder):
-        return []
-    from ..run.checkpoints import missing_states, saved_checkpoints
-
-    same = bool(record) and not _others(job.settings, record.get("settings") or {})
-    last = [path for _, path in saved_checkpoints(folder)][-1:]
-    if same and last and not missing_states(last[0]):
-        return ["--resume_from_checkpoint", "true"]
-    number = next(i for i in itertools.count(1) if not folder.with_name(f"{folder.name}-interrupted-{i}").exists())
-    folder.rename(folder.with_name(f"{folder.name}-interrupted-{number}"))
-    return []

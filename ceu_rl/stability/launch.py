@@ -11,92 +11,24 @@ import json
 import math
 import os
 import pickle
-import shlex
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from subprocess import DEVNULL, PIPE, STDOUT, Popen
+from subprocess import PIPE, STDOUT, Popen
 from typing import Any
 
-import filelock
 from rich.console import Console
-from rich.progress import BarColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..run.progress import duration
-from .grid import MODULE, Job, commands_of
-from .runs import FAILURE, LOG, lock_of
+from .job import Job, run_job
+from .runs import LOG
 
 LAUNCHERS = ("local", "ray", "submitit")
-OUTPUT, OUTPUT_TAIL = "log.txt", 15  # what the processes of a run print; lines of it that a failure keeps
 POLL = 0.5  # seconds
+SAID: Any = {"soft_wrap": True, "markup": False, "highlight": False}
 DAYS = 7  # the limit of a Slurm job without another one
-
-
-# One run, in a process of its own
-
-
-def run_job(job: Job) -> str:
-    """Train one run, and evaluate it where that is asked for; says what came out.
-
-    Raises:
-        KeyboardInterrupt: once the run has ended after its step, with a checkpoint; a second signal ends it at once.
-    """
-    try:
-        job.folder.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(lock_of(job.folder)):
-            all(_succeeds(job, command) for command in commands_of(job))
-    except OSError as error:
-        return f"failed: {error.filename or job.folder} cannot be written ({error.strerror}); the other runs continue."
-    found = job.found
-    return f"{found.status}: {found.reason}" if found.reason else found.status
-
-
-def _succeeds(job: Job, command: Sequence[str]) -> bool:
-    with open(job.folder / OUTPUT, "a+", errors="replace") as log:
-        log.write(f"$ {shlex.join(command)}\n")
-        log.flush()
-        start = log.tell()
-        # In a session of its own, to end all that it starts together
-        process = Popen(command, stdin=DEVNULL, stdout=log, stderr=STDOUT, start_new_session=True)
-        try:
-            process.wait()
-        except BaseException:
-            _end(process)
-            raise
-        log.seek(start)
-        lines = [line.rstrip() for line in log if line.strip()] or ["it printed nothing"]
-    if process.returncode and not (job.folder / FAILURE).exists():  # a run that diverged wrote its own
-        _write_failure(job, command, process.returncode, lines)
-    return process.returncode == 0
-
-
-def _end(process: Popen) -> None:
-    """End a process and all that it started, after the step that it is in; an interrupt meanwhile ends them at once."""
-    try:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _write_failure(job: Job, command: Sequence[str], status: int, lines: Sequence[str]) -> None:
-    from ..run.provenance import environment, write_json
-
-    reason = next((line for line in reversed(lines) if ": error: " in line), lines[-1]).split(": error: ", 1)[-1]
-    failure = {
-        "status": status,
-        "reason": f"It was ended by {signal.Signals(-status).name}." if status < 0 else reason,
-        "diverged": False,
-        "log_tail": lines[-OUTPUT_TAIL:],
-        "command": shlex.join(command),
-        "method": job.run.planned["method"],
-        "settings": dict(job.settings),
-    }
-    write_json(job.folder / FAILURE, failure | environment())
 
 
 # Where: what starts a job returns a handle with done(), result() and cancel(), as submitit's
@@ -107,11 +39,12 @@ class Worker:
 
     def __init__(self, job: Job, at_once: int, slots: list[int]) -> None:
         self.slot, self.slots = slots.pop(0), slots
-        words, env = [sys.executable, "-m", __name__], _variables(self.slot, at_once, alone=job.launcher == MODULE)
+        words, env = [sys.executable, "-m", run_job.__module__], _variables(self.slot, at_once, alone=not job.launcher)
         # In a session of its own: Ctrl-C reaches the comparison alone, which ends the runs
         self.process = Popen(words, stdin=PIPE, stdout=PIPE, stderr=STDOUT, env=env, start_new_session=True)
         with self.process.stdin as pipe:  # type: ignore[union-attr]
             pickle.dump(job, pipe)
+        self.cancel = self.process.terminate
 
     def done(self) -> bool:
         return self.process.poll() is not None
@@ -121,12 +54,8 @@ class Worker:
         said = self.process.stdout.read().decode(errors="replace").strip()  # type: ignore[union-attr]
         return (said.splitlines() or ["stopped"])[-1]
 
-    def cancel(self) -> None:
-        self.process.terminate()
-
 
 def _variables(slot: int, at_once: int, alone: bool = True) -> dict[str, str]:
-    """Jobs at the same time share the cores, and take the visible GPUs in turn, each process that is alone one."""
     import torch
 
     variables = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_once))} if at_once > 1 else {}
@@ -149,9 +78,7 @@ class There:
 
     def checkpoint(self) -> Any:
         """What a scheduler that ends it submits again (submitit's protocol)."""
-        from submitit.helpers import DelayedSubmission
-
-        return DelayedSubmission(self)
+        return importlib.import_module("submitit.helpers").DelayedSubmission(self)
 
 
 class RayTask:
@@ -159,12 +86,7 @@ class RayTask:
 
     def __init__(self, ray: Any, handle: Any) -> None:
         self.ray, self.handle, self.asked = ray, handle, False
-
-    def done(self) -> bool:
-        return bool(self.ray.wait([self.handle], timeout=0)[0])
-
-    def result(self) -> str:
-        return self.ray.get(self.handle)
+        self.done, self.result = handle.future().done, lambda: ray.get(handle)
 
     def cancel(self) -> None:
         self.ray.cancel(self.handle, force=self.asked)
@@ -190,8 +112,7 @@ def make_launcher(name: str, folder: Path, at_once: int | None, options: Mapping
         engine: Any = importlib.import_module(name)
     except ImportError as error:
         extra = {"ray": "ray", "submitit": "slurm"}[name]
-        message = f"--launcher {name} needs the package {name} ({error}): pip install 'ceu-rl[{extra}]'."
-        raise ImportError(message) from None
+        raise ImportError(f"--launcher {name} needs its package ({error}): pip install 'ceu-rl[{extra}]'.") from None
     try:
         if name == "ray":
             engine.init(ignore_reinit_error=True, log_to_driver=False)
@@ -210,21 +131,26 @@ def make_launcher(name: str, folder: Path, at_once: int | None, options: Mapping
 
 
 def run_jobs(
-    jobs: Sequence[Job], launcher: Launcher, at_once: int | None, console: Console, draw: Callable[[], object]
+    jobs: Sequence[Job], launcher: Launcher, at_once: int, console: Console, draw: Callable[[], object]
 ) -> None:
     """Run every job, `at_once` of them at the same time; `draw` is called each time that one has ended.
+
+    A bar has the time since the start, and what is left by the pace since the first step; without a terminal the first
+    estimate is one line.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once every run has ended; a second one ends them at once.
     """
     submit, errors = launcher
-    waiting, running = list(jobs), dict[Any, Task]()
-    with Bars(len(jobs), console) as bars:
+    waiting, running, is_told = list(jobs), dict[Any, tuple[Job, float]](), console.is_terminal
+    with _bar(console) as bar:
+        bar.add_task("", total=len(jobs))
+        (task,) = bar.tasks
         try:
             while waiting or running:
-                while waiting and len(running) < (at_once or len(jobs)):
+                while waiting and len(running) < at_once:
                     job = waiting.pop(0)
-                    running[submit(job)] = bars.add(str(Path(*job.folder.parts[-3:])), job=job)
+                    running[submit(job)] = job, time.monotonic()
                 time.sleep(POLL)
                 ended = [handle for handle in running if handle.done()]
                 for handle in ended:
@@ -232,79 +158,49 @@ def run_jobs(
                         outcome = handle.result()
                     except errors as error:
                         outcome = f"failed: {' '.join(str(error).split())[-300:]}"
-                    bars.end(running.pop(handle), outcome)
-                bars.show(running.values(), len(jobs) - len(waiting) - len(running))
+                    job, start = running.pop(handle)
+                    console.print(f"{_name(job)}: {outcome} ({duration(time.monotonic() - start)})", **SAID)
+                show(bar, [job for job, _ in running.values()], len(jobs) - len(waiting) - len(running))
+                if not is_told and task.time_remaining is not None:
+                    is_told = True
+                    console.print(f"{task.description}: about {duration(task.time_remaining)} left", **SAID)
                 if ended and (waiting or running):
                     draw()
         except BaseException:
-            _stop(list(running))
+            if running:
+                print("Ending the runs after their step, with a checkpoint; once more ends at once.", file=sys.stderr)
+            while not all(handle.done() for handle in running):
+                with contextlib.suppress(KeyboardInterrupt):
+                    _cancel(list(running))
             raise
 
 
-def _stop(handles: Sequence[Any]) -> None:
-    """End the jobs and wait until they have ended; another Ctrl-C or SIGTERM meanwhile ends them at once."""
-    for said in (False, True, True):
-        try:
-            for handle in (each for each in handles if not each.done()):
-                handle.cancel()
-            if handles and not said:
-                print("Ending the runs after their step, with a checkpoint; once more ends at once.", file=sys.stderr)
-            while not all(handle.done() for handle in handles):
-                time.sleep(POLL / 5)
-            return
-        except KeyboardInterrupt:
-            continue
+def _cancel(handles: Sequence[Any]) -> None:
+    for handle in handles:
+        if not handle.done():
+            handle.cancel()
+    while not all(handle.done() for handle in handles):
+        time.sleep(POLL / 5)
 
 
-class Bars(Progress):
-    """A bar for each run and one for all: the time since its start, and what is left by the pace since its first step.
-
-    Without a terminal the first estimate is one line.
-    """
-
-    def __init__(self, total: int, console: Console, **options: Any) -> None:
-        text = [TextColumn("{task.description}", markup=False), BarColumn(20), TextColumn("{task.fields[at]}")]
-        clock = [TimeElapsedColumn(), TextColumn("gone,"), TimeRemainingColumn(), TextColumn("left")]
-        options |= {"console": console, "disable": not console.is_terminal, "speed_estimate_period": math.inf}
-        super().__init__(*text, *clock, **options)
-        self.told, self.all = console.is_terminal, self.add("all runs", total)
-
-    def add(self, name: str, total: float = 1.0, job: Job | None = None) -> Task:
-        self.add_task(name, total=total, at="", job=job)
-        return self.tasks[-1]
-
-    def end(self, task: Task, outcome: str) -> None:
-        self.remove_task(task.id)
-        self._say(f"{task.description}: {outcome} ({duration(task.elapsed or 0)})")
-
-    def show(self, running: Iterable[Task], done: int) -> None:
-        for task in running:
-            if found := _share(task.fields["job"]):
-                self.update(task.id, completed=found[0], at=found[1])
-            if not self.told and task.time_remaining is not None:
-                self.told = True
-                self._say(f"{task.description}: {task.fields['at']}, about {duration(task.time_remaining)} left")
-        at, completed = f"{done} of {self.all.total:.0f}", done + sum(task.completed for task in running)
-        self.update(self.all.id, completed=completed, at=at)
-
-    def _say(self, line: str) -> None:
-        self.console.print(line, soft_wrap=True, markup=False, highlight=False)
+def _bar(console: Console, **options: Any) -> Progress:
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(20)]
+    clock = [TimeElapsedColumn(), TextColumn("gone,"), TimeRemainingColumn(), TextColumn("left")]
+    options |= {"console": console, "disable": not console.is_terminal, "speed_estimate_period": math.inf}
+    return Progress(*columns, *clock, **options)
 
 
-def _share(job: Job) -> tuple[float, str] | None:
-    """The share of its steps that a run has done by its log, and its step in words."""
-    try:
-        entry = json.loads((job.folder / LOG).read_bytes().splitlines()[-1])
-        step, epoch = int(entry["step"]), float(entry.get("epoch", 0))
-    except (OSError, LookupError, ValueError, TypeError, RecursionError):
-        return None  # not there yet, or a line that is being written
-    steps, epochs = job.settings.get("max_steps") or -1, job.settings.get("num_train_epochs") or 3.0
-    return (min(step / steps, 1), f"{step} of {steps} steps") if steps > 0 else (min(epoch / epochs, 1), f"step {step}")
+def show(bar: Progress, running: Sequence[Job], done: int) -> None:
+    """Move the bar to the share of all steps that is done, and name the step of each run."""
+    parts, completed = [f"{done} of {bar.tasks[0].total:.0f} runs"], float(done)
+    for job in running:
+        with contextlib.suppress(OSError, LookupError, ValueError, TypeError, RecursionError):  # no whole line yet
+            entry = json.loads((job.folder / LOG).read_bytes().splitlines()[-1])
+            steps, epochs = job.settings.get("max_steps") or -1, job.settings.get("num_train_epochs") or 3.0
+            completed += min(entry["step"] / steps if steps > 0 else entry["epoch"] / epochs, 1)
+            parts.append(f"{_name(job)} at step {entry['step']}" + (f" of {steps}" if steps > 0 else ""))
+    bar.update(bar.tasks[0].id, completed=completed, description=", ".join(parts))
 
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        print(run_job(pickle.load(sys.stdin.buffer)))
-    except KeyboardInterrupt:
-        sys.exit(130)
+def _name(job: Job) -> str:
+    return str(Path(*job.folder.parts[-3:]))

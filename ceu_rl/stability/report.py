@@ -6,15 +6,15 @@ understands; numbers that are not finite are None:
     format       2
     command, verdict                       the command that made it, and the sentences
     arms         name, method, recipe, differs (the fields in which its recipe is not the first arm's)
-    scores, rows the names of the scores, and of how many held-out rows each is
-    groups       each arm at each setting: arm, setting, rate, seeds (by status), scores (mean, min, max, base, and
+    scores       the names of the scores
+    groups       each arm at each setting: arm, setting, rate, runs, seeds (by status), scores (mean, min, max, base and
                  whether 95 % of the base's are `kept`, with the interval of score - 0.95 base), measures
     comparisons  each arm against the first: score, both settings and finals, the paired difference and its interval
     planes       points of forget quality and model utility, or of reward and divergence
-    provenance   commit, versions, device, first and last date, number of runs
+    provenance   commit, versions, device, first and last date, runs (by their places)
     runs         arm, setting, seed, method, status, reason, final scores, metrics (the last logged), curves (step, and
-                 a list for each metric), held_out (columns of the rows at the last step), eval_tokens, wall_time_s,
-                 peak_memory_gib, measures, summary (of TOFU or MUSE), place of its provenance
+                 a list for each metric), held_out (columns of the rows at the last step), measures, summary (of TOFU
+                 or MUSE), and fields of its record
 """
 
 import itertools
@@ -35,11 +35,13 @@ from rich.console import Console
 
 from . import figures
 from .runs import RECORD, STATUSES, Run, key_of, rate, write_whole
-from .table import ACCURACIES, REWARD, Score, Table, drawdown, number, setting_name, spikes
+from .table import ACCURACIES, REWARD, Score, Table, drawdown, number, setting_name
 
 FORGET_QUALITY = 0.05  # p-value above which an unlearned model cannot be told from the retain model
 KEEP_UTILITY, COLLAPSED = 0.9, 0.1  # shares of the base's model utility: to be kept, and below which nothing is left
 ORIGIN = ("commit", "device", "versions")
+DESCRIBED = ("arm", "setting", "seed", "rate", "method", "status", "reason", "log_problem", "summary")  # of a Run
+RECORDED = ("steps", "resumed", "eval_tokens", "wall_time_s", "peak_memory_gib", "command", "date", "metrics")
 # The measures in the table: heading, definition
 SHOWN = {
     "model_utility": ("model utility", "Of TOFU: harmonic mean of nine scores off the forget set."),
@@ -51,7 +53,7 @@ SHOWN = {
     "grad_norm_largest": ("largest gradient norm", "Before clipping, of all steps and seeds."),
     "seconds_per_step": ("seconds per step", "Of training with its evaluations."),
 }
-WORST = ("grad_norm_largest", "grad_norm_spikes", "drawdown")  # of a group the largest; the others are medians
+WORST = ("grad_norm_largest", "drawdown")  # of a group the largest; the others are medians
 
 
 def write_report(folder: Path, runs: Sequence[Run], console: Console, command: str) -> dict[str, Any]:
@@ -95,21 +97,18 @@ def _clean(value: Any) -> Any:
 
 def summarize(table: Table, command: str) -> dict[str, Any]:
     """Everything that the report says, in numbers; not finite ones may be in it."""
-    runs, provenance = table.runs, _provenance(table.runs)
+    runs = table.runs
     measures = [measure(table, place) for place in range(len(runs))]
     groups = _groups(table, measures)
     report: dict[str, Any] = {
-        "format": 2,
-        "command": command,
-        "verdict": [],
+        **{"format": 2, "command": command, "verdict": []},
         "arms": _arms(runs),
         "scores": [score.name for score in table.scores],
-        "rows": {score.name: _rows(table, score) for score in table.scores},
         "groups": groups,
         "comparisons": _comparisons(table),
         "planes": [*_tofu_plane(runs, groups), *_reward_planes(table, measures, groups)],
-        "provenance": [{name: value for name, value in entry.items() if name != "of"} for entry in provenance],
-        "runs": [_record(table, place, measures[place], provenance) for place in range(len(runs))],
+        "provenance": _provenance(runs),
+        "runs": [{**_record(table, place), "measures": measures[place]} for place in range(len(runs))],
     }
     report["verdict"] = verdict(report)
     return report
@@ -129,23 +128,12 @@ def _arms(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return found
 
 
-def _rows(table: Table, score: Score) -> int | None:
-    """How many held-out rows a score is of, where all runs agree."""
-    cells = table.cells[(table.cells.score == score.name) & (table.cells.row != "")]
-    counts = set(map(int, cells.groupby("run").size()))
-    counts = counts or {run.outcome["eval_rows"] for run in table.runs if run.outcome.get("eval_rows") is not None}
-    return counts.pop() if len(counts) == 1 else None
-
-
 def measure(table: Table, place: int) -> dict[str, float]:
     """The measures of one run by their names; without what it did not log, and of a run that did not finish without
     what is measured at the end."""
     run = table.runs[place]
     found: dict[str, float] = {}
-    norms = table.series(place, "grad_norm")
-    if len(norms):
-        found["grad_norm_spikes"] = len(spikes(list(norms)))
-    if np.isfinite(norms).any():
+    if np.isfinite(norms := table.series(place, "grad_norm")).any():
         found["grad_norm_largest"] = norms[np.isfinite(norms)].max()
     if table.scores and len(series := table.series(place, table.scores[0].name)):
         found["drawdown"] = drawdown(list(series[np.isfinite(series)]))
@@ -226,43 +214,32 @@ def _points(groups: Sequence[Mapping[str, Any]], places: Mapping[int, tuple[floa
             yield {**about, "x": x, "y": y, "seeds": seeds, "lost": group["seeds"]["diverged"] > 0}
 
 
-def _tofu_plane(runs: Sequence[Run], groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _tofu_plane(runs: Sequence[Run], groups: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """Forget quality and model utility of each arm at each setting: medians over seeds."""
-    if not any("model_utility" in run.summary for run in runs):
-        return []
     x, y = "model_utility", "forget_quality"
-    places = {p: (run.summary[x], run.summary[y]) for p, run in enumerate(runs) if {x, y} <= set(run.summary)}
+    if not any(x in run.summary for run in runs):
+        return
     results = [run.record("tofu_eval.json") for run in runs]
-    retains = sorted({str(results[place].get("retain")) for place in places})
     starts = dict.fromkeys(Path(str(run.settings.get("model_name_or_path"))) for run in runs)
     start: Any = next(filter(None, (Run("", {}, 0, folder).summary for folder in starts)), {})
     recorded: Any = next(filter(None, (result.get("base") for result in results)), {})
     base = start.get(x, recorded.get(x))
     beside = {"before unlearning": (base, start.get(y))}
-    if len(retains) == 1:
-        beside["retain model"] = (Run("", {}, 0, Path(retains[0]).parent).summary.get(x), 1.0)
+    for retain in {result["retain"] for result in results if "retain" in result}:
+        beside["retain model"] = (Run("", {}, 0, Path(retain).parent).summary.get(x), 1.0)
+    places = {p: (run.summary[x], run.summary[y]) for p, run in enumerate(runs) if {x, y} <= set(run.summary)}
     points = list(_points(groups, places))
     for point in points:
-        utilities = [utility for utility, _ in point["seeds"]]
-        aim = [base is not None and u >= KEEP_UTILITY * base and q > FORGET_QUALITY for u, q in point["seeds"]]
+        shares = [utility / base if base else math.nan for utility, _ in point["seeds"]]
+        aim = [s >= KEEP_UTILITY and q > FORGET_QUALITY for s, (_, q) in zip(shares, point["seeds"], strict=True)]
         point["reached"] = all(aim) and not point["lost"]
-        point["collapsed"] = sum(base is not None and utility < COLLAPSED * base for utility in utilities)
+        point["collapsed"] = sum(share < COLLAPSED for share in shares)
         point["lost"] = point["lost"] or point["collapsed"] > 0
-    return [
-        {
-            **{
-                "kind": "tofu",
-                "x": "model utility",
-                "y": "forget quality (p-value)",
-                "logarithmic": True,
-                "condition": "",
-            },
-            **{"x_line": KEEP_UTILITY * base if base is not None else None, "y_line": FORGET_QUALITY},
-            **{"base": base, "retains": retains, "points": points},
-            "around": {name: at for name, at in beside.items() if None not in at},
-            "missing": sorted({r.arm for p, r in enumerate(runs) if r.status == "finished" and p not in places}),
-        }
-    ]
+    yield {
+        **{"kind": "tofu", "x": "model utility", "y": "forget quality (p-value)", "logarithmic": True, "condition": ""},
+        **{"x_line": KEEP_UTILITY * base if base is not None else None, "y_line": FORGET_QUALITY},
+        **{"base": base, "points": points, "around": {name: at for name, at in beside.items() if None not in at}},
+    }
 
 
 def _reward_planes(table: Table, measures: Sequence[Any], groups: Sequence[Any]) -> Iterator[dict[str, Any]]:
@@ -275,40 +252,34 @@ def _reward_planes(table: Table, measures: Sequence[Any], groups: Sequence[Any])
     for condition, members in itertools.groupby(groups, key=lambda group: table.about.condition[group["runs"][0]]):
         about = {"kind": "frontier", "logarithmic": False, "around": {}, "condition": condition}
         axes = {"x": "divergence from the start, nats per token", "y": task[0].name}
-        yield {**about, **axes, "points": list(_points(list(members), places))}
+        if points := list(_points(list(members), places)):
+            yield {**about, **axes, "points": points}
 
 
 def _provenance(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Where the runs come from, each origin once: its runs (`of`), their number, the first and last date."""
+    """Each origin of the runs once: their places, the first and the last date."""
     found: dict[str, dict[str, Any]] = {}
     for place, outcome in enumerate(run.outcome for run in runs):
         if outcome.get("versions"):
-            origin = {name: outcome.get(name) for name in ORIGIN}
-            entry = found.setdefault(key_of(origin), {**origin, "first": None, "last": None, "runs": 0, "of": []})
-            entry["of"].append(place)
-            dates = [date for date in (entry["first"], entry["last"], outcome.get("date")) if date]
-            entry |= {"first": min(dates, default=None), "last": max(dates, default=None), "runs": len(entry["of"])}
+            origin, date = {name: outcome.get(name) for name in ORIGIN}, outcome.get("date") or ""
+            entry = found.setdefault(key_of(origin), {**origin, "first": date, "last": date, "runs": []})
+            entry |= {"first": min(entry["first"], date), "last": max(entry["last"], date)}
+            entry["runs"].append(place)
     return list(found.values())
 
 
-def _record(table: Table, place: int, measures: Mapping[str, Any], provenance: Sequence[Any]) -> dict[str, Any]:
-    run, outcome = table.runs[place], table.runs[place].outcome
+def _record(table: Table, place: int) -> dict[str, Any]:
+    run, ends = table.runs[place], table.ends[table.ends.run == place]
     own = table.values[(table.values.run == place) & table.values.metric.str.startswith("eval_")]
     curves = own.pivot_table(index="step", columns="metric", values="value", dropna=False)
-    ends = table.ends[table.ends.run == place]
     rows = table.held_out[table.held_out.run == place].drop(columns=["run", "dataset"], errors="ignore")
     rows = rows[rows.step == rows.step.max()].dropna(axis=1, how="all")
     return {
-        **{name: getattr(run, name) for name in ("arm", "setting", "seed", "rate")},
-        **{name: getattr(run, name) for name in ("method", "status", "reason", "log_problem")},
-        **{name: outcome.get(name) for name in ("steps", "resumed", "eval_tokens", "wall_time_s", "peak_memory_gib")},
-        **{name: outcome.get(name) for name in ("command", "date", "metrics")},
+        **{name: getattr(run, name) for name in DESCRIBED},
+        **{name: run.outcome.get(name) for name in RECORDED},
         "final": dict(zip(ends.score, ends.final, strict=True)),
-        "measures": dict(measures),
-        "summary": run.summary,
         "curves": {"step": list(curves.index), **curves.to_dict("list")} if len(own) else {},
         "held_out": {"step": int(rows.pop("step").iloc[0]), **rows.to_dict("list")} if len(rows) else {},
-        "provenance": next((number for number, entry in enumerate(provenance) if place in entry["of"]), None),
     }
 
 
@@ -318,22 +289,19 @@ def _record(table: Table, place: int, measures: Mapping[str, Any], provenance: S
 def verdict(report: Mapping[str, Any]) -> list[str]:
     """What the numbers carry, in sentences: a difference is told only where a paired interval carries it."""
     runs, head = report["runs"], []
-    by_status = {status: [run for run in runs if run["status"] == status] for status in STATUSES}
-    is_open = any(by_status[status] for status in ("running", "waiting", "interrupted"))
-    finished = len(by_status["finished"])
+    statuses, running = Counter(run["status"] for run in runs), [run for run in runs if run["status"] == "running"]
+    is_open = statuses["running"] + statuses["waiting"] + statuses["interrupted"] > 0
     if is_open:
-        now = (f"{_name(run)} is running: {run['reason'].rstrip('.')}" for run in by_status["running"][:3])
-        head = ["; ".join([f"{finished} of {len(runs)} runs finished", *now]) + "."]
+        now = (f"{_name(run)} is running: {run['reason'].rstrip('.')}" for run in running[:3])
+        head = ["; ".join([f"{statuses['finished']} of {len(runs)} runs finished", *now]) + "."]
     told = [each for plane in report["planes"] if plane["kind"] == "tofu" for each in _tofu_sentences(plane)]
     told += _kept(report) + _told(report["comparisons"])
-    if not finished and not is_open:
-        told = ["No run has finished, so there is nothing to compare." if runs else "There are no runs to compare."]
-    elif finished and not report["scores"] and not report["planes"]:
+    if not statuses["finished"]:
+        told = [] if is_open else ["No run has finished, so there is nothing to compare."]
+    elif not report["scores"] and not report["planes"]:
         told.append("No run logged an evaluation, so there is no score: set eval_strategy and eval_on_start.")
-    elif finished and not told and not is_open:
-        name = report["scores"][0]
-        ends = [f"{_name(group)} {number(group['scores'][name]['mean'])}" for group in report["groups"]]
-        told.append(f"No difference between the arms is told apart: {name} at the end: {', '.join(ends)}.")
+    elif not told and not is_open:
+        told = ["No difference between arms is told: there is one arm, or no setting that two have."]
     return head + told + _left_out(runs)
 
 
@@ -388,15 +356,13 @@ def _kept(report: Mapping[str, Any]) -> list[str]:
 
 
 def _tofu_sentences(plane: Mapping[str, Any]) -> Iterator[str]:
-    base, points, retains = plane["base"], plane["points"], plane["retains"]
+    base, points = plane["base"], plane["points"]
     quality = plane["around"].get("before unlearning", (0.0, 0.0))[1]
     reached, collapsed = (
         ", ".join(_name(point) for point in points if point[name]) for name in ("reached", "collapsed")
     )
     if base is None:
         yield "The model utility before unlearning is not known: evaluate the start with ceu-rl tofu-eval."
-    elif len(retains) > 1:
-        yield f"The retain models differ ({', '.join(retains)}), so forget qualities do not compare; give --retain."
     elif points:
         aim = f"A forget quality above {FORGET_QUALITY} with at least 90 % of the base's model utility {number(base)}"
         yield f"{aim}, on every seed: {reached or 'no arm at any setting tried'}."
@@ -404,21 +370,22 @@ def _tofu_sentences(plane: Mapping[str, Any]) -> Iterator[str]:
         yield f"The base has a forget quality of {number(quality)} already: read the KS distance beside it."
     if collapsed:
         yield f"Collapsed below a tenth of the base's utility, where forgetting says nothing: {collapsed}."
-    if plane["missing"]:
-        yield f"Without a forget quality, for want of an evaluation or --retain: {', '.join(plane['missing'])}."
+    if not points:
+        yield "No run has a forget quality: give --retain."
 
 
 def _left_out(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """The runs that do not count, or count as lost, each kind by its number in each arm."""
-    kinds: dict[str, list[str]] = {}
+    kinds: dict[str, Counter[str]] = {}
     for run in runs:
-        lost = [name for name, final in run["final"].items() if run["status"] == "finished" and math.isnan(final)]
+        finals = run["final"].items() if run["status"] == "finished" else ()
         said = [run["status"]] if run["status"] in ("diverged", "failed", "interrupted") else []
-        said += [f"finished without a {name}" for name in lost]
-        for kind in [*said, *(["have log lines that could not be read"] if run["log_problem"] else [])]:
-            kinds.setdefault(kind, []).append(run["arm"])
+        said += [f"finished without a {name}" for name, final in finals if math.isnan(final)]
+        said += ["have log lines that could not be read"] if run["log_problem"] else []
+        for kind in said:
+            kinds.setdefault(kind, Counter())[run["arm"]] += 1
     return [
-        f"{len(arms)} of {len(runs)} runs {kind}: {', '.join(f'{n} of {arm}' for arm, n in Counter(arms).items())}."
+        f"{arms.total()} of {len(runs)} runs {kind}: {', '.join(f'{count} of {arm}' for arm, count in arms.items())}."
         for kind, arms in kinds.items()
     ]
 
@@ -438,10 +405,11 @@ def table_of(report: Mapping[str, Any], spread: bool = True) -> pd.DataFrame:
         seeds = ", ".join(f"{count} {status}" for status, count in group["seeds"].items() if count)
         row["seeds"] = seeds.replace(" finished", "")
         for name, score in group["scores"].items():
-            count = report["rows"][name]
             text = f"{score['mean']:.3f}" if score["seeds"] else "—"
             text += f" ({score['min']:.3f} to {score['max']:.3f})" if spread and score["seeds"] > 1 else ""
-            row[f"{name} (n = {count})" if count else name] = text + " ↓" * (score["kept"] is False)
+            rows_of = {each["scores"][name]["rows"] for each in report["groups"]} - {None}
+            heading = f"{name} (n = {max(rows_of)})" if rows_of else name
+            row[heading] = text + " ↓" * (score["kept"] is False)
         values = group["measures"]
         row |= {heading: number(values[name]) if name in values else "—" for name, (heading, _) in shown.items()}
         rows.append(row)
@@ -479,8 +447,7 @@ def _html(folder: Path, table: Table, report: Mapping[str, Any]) -> str:
     strict: Any = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), **strict)
     environment.filters["unbroken"] = _unbroken
-    origins, frame = report["provenance"], table_of(report)
-    looks = figures.looks([arm["name"] for arm in report["arms"]])
+    looks, frame = figures.looks([arm["name"] for arm in report["arms"]]), table_of(report)
     return environment.get_template("report.html.jinja").render(
         title=folder.resolve().name,
         report=report,
@@ -488,18 +455,12 @@ def _html(folder: Path, table: Table, report: Mapping[str, Any]) -> str:
         lines=arm_lines(report),
         table=Markup(frame.to_html(index=False, border=0, escape=False, formatters=[_unbroken] * frame.shape[1])),
         definitions=list(_shown(report).values()),
-        planes=[
-            (plane, figures.plane(plane, looks, f"plane{place}"))
-            for place, plane in enumerate(report["planes"])
-            if plane["points"]
-        ],
+        planes=[(plane, figures.plane(plane, looks, f"plane{n}")) for n, plane in enumerate(report["planes"])],
         finals=figures.finals(table, looks),
         curves=figures.curves(table, looks),
         runs=table.runs,
-        differ=[name for name in ORIGIN if any(entry[name] != origins[0][name] for entry in origins)],
         left=sum(run["status"] in ("running", "interrupted", "waiting") for run in report["runs"]),
         now=datetime.now().strftime("%H:%M"),
-        unit="token" if any(table.tokens) else "response",
         setting_name=setting_name,
         number=number,
     )

@@ -1,7 +1,6 @@
 """What a run of a comparison left in its folder, read once. A file that is cut, empty or of another form is named, and
 costs no other run."""
 
-import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -15,7 +14,6 @@ import filelock
 RECORD, RESULT, FAILURE = "run.json", "result.json", "failure.json"
 LOG, HELD_OUT, EVALUATIONS = "metrics.jsonl", "held_out.jsonl", ("tofu_eval.json", "muse_eval.json")
 STATUSES = ("finished", "diverged", "failed", "running", "interrupted", "waiting")
-LOST = ("eval_loss", "eval_logps/chosen", "eval_logps/rejected", "eval_reward", "eval_kl", "eval_solutions_nll")
 
 
 def is_number(value: Any) -> bool:
@@ -108,14 +106,14 @@ class Run:
 
     @cached_property
     def status(self) -> str:
-        """One of `STATUSES`; diverged is a loss, a gradient or a final evaluation that is not finite."""
+        """One of `STATUSES`; diverged is a loss or a gradient that is not finite."""
         result, failure = self.record(RESULT), self.record(FAILURE)
         if failure.get("diverged"):
             return "diverged"
         if self._records[1] or failure:
             return "failed"
         if result:
-            return "failed" if result.get("steps") == 0 else "diverged" if self._not_finite else "finished"
+            return "failed" if result.get("steps") == 0 else "finished"
         return "running" if self.is_running else "interrupted" if self.steps else "waiting"
 
     @property
@@ -128,12 +126,6 @@ class Run:
                 return False
         except (filelock.Timeout, OSError) as error:
             return isinstance(error, filelock.Timeout)
-
-    @property
-    def _not_finite(self) -> str:
-        metrics = self.record(RESULT).get("metrics") or {}
-        lost = [name for name in LOST if is_number(metrics.get(name)) and not math.isfinite(metrics[name])]
-        return ", ".join(f"{name} ({metrics[name]})" for name in lost)
 
     @property
     def steps(self) -> int:
@@ -156,8 +148,6 @@ class Run:
                 return "It has not started."
         if self._records[1] or failure:
             return " ".join(self._records[1]) or failure.get("reason") or "It failed without a word."
-        if self._not_finite:
-            return f"Its last evaluation met a non-finite {self._not_finite}."
         return "It ended after 0 steps, so nothing was trained."
 
     @cached_property
@@ -227,29 +217,3 @@ def write_whole(files: Mapping[Path, str]) -> None:
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
-
-
-def find_runs(folder: Path) -> list[Run]:
-    """The runs that lie in the folder of a comparison, in the order of its last report, else stock first.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    overrides: dict[Path, dict[str, Any]] = {}
-    for path in (path for path in sorted(folder.glob(f"*/*/*/{RECORD}")) if path.parent.name.isdecimal()):
-        overrides[path.parent] = {}
-        with contextlib.suppress(ValueError):  # the run says it
-            overrides[path.parent] = (read_json(path) or {}).get("overrides") or {}
-    if not overrides:
-        raise ValueError(f"{folder} holds no runs; they lie in <arm>/<what varies>/<seed>/{RECORD}.")
-    names = {name for each in overrides.values() for name in each}
-    varied = {name for name in names if len({key_of(each.get(name)) for each in overrides.values()}) > 1}
-    varied.add("learning_rate")
-    runs = [
-        Run(path.parent.parent.name, {n: v for n, v in each.items() if n in varied}, int(path.name), path)
-        for path, each in overrides.items()
-    ]
-    order = ["stock"]
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        order = [arm["name"] for arm in json.loads((folder / "report.json").read_bytes())["arms"]]
-    return sorted(runs, key=lambda run: (order.index(run.arm) if run.arm in order else len(order), run.arm))

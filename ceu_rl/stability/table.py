@@ -4,7 +4,6 @@
     values      run, arm, setting, seed, step, metric, value ...             what was logged, and the scores
     ends        run, arm, setting, seed, status ..., score, final, base      a line for each run and score
     held_out    run, step, row, column of a score                            a line for each held-out row and evaluation
-    cells       score, run, seed, row, final, base                           of finished runs; no row: not recorded
 
 A condition is a setting without its learning rate, and a group the runs that differ in the seed alone.
 Log-probabilities and divergences are in nats. Of a held-out pair, with sums of log-probabilities over a response, of
@@ -27,22 +26,10 @@ from .runs import Run, is_number, rate
 
 KEEP = 0.95  # share of the base's score that is kept
 RESAMPLES, CONFIDENCE = 2000, 0.95
-WINDOW, WARM_UP = 50, 5  # steps that a running median looks back, and that it needs
 START = ("model_name_or_path", "dataset_name", "dataset_config", "dataset_test_split")
 PAIR = ["chosen", "rejected", "ref_chosen", "ref_rejected"]
 
 Interval = tuple[float, float]
-
-
-def spikes(values: Sequence[float], factor: float = 10.0, window: int = WINDOW) -> list[int]:
-    """Positions of the values above `factor` times the median of the up to `window` finite values before them.
-
-    The measure for gradient norms, in the order of the steps. The first `WARM_UP` values are never spikes.
-    """
-    series = pd.Series(values, dtype=float)
-    known = series[np.isfinite(series)]
-    high = known > factor * known.shift().rolling(window, min_periods=1).median()
-    return list(known.index[WARM_UP:][high[WARM_UP:]])
 
 
 def drawdown(scores: Sequence[float]) -> float:
@@ -135,7 +122,7 @@ class Table:
 
     Attributes:
         runs: The runs, the baseline's arm first; a frame names one by its place among them.
-        about, values, ends, held_out, cells: The frames of the module. base is the value at step 0, final the last one
+        about, values, ends, held_out: The frames of the module. base is the value at step 0, final the last one
             of a run that finished.
         scores: The scores that there are.
         tokens: Mean tokens of each run's held-out responses, where they are known.
@@ -152,7 +139,7 @@ class Table:
         named = [scores[score].assign(metric=score.name) for score in self.scores]
         columns = {"run": int, "step": int, "metric": object, "value": float}
         self.values = pd.concat([logged, *named])[list(columns)].astype(columns).merge(self.about, on="run")
-        self.ends, self.cells = self._read_ends()
+        self.ends = self._read_ends()
 
     def _describe_runs(self) -> pd.DataFrame:
         lines = []
@@ -165,16 +152,15 @@ class Table:
         order = [pd.factorize(about.condition)[0], pd.Series(varied, dtype=float), pd.factorize(about.arm)[0]]
         return about.assign(group=about.groupby(order).ngroup() if self.runs else [])
 
-    def _of_run(self, names: Sequence[str]) -> pd.Series:
+    def _of_run(self, *more: str) -> pd.Series:
         """The settings by which runs are told to start from the same model and rows."""
-        return pd.Series(
-            [str([{**r.settings, **r.setting}.get(name) for name in names]) for r in self.runs], dtype=object
-        )
+        settings = [{**run.settings, **run.setting} for run in self.runs]
+        return pd.Series([str([each.get(name) for name in (*START, *more)]) for each in settings], dtype=object)
 
     def _response_tokens(self) -> list[dict[str, float] | None]:
         """Mean tokens of each run. A run without a result takes them from a run with the same rows."""
         own = [run.outcome.get("eval_tokens") for run in self.runs]
-        rows = self._of_run((*START, "max_length", "truncation_mode"))
+        rows = self._of_run("max_length", "truncation_mode")
         known = {key: tokens for key, tokens in zip(rows, own, strict=True) if tokens}
         return [tokens or known.get(key) for key, tokens in zip(rows, own, strict=True)]
 
@@ -192,7 +178,6 @@ class Table:
         for name in ("chosen", "rejected"):
             own = frame[frame.metric == f"eval_logps/{name}"]
             tokens = own.run.map(lambda run, name=name: (self.tokens[run] or {}).get(name) or math.nan).astype(float)
-            tokens = tokens if any(self.tokens) else tokens.fillna(1.0)  # no curve in another unit
             parts.append(own.assign(metric=name, value=own.value / tokens)[tokens.notna()])
         return pd.concat(parts, ignore_index=True)
 
@@ -228,34 +213,33 @@ class Table:
             series = pd.concat([series[~series.run.isin(means.run)], means])
         return series
 
-    def _read_ends(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+    def _read_ends(self) -> pd.DataFrame:
         """The base of a run is the median over those that start from the same model and rows, else another's of its
         arm."""
-        finished = self.about.status == "finished"
-        start = self._of_run(START) + pd.Series(map(str, self.tokens), dtype=object)
+        start = self._of_run() + pd.Series(map(str, self.tokens), dtype=object)
         ends = [self.about.iloc[:0].assign(score=[], final=[], base=[])]
-        cells = [pd.DataFrame(columns=["score", "run", "seed", "row", "final", "base"])]
         for score in self.scores:
             series = self.values[self.values.metric == score.name].sort_values("step")
-            final = series.groupby("run").value.last().reindex(self.about.index).where(finished)
+            final = series.groupby("run").value.last().reindex(self.about.index)
             first = series[(series.step == 0) & np.isfinite(series.value)].set_index("run").value
             base = start.map(first.groupby(start.reindex(first.index)).median())
             base = base.fillna(base.groupby(self.about.arm).transform("last"))
+            final = final.where(self.about.status == "finished")
             ends.append(self.about.assign(score=score.name, final=final, base=base))
-            rows = self._rows_of(score)
-            rows = rows.assign(base=rows.base.fillna(rows.run.map(base))).merge(self.about, on="run")
-            both = pd.concat([rows, ends[-1][~ends[-1].run.isin(rows.run)].assign(row="")])
-            cells.append(both[both.status == "finished"].assign(score=score.name)[cells[0].columns])
-        return tuple(pd.concat(frames[1:] or frames, ignore_index=True) for frames in (ends, cells))  # type: ignore
+        return pd.concat(ends[1:] or ends, ignore_index=True)
 
-    def _rows_of(self, score: Score) -> pd.DataFrame:
-        """A score of each held-out row at step 0 (base) and at the last step of its run (final)."""
+    def _cells(self, runs: Sequence[int], score: Score) -> pd.DataFrame:
+        """run, seed, row, final, base of finished runs: a line for each held-out row, or one without a row."""
+        ends = self.ends_of(runs, score)
+        ends = ends[ends.status == "finished"].assign(row="")
         if score.column not in self.held_out:
-            return pd.DataFrame(columns=["run", "row", "final", "base"])
-        held = self.held_out.dropna(subset=[score.column])
+            return ends
+        held = self.held_out[self.held_out.run.isin(ends.run)].dropna(subset=[score.column])
         at = {"final": held.step == held.groupby("run").step.transform("max"), "base": held.step == 0}
         series = {name: held[which].set_index(["run", "row"])[score.column] for name, which in at.items()}
-        return pd.DataFrame(series).dropna(subset=["final"]).reset_index()
+        rows = pd.DataFrame(series).dropna(subset=["final"]).reset_index()
+        rows = rows.merge(ends[["run", "seed", "base"]].rename(columns={"base": "known"}), on="run")
+        return pd.concat([rows.assign(base=rows.base.fillna(rows.known)), ends[~ends.run.isin(rows.run)]])
 
     def ends_of(self, runs: Sequence[int], score: Score) -> pd.DataFrame:
         """The lines of some runs and one score."""
@@ -280,7 +264,7 @@ class Table:
 
     def _by(self, index: str, runs: Sequence[int], score: Score, column: str) -> pd.DataFrame:
         """(seeds or runs, rows) of what finished; one column without a name where rows are not recorded."""
-        own = self.cells[(self.cells.score == score.name) & self.cells.run.isin(runs)].astype({column: float})
+        own = self._cells(runs, score).astype({column: float})
         found = own.pivot_table(index=index, columns="row", values=column, aggfunc="last")
         return found.reindex(columns=own.row.unique())
 

@@ -14,7 +14,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ceu_rl.stability.grid import rate
+from ceu_rl.stability.runs import rate
 from ceu_rl.stability.table import paired_bootstrap
 
 RESULTS = Path(__file__).parent

@@ -1,6 +1,6 @@
 """Time and peak memory of what this package computes, each beside the same work without it.
 
-    python -m tests.benchmarks.measure OUTPUT.json [--subject dpo grpo fused tofu] [--device cuda]
+    python -m tests.benchmarks.measure OUTPUT.json [--subject dpo grpo fused] [--device cuda]
 
 The arms of a row take turns in one process, round after round, so that whatever else the machine does meets each of
 them; a ratio is the median over rounds. On a CPU a second is one of this process on a core, which other processes do
@@ -33,14 +33,10 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 from trl.kernels import ChunkedLogProbFunction
 
 from ceu_rl import CEUDPOConfig, CEUDPOTrainer, CEUGRPOConfig, CEUGRPOTrainer
-from ceu_rl.data.prompts import PromptFormat
 from ceu_rl.fused import fused_linear_unlearning_loss
 from ceu_rl.losses import descent_weight
-from ceu_rl.models import build_bpe_tokenizer, build_model, build_tokenizer, end_token_ids, resolve_model
+from ceu_rl.models import build_model, build_tokenizer, resolve_model
 from ceu_rl.run.provenance import describe_device, environment, write_json
-from ceu_rl.tofu import load_tofu
-from ceu_rl.tofu.evaluate import evaluate
-from ceu_rl.tofu.scoring import generate_texts, make_answers, score_answers
 
 ROOT = Path(__file__).parents[2]
 SEED = 0
@@ -64,7 +60,6 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"tokens": 256, "vocabulary": 8192, **LOSS},
         {"tokens": 1024, "vocabulary": 8192, **LOSS},
         {"tokens": 1024, "vocabulary": 32_768, **LOSS},
-        {"subject": "tofu", "split": "forget01", "rounds": 3},
     ],
     "cuda": [{"tokens": 8192, "vocabulary": 128_256, **LOSS, "hidden_size": 4096, "dtype": "bfloat16", "rounds": 20}],
 }
@@ -78,7 +73,7 @@ def measure(row: Mapping[str, Any], device: str = "cpu") -> dict[str, Any]:
         arms = SUBJECTS[row["subject"]](row, device, Path(folder))
         for work in arms.values():
             work()  # what a library sets up on its first use is no cost of ours
-        peaks = {name: peak_gib(work, device) for name, work in arms.items() if row["subject"] != "tofu"}
+        peaks = {name: peak_gib(work, device) for name, work in arms.items()}
         seconds: dict[str, list[float]] = {name: [] for name in arms}
         for turn in range(row["rounds"]):
             for name in list(arms)[:: -1 if turn % 2 else 1]:
@@ -89,8 +84,7 @@ def measure(row: Mapping[str, Any], device: str = "cpu") -> dict[str, Any]:
         pairs = [a / b for a, b in zip(seconds[ours], seconds[other], strict=True)]
         first, middle, third = statistics.quantiles(pairs, n=4)
         ratios[other] = {"time": round(middle, 3), "time_quartiles": [round(first, 3), round(third, 3)]}
-        if peaks:
-            ratios[other]["memory"] = round(peaks[ours] / peaks[other], 4)
+        ratios[other]["memory"] = round(peaks[ours] / peaks[other], 4)
     medians = {name: round(statistics.median(values), 4) for name, values in seconds.items()}
     return {**row, "seconds": medians, "peak_gib": {k: round(v, 5) for k, v in peaks.items()}, "ratios": ratios}
 
@@ -288,61 +282,8 @@ def losses(row: Mapping[str, Any], device: str, folder: Path) -> Arms:
     return {name: arm(loss) for name, loss in arms.items() if name in row.get("arms", arms)}
 
 
-# The evaluation on TOFU
-
-ON_FORGET = ("probability", "extraction_strength", "exact_memorization", "loss", "zlib", "min_k", "min_k_plus_plus")
-NEW_TOKENS = 32
-
-
-def tofu(row: Mapping[str, Any], device: str, folder: Path) -> Arms:
-    """`ceu-rl tofu-eval` beside a loop for each metric over the answers that it needs, with the same functions."""
-    name, split = "builtin:authors", row["split"]
-    texts = load_tofu(name, "full")
-    tokenizer = build_bpe_tokenizer([*texts["question"], *texts["answer"]], 1024)
-    model = build_model(tokenizer)
-    configs = [f"{split}_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed"]
-    datasets = {config: load_tofu(name, config) for config in [*configs, "holdout10"]}  # the last for non-members
-    prompt, ends = PromptFormat(None, None, None).settle(tokenizer), end_token_ids(model, tokenizer)
-
-    def score(*needed: tuple[str, str]) -> None:
-        made = make_answers({config: datasets[config] for config, _ in needed}, tokenizer, prompt, ends)
-        score_answers(model, [answer for answer in made if (answer.config, answer.kind) in needed])
-
-    def loops() -> None:
-        forget, *others = configs
-        for metric in ON_FORGET:
-            outside = [("holdout10", "answer")] if metric in ON_FORGET[3:] else []
-            score((forget, "answer"), *outside)
-        for config in configs:
-            kind = "paraphrase" if config in configs[:2] else "answer"
-            score((config, kind), (config, "perturbed"))  # the truth ratio
-        for config in others:  # of real authors and world facts among the options
-            score((config, "answer"), *([(config, "perturbed")] if config != "retain_perturbed" else []))
-        for config in configs:
-            made = make_answers({config: datasets[config]}, tokenizer, prompt, ends)
-            asked = [answer for answer in made if answer.kind == "answer"]
-            generate_texts(model, tokenizer, NEW_TOKENS, 32, asked)
-
-    def arm(work: Callable[[], Any]) -> Callable[[], float]:
-        def timed() -> float:
-            start = now(device)
-            work()
-            return now(device) - start
-
-        return timed
-
-    given = (model, tokenizer, name, split)
-    return {
-        "one pass": arm(lambda: evaluate(*given, max_new_tokens=NEW_TOKENS)),
-        "a loop for each metric": arm(torch.no_grad()(loops)),
-    }
-
-
 SUBJECTS: dict[str, Callable[[Mapping[str, Any], str, Path], Arms]] = {
-    "dpo": training,
-    "grpo": training,
-    "fused": losses,
-    "tofu": tofu,
+    **{"dpo": training, "grpo": training, "fused": losses}
 }
 
 
