@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from ceu_rl.cli import main
-from ceu_rl.stability import job, launch, report
+from ceu_rl.stability import grid, job, launch, report
 from ceu_rl.stability.grid import folder_name, make_jobs, parse
 from ceu_rl.stability.runs import Run
 
@@ -324,7 +324,8 @@ class Inside:
 def quick(two_recipes, tmp_path, monkeypatch, capsys):
     """Compare the two recipes by runs that only record their settings; returns the status, output and what started."""
     (tmp_path / "quick.py").write_text(QUICK)
-    monkeypatch.setattr(job, "MODULE", [sys.executable, str(tmp_path / "quick.py")])
+    for module in (grid, job):
+        monkeypatch.setattr(module, "MODULE", [sys.executable, str(tmp_path / "quick.py")])
     monkeypatch.setattr(launch, "POLL", 0.02)
     monkeypatch.setattr(launch, "Worker", Inside)
     monkeypatch.setattr(report, "_html", lambda *args: "a page")
@@ -558,9 +559,9 @@ while step < 20 or pathlib.Path("hold").exists():
 """
 DRIVER = """
 import signal, sys
-from ceu_rl.stability import grid, job, report
+from ceu_rl.stability import grid, report
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell's background job starts
-job.MODULE = [sys.executable, "stand_in.py"]
+grid.MODULE = [sys.executable, "stand_in.py"]
 report.write_report = lambda *args: None
 sys.exit(grid.main(sys.argv[1:]))
 """
@@ -594,6 +595,7 @@ def comparison(two_recipes, tmp_path):
 def runs_of(folder):
     """The runs of a folder by their arm, with the setting of each."""
     found = [(path.parent, json.loads(path.read_text())) for path in Path(folder).glob("*/*/*/run.json")]
+    found = [(path, record) for path, record in found if path.name.isdecimal()]
     return [Run(record["arm"], record["overrides"], record["seed"], path) for path, record in found]
 
 

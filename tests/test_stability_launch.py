@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 
 from ceu_rl.cli import main
-from ceu_rl.stability import job, report, runs
+from ceu_rl.stability import grid, report, runs
 from ceu_rl.stability import launch as launch_module
 
 # Trains for two seconds, with a checkpoint at each step; a killed one goes on from the last of them
@@ -51,7 +51,7 @@ def launch(tmp_path, monkeypatch, capsys):
         (tmp_path / "dpo" / f"{arm}.yaml").write_text(yaml.safe_dump({"method": "dpo", "max_steps": 20}))
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(job, "MODULE", [sys.executable, "stand_in.py"])  # of the folder where it was started
+    monkeypatch.setattr(grid, "MODULE", [sys.executable, "stand_in.py"])  # of the folder where it was started
     monkeypatch.setattr(report, "_html", lambda *args: "a page")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
 

@@ -175,7 +175,7 @@ def _underscored(word: str) -> str:
 
 def _print_commands(job: "Job", mark: str) -> None:
     """The commands that would make a run without a comparison, ready for a shell."""
-    launched = [*MODULE, *job.launcher, "ceu_rl.cli"] if job.launcher else ["ceu-rl"]
+    launched = ["ceu-rl"] if job.launcher == MODULE else [*job.launcher, "ceu_rl.cli"]
     print(mark + shlex.join([*launched, *job.words]))
     if job.evaluation:
         print(mark + shlex.join(["ceu-rl", *job.evaluation]))
@@ -204,9 +204,9 @@ def make_jobs(
         read_json(retain)
     if len({recipe.stem for recipe in recipes}) < len(recipes):
         raise ValueError(f"Two recipes have one name among {[str(recipe) for recipe in recipes]}; rename one.")
-    launcher = []
+    launcher = list(MODULE)
     if accelerate_config is not None:
-        launcher = ["accelerate.commands.launch", "--config_file", str(accelerate_config), "-m"]
+        launcher += ["accelerate.commands.launch", "--config_file", str(accelerate_config), "-m"]
     return [job for recipe in recipes for job in _jobs_of(recipe, fields, folder / recipe.stem, launcher, retain)]
 
 

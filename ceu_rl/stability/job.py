@@ -34,7 +34,7 @@ class Job:
     words: Sequence[str]  # arguments of ceu-rl that would make it without a comparison
     evaluation: Sequence[str]  # arguments of ceu-rl for what is to be run after it
     retain: Path | None  # the retain model's result that its forget quality is computed against
-    launcher: Sequence[str]  # the module that starts it, with its arguments; empty without accelerate
+    launcher: Sequence[str]  # the words before `ceu_rl.cli`
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -101,7 +101,7 @@ def commands_of(job: Job) -> list[list[str]]:
     commands, folder, trained = [], job.folder, job.found.record(RESULT)
     if not trained or trained.get("steps") == 0:
         words = [job.words[0], "--config", str(folder / RECIPE), "--output_dir", str(folder), *_resume(job)]
-        commands = [[*MODULE, *job.launcher, "ceu_rl.cli", *words]]
+        commands = [[*job.launcher, "ceu_rl.cli", *words]]
     commands += [[*MODULE, "ceu_rl.cli", *words] for words in _lacks_evaluation(job)]
     for path in (folder / name for name in EVALUATIONS):
         if path.is_file() and not job.found.record(path.name):  # one that cannot be used

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..run.progress import duration
-from .job import Job, run_job
+from .job import MODULE, Job, run_job
 from .runs import LOG
 
 LAUNCHERS = ("local", "ray", "submitit")
@@ -39,7 +39,10 @@ class Worker:
 
     def __init__(self, job: Job, at_once: int, slots: list[int]) -> None:
         self.slot, self.slots = slots.pop(0), slots
-        words, env = [sys.executable, "-m", run_job.__module__], _variables(self.slot, at_once, alone=not job.launcher)
+        words, env = (
+            [sys.executable, "-m", run_job.__module__],
+            _variables(self.slot, at_once, alone=job.launcher == MODULE),
+        )
         # In a session of its own: Ctrl-C reaches the comparison alone, which ends the runs
         self.process = Popen(words, stdin=PIPE, stdout=PIPE, stderr=STDOUT, env=env, start_new_session=True)
         with self.process.stdin as pipe:  # type: ignore[union-attr]
