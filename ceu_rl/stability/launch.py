@@ -164,7 +164,7 @@ def run_jobs(
                     job, start = running.pop(handle)
                     console.print(f"{_name(job)}: {outcome} ({duration(time.monotonic() - start)})", **SAID)
                 show(bar, [job for job, _ in running.values()], len(jobs) - len(waiting) - len(running))
-                if not is_told and task.time_remaining is not None:
+                if running and not is_told and task.time_remaining is not None:
                     is_told = True
                     console.print(f"{task.description}: about {duration(task.time_remaining)} left", **SAID)
                 if ended and (waiting or running):
