@@ -408,7 +408,7 @@ def pages(tmp_path_factory):
     going = [make("stock", log=curves(0.3, 0)), make("ceu", log=curves(0.9, 0)[:31], end="running")]
     grpo = frontier_grid(maker(tmp_path_factory.mktemp("grpo")))
     made = {}
-    for name, members, count in (("grid", runs, 12), ("tofu", tofu, 3), ("grpo", grpo, 7), ("going", going, 12)):
+    for name, members, count in (("grid", runs, 10), ("tofu", tofu, 3), ("grpo", grpo, 7), ("going", going, 10)):
         folder = tmp_path_factory.mktemp(f"report-{name}")
         write_report(folder, members, Console(file=io.StringIO()), COMMAND)
         made[name] = (folder / "report.html").as_uri(), count
