@@ -25,7 +25,7 @@ $(BASE)/result.json: | install
 
 demo: install $(BASE)/result.json
 	$(BIN)/ceu-rl compare recipes/dpo/addition/stock.yaml recipes/dpo/addition/stock-sft.yaml \
-		recipes/dpo/addition/ceu-0.5.yaml --output_dir runs/demo
+		recipes/dpo/addition/anchored.yaml --output_dir runs/demo
 
 # A real model: it is converted once, then a base and two runs of 60 steps
 SMOLLM2 := runs/smollm2-chain-sum/base
@@ -36,7 +36,7 @@ $(SMOLLM2)/result.json: | install
 
 demo-smollm2: install $(SMOLLM2)/result.json
 	$(BIN)/ceu-rl compare recipes/dpo/smollm2-chain-sum/stock.yaml recipes/dpo/smollm2-chain-sum/stock-sft.yaml \
-		recipes/dpo/smollm2-chain-sum/ceu-0.5.yaml --output_dir runs/demo-smollm2
+		recipes/dpo/smollm2-chain-sum/anchored.yaml --output_dir runs/demo-smollm2
 
 test: install
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal

@@ -315,9 +315,9 @@ def check_pairs(header, rows, files):
         def of(arm, rate, part, column, runs=runs):
             return np.array([run[column][part] for key, run in runs.items() if key[:2] == (arm, rate)])
 
-        def best(arm, runs=runs, of=of):
+        def best(arm, runs=runs):
             rates = {rate for name, rate, _ in runs if name == arm}
-            return min(rates, key=lambda rate: of(arm, rate, slice(0, None, 2), "loss").mean())
+            return min(rates, key=lambda rate: runs[arm, rate, 0]["loss"][::2].mean())
 
         part = slice(1, None, 2) if "pairs" in cells else slice(None)
         rate = float(cells.get("rate") or cells["best rate"])
@@ -326,15 +326,16 @@ def check_pairs(header, rows, files):
             if title in ("loss", "accuracy", "chosen gain", "rejected gain", *KEPT):
                 values = of(cells["arm"], rate, part, title)
                 assert float(cells[title]) == pytest.approx(values.mean(), abs=6e-4), (row, title)
-        if cells.get("loss less stock's"):
-            gaps = of(cells["arm"], rate, part, "loss") - of("stock", best("stock"), part, "loss")
+        for other in [each for each in ("stock", "anchored") if cells.get(f"loss less {each}'s")]:
+            both = [(key, (other, best(other), key[2])) for key in runs if key[:2] == (cells["arm"], rate)]
+            gaps = np.array([runs[ours]["loss"] - runs[its]["loss"] for ours, its in both if its in runs])[:, part]
             drawn = np.random.default_rng(1)
             again = [
                 gaps[drawn.integers(len(gaps), size=len(gaps))][:, drawn.integers(gaps.shape[1], size=gaps.shape[1])]
                 for _ in range(4000)
             ]
             expected = [gaps.mean(), *np.quantile([each.mean() for each in again], [0.025, 0.975])]
-            numbers = [float(each) for each in re.findall(r"[-+]\d+\.\d+", cells["loss less stock's"])]
+            numbers = [float(each) for each in re.findall(r"[-+]\d+\.\d+", cells[f"loss less {other}'s"])]
             assert numbers == pytest.approx(expected, abs=0.1 * (expected[2] - expected[1])), row
 
 

@@ -48,7 +48,7 @@ def make_trainer(tiny_model, tokenizer, preferences, tmp_path):
         if not given.get("peft_config"):
             default["ref_model"] = tiny_model(0)
         if trainer_class is CEUDPOTrainer:
-            default["ceu_coef"] = 1.0  # the weight that the references are written for
+            default["descent_rule"] = "ceu"  # the weight that the references are written for
         return build(trainer_class, tmp_path, **{**default, **given})
 
     return make

@@ -2,7 +2,7 @@
 
     loss = -log sigmoid(beta ((chosen - ref_chosen) - (rejected - ref_rejected)))
 
-An arm's rate is chosen on the pairs of even number, and every number is of the odd ones.
+An arm's rate is chosen on the even pairs of seed 0, at which every rate ran. Every number is of the odd pairs.
 """
 
 import json
@@ -18,7 +18,17 @@ from ceu_rl.stability.runs import rate
 from ceu_rl.stability.table import paired_bootstrap
 
 RESULTS = Path(__file__).parent
-DRAWN = ("stock", "anchored", "stock-sft", "constant-0.75", "token-ratio", "sequence-ratio", "balanced", "wider-1")
+DRAWN = (
+    "stock",
+    "anchored",
+    "stock-sft",
+    "constant-0.75",
+    "ceu-0.5",
+    "token-ratio",
+    "sequence-ratio",
+    "balanced",
+    "wider-1",
+)
 COLOURS = dict(zip(DRAWN, sns.color_palette("colorblind"), strict=False))  # of the arms, alike in each panel
 
 
@@ -40,7 +50,7 @@ def read_pairs(file: str) -> pd.DataFrame:
 
 def best_rates(pairs: pd.DataFrame) -> dict[str, float]:
     """The rate of each arm with the least loss on the pairs that are not reported."""
-    means = pairs[pairs.pair % 2 == 0].groupby(["arm", "rate"], sort=False).loss.mean()
+    means = pairs[(pairs.pair % 2 == 0) & (pairs.seed == 0)].groupby(["arm", "rate"], sort=False).loss.mean()
     return {arm: means[arm].idxmin() for arm in means.index.unique("arm")}
 
 
@@ -51,23 +61,28 @@ def reported(pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 def difference(pairs: pd.DataFrame, ours: str, theirs: str, column: str = "loss") -> tuple[float, float, float]:
-    """Mean of a column of one arm less the other's over the same pairs and seeds, with its interval."""
+    """Mean of a column of one arm less the other's over the pairs and seeds of both, with its interval."""
     table = pairs.pivot(index=["seed", "pair"], columns="arm", values=column)
-    gaps = (table[ours] - table[theirs]).unstack("pair")
+    gaps = (table[ours] - table[theirs]).dropna().unstack("pair")
     low, high = paired_bootstrap(gaps.to_numpy()) or (float("nan"),) * 2
     return float(gaps.to_numpy().mean()), low, high
 
 
 def best(files: str) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of a table: each arm of each study at its best rate, against stock."""
+    """Header and lines of a table: each arm of each study at its best rate, against stock and against `anchored`."""
+    against = ("stock", "anchored")
     lines = []
     for file in files.split():
         pairs = reported(read_pairs(file))
         for arm, own in pairs.groupby("arm"):
-            gap = "" if arm == "stock" else "{:+.3f} ({:+.3f} to {:+.3f})".format(*difference(pairs, arm, "stock"))
-            loss, *others = map("{:.3f}".format, own[["loss", "accuracy", "chosen gain", "foreign_kl"]].mean())
-            lines.append([file.split("/")[1], arm, rate(own.rate.iloc[0]), loss, gap, *others])
-    return ["pairs", "arm", "best rate", "loss", "loss less stock's", "accuracy", "chosen gain", "foreign kl"], lines
+            gaps = [
+                "" if arm == other else "{:+.3f} ({:+.3f} to {:+.3f})".format(*difference(pairs, arm, other))
+                for other in against
+            ]
+            numbers = map("{:.3f}".format, own[["loss", "accuracy", "foreign_kl"]].mean())
+            lines.append([file.split("/")[1], arm, rate(own.rate.iloc[0]), str(own.seed.nunique()), *numbers, *gaps])
+    titles = ["pairs", "arm", "best rate", "seeds", "loss", "accuracy", "foreign kl"]
+    return [*titles, *(f"loss less {other}'s" for other in against)], lines
 
 
 def by_rate(file: str) -> tuple[list[str], list[list[str]]]:
