@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from .data.prompts import prompt_ids
@@ -17,7 +18,6 @@ from .run.checkpoints import WholeCheckpoints
 from .run.checks import RolloutError, StopAtNonFinite, check_reference_is_loaded
 from .run.engines import Float32Outputs, is_asked_for
 from .run.errors import NameCause, note, note_once
-from .tasks.generate import decode_by
 
 
 @dataclass
@@ -83,8 +83,7 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
 
     A token descends where the loss lowers its log-probability: in completions with a negative advantage, unless
     clipping or the KL term says otherwise. With `ceu_coef` 0 it trains the same weights as `trl.GRPOTrainer`, bit for
-    bit. It takes the same arguments, and a `CEUGRPOConfig`. Rollouts take nothing of the model's own
-    `generation_config` but its end tokens, and follow no end token that the tokenizer adds to a prompt.
+    bit, from the same rollouts. It takes the same arguments, and a `CEUGRPOConfig`.
 
     The anchor of a rule is the token's probability under what generated it: vLLM's, else the policy's when the rollouts
     came. A rule that measures against it (anchored, token_ratio, sequence_ratio) replaces TRL's importance weight:
@@ -107,7 +106,9 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._ages: list[int] = []
-        if self.use_vllm:
+        if not self.use_vllm:
+            self._name_what_moves_samples()
+        else:
             self.vllm_generation.__class__ = ReloadingVLLMGeneration
             self.vllm_generation.period = self.args.weight_sync_steps
             self.vllm_generation.clock = lambda: self.state.global_step
@@ -162,16 +163,20 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         ids, *rest = super()._tokenize_prompts(prompts)
-        if isinstance(prompts[0], str):  # no end that a tokenizer adds stands before a completion
-            ids = [prompt_ids(self._tokenizer, prompt) for prompt in prompts]
+        if isinstance(prompts[0], str) and ids[0] != prompt_ids(self._tokenizer, prompts[0]):
+            note_once("The tokenizer ends a prompt with its end token, and completions follow it; turn that off there.")
         return ids, *rest
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        if self.use_vllm:
-            return super()._generate_single_turn(*args, **kwargs)
-        # As vLLM does: what the model's own generation config brings would make the rollouts another policy's
-        with decode_by(self.model, self.generation_config):
-            return super()._generate_single_turn(*args, **kwargs)
+    def _name_what_moves_samples(self) -> None:
+        """What `generate` fills in from the model's own config, as in stock, though TRL never asked for it."""
+        own = getattr(self.model, "generation_config", GenerationConfig()).to_diff_dict()
+        plain = {name for name in own if name.endswith("token_id")} | {"transformers_version", "max_length"}
+        brought = {name: own[name] for name in own.keys() - plain if getattr(self.generation_config, name) is None}
+        if brought:
+            note(
+                f"The model's own generation_config brings {brought}, so its rollouts are not the policy's own, as "
+                "vLLM's would be; set these fields to None in it if you did not mean them."
+            )
 
     @property
     def _is_training(self) -> bool:

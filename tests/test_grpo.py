@@ -65,26 +65,28 @@ def make_trainer(tiny_model, tokenizer, tmp_path):
     [
         {"no_repeat_ngram_size": 1},
         {"num_beams": 2},
-        {"suppress_tokens": list(range(10, 40))},
-        {"stop_strings": ["1"]},  # with which `generate` asks for a tokenizer
+        {"suppress_tokens": [11]},
         "an end",
     ],
     ids=str,
 )
-def test_what_a_model_brings_has_no_part_in_its_rollouts(make_trainer, tiny_model, tokenizer, brings):
-    """Neither its generation config, which vLLM does not take either, nor an end that its tokenizer adds to prompts."""
-    model, adding = tiny_model(1), copy.deepcopy(tokenizer)
+def test_what_a_model_brings_to_its_rollouts_is_named(make_trainer, tiny_model, tokenizer, brings, caplog):
+    """Its generation config, which vLLM does not take, or an end that its tokenizer adds to prompts; stock has both."""
+    adding = copy.deepcopy(tokenizer)
     if brings == "an end":
         end = ("<|eos|>", tokenizer.eos_token_id)
         adding.backend_tokenizer.post_processor = TemplateProcessing(single="$A <|eos|>", special_tokens=[end])
-    else:
-        model.generation_config.update(**brings)
-    plain, ours = (
-        trained(make_trainer(CEUGRPOTrainer, model=one, processing_class=each))
-        for one, each in ((tiny_model(1), tokenizer), (model, adding))
-    )
-    assert same(plain, ours)
-    assert brings == "an end" or getattr(model.generation_config, next(iter(brings)))  # which is saved with the model
+
+    def run(trainer_class, **settings):
+        model = tiny_model(1)
+        if brings != "an end":
+            model.generation_config.update(**brings)
+        return trained(make_trainer(trainer_class, model=model, processing_class=adding, **settings))
+
+    stock = run(GRPOTrainer)
+    with caplog.at_level("INFO", "ceu_rl"):
+        assert same(stock, run(CEUGRPOTrainer, ceu_coef=0.0))
+    assert ("end token" if brings == "an end" else next(iter(brings))) in caplog.text
 
 
 def rollouts(trainer):
