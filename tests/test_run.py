@@ -435,7 +435,9 @@ def test_what_a_step_frees_is_kept_for_the_next_one(given, kept):
 def test_the_result_is_that_of_the_model_that_was_kept(recipe, tmp_path):
     """With `load_best_model_at_end`, which here takes the first step, not the last."""
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_logps/chosen", "greater_is_better": False}
-    config = recipe(dataset_test_split="0.5", eval_strategy="steps", eval_steps=1, learning_rate=0.05, **best)
+    config = recipe(
+        descent_rule="ceu", dataset_test_split="0.5", eval_strategy="steps", eval_steps=1, learning_rate=0.05, **best
+    )
     assert main(["dpo", "--config", config, "--save_strategy", "steps", "--save_steps", "1"]) == 0
     log = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     chosen = [entry["eval_logps/chosen"] for entry in log if "eval_loss" in entry]

@@ -296,9 +296,6 @@ def number(value: float | None) -> str:
 
 def setting_name(setting: Mapping[str, Any]) -> str:
     """A setting in words, such as "learning rate 3e-5, beta 0.5"."""
-    told = (f"{name.replace('_', ' ')} {_value(name, value)}" for name, value in setting.items())
+    rates = {name: rate(value) for name, value in setting.items() if name == "learning_rate" and is_number(value)}
+    told = (f"{name.replace('_', ' ')} {value}" for name, value in {**setting, **rates}.items())
     return ", ".join(told) or "as in the recipe"
-
-
-def _value(name: str, value: Any) -> str:
-    return rate(value) if name == "learning_rate" and is_number(value) else str(value)

@@ -287,6 +287,10 @@ SUBJECTS: dict[str, Callable[[Mapping[str, Any], str, Path], Arms]] = {
 }
 
 
+def _is_of(row: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    return all(row.get(name) == found.get(name) for name in (*row, "rule"))
+
+
 def main(words: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
@@ -308,8 +312,8 @@ def main(words: Iterable[str] | None = None) -> None:
         if row["subject"] in args.subject:
             found = {**measure(row, args.device), **environment(), **describe_device(args.device, 1)}
             print(json.dumps(found), flush=True)
-            rows = [each for each in rows if not row.items() <= each.items()] + [found]
-            rows = [each for known in ROWS[args.device] for each in rows if known.items() <= each.items()]
+            rows = [each for each in rows if not _is_of(row, each)] + [found]
+            rows = [each for known in ROWS[args.device] for each in rows if _is_of(known, each)]
             write_json(args.output, {"command": command, "seed": SEED, "rows": rows})
 
 
