@@ -23,8 +23,8 @@ _INHERITED = DescentConfig.__dataclass_fields__
 class CEUDPOConfig(DescentConfig, DPOConfig):
     """`trl.DPOConfig` and the rule of the descending tokens, by default `anchored` alone: w = min(1, p / p_ref).
 
-    On two sets of worded pairs it ended with a lower held-out loss than half of CE-U's weight, the default before, and
-    nearer to the model at the start (docs/results/dpo-anchor.md).
+    On human preferences it ended with a lower held-out loss than half of CE-U's weight, the default before, and nearer
+    to the model at the start (docs/results/dpo-anchor.md).
 
     Raises:
         ValueError: for an unknown rule, a parameter out of range or one that the rule does not read, or

@@ -169,9 +169,9 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
 
     def _name_what_moves_samples(self) -> None:
         """What `generate` fills in from the model's own config, as in stock, though TRL never asked for it."""
-        own = getattr(self.model, "generation_config", GenerationConfig()).to_diff_dict()
+        own = (getattr(self.model, "generation_config", None) or GenerationConfig()).to_diff_dict()
         plain = {name for name in own if name.endswith("token_id")} | {"transformers_version", "max_length"}
-        brought = {name: own[name] for name in own.keys() - plain if getattr(self.generation_config, name) is None}
+        brought = {name: own[name] for name in own.keys() - plain if getattr(self.generation_config, name, "") is None}
         if brought:
             note(
                 f"The model's own generation_config brings {brought}, so its rollouts are not the policy's own, as "

@@ -89,6 +89,14 @@ def test_what_a_model_brings_to_its_rollouts_is_named(make_trainer, tiny_model, 
     assert ("end token" if brings == "an end" else next(iter(brings))) in caplog.text
 
 
+def test_a_field_that_transformers_does_not_know_moves_no_rollout(make_trainer, tiny_model, tokenizer, caplog):
+    model = tiny_model(1)
+    model.generation_config.house_style = 1
+    with caplog.at_level("INFO", "ceu_rl"):
+        make_trainer(CEUGRPOTrainer, model=model, processing_class=tokenizer)
+    assert "house_style" not in caplog.text
+
+
 def rollouts(trainer):
     """A batch of the trainer's own, each prompt four times."""
     rows = [trainer.train_dataset[i // 4] for i in range(8 * trainer.args.steps_per_generation)]

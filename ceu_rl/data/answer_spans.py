@@ -68,9 +68,9 @@ def _probed(value: Any, probe: str) -> Any:
 def part_answer(
     ids: Sequence[int], prompt: int, edges: tuple[Sequence[int], Sequence[int]], ends: Collection[int]
 ) -> Parts:
-    """Part the tokens of prompt and completion, of which the first `prompt` are the prompt's.
+    """Part the tokens of a row into prompt and completion. The first `prompt` tokens are the prompt.
 
-    `edges` are those of [`template_edges`], `ends` of [`ceu_rl.models.end_token_ids`].
+    `edges` come from [`template_edges`], `ends` from [`ceu_rl.models.end_token_ids`].
     """
     head, tail = edges
     content = max(prompt, common_prefix_length(list(ids), list(head)))

@@ -100,7 +100,7 @@ def check_language_model(model: Any, trust_remote_code: bool = False) -> None:
 def check_reference_is_loaded(needs_reference: bool) -> None:
     """Raise a ValueError where FSDP would leave the reference model empty on every process but the first.
 
-    The first alone reads the weights, and TRL's trainers synchronise those of the policy alone.
+    Only the first process reads weights. TRL's trainers send the policy's to the others, and not the reference's.
     """
     if needs_reference and is_fsdp_enabled():
         raise ValueError(

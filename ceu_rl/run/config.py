@@ -24,7 +24,7 @@ from typing import Any, get_type_hints
 import yaml
 from huggingface_hub.dataclasses import type_validator
 
-# Of each method its script arguments, config and trainer, by name: importing those of GRPO takes seconds
+# Script arguments, config and trainer of each method. They are names, because importing GRPO's takes seconds
 CLASSES = {
     "dpo": ("ceu_rl.data.prompts:PromptArguments", "ceu_rl.dpo:CEUDPOConfig", "ceu_rl.dpo:CEUDPOTrainer"),
     "grpo": ("trl.scripts.grpo:GRPOScriptArguments", "ceu_rl.grpo:CEUGRPOConfig", "ceu_rl.grpo:CEUGRPOTrainer"),
