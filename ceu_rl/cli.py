@@ -5,7 +5,6 @@
     ceu-rl tofu-eval --model DIR --dataset NAME --split forget10 [--retain DIR/tofu_eval.json]
     ceu-rl muse-eval --model DIR --dataset NAME
     ceu-rl recipes [NAME [DEST]]
-    ceu-rl gsm8k example_model_solutions.jsonl PAIRS.jsonl
     ceu-rl env
 
 `ceu-rl COMMAND --help` shows a command's options; `--help-all` all that TRL has for it. The same under accelerate:
@@ -33,7 +32,6 @@ OTHERS = {
     "tofu-eval": "tofu.evaluate",
     "muse-eval": "tofu.muse",
     "recipes": "run.recipes",
-    "gsm8k": "tasks.gsm8k",
 }
 COMMANDS = (*TRAINING, *OTHERS, "env")
 

@@ -12,7 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 from .data.prompts import prompt_ids
 from .data.rows import check_layout
 from .losses import anchor_log_ratio
-from .rollouts import ReloadingVLLMGeneration, check_vllm
+from .rollouts import ReloadingVLLMGeneration
 from .route import DescentConfig, DescentTrainer, Scored, Weight, descent_rule
 from .run.checkpoints import WholeCheckpoints
 from .run.checks import RolloutError, StopAtNonFinite, check_reference_is_loaded
@@ -89,8 +89,7 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
     came. A rule that measures against it (anchored, token_ratio, sequence_ratio) replaces TRL's importance weight:
     descending tokens get the rule's, ascending ones 1. TRL's clip and masks still decide which tokens have a gradient.
 
-    It logs what `route.descent_metrics` returns, and with vLLM `rollout/age_mean`, `rollout/age_max` (steps between the
-    weights that generated and those that learn) and `rollout/sync_seconds`.
+    It logs what `route.descent_metrics` returns.
 
     Raises:
         ValueError: before any step, for a dataset without rows or without `prompt`, or a model without a
@@ -105,7 +104,6 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._ages: list[int] = []
         if not self.use_vllm:
             self._name_what_moves_samples()
         else:
@@ -137,7 +135,6 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
         check_reference_is_loaded(needs_reference=config.beta != 0 and not adapts)
         if not config.use_vllm:
             return
-        check_vllm()
         if adapts and (is_asked_for("FSDP") or config.fsdp_plugin_args is not None):
             raise ValueError(
                 "use_vllm is True with an adapter under FSDP, which was never tested; leave out one of use_vllm, "
@@ -178,17 +175,6 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
                 "vLLM's would be; set these fields to None in it if you did not mean them."
             )
 
-    @property
-    def _is_training(self) -> bool:
-        model: Any = self.model
-        return model.training
-
-    def _prepare_inputs(self, generation_batch: Any) -> Any:
-        inputs = super()._prepare_inputs(generation_batch)
-        if self._is_training and self.use_vllm and self.vllm_generation.rollout_step is not None:
-            self._ages.append(self.state.global_step - self.vllm_generation.rollout_step)
-        return inputs
-
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
         with self.descent_route.collect() as forwards:
             loss: torch.Tensor = super()._compute_loss(model, inputs)
@@ -215,14 +201,6 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
             if self.args.use_vllm and self.args.vllm_importance_sampling_correction:
                 log_weight = log_weight + inputs["importance_sampling_ratio"].log()
             policy.log_importance = log_weight
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self._is_training and self._ages:
-            logs["rollout/age_mean"] = sum(self._ages) / len(self._ages)
-            logs["rollout/age_max"] = max(self._ages)
-            logs["rollout/sync_seconds"], self.vllm_generation.sync_seconds = self.vllm_generation.sync_seconds, 0.0
-            self._ages = []
-        super().log(logs, *args, **kwargs)
 
     def close(self) -> None:
         """End the colocated vLLM engine, if there is one: in every process, at the end of a script.

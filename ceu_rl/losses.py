@@ -183,14 +183,6 @@ def gate_weight(
 # Forget losses
 
 
-def gradient_ascent_loss(log_probs: torch.Tensor) -> torch.Tensor:
-    """Gradient ascent on the likelihood, per token: L = log p_y (Jang et al. 2023, arXiv 2210.01504, eq. 2).
-
-    `log_probs`, in nats, and the loss are of one shape. It has no lower bound.
-    """
-    return log_probs
-
-
 def weighted_gradient_ascent_loss(log_probs: torch.Tensor, beta: float = 1.0) -> torch.Tensor:
     """Weighted gradient ascent (WGA), per token: L = sg[p_y^b] log p_y (Wang et al. 2025, arXiv 2502.19301, sec. 4).
 
@@ -273,19 +265,6 @@ def kl_loss(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
     """
     log_p, log_ref = _log_softmax(logits), _log_softmax(ref_logits.detach())
     return F.kl_div(log_p, log_ref, reduction="none", log_target=True).sum(dim=-1)
-
-
-def activation_loss(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Both terms of RMU, per token: the distance to given activations (Li et al. 2024, arXiv 2403.03218, section 4.2).
-
-        L = |h - target|^2 / d
-
-    To forget, the target is c u, with a random unit vector u, and to retain it is what the frozen model has there. The
-    paper leaves out the division by d, the width; its code has it, and the steering coefficients in use are for that.
-    `hidden` (..., d) is of the model that is trained, after one layer; `target` broadcasts to its shape. The loss has
-    shape (...), in float32 (float64 for float64 activations).
-    """
-    return (_exact(hidden) - _exact(target.detach())).square().mean(dim=-1)
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:

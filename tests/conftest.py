@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from ceu_rl.models import build_model, build_tokenizer
+from ceu_rl.tasks.generate import answer_texts, generate_tokens
 
 from .trainers import SETTINGS
 
@@ -19,6 +20,13 @@ torch.set_num_threads(1)
 datasets.disable_progress_bars()
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def generate_answers(model, tokenizer, prompts, max_new_tokens, **settings):
+    """The texts of a model's answers to conversations."""
+    ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
+    answers = generate_tokens(model, tokenizer, ids, max_new_tokens, **settings)
+    return [text for each in answers for text in answer_texts(model, tokenizer, each)]
 
 
 @pytest.fixture(scope="session")

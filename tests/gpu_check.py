@@ -212,8 +212,6 @@ def unlearn(device: str, folder: Path, loss_type: str, dtype: torch.dtype, **giv
     rows = [{"prompt": f"{a}+{b}=", "completion": f" {a + b} it is"} for a in range(4) for b in range(6)]
     forget, retain = Dataset.from_list(rows[:12]), Dataset.from_list(rows[12:])
     given = {"gradient_checkpointing": False, "max_steps": 3, **given}
-    if loss_type == "rmu":
-        given["rmu_layer"] = 1
     args = UnlearnConfig(**settings(device, folder, loss_type=loss_type, **given))
     kept = None if loss_type == "grad_ascent" else retain
     return UnlearnTrainer(model, args, forget, kept, processing_class=tokenizer)

@@ -142,7 +142,7 @@ def check_ceu_rl(words):
         args = strictly(recipes_parser(), rest)
         assert args.name is None or copy_recipes(args.name, ROOT / "recipes")
     else:
-        assert len(rest) == (2 if command == "gsm8k" else 0)
+        assert not rest
 
 
 def strictly(parser, words):

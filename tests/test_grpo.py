@@ -246,7 +246,6 @@ def test_clipped_tokens_are_not_descended(make_trainer):
 
 @pytest.mark.parametrize("by", ["launcher", "args"])
 def test_an_adapter_under_fsdp_is_refused_with_vllm(make_trainer, monkeypatch, by):
-    monkeypatch.setattr("ceu_rl.grpo.check_vllm", lambda: None)
     monkeypatch.setattr("ceu_rl.grpo.is_asked_for", lambda engine: by == "launcher" and engine == "FSDP")
     with pytest.raises(ValueError, match="use_vllm is True with an adapter under FSDP"):
         make_trainer(CEUGRPOTrainer, use_vllm=True, fsdp=by == "args", peft_config=LoraConfig())
@@ -394,8 +393,9 @@ def train_with_lag(make_trainer, trainer_class=CEUGRPOTrainer, checkpoint=None, 
     return trainer, losses(trainer)
 
 
-def ages(log):
-    return [entry["rollout/age_max"] for entry in log]
+def is_stale(log):
+    """Of each step whether what generated its rollouts differs from what learns from them."""
+    return [entry["sampling/sampling_logp_difference/mean"] > 1e-4 for entry in log]
 
 
 def engine_of(trainer):
@@ -408,7 +408,7 @@ def test_a_sync_at_every_step_is_stock_bit_for_bit(make_trainer, engine, mode):
     ours, log = train_with_lag(make_trainer, ceu_coef=0.0, vllm_mode=mode)
     assert same(stock, ours)
     assert len(engine_of(ours).syncs) == len(engine_of(stock).syncs) == 8
-    assert ages(log) == [0] * 8 and all(entry["rollout/sync_seconds"] > 0 for entry in log)
+    assert is_stale(log) == [False] * 8
     ours.close()
     assert engine_of(ours).is_shut == (mode == "colocate")  # a server is not ours to end
 
@@ -416,14 +416,10 @@ def test_a_sync_at_every_step_is_stock_bit_for_bit(make_trainer, engine, mode):
 @pytest.mark.parametrize("mode", ["colocate", "server"])
 def test_weights_stay_for_as_many_steps_as_set(make_trainer, engine, mode):
     trainer, log = train_with_lag(make_trainer, weight_sync_steps=3, vllm_mode=mode)
-    assert ages(log) == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert is_stale(log) == [False, True, True, False, True, True, False, True]
     assert len(engine_of(trainer).syncs) == 3
-    assert [entry["rollout/sync_seconds"] > 0 for entry in log] == [age == 0 for age in ages(log)]
-    # What the engine drew from differs from what learns by as much as the steps between them
-    differences = [entry["sampling/sampling_logp_difference/mean"] for entry in log]
-    assert max(differences[0], differences[3], differences[6]) < 1e-5 < 1e-3 < min(differences[1], differences[4])
     ratios = [entry["sampling/importance_sampling_ratio/mean"] for entry in log]  # which TRL corrects by
-    assert [abs(ratio - 1) < 1e-4 for ratio in ratios] == [age == 0 for age in ages(log)]
+    assert [abs(ratio - 1) > 1e-4 for ratio in ratios] == is_stale(log)
 
 
 def test_an_evaluation_scores_the_weights_of_its_own_step(make_trainer, engine):
@@ -431,18 +427,16 @@ def test_an_evaluation_scores_the_weights_of_its_own_step(make_trainer, engine):
     rows = datasets.Dataset.from_list([{"prompt": "1+1="}, {"prompt": "2+2="}])
     trainer = make_trainer(CEUGRPOTrainer, eval_dataset=rows, weight_sync_steps=3, **{**STALE, **settings})
     trainer.train()
-    assert ages(losses(trainer)) == [0, 1, 0, 1]
+    assert is_stale(losses(trainer)) == [False, True, False, True]
     last = trainer.vllm_generation.llm.syncs[-1]
     assert all(torch.equal(value, last[name]) for name, value in weights(trainer).items())
-    evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert len(evaluated) == 2 and not any("rollout/age_max" in entry for entry in evaluated)
 
 
-def test_a_resumed_run_knows_the_age_of_its_weights(make_trainer, engine):
+def test_a_resumed_run_syncs_at_its_own_steps(make_trainer, engine):
     first, _ = train_with_lag(make_trainer, weight_sync_steps=4, save_strategy="steps", save_steps=3)
     resumed, log = train_with_lag(make_trainer, checkpoint=f"{first.args.output_dir}/checkpoint-3", weight_sync_steps=4)
     # The engine starts with the weights of the checkpoint: step 3
-    assert ages(log)[-5:] == [0, 1, 2, 3, 0]
+    assert is_stale(log)[-5:] == [False, True, True, True, False]
     assert len(resumed.vllm_generation.llm.syncs) == 2
 
 

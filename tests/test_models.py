@@ -17,7 +17,9 @@ from trl.chat_template_utils import has_generation_markers, is_chat_template_sto
 
 from ceu_rl import models
 from ceu_rl.models import build_bpe_tokenizer, build_model, build_tokenizer, end_token_ids, resolve_model
-from ceu_rl.tasks import generate_answers, load_task_dataset
+from ceu_rl.tasks import load_task_dataset
+
+from .conftest import generate_answers
 
 
 @pytest.fixture(scope="module")

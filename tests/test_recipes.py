@@ -1,6 +1,8 @@
 """Every recipe parses, opens with its command, differs from its stock twin in few lines, and runs on a stand-in."""
 
+import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -59,6 +61,19 @@ def test_it_parses_and_says_how_to_run_it(path):
     for key, value in fields.items():
         found = next(getattr(part, key) for part in (args, script, model, *rest) if hasattr(part, key))
         assert found is not None or value is None
+
+
+def test_every_wrong_solution_of_gsm8k_makes_a_pair_with_a_right_one_or_the_human_one(tmp_path, monkeypatch):
+    models = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
+    with (tmp_path / "example_model_solutions.jsonl").open("w") as file:
+        for right in (models[1:3], (), models):
+            judged = {model: {"is_correct": model in right, "solution": model} for model in models}
+            file.write(json.dumps({"question": "?", "ground_truth": "human", **judged}) + "\n")
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(ROOT / "recipes/dpo/smollm2-gsm8k/make_pairs.py"))
+    pairs = [json.loads(line) for line in (tmp_path / "gsm8k-pairs.jsonl").read_text().splitlines()]
+    said = [(pair["problem"], *(pair[side][0]["content"] for side in ("chosen", "rejected"))) for pair in pairs]
+    assert said == [*((0, models[1], models[place]) for place in (0, 3)), *((1, "human", model) for model in models)]
 
 
 STOCK = [path for path in RECIPES if path.stem.startswith("stock") and path.stem != "stock-sft"]

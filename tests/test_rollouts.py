@@ -1,7 +1,6 @@
 """vLLM rollouts on the real engine, on CPU: weight sync, training in one process and in two, and what is refused."""
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -16,7 +15,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 from trl.generation.vllm_generation import VLLMGeneration
 
-from ceu_rl.rollouts import ReloadingVLLMGeneration, RolloutError, check_vllm
+from ceu_rl.rollouts import ReloadingVLLMGeneration, RolloutError
 from ceu_rl.tasks.addition import accuracy
 
 vllm = [
@@ -27,13 +26,6 @@ vllm = [
 
 def test_the_verifier_as_a_reward():
     assert accuracy(["827+695="] * 2, ["7+5+0=12 2+9+1=12 8+6+1=15 1522", "1522"]) == [1.0, 0.0]
-
-
-def test_vllm_of_another_version_or_none_is_refused(monkeypatch):
-    for found, message in (([SimpleNamespace(version="0.30.1")], r"vLLM is 0\.30\.1"), ([], "vLLM is not installed")):
-        monkeypatch.setattr(importlib.metadata, "distributions", lambda name, found=found: found)
-        with pytest.raises(ImportError, match=f"{message}.*; install a tested version"):
-            check_vllm()
 
 
 def generation(mode, **given):
@@ -223,7 +215,6 @@ class TestEngine:
         assert all(abs(ratio - 1) < 0.02 for ratio in ratios[::lag])
         for age in range(1, lag):  # what TRL's correction corrects for grows with the lag
             assert sum(differences[age::lag]) > 5 * sum(differences[::lag])
-        assert [entry["rollout/age_max"] for entry in log[:-1]] == [step % lag for step in range(30)]
         assert all("ceu/weight_mean" in entry for entry in log[:-1])
         assert json.loads((tmp_path / "out" / "result.json").read_text())["processes"] == processes
 

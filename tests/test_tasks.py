@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import itertools
-import json
 import math
 import random
 import re
@@ -13,15 +12,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from ceu_rl.cli import main
 from ceu_rl.models import build_model, build_tokenizer
-from ceu_rl.tasks import evaluate_task, generate_answers, get_task, gsm8k, load_task_dataset
+from ceu_rl.tasks import evaluate_task, get_task, load_task_dataset
 from ceu_rl.tasks import score as scoring
 from ceu_rl.tasks.addition import CONFIGS, addition_trace, computed_places, corrupt, is_correct
 from ceu_rl.tasks.generate import generate_tokens
 from ceu_rl.tasks.protocol import right_answer
 from ceu_rl.tasks.reasoning_gym import score_answer, wrong_answers
 from ceu_rl.tasks.score import pass_at_k
+
+from .conftest import generate_answers
 
 TASK = get_task("builtin:addition")
 COLUMNS = {
@@ -344,56 +344,6 @@ def test_every_task_of_the_library_gives_rows_that_its_verifier_judges_right():
         pairs = load_task_dataset(name, "preference", "size=4")["train"]
         wrong = [row["rejected"][0]["content"] for row in pairs]
         assert len(pairs) == 4 and max(score_answer(pairs["prompt"], wrong, pairs["entry"])) < 1, task
-
-
-# gsm8k
-
-
-def solved(problem, *right):
-    """A line of the published file: what four models answered, of which those named are right."""
-    answers = {
-        model: {"is_correct": model in right, "solution": f"{model} on {problem}\nA: 1"} for model in gsm8k.MODELS
-    }
-    return {"question": f"Problem {problem}?", "ground_truth": f"Human on {problem}\nA: 2", **answers}
-
-
-def test_every_wrong_solution_makes_a_pair_with_a_right_one_or_the_human_one(tmp_path, capsys):
-    lines = [solved(0, "6b_verification", "175b_finetuning"), solved(1), solved(2, *gsm8k.MODELS)]
-    (tmp_path / "solutions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "\n")
-    assert main(["gsm8k", str(tmp_path / "solutions.jsonl"), str(tmp_path / "pairs.jsonl")]) == 0
-    assert "6 pairs of 2 problems" in capsys.readouterr().out
-    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
-    said = [(pair["problem"], pair["chosen_by"], pair["chosen"][0]["content"].split()[0]) for pair in pairs]
-    assert said == [(0, "model", "6b_verification")] * 2 + [(1, "human", "Human")] * 4
-    assert [pair["rejected"][0]["content"].split()[0] for pair in pairs] == [
-        "6b_finetuning",
-        "175b_verification",
-        *gsm8k.MODELS,
-    ]
-    assert pairs[0]["prompt"] == [{"role": "user", "content": "Problem 0?"}]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (f"{json.dumps(solved(0))}\n{{", "Line 2 of"),
-        (f"{json.dumps(solved(0))}\n[]", "Line 2 of"),
-        ('{"question": "?"}', "KeyError('6b_finetuning')"),
-        (f'{json.dumps(solved(0))}\n{{"question": "?"}}', "NoneType"),
-        (json.dumps({**solved(0), "6b_finetuning": {"is_correct": "false", "solution": "a"}}), "is_correct is 'false'"),
-        (json.dumps(solved(0, *gsm8k.MODELS)), "has no wrong solution to reject"),
-        (json.dumps(solved(0)).encode("utf-16"), "is not UTF-8"),
-    ],
-)
-def test_a_file_that_is_not_the_published_one_is_named_with_the_problem(content, message, tmp_path, capsys):
-    (tmp_path / "in.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
-    argv = ["gsm8k", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")]
-    assert main(argv) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1 and not (tmp_path / "out.jsonl").exists()
-    (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(solved(0)).encode())
-    assert main(argv) == 0 and main(argv) == 2
-    assert "out.jsonl exists; choose another name" in capsys.readouterr().err
 
 
 # scoring

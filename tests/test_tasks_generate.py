@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, LlamaConfig
 
 from ceu_rl.models import build_model, build_tokenizer
-from ceu_rl.tasks import evaluate_task, generate_answers, get_task
+from ceu_rl.tasks import evaluate_task, get_task
 from ceu_rl.tasks.generate import (
     cache_bytes,
     decode_by,
@@ -26,7 +26,7 @@ from ceu_rl.tasks.generate import (
 )
 from ceu_rl.tofu.scoring import Answer, score_answers
 
-from .conftest import TINY
+from .conftest import TINY, generate_answers
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("1+2=", "123+567=", "99+1=")]
 # Each moves a sample or its length, greedy or drawn

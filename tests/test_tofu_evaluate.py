@@ -21,7 +21,7 @@ from ceu_rl.cli import main
 from ceu_rl.data.prompts import PromptFormat
 from ceu_rl.models import build_bpe_tokenizer, build_model
 from ceu_rl.tofu import load_tofu
-from ceu_rl.tofu.evaluate import evaluate
+from ceu_rl.tofu.evaluate import add_retain, evaluate, read_result
 from ceu_rl.tofu.robustness import load_quantized, load_to_relearn, relearn
 from ceu_rl.tofu.scoring import Answer, AnswerCache, score_answers
 
@@ -347,32 +347,17 @@ def test_the_builtin_authors_end_to_end(saved, tmp_path, capsys):
     assert result["summary"]["membership_auc_min_k"] == pytest.approx(won)
 
 
-def test_the_retain_result_can_come_later_or_at_once(command, result_of, tmp_path, capsys):
-    other, later = result_of("retain"), result_of("model", "later")
-    retain, path = (tmp_path / name / "tofu_eval.json" for name in ("retain", "later"))
-    assert "need --retain" in capsys.readouterr().out and "forget_quality" not in later["summary"]
-    assert main(["tofu-eval", "--results", str(path), "--retain", str(retain)]) == 0
-    added = json.loads(path.read_text())
-    assert {**added, "summary": 0} == {**later, "summary": 0, "retain": str(retain)}
-    ratios = [[row["truth_ratio"] for row in each["items"][CONFIGS[0]]] for each in (added, other)]
-    assert added["summary"]["forget_quality"] == stats.ks_2samp(*ratios).pvalue < 1
-    assert added["summary"]["ks_distance"] == stats.ks_2samp(*ratios).statistic > 0
-    auc, base = (1 - each["summary"]["membership_auc_min_k"] for each in (added, other))
-    assert added["summary"]["privacy_leakage"] == pytest.approx(100 * (auc - base) / base)
-    assert added["summary"].items() >= later["summary"].items()
-    assert result_of("model", "at_once", retain=retain)["summary"] == added["summary"]
-
-
-def test_a_result_is_written_as_open_unlearning_has_it(command):
-    """The layout that its metrics read: the mean of each, and by row what its `ks_test` and `privleak` take."""
-    _, path = command("retain", format="open-unlearning")
-    logs, ours = (json.loads(each.read_text()) for each in (path.with_name("TOFU_EVAL.json"), path))
-    forget = ours["items"][CONFIGS[0]]
-    assert logs["forget_truth_ratio"]["value_by_index"]["2"] == {"score": forget[2]["truth_ratio"]}
-    assert logs["forget_Q_A_Prob"]["value_by_index"]["0"]["avg_loss"] == pytest.approx(-forget[0]["log_prob"])
-    assert logs["ra_Q_A_Prob_normalised"]["agg_value"] == ours["summary"]["real_authors_probability"]
-    assert logs["model_utility"] == {"agg_value": ours["summary"]["model_utility"]}
-    assert logs["mia_min_k"]["agg_value"] == ours["summary"]["membership_auc_min_k"]
+def test_a_retain_result_gives_forget_quality_and_privacy_leakage(result_of, tmp_path, capsys):
+    other, plain = result_of("retain"), result_of("model", "plain")
+    assert "need --retain" in capsys.readouterr().out and "forget_quality" not in plain["summary"]
+    retain = tmp_path / "retain" / "tofu_eval.json"
+    found = result_of("model", "beside", retain=retain)
+    assert found["retain"] == str(retain) and found["summary"].items() >= plain["summary"].items()
+    ratios = [[row["truth_ratio"] for row in each["items"][CONFIGS[0]]] for each in (found, other)]
+    assert found["summary"]["forget_quality"] == stats.ks_2samp(*ratios).pvalue < 1
+    assert found["summary"]["ks_distance"] == stats.ks_2samp(*ratios).statistic > 0
+    auc, base = (1 - each["summary"]["membership_auc_min_k"] for each in (found, other))
+    assert found["summary"]["privacy_leakage"] == pytest.approx(100 * (auc - base) / base)
 
 
 def test_a_result_of_open_unlearning_is_taken_for_the_retain_model(command, result_of, refused, tmp_path):
@@ -386,10 +371,8 @@ def test_a_result_of_open_unlearning_is_taken_for_the_retain_model(command, resu
     ours = [row["truth_ratio"] for row in found["items"][CONFIGS[0]]]
     assert found["summary"]["forget_quality"] == stats.ks_2samp(ours, ratios).pvalue
     assert "privacy_leakage" not in found["summary"]  # these rows have no holdout set, which theirs are
-    path = tmp_path / "model" / "tofu_eval.json"
-    status = main(["tofu-eval", "--results", str(path), "--retain", str(short)])
+    status, _ = command("model", "short", retain=short)
     refused(status, f"short.json is open-unlearning's, with {ROWS - 1} rows to forget where this has {ROWS}; give one")
-    refused(main(["tofu-eval", "--results", str(theirs), "--retain", str(path)]), "is open-unlearning's; give it as")
 
 
 # Whether it holds
@@ -484,7 +467,6 @@ def test_an_adapter_is_relearned_merged_into_its_model(command, refused, saved, 
     [
         ({"relearn": 2}, "ceu_rl.tofu.robustness.SFTTrainer"),
         ({"quantize": "int8"}, "ceu_rl.tofu.evaluate.load_quantized"),
-        ({"retain": "cut.json"}, "ceu_rl.tofu.evaluate.open_unlearning.is_peer"),
     ],
 )
 def test_what_can_fail_after_the_scores_is_tried_before_them(command, refused, monkeypatch, fields, broken):
@@ -493,7 +475,7 @@ def test_what_can_fail_after_the_scores_is_tried_before_them(command, refused, m
 
     monkeypatch.setattr("ceu_rl.tofu.scoring.score_answers", lambda *given: pytest.fail("it scored"))
     monkeypatch.setattr(broken, fail)
-    refused(command("model", "out", **fields)[0], "it cannot be|No such file")
+    refused(command("model", "out", **fields)[0], "it cannot be")
 
 
 # Killed, and where it cannot write
@@ -545,33 +527,24 @@ def test_where_it_cannot_write_it_does_not_begin(command, refused, saved, tmp_pa
 
 
 @pytest.mark.parametrize("field", ["split", "tokenizer", "template", "data", "non_members", "prompt"])
-def test_a_retain_result_of_something_else_is_refused(command, refused, tmp_path, field):
-    _, path = command()
-    before, other = path.read_text(), tmp_path / "other.json"
-    found = {"fingerprint": "x"} if field == "prompt" else "x"
-    other.write_text(json.dumps({**json.loads(before), field: found}))
-    status = main(["tofu-eval", "--results", str(path), "--retain", str(other)])
-    refused(status, f"result .*other.json has another {field} .*'x'.* than this model's .*evaluate the retain")
-    other.write_text(json.dumps({name: value for name, value in json.loads(before).items() if name != field}))
-    refused(main(["tofu-eval", "--results", str(path), "--retain", str(other)]), f"has no '{field}'")
-    assert path.read_text() == before
+def test_a_retain_result_of_something_else_is_refused(result, tmp_path, field):
+    other, found = tmp_path / "other.json", {"fingerprint": "x"} if field == "prompt" else "x"
+    other.write_text(json.dumps({**result, field: found}))
+    with pytest.raises(ValueError, match=f"has another {field} .*'x'.* than this model's .*evaluate the retain"):
+        add_retain(copy.deepcopy(result), read_result(other), "other.json")
+    other.write_text(json.dumps({name: value for name, value in result.items() if name != field}))
+    with pytest.raises(ValueError, match=f"has no '{field}'"):
+        read_result(other)
 
 
-def test_a_result_that_was_cut_short_is_refused(command, refused, tmp_path):
-    _, path = command()
-    text, short = path.read_text(), tmp_path / "short.json"
-    whole = json.loads(text)
-    for cut, message in (
-        (text[: len(text) // 2], "is cut short or no JSON .*; run ceu-rl"),
-        ("[]", "has no 'split'"),
-        *((json.dumps({**whole, name: {}}), "is no whole result .*; run ceu-rl") for name in ("summary", "items")),
-    ):
-        short.write_text(cut)
-        for pair in ((path, short), (short, path)):
-            refused(main(["tofu-eval", "--results", str(pair[0]), "--retain", str(pair[1])]), f"short.json {message}")
-    refused(command()[0], "model/tofu_eval.json exists; choose another folder with --output_dir")
-    refused(main(["tofu-eval", "--results", str(path)]), "--results needs --retain")
-    assert path.read_text() == text
+def test_a_result_that_was_cut_short_is_refused(result, command, refused, tmp_path):
+    for text, message in ((json.dumps(result)[:900], "is cut short or no JSON"), ("[]", "has no 'split'")):
+        (tmp_path / "short.json").write_text(text)
+        with pytest.raises(ValueError, match=f"short.json {message}"):
+            read_result(tmp_path / "short.json")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tofu_eval.json").touch()
+    refused(command("model", "out")[0], "out/tofu_eval.json exists; choose another folder with --output_dir")
 
 
 def test_nan_for_one_row_alone_names_that_row(bpe, folder, tmp_path):

@@ -16,7 +16,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, MixtralConfig, Mixtral
 
 from ceu_rl import UnlearnConfig, UnlearnTrainer
 from ceu_rl.models import build_model, build_tokenizer
-from ceu_rl.unlearn import METHODS, activations, add_unlearning_head, ceu_loss
+from ceu_rl.unlearn import METHODS, add_unlearning_head, ceu_loss
 
 from .conftest import TINY
 from .templates import CHATML, GEMMA, LLAMA3, QWEN3, with_template
@@ -38,9 +38,6 @@ def answers(pairs):
 
 FORGET = answers([(a, b) for a in range(4) for b in range(4)])
 RETAIN = answers([(a, b) for a in range(5, 9) for b in range(6)])
-
-
-ON_LOGITS = [method for method in METHODS if method != "rmu"]  # whose forget term is made of logits
 
 
 @pytest.fixture
@@ -121,7 +118,7 @@ def plain_retain_loss(kind, logits, ref_logits, labels):
 
 
 @pytest.mark.parametrize("kind", ["nll", "kl"])
-@pytest.mark.parametrize("method", ON_LOGITS)
+@pytest.mark.parametrize("method", METHODS)
 def test_loss_and_gradients_are_those_of_plain_logits(make_trainer, tiny_model, method, kind):
     if method == "grad_ascent" and kind == "kl":
         pytest.skip("gradient ascent has no retain term")
@@ -156,49 +153,6 @@ def test_loss_and_gradients_are_those_of_plain_logits(make_trainer, tiny_model, 
     assert_close_gradients([dict((n, p.grad) for n, p in plain.named_parameters())], [found], rtol=1e-3)
 
 
-def plain_rmu_loss(model, reference, batch, layer, coefficient, weights):
-    """RMU from the hidden states of one sequence after the other (Li et al. 2024, section 4.2; both divided by d)."""
-    forget, retain = [], []
-    for prefix, terms in (("", forget), ("retain_", retain)):
-        hidden, frozen = (
-            each(
-                batch[f"{prefix}input_ids"], attention_mask=batch[f"{prefix}attention_mask"], output_hidden_states=True
-            ).hidden_states[layer + 1]
-            for each in (model, reference)
-        )
-        for row, fixed, labels in zip(hidden, frozen.detach(), batch[f"{prefix}labels"], strict=True):
-            target = fixed
-            if not prefix:
-                vector = torch.rand(row.shape[-1], generator=torch.Generator().manual_seed(42))
-                target = coefficient * vector.double() / vector.double().norm()
-            distances = ((row - target) ** 2).sum(-1) / row.shape[-1]
-            terms.append(distances[labels != -100].mean())
-    forget, retain = torch.stack(forget).mean(), torch.stack(retain).mean()
-    return forget, retain, weights[0] * forget + weights[1] * retain
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("updated", [None, [0]])
-def test_rmu_is_that_of_plain_hidden_states(make_trainer, tiny_model, updated, checkpointing):
-    model, reference = tiny_model(1, num_hidden_layers=4), tiny_model(2, num_hidden_layers=4)
-    plain, plain_ref = copy.deepcopy(model).double(), copy.deepcopy(reference).double()
-    trainer = make_trainer(
-        "rmu", model=model, ref_model=reference, rmu_layer=2, rmu_update_layers=updated, steering_coeff=3.0,
-        forget_weight=2.0, retain_weight=0.5, max_steps=1, gradient_checkpointing=checkpointing,
-    )  # fmt: skip
-    batches = batches_of(trainer)
-    (found,) = gradients_of(trainer)
-    names = {f"model.layers.{place}.mlp.down_proj.weight" for place in (updated or [0, 1, 2])}
-    assert set(found) == names
-    forget, retain, loss = plain_rmu_loss(plain, plain_ref, batches[0], 2, 3.0, (2.0, 0.5))
-    loss.backward()
-    log = trainer.state.log_history[0]
-    for name, value in {"forget_loss": forget, "retain_loss": retain, "loss": loss}.items():
-        assert log[name] == pytest.approx(value.item(), rel=1e-4), name
-    expected = {name: p.grad for name, p in plain.named_parameters() if name in names}
-    assert_close_gradients([expected], [found], rtol=1e-3)
-
-
 class OurHostReads(HostReads):
     """Those of this package alone: the innermost line that is not torch's is in it."""
 
@@ -211,7 +165,7 @@ class OurHostReads(HostReads):
 @pytest.mark.parametrize("method", [*METHODS, "kl"])
 def test_a_micro_batch_reads_nothing_on_the_host(make_trainer, monkeypatch, method):
     """But the number of rows that are selected, once for each term that selects them."""
-    given = {"rmu": {"rmu_layer": 1}, "kl": {"loss_type": "npo", "retain_loss_type": "kl"}}.get(method, {})
+    given = {"loss_type": "npo", "retain_loss_type": "kl"} if method == "kl" else {}
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 2}
     trainer = make_trainer(**{"loss_type": method, **given, **settings})
     reads, found = OurHostReads(), []
@@ -232,17 +186,6 @@ def test_a_micro_batch_reads_nothing_on_the_host(make_trainer, monkeypatch, meth
     trainer.train()
     selecting = method in ("ceu", "undial", "kl")
     assert found == [0, selecting, selecting] * 2
-
-
-def test_rmu_runs_no_layer_after_its_own(make_trainer, tiny_model):
-    model = tiny_model(1, num_hidden_layers=4)
-    trainer = make_trainer("rmu", model=model, rmu_layer=1)
-    ran = []
-    for each in (model, trainer.ref_model):
-        for place, layer in enumerate(each.model.layers):
-            layer.register_forward_hook(lambda *given, place=place: ran.append(place))
-    trainer.train()
-    assert set(ran) == {0, 1} and len(model.model.layers) == 4
 
 
 @pytest.mark.parametrize("method", ["undial", "kl"])
@@ -293,37 +236,8 @@ def test_a_copy_unlearns_with_its_own_weights(tiny_model):
     other = copy.deepcopy(model)
     other.load_state_dict(plain.state_dict())
     ids = torch.arange(12).view(2, 6)
-    for given in ({"inside": ceu_loss, "labels": ids}, {"inside": activations, "layer": 0}):
-        found, expected, first = (each(input_ids=ids, **given) for each in (other, plain, model))
-        assert torch.equal(found, expected) and not torch.equal(found, first)
-
-
-def test_a_later_trainer_of_a_model_after_rmu_trains_all_of_it(make_trainer, tiny_model):
-    """And RMU itself the same few weights when it goes on."""
-    model = tiny_model(1, num_hidden_layers=4)
-    fixed = model.get_input_embeddings().weight.requires_grad_(False)  # the caller's own wish
-    trainer = make_trainer("rmu", model=model, rmu_layer=2, max_steps=1)
-    for _ in range(2):
-        before = copy.deepcopy(model.state_dict())
-        trainer.train()
-        changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-        assert changed == {f"model.layers.{place}.mlp.down_proj.weight" for place in (0, 1, 2)}
-        assert [p for p in model.parameters() if not p.requires_grad] == [fixed]
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({}, "rmu_layer is 7 and rmu_update_layers [5, 6, 7]; the model has the layers 0 to 1"),
-        ({"rmu_layer": 1, "rmu_update_layers": [0, 5]}, "rmu_layer is 1 and rmu_update_layers [0, 5]"),
-        ({"rmu_layer": 0, "rmu_update_layers": [1]}, "and none after rmu_layer can be updated"),
-        ({"rmu_layer": 1, "peft_config": LoraConfig(target_modules=["q_proj"])}, "leave the adapter out"),
-        ({"rmu_layer": 1, "retain": None}, "retain_loss_type 'activations', and retain_dataset is None"),
-    ],
-)
-def test_rmu_where_it_cannot_be_is_refused(make_trainer, given, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        make_trainer("rmu", **given)
+    found, expected, first = (each(input_ids=ids, inside=ceu_loss, labels=ids) for each in (other, plain, model))
+    assert torch.equal(found, expected) and not torch.equal(found, first)
 
 
 @pytest.mark.parametrize("opens", [True, False])
@@ -455,7 +369,7 @@ def test_lora_trains_the_adapter_and_takes_the_base_as_reference(make_trainer, m
 
 
 def test_only_methods_that_need_one_hold_a_reference(make_trainer):
-    held = {method for method in ON_LOGITS if make_trainer(method).ref_model is not None}
+    held = {method for method in METHODS if make_trainer(method).ref_model is not None}
     assert held == {"npo", "tnpo", "undial"}
 
 
@@ -475,12 +389,9 @@ def test_a_refused_row_leaves_the_args_as_they_were(tiny_model, tokenizer, tmp_p
 
 @pytest.mark.parametrize("loss_type", METHODS)
 def test_a_config_made_for_another_method_takes_its_defaults(loss_type):
-    first, chosen = (
-        UnlearnConfig("unused", bf16=False, use_cpu=True, **given) for given in ({}, {"retain_weight": 3.0})
-    )
-    own = dataclasses.replace(first, loss_type=loss_type).method
+    other = UnlearnConfig("unused", bf16=False, use_cpu=True)
+    own = dataclasses.replace(other, loss_type=loss_type).method
     assert own == METHODS[loss_type] and own.ignore_first_n_answer_tokens == (loss_type == "ceu")
-    assert dataclasses.replace(chosen, loss_type=loss_type).method == own._replace(retain_weight=3.0)
 
 
 class TestBadInput:

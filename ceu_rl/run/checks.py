@@ -29,7 +29,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     *("weight_decay", "beta", "epsilon", "epsilon_high", "off_policy_mask_threshold", "logging_steps"),
     *("vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg"),
-    *("beta2", "forget_weight", "retain_weight", "steering_coeff", "ignore_first_n_answer_tokens"),
+    *("beta2", "forget_weight", "retain_weight", "ignore_first_n_answer_tokens"),
 )
 SHARES = (
     *("top_p", "min_p", "top_entropy_quantile", "ld_alpha", "ref_model_mixup_alpha", "lora_dropout"),

@@ -11,9 +11,9 @@ from datasets import Dataset, DatasetDict
 
 from ceu_rl.tasks import addition, protocol, reasoning_gym
 from ceu_rl.tasks.protocol import KINDS, Task
-from ceu_rl.tasks.score import evaluate_task, generate_answers
+from ceu_rl.tasks.score import evaluate_task
 
-__all__ = ["Task", "evaluate_task", "generate_answers", "get_task", "is_task", "load_task_dataset"]
+__all__ = ["Task", "evaluate_task", "get_task", "is_task", "load_task_dataset"]
 
 
 def is_task(name: str) -> bool:

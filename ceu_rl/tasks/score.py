@@ -26,14 +26,6 @@ DIVERGED = 2  # samples of each row whose divergence is computed: each costs a p
 DOUBLES = 2**22  # most logits at once in float64
 
 
-def generate_answers(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages], max_new_tokens: int, **settings: Any
-) -> list[str]:
-    """The texts of [`ceu_rl.tasks.generate.generate_tokens`], which takes the same settings, for conversations."""
-    answers = generate_tokens(model, tokenizer, _ids(tokenizer, prompts), max_new_tokens, **settings)
-    return [text for each in answers for text in answer_texts(model, tokenizer, each)]
-
-
 def _ids(tokenizer: Any, prompts: Sequence[Messages]) -> list[list[int]]:
     return tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)["input_ids"]
 

@@ -1,10 +1,9 @@
 """`ceu-rl tofu-eval`: every metric of TOFU for one model, from one pass over each split and one greedy generation.
 
     ceu-rl tofu-eval --model DIR --dataset locuslab/TOFU --split forget10 [--retain DIR/tofu_eval.json]
-    ceu-rl tofu-eval --results DIR/tofu_eval.json --retain DIR/tofu_eval.json
 
 The result is `tofu_eval.json`: a summary, the values of each row, and provenance. Forget quality and privacy leakage
-need the result of a retain model, now or later. Where the utility is near 0 the model is destroyed, and its forget
+need the result of a retain model. Where the utility is near 0 the model is destroyed, and its forget
 quality says nothing.
 """
 
@@ -23,7 +22,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.prompts import PromptFormat, fingerprint
 from ..models import end_token_ids
-from ..run.provenance import write_json
 from ..tasks.generate import recorded_decoding
 from . import command, metrics, open_unlearning
 from .data import REAL_AUTHORS, RETAIN_PERTURBED, WORLD_FACTS, get_split, load_tofu, tofu_configs
@@ -221,35 +219,20 @@ def read_result(path: str | Path) -> dict[str, Any]:
     for field in (*COMPARED, "rows", "summary", "items"):
         if not isinstance(result, dict) or (field not in result and field != "limit"):
             raise ValueError(f"{path} has no {field!r}; give a {RESULT} that this version of ceu-rl tofu-eval wrote.")
-    try:  # all that a comparison takes from it, before a model is scored
-        np.array(open_unlearning.ratios_and_auc(result, next(iter(result["items"]), ""))[0], dtype=float)
-    except (LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no whole result ({error!r}); run ceu-rl tofu-eval for it again.") from error
     return result
 
 
 def main(argv: Sequence[str]) -> int:
     """`ceu-rl tofu-eval`: returns 0, or raises for bad input as [`evaluate`] does."""
     args = _parser().parse_args(argv)
-    if args.results:
-        path, result = Path(args.results), read_result(args.results)
-        if not args.retain:
-            raise ValueError("--results needs --retain, the result of a model to compare with.")
-        if open_unlearning.is_peer(result):
-            raise ValueError(f"--results {path} is open-unlearning's; give it as --retain, or a {RESULT} of ours.")
-        add_retain(result, read_result(args.retain), args.retain)
-    else:
-        if args.relearn < 0 or not 0 < args.relearn_learning_rate < math.inf:
-            raise ValueError(
-                f"--relearn is {args.relearn} and --relearn_learning_rate {args.relearn_learning_rate}; use a number "
-                "of steps and a finite rate above 0."
-            )
-        get_split(args.split)  # what can fail comes before the model is loaded
-        path, result = command.run(["tofu-eval", *argv], args, RESULT, _evaluate)
+    if args.relearn < 0 or not 0 < args.relearn_learning_rate < math.inf:
+        raise ValueError(
+            f"--relearn is {args.relearn} and --relearn_learning_rate {args.relearn_learning_rate}; use a number of "
+            "steps and a finite rate above 0."
+        )
+    get_split(args.split)  # what can fail comes before the model is loaded
+    path, result = command.run(["tofu-eval", *argv], args, RESULT, _evaluate)
     command.save(path, result, ("quantized", "relearned"))
-    if args.format:
-        peer = open_unlearning.to_peer(result, _asked(result["split"]))
-        write_json(path.with_name(open_unlearning.FILE), peer, allow_nan=False)
     if "forget_quality" not in result["summary"]:
         print("forget_quality and privacy_leakage need --retain.")
     print(f"Non-members of the membership attacks: {result['non_members']}.")
@@ -262,16 +245,9 @@ def _parser() -> argparse.ArgumentParser:
     option("--split", default="forget10", help="forget01, forget05 or forget10 (%(default)s)")
     option(
         "--retain",
-        help=f"the retain model's {RESULT} or open-unlearning's {open_unlearning.FILE}, for forget quality and privacy "
-        "leakage",
+        help=f"the retain model's {RESULT} or open-unlearning's TOFU_EVAL.json, for forget quality and privacy leakage",
     )
-    option("--results", help=f"{RESULT} to add --retain to; no model is needed")
     option("--max_new_tokens", type=int, default=200, help="most tokens of a generation (%(default)s)")
-    option(
-        "--format",
-        choices=("open-unlearning",),
-        help=f"write {open_unlearning.FILE} too, as open-unlearning has it, beside {RESULT}",
-    )
     option("--quantize", choices=("int8", "int4"), help="evaluate once more with weights rounded by torchao")
     option("--relearn", type=int, default=0, help="evaluate once more after N steps on the forget set (%(default)s)")
     option("--relearn_learning_rate", type=float, default=1e-5, help="of these steps (%(default)s)")
