@@ -55,13 +55,20 @@ def _compare(argv: Sequence[str], console: Console, command: str) -> int:
     from ..models import check_model_name
     from ..run.config import load_yaml, recipe_method
     from .launch import make_launcher, run_jobs
+    from .report import write_report
 
     args, recipes, fields = parse(argv)
     folder = args.output_dir or Path("runs", f"{recipe_method(recipes[0])}-{recipes[0].resolve().parent.name}")
     jobs = make_jobs(recipes, fields, folder, args.accelerate_config, args.retain)
 
     def report(to: Console) -> int:
-        return _report(folder, [job.found for job in jobs], to, command)
+        runs = [job.found for job in jobs]
+        write_report(folder, runs, to, command)
+        return 0 if all(run.status in ("finished", "diverged") for run in runs) else 1
+
+    def draw() -> None:
+        with contextlib.suppress(OSError):  # which ends no run; the last report says why
+            report(Console(quiet=True))
 
     if args.report_only:
         return report(console)
@@ -82,28 +89,11 @@ def _compare(argv: Sequence[str], console: Console, command: str) -> int:
         if pending:  # the report is there to look at before the last run is
             launcher = make_launcher(args.launcher, folder, args.jobs, options)
             at_once = args.jobs or (1 if args.launcher == "local" else len(pending))
-            run_jobs(pending, launcher, at_once, console, lambda: report(Console(quiet=True)))
+            run_jobs(pending, launcher, at_once, console, draw)
     except KeyboardInterrupt:
         report(console)
         raise
     return report(console)
-
-
-def _report(folder: Path, runs: Sequence[Run], console: Console, command: str) -> int:
-    """Draw the report; one that cannot be written ends no run, and the last one says why."""
-    from .report import write_report
-
-    try:
-        write_report(folder, runs, console, command)
-    except OSError as error:
-        if not console.quiet:
-            print(
-                f"ceu-rl compare: error: the report in {folder} cannot be written ({error.strerror}); the results of "
-                "the runs are kept, and --report_only draws it again.",
-                file=sys.stderr,
-            )
-        return 1
-    return 0 if all(run.status in ("finished", "diverged") for run in runs) else 1
 
 
 # The command line
@@ -173,7 +163,7 @@ def _underscored(word: str) -> str:
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
 
 
-def _print_commands(job: "Job", mark: str) -> None:
+def _print_commands(job: Job, mark: str) -> None:
     """The commands that would make a run without a comparison, ready for a shell."""
     launched = ["ceu-rl"] if job.launcher == MODULE else [*job.launcher, "ceu_rl.cli"]
     print(mark + shlex.join([*launched, *job.words]))
@@ -262,18 +252,11 @@ def _typed(method: str, name: str, values: Sequence[str]) -> dict[str, Any]:
 
 
 def folder_name(setting: Mapping[str, Any]) -> str:
-    """A short and safe name for what varies, such as `learning_rate=3e-5`; what had to be cut gets a hash."""
-    parts = []
-    for name, value in setting.items():
-        text = rate(value) if name == "learning_rate" else str(value)
-        safe = re.sub(r"[^\w.+-]+", "_", text, flags=re.ASCII)[-40:]
-        parts.append(f"{name}={safe}" + ("" if safe == text else f"-{_hash(value)}"))
-    text = ",".join(parts) or "recipe"
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 9]}-{_hash(setting)}"
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(key_of(value).encode()).hexdigest()[:8]
+    """A short and safe name for what varies, such as `learning_rate=3e-5`; one that had to be changed gets a hash."""
+    told = (f"{name}={rate(value) if name == 'learning_rate' else value}" for name, value in setting.items())
+    text = ",".join(told) or "recipe"
+    safe = re.sub(r"[^\w.+=,-]+", "_", text, flags=re.ASCII)[:LONGEST]
+    return text if safe == text else f"{safe[: LONGEST - 9]}-{hashlib.sha256(key_of(setting).encode()).hexdigest()[:8]}"
 
 
 def _known_settings(folder: Path) -> dict[str, str]:

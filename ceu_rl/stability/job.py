@@ -73,10 +73,10 @@ def _is_begun(folder: Path) -> bool:
 
 
 def _others(ours: Mapping[str, Any], recorded: Mapping[str, Any]) -> list[str]:
-    """The fields in which recorded settings are not those of a job: by value and type, not by how they were written."""
-    old, new = (json.loads(key_of(dict(each))) for each in (recorded, ours))
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return [f"{name}: {old.get(name)!r}, now {new.get(name)!r}" for name in names]
+    """The fields in which recorded settings are not those of a job: by value, not by how it was written."""
+    new = json.loads(key_of(ours))
+    names = [name for name in {**recorded, **new} if recorded.get(name) != new.get(name)]
+    return [f"{name}: {recorded.get(name)!r}, now {new.get(name)!r}" for name in names]
 
 
 def _lacks_evaluation(job: Job) -> list[Sequence[str]]:
@@ -106,8 +106,9 @@ def commands_of(job: Job) -> list[list[str]]:
     for path in (folder / name for name in EVALUATIONS):
         if path.is_file() and not job.found.record(path.name):  # one that cannot be used
             path.rename(path.with_name(f"{path.name}.broken"))
-    record = json.dumps(job.run.planned, indent=2, default=str) + "\n"
-    write_whole({folder / RECIPE: job.text, folder / RECORD: record})
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / RECIPE, job.text)
+    write_whole(folder / RECORD, json.dumps(job.run.planned, indent=2, default=str) + "\n")
     (folder / FAILURE).unlink(missing_ok=True)
     return commands
 
@@ -122,8 +123,8 @@ def _resume(job: Job) -> list[str]:
     last = [path for _, path in saved_checkpoints(folder)][-1:]
     if last and not missing_states(last[0]) and not _others(job.settings, job.found.record(RECORD).get("settings", {})):
         return ["--resume_from_checkpoint", "true"]
-    number = next(i for i in itertools.count(1) if not folder.with_name(f"{folder.name}-interrupted-{i}").exists())
-    folder.rename(folder.with_name(f"{folder.name}-interrupted-{number}"))
+    aside = (folder.with_name(f"{folder.name}-interrupted-{number}") for number in itertools.count(1))
+    folder.rename(next(path for path in aside if not path.exists()))
     return []
 
 

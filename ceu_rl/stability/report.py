@@ -3,15 +3,15 @@
 [`write_report`] reads the folders of the runs and nothing else. `report.json` is one mapping, which a plain reader
 understands; numbers that are not finite are None:
 
-    format       2
+    format       3
     command, verdict                       the command that made it, and the sentences
     arms         name, method, recipe, differs (the fields in which its recipe is not the first arm's)
     scores       the names of the scores
     groups       each arm at each setting: arm, setting, rate, runs, seeds (by status), scores (mean, min, max, base and
                  whether 95 % of the base's are `kept`, with the interval of score - 0.95 base), measures
     comparisons  each arm against the first: score, both settings and finals, the paired difference and its interval
-    planes       points of forget quality and model utility, or of reward and divergence
-    provenance   commit, versions, device, first and last date, runs (by their places)
+    tofu         model utility and forget quality before unlearning, where they are known
+    provenance   commit, versions, device, dates, runs (by their places)
     runs         arm, setting, seed, method, status, reason, final scores, metrics (the last logged), curves (step, and
                  a list for each metric), held_out (columns of the rows at the last step), measures, summary (of TOFU
                  or MUSE), and fields of its record
@@ -20,7 +20,6 @@ understands; numbers that are not finite are None:
 import itertools
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -30,15 +29,15 @@ from typing import Any
 import jinja2
 import numpy as np
 import pandas as pd
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from rich.console import Console
 
 from . import figures
 from .runs import RECORD, STATUSES, Run, key_of, rate, write_whole
-from .table import ACCURACIES, REWARD, Score, Table, drawdown, number, setting_name
+from .table import ACCURACIES, REWARD, Score, Table, number, setting_name
 
 FORGET_QUALITY = 0.05  # p-value above which an unlearned model cannot be told from the retain model
-KEEP_UTILITY, COLLAPSED = 0.9, 0.1  # shares of the base's model utility: to be kept, and below which nothing is left
+KEEP_UTILITY = 0.9  # share of the base's model utility
 ORIGIN = ("commit", "device", "versions")
 DESCRIBED = ("arm", "setting", "seed", "rate", "method", "status", "reason", "log_problem", "summary")  # of a Run
 RECORDED = ("steps", "resumed", "eval_tokens", "wall_time_s", "peak_memory_gib", "command", "date", "metrics")
@@ -53,7 +52,8 @@ SHOWN = {
     "grad_norm_largest": ("largest gradient norm", "Before clipping, of all steps and seeds."),
     "seconds_per_step": ("seconds per step", "Of training with its evaluations."),
 }
-WORST = ("grad_norm_largest", "drawdown")  # of a group the largest; the others are medians
+TOFU = ("model_utility", "forget_quality")
+OF_GROUP = {"grad_norm_largest": "max", "drawdown": "max", "reached": "min"}  # the others are medians
 
 
 def write_report(folder: Path, runs: Sequence[Run], console: Console, command: str) -> dict[str, Any]:
@@ -73,8 +73,9 @@ def write_report(folder: Path, runs: Sequence[Run], console: Console, command: s
     _print(report, console)
     plain = _clean(report)
     lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in plain.items()]
-    files = {"report.html": _html(folder, table, report), "report.json": "{\n" + ",\n".join(lines) + "\n}\n"}
-    write_whole({folder / name: text for name, text in files.items()})
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "report.html", _html(folder, table, report))
+    write_whole(folder / "report.json", "{\n" + ",\n".join(lines) + "\n}\n")
     console.print(f"Report: {folder / 'report.html'}, numbers: {folder / 'report.json'}", markup=False, soft_wrap=True)
     return plain
 
@@ -97,18 +98,17 @@ def _clean(value: Any) -> Any:
 
 def summarize(table: Table, command: str) -> dict[str, Any]:
     """Everything that the report says, in numbers; not finite ones may be in it."""
-    runs = table.runs
-    measures = [measure(table, place) for place in range(len(runs))]
-    groups = _groups(table, measures)
+    start = Run("", {}, 0, Path(str(table.runs[0].settings.get("model_name_or_path")))).summary if table.runs else {}
+    measures = measure(table, start)
     report: dict[str, Any] = {
-        **{"format": 2, "command": command, "verdict": []},
-        "arms": _arms(runs),
+        **{"format": 3, "command": command, "verdict": []},
+        "arms": _arms(table.runs),
         "scores": [score.name for score in table.scores],
-        "groups": groups,
+        "groups": _groups(table, measures),
         "comparisons": _comparisons(table),
-        "planes": [*_tofu_plane(runs, groups), *_reward_planes(table, measures, groups)],
-        "provenance": _provenance(runs),
-        "runs": [{**_record(table, place), "measures": measures[place]} for place in range(len(runs))],
+        "tofu": {name: start[name] for name in TOFU if start.get(name) is not None},
+        "provenance": _provenance(table.runs),
+        "runs": [_record(table, place, measures.loc[place]) for place in range(len(table.runs))],
     }
     report["verdict"] = verdict(report)
     return report
@@ -128,34 +128,38 @@ def _arms(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return found
 
 
-def measure(table: Table, place: int) -> dict[str, float]:
-    """The measures of one run by their names; without what it did not log, and of a run that did not finish without
-    what is measured at the end."""
-    run = table.runs[place]
-    found: dict[str, float] = {}
-    if np.isfinite(norms := table.series(place, "grad_norm")).any():
-        found["grad_norm_largest"] = norms[np.isfinite(norms)].max()
-    if table.scores and len(series := table.series(place, table.scores[0].name)):
-        found["drawdown"] = drawdown(list(series[np.isfinite(series)]))
-    seconds, steps = (run.outcome.get("metrics") or {}).get("train_runtime"), run.outcome.get("steps")
-    if seconds and steps and not run.outcome.get("resumed"):  # the clock of a resumed run started again
-        found["seconds_per_step"] = seconds / steps
-    if run.status == "finished":
-        found |= {name: run.summary[name] for name in SHOWN if name in run.summary}
-        for metric in ("kl", "eval_kl"):  # of evaluations, where both are logged
-            if len(series := table.series(place, metric)):
-                found["kl"] = series.iloc[-1]
-        if len(series := table.series(place, "chosen")):
-            found["displacement"] = series.iloc[-1] - series.iloc[0]
+def measure(table: Table, start: Mapping[str, float]) -> pd.DataFrame:
+    """The measures of each run: NaN where it did not log one, or did not finish and it is measured at the end."""
+    runs, names = range(len(table.runs)), ["grad_norm", "kl", "eval_kl", "chosen"]
+    logged = table.values[np.isfinite(table.values.value)].sort_values("step", kind="stable")
+    by_run = logged.groupby(["run", "metric"]).value
+    first, last, largest = (
+        found.unstack().reindex(index=runs, columns=names) for found in (by_run.first(), by_run.last(), by_run.max())
+    )
+    at_end = pd.DataFrame([run.summary for run in table.runs], runs, [*SHOWN], dtype=float)
+    at_end["kl"] = last.eval_kl.fillna(last.kl)  # of evaluations, where both are logged
+    at_end["displacement"] = last.chosen - first.chosen
+    found = at_end[(table.about.status == "finished").to_numpy()].reindex(runs)
+    found["grad_norm_largest"] = largest.grad_norm
+    for place, outcome in enumerate(run.outcome for run in table.runs):
+        seconds, steps = (outcome.get("metrics") or {}).get("train_runtime"), outcome.get("steps")
+        if seconds and steps and not outcome.get("resumed"):  # the clock of a resumed run started again
+            found.loc[place, "seconds_per_step"] = seconds / steps
+    if table.scores:  # the largest fall of the first score from its best so far: max over s < t of score_s - score_t
+        series = logged[logged.metric == table.scores[0].name].groupby("run").value
+        found["drawdown"] = series.agg(lambda values: (values.cummax() - values).max())
+    if found.forget_quality.any():  # the aim of unlearning on TOFU, which a run that diverged has missed
+        is_useful = found.model_utility >= KEEP_UTILITY * start.get("model_utility", math.nan)
+        reached = (is_useful & (found.forget_quality > FORGET_QUALITY)).astype(float)
+        found["reached"] = reached.where(table.about.status.isin(["finished", "diverged"]))
     return found
 
 
-def _groups(table: Table, measures: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
+def _groups(table: Table, measures: pd.DataFrame) -> list[dict[str, Any]]:
     """Each arm at each setting over its seeds, by condition, then learning rate, then arm."""
     found = []
     for _, members in table.about.groupby("group"):
-        runs = [table.runs[place] for place in members.run]
-        counts, scores = Counter(members.status), {}
+        run, counts, scores = table.runs[members.run.iloc[0]], Counter(members.status), {}
         for score in table.scores:
             ends, loss = table.ends_of(members.run, score), table.loss(members.run, score)
             finals = ends.final[np.isfinite(ends.final)]
@@ -164,16 +168,15 @@ def _groups(table: Table, measures: Sequence[Mapping[str, float]]) -> list[dict[
                 **{"base": ends.base.median(), "seeds": len(finals)},
                 **{name: loss[name] for name in ("rows", "interval", "kept")},
             }
-        of_seeds = pd.DataFrame([measures[p] for p in members.run if table.runs[p].status in ("finished", "diverged")])
-        of_seeds = of_seeds.astype(float)
+        own = measures.loc[members.run[members.status.isin(["finished", "diverged"])]].dropna(axis=1, how="all")
         group = {
-            "arm": runs[0].arm,
-            "setting": dict(runs[0].setting),
-            "rate": runs[0].rate if math.isfinite(runs[0].rate) else None,
+            "arm": run.arm,
+            "setting": dict(run.setting),
+            "rate": run.rate if math.isfinite(run.rate) else None,
             "runs": list(members.run),
             "seeds": {status: counts[status] for status in STATUSES},
             "scores": scores,
-            "measures": {name: float(of_seeds[name].agg("max" if name in WORST else "median")) for name in of_seeds},
+            "measures": {name: own[name].agg(OF_GROUP.get(name, "median")) for name in own},
         }
         found.append(group)
     return found
@@ -205,70 +208,19 @@ def _best(table: Table, places: Sequence[int], score: Score) -> list[int]:
     return max((each for each in means if not math.isnan(each[0])), default=(0.0, []))[1]
 
 
-def _points(groups: Sequence[Mapping[str, Any]], places: Mapping[int, tuple[float, float]]) -> Iterator[dict[str, Any]]:
-    """Each group that has a place on a plane: the median of its runs', and theirs (`seeds`)."""
-    for group in groups:
-        if seeds := [list(places[run]) for run in group["runs"] if run in places]:
-            x, y = map(float, np.median(seeds, axis=0))
-            about = {name: group[name] for name in ("arm", "setting", "rate")}
-            yield {**about, "x": x, "y": y, "seeds": seeds, "lost": group["seeds"]["diverged"] > 0}
-
-
-def _tofu_plane(runs: Sequence[Run], groups: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Forget quality and model utility of each arm at each setting: medians over seeds."""
-    x, y = "model_utility", "forget_quality"
-    if not any(x in run.summary for run in runs):
-        return
-    results = [run.record("tofu_eval.json") for run in runs]
-    starts = dict.fromkeys(Path(str(run.settings.get("model_name_or_path"))) for run in runs)
-    start: Any = next(filter(None, (Run("", {}, 0, folder).summary for folder in starts)), {})
-    recorded: Any = next(filter(None, (result.get("base") for result in results)), {})
-    base = start.get(x, recorded.get(x))
-    beside = {"before unlearning": (base, start.get(y))}
-    for retain in {result["retain"] for result in results if "retain" in result}:
-        beside["retain model"] = (Run("", {}, 0, Path(retain).parent).summary.get(x), 1.0)
-    places = {p: (run.summary[x], run.summary[y]) for p, run in enumerate(runs) if {x, y} <= set(run.summary)}
-    points = list(_points(groups, places))
-    for point in points:
-        shares = [utility / base if base else math.nan for utility, _ in point["seeds"]]
-        aim = [s >= KEEP_UTILITY and q > FORGET_QUALITY for s, (_, q) in zip(shares, point["seeds"], strict=True)]
-        point["reached"] = all(aim) and not point["lost"]
-        point["collapsed"] = sum(share < COLLAPSED for share in shares)
-        point["lost"] = point["lost"] or point["collapsed"] > 0
-    yield {
-        **{"kind": "tofu", "x": "model utility", "y": "forget quality (p-value)", "logarithmic": True, "condition": ""},
-        **{"x_line": KEEP_UTILITY * base if base is not None else None, "y_line": FORGET_QUALITY},
-        **{"base": base, "points": points, "around": {name: at for name, at in beside.items() if None not in at}},
-    }
-
-
-def _reward_planes(table: Table, measures: Sequence[Any], groups: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """Reward against divergence from the start for each condition: what a run gets, and how far it went for it."""
-    task = [score for score in table.scores if score in (ACCURACIES[-1], REWARD)]
-    if not task or not any(run.method == "grpo" for run in table.runs):
-        return
-    ends = table.ends_of(range(len(table.runs)), task[0]).set_index("run").final.dropna()
-    places = {place: (measures[place]["kl"], final) for place, final in ends.items() if "kl" in measures[place]}
-    for condition, members in itertools.groupby(groups, key=lambda group: table.about.condition[group["runs"][0]]):
-        about = {"kind": "frontier", "logarithmic": False, "around": {}, "condition": condition}
-        axes = {"x": "divergence from the start, nats per token", "y": task[0].name}
-        if points := list(_points(list(members), places)):
-            yield {**about, **axes, "points": points}
-
-
 def _provenance(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Each origin of the runs once: their places, the first and the last date."""
+    """Each origin of the runs once, with their dates and places."""
     found: dict[str, dict[str, Any]] = {}
     for place, outcome in enumerate(run.outcome for run in runs):
         if outcome.get("versions"):
-            origin, date = {name: outcome.get(name) for name in ORIGIN}, outcome.get("date") or ""
-            entry = found.setdefault(key_of(origin), {**origin, "first": date, "last": date, "runs": []})
-            entry |= {"first": min(entry["first"], date), "last": max(entry["last"], date)}
+            origin = {name: outcome.get(name) for name in ORIGIN}
+            entry = found.setdefault(key_of(origin), {**origin, "dates": [], "runs": []})
+            entry["dates"].append(outcome.get("date") or "")
             entry["runs"].append(place)
     return list(found.values())
 
 
-def _record(table: Table, place: int) -> dict[str, Any]:
+def _record(table: Table, place: int, measures: pd.Series) -> dict[str, Any]:
     run, ends = table.runs[place], table.ends[table.ends.run == place]
     own = table.values[(table.values.run == place) & table.values.metric.str.startswith("eval_")]
     curves = own.pivot_table(index="step", columns="metric", values="value", dropna=False)
@@ -278,6 +230,7 @@ def _record(table: Table, place: int) -> dict[str, Any]:
         **{name: getattr(run, name) for name in DESCRIBED},
         **{name: run.outcome.get(name) for name in RECORDED},
         "final": dict(zip(ends.score, ends.final, strict=True)),
+        "measures": measures.dropna().to_dict(),
         "curves": {"step": list(curves.index), **curves.to_dict("list")} if len(own) else {},
         "held_out": {"step": int(rows.pop("step").iloc[0]), **rows.to_dict("list")} if len(rows) else {},
     }
@@ -294,15 +247,14 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
     if is_open:
         now = (f"{_name(run)} is running: {run['reason'].rstrip('.')}" for run in running[:3])
         head = ["; ".join([f"{statuses['finished']} of {len(runs)} runs finished", *now]) + "."]
-    told = [each for plane in report["planes"] if plane["kind"] == "tofu" for each in _tofu_sentences(plane)]
-    told += _kept(report) + _told(report["comparisons"])
+    told = [*_tofu_sentences(report["groups"], report["tofu"]), *_kept(report), *_told(report["comparisons"])]
     if not statuses["finished"]:
         told = [] if is_open else ["No run has finished, so there is nothing to compare."]
-    elif not report["scores"] and not report["planes"]:
+    elif not report["scores"] and not told:
         told.append("No run logged an evaluation, so there is no score: set eval_strategy and eval_on_start.")
     elif not told and not is_open:
         told = ["No difference between arms is told: there is one arm, or no setting that two have."]
-    return head + told + _left_out(runs)
+    return head + told + _left_out(runs) + [run["log_problem"] for run in runs if run["log_problem"]]
 
 
 def _at(setting: Mapping[str, Any]) -> str:
@@ -355,39 +307,32 @@ def _kept(report: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _tofu_sentences(plane: Mapping[str, Any]) -> Iterator[str]:
-    base, points = plane["base"], plane["points"]
-    quality = plane["around"].get("before unlearning", (0.0, 0.0))[1]
-    reached, collapsed = (
-        ", ".join(_name(point) for point in points if point[name]) for name in ("reached", "collapsed")
-    )
-    if base is None:
-        yield "The model utility before unlearning is not known: evaluate the start with ceu-rl tofu-eval."
-    elif points:
-        aim = f"A forget quality above {FORGET_QUALITY} with at least 90 % of the base's model utility {number(base)}"
-        yield f"{aim}, on every seed: {reached or 'no arm at any setting tried'}."
-    if points and quality > FORGET_QUALITY / 10:
-        yield f"The base has a forget quality of {number(quality)} already: read the KS distance beside it."
-    if collapsed:
-        yield f"Collapsed below a tenth of the base's utility, where forgetting says nothing: {collapsed}."
-    if not points:
+def _tofu_sentences(groups: Sequence[Mapping[str, Any]], start: Mapping[str, float]) -> Iterator[str]:
+    if not any("model_utility" in group["measures"] for group in groups):
+        return
+    tried = [group for group in groups if "reached" in group["measures"]]
+    if not tried:
         yield "No run has a forget quality: give --retain."
+    elif "model_utility" not in start:
+        yield "The model utility before unlearning is not known: evaluate the start with ceu-rl tofu-eval."
+    else:
+        reached = ", ".join(_name(group) for group in tried if group["measures"]["reached"])
+        aim = f"A forget quality above {FORGET_QUALITY} with at least 90 % of the base's model utility"
+        yield f"{aim} {number(start['model_utility'])}, on every seed: {reached or 'no arm at any setting tried'}."
+    if tried and (quality := start.get("forget_quality", 0.0)) > FORGET_QUALITY / 10:
+        yield f"The base has a forget quality of {number(quality)} already: read the KS distance beside it."
 
 
 def _left_out(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The runs that do not count, or count as lost, each kind by its number in each arm."""
-    kinds: dict[str, Counter[str]] = {}
+    """The runs that do not count, or count as lost, by arm."""
+    found: Counter[tuple[str, str]] = Counter()
     for run in runs:
         finals = run["final"].items() if run["status"] == "finished" else ()
-        said = [run["status"]] if run["status"] in ("diverged", "failed", "interrupted") else []
-        said += [f"finished without a {name}" for name, final in finals if math.isnan(final)]
-        said += ["have log lines that could not be read"] if run["log_problem"] else []
-        for kind in said:
-            kinds.setdefault(kind, Counter())[run["arm"]] += 1
-    return [
-        f"{arms.total()} of {len(runs)} runs {kind}: {', '.join(f'{count} of {arm}' for arm, count in arms.items())}."
-        for kind, arms in kinds.items()
-    ]
+        kinds = [run["status"]] if run["status"] in ("diverged", "failed", "interrupted") else []
+        kinds += [f"finished without a {name}" for name, final in finals if math.isnan(final)]
+        found.update((run["arm"], kind) for kind in kinds)
+    arms = Counter(run["arm"] for run in runs)
+    return [f"{arm}: {count} of {arms[arm]} runs {kind}." for (arm, kind), count in found.items()]
 
 
 # The table, in the terminal and on the page
@@ -446,16 +391,15 @@ def arm_lines(report: Mapping[str, Any]) -> dict[str, str]:
 def _html(folder: Path, table: Table, report: Mapping[str, Any]) -> str:
     strict: Any = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), **strict)
-    environment.filters["unbroken"] = _unbroken
-    looks, frame = figures.looks([arm["name"] for arm in report["arms"]]), table_of(report)
+    looks = figures.looks([arm["name"] for arm in report["arms"]])
     return environment.get_template("report.html.jinja").render(
         title=folder.resolve().name,
         report=report,
         looks=looks,
         lines=arm_lines(report),
-        table=Markup(frame.to_html(index=False, border=0, escape=False, formatters=[_unbroken] * frame.shape[1])),
+        table=Markup(table_of(report).to_html(index=False, border=0)),
         definitions=list(_shown(report).values()),
-        planes=[(plane, figures.plane(plane, looks, f"plane{n}")) for n, plane in enumerate(report["planes"])],
+        planes=list(_planes(table, report, looks)),
         finals=figures.finals(table, looks),
         curves=figures.curves(table, looks),
         runs=table.runs,
@@ -466,6 +410,16 @@ def _html(folder: Path, table: Table, report: Mapping[str, Any]) -> str:
     )
 
 
-def _unbroken(sentence: str) -> Markup:
-    """A sentence whose learning rates are not broken at their minus."""
-    return Markup(re.sub(r"\d[\d.]*e-\d+", r'<span class="unbroken">\g<0></span>', str(escape(sentence))))
+def _planes(table: Table, report: Mapping[str, Any], looks: Mapping[str, figures.Look]) -> Iterator[tuple[str, str]]:
+    """Forget quality against model utility; of GRPO what a run gets against how far it went for it, by condition."""
+    frame = table.about.join(pd.DataFrame([run["measures"] for run in report["runs"]], columns=[*SHOWN]))
+    if frame[[*TOFU]].notna().all(axis=1).any():
+        base = report["tofu"].get("model_utility")
+        lines = base and KEEP_UTILITY * base, FORGET_QUALITY
+        yield "forget quality", figures.plane(frame, *TOFU, looks, lines)
+    task = [score for score in table.scores if score in (ACCURACIES[-1], REWARD)]
+    if task and any(run.method == "grpo" for run in table.runs):
+        frame[task[0].name] = table.ends_of(frame.run, task[0]).set_index("run").final
+        for condition, own in frame.groupby("condition", sort=False):
+            name = f"{task[0].name} ({condition})" if condition else task[0].name
+            yield name, figures.plane(own, "kl", task[0].name, looks)

@@ -3,7 +3,7 @@ costs no other run."""
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,18 +18,6 @@ STATUSES = ("finished", "diverged", "failed", "running", "interrupted", "waiting
 
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _numbers(found: Any) -> dict[str, float]:
-    return {name: float(value) for name, value in dict(found).items() if is_number(value)}
-
-
-FIELDS: dict[str, Callable[[Any], Any]] = {  # what is read from a record, and as what
-    **dict.fromkeys(("settings", "overrides", "metrics", "versions"), dict),
-    **dict.fromkeys(("summary", "base", "eval_tokens"), _numbers),
-    **dict.fromkeys(("method", "command", "date", "device", "reason", "retain"), str),
-    **{"steps": int, "diverged": bool, "log_tail": list},
-}
 
 
 def key_of(value: Any) -> str:
@@ -136,23 +124,21 @@ class Run:
     def reason(self) -> str | None:
         """Why there is no result; None if there is."""
         of, failure = self.settings.get("max_steps"), self.record(FAILURE)
-        last = f" of {of}." if isinstance(of, int) and of > 0 else "."
         match self.status:
             case "finished":
                 return None
             case "running":
-                return f"It is at step {self.steps}{last}"
+                return f"It is at step {self.steps}" + (f" of {of}." if isinstance(of, int) and of > 0 else ".")
             case "interrupted":
                 return f"Its log ends at step {self.steps}; the same command continues it."
             case "waiting":
                 return "It has not started."
-        if self._records[1] or failure:
-            return " ".join(self._records[1]) or failure.get("reason") or "It failed without a word."
-        return "It ended after 0 steps, so nothing was trained."
+        nothing = "It ended after 0 steps, so nothing was trained."
+        return " ".join(self._records[1]) or failure.get("reason") or nothing
 
     @cached_property
     def _lines(self) -> tuple[tuple[list[dict[str, Any]], str], ...]:
-        return _read_lines(self.folder / LOG, ("step",)), _read_lines(self.folder / HELD_OUT, ("step", "row"))
+        return _read_lines(self.folder / LOG), _read_lines(self.folder / HELD_OUT)
 
     @property
     def log(self) -> list[dict[str, Any]]:
@@ -169,25 +155,24 @@ class Run:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A record of a run, its `FIELDS` of one type each; None where there is none.
+    """A record of a run; None where there is none.
 
     Raises:
-        ValueError: with the file, for what is cut short or of another form.
+        ValueError: with the file, for what is cut short or no record.
     """
     try:
         found = json.loads(path.read_bytes())
-        typed = {name: kind(found[name]) for name, kind in FIELDS.items() if found.get(name) is not None}
-        return {name: value for name, value in found.items() if name not in ("items", "rows")} | typed
+        return {name: value for name, value in found.items() if name not in ("items", "rows")}
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}).") from error
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path} is empty, cut short or of another form ({str(error)[:80]}).") from error
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is empty, cut short or no record ({str(error)[:80]}).") from error
 
 
-def _read_lines(path: Path, whole: tuple[str, ...]) -> tuple[list[dict[str, Any]], str]:
-    """The lines of a log, with some whole numbers; a last one that a kill cut short is left out, others are named."""
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """The entries of a log; a last line that a kill cut short is left out, others that are no entries are named."""
     try:
         *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
@@ -197,23 +182,19 @@ def _read_lines(path: Path, whole: tuple[str, ...]) -> tuple[list[dict[str, Any]
     entries, bad = [], []
     for number, line in enumerate([*lines, last], 1):
         try:
-            entry = json.loads(line, parse_int=float)
-            entries.append({**entry, **{name: int(entry[name]) for name in whole}})
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            entry = json.loads(line)
+            entries.append({**entry, "step": int(entry["step"])})
+        except (ValueError, KeyError, TypeError, RecursionError):
             if line.strip() and number <= len(lines):
                 bad.append(f"line {number} ({line[:40]!r})")
     return entries, f"{path} is read without {len(bad)} lines that are no entries, first {bad[0]}." if bad else ""
 
 
-def write_whole(files: Mapping[Path, str]) -> None:
-    """Write all of the files, or leave all of them as they were."""
-    parts = {path: path.with_name(f"{path.name}.part") for path in files}
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, or leave it as it was."""
+    part = path.with_name(f"{path.name}.part")
     try:
-        for path, part in parts.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(files[path], encoding="utf-8")
-        for path, part in parts.items():
-            part.replace(path)
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
     finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)

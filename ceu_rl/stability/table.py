@@ -26,16 +26,11 @@ from .runs import Run, is_number, rate
 
 KEEP = 0.95  # share of the base's score that is kept
 RESAMPLES, CONFIDENCE = 2000, 0.95
-START = ("model_name_or_path", "dataset_name", "dataset_config", "dataset_test_split")
-PAIR = ["chosen", "rejected", "ref_chosen", "ref_rejected"]
+# Runs with the same of these start from the same model and rows
+START = ("model_name_or_path", "dataset_name", "dataset_config", "dataset_test_split", "max_length", "truncation_mode")
+PAIR, TOKENS = ["chosen", "rejected", "ref_chosen", "ref_rejected"], ["chosen_tokens", "rejected_tokens"]
 
 Interval = tuple[float, float]
-
-
-def drawdown(scores: Sequence[float]) -> float:
-    """The largest fall of the score from its best so far: max over s < t of score_s - score_t, at least 0."""
-    series = pd.Series(scores, dtype=float)
-    return float((series.cummax() - series).max())
 
 
 # Held-out rows and paired intervals
@@ -107,9 +102,8 @@ class Score:
 ACCURACIES = tuple(Score(f"{name} accuracy", f"eval_{name}_accuracy", name) for name in ("greedy", "sampled"))
 REWARD = Score("held-out reward", "eval_reward")
 CHOSEN = Score("probability per token of chosen responses", "chosen", of=lambda value: math.exp(min(value, 700.0)))
-PREFERENCE = Score("preference accuracy", "eval_rewards/accuracies", "accuracy", kept=False)
 ALWAYS = (
-    PREFERENCE,
+    Score("preference accuracy", "", "accuracy", kept=False),
     Score("DPO loss", "", "loss", kept=False, lower=True),
     Score("world-facts probability", "eval_world_facts_probability"),
     Score("real-authors probability", "eval_real_authors_probability"),
@@ -125,20 +119,19 @@ class Table:
         about, values, ends, held_out: The frames of the module. base is the value at step 0, final the last one
             of a run that finished.
         scores: The scores that there are.
-        tokens: Mean tokens of each run's held-out responses, where they are known.
     """
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = list(runs)
         self.about = self._describe_runs()
-        self.tokens = self._response_tokens()
         self.held_out = self._read_held_out()
         logged = self._read_log()
-        scores = {score: self._series_of(score, logged) for score in self._scores_of({*logged.metric, *self.held_out})}
-        self.scores = [score for score, series in scores.items() if len(series)]
-        named = [scores[score].assign(metric=score.name) for score in self.scores]
+        cells = {score: self._cells_of(score, logged) for score in self._scores_of({*logged.metric, *self.held_out})}
+        self.scores = [score for score, own in cells.items() if len(own)]
+        self._cells = pd.concat([cells[score] for score in self.scores] or [*cells.values()])
+        means = self._cells.groupby(["run", "step", "metric"], as_index=False).value.mean()
         columns = {"run": int, "step": int, "metric": object, "value": float}
-        self.values = pd.concat([logged, *named])[list(columns)].astype(columns).merge(self.about, on="run")
+        self.values = pd.concat([logged, means])[list(columns)].astype(columns).merge(self.about, on="run")
         self.ends = self._read_ends()
 
     def _describe_runs(self) -> pd.DataFrame:
@@ -152,18 +145,6 @@ class Table:
         order = [pd.factorize(about.condition)[0], pd.Series(varied, dtype=float), pd.factorize(about.arm)[0]]
         return about.assign(group=about.groupby(order).ngroup() if self.runs else [])
 
-    def _of_run(self, *more: str) -> pd.Series:
-        """The settings by which runs are told to start from the same model and rows."""
-        settings = [{**run.settings, **run.setting} for run in self.runs]
-        return pd.Series([str([each.get(name) for name in (*START, *more)]) for each in settings], dtype=object)
-
-    def _response_tokens(self) -> list[dict[str, float] | None]:
-        """Mean tokens of each run. A run without a result takes them from a run with the same rows."""
-        own = [run.outcome.get("eval_tokens") for run in self.runs]
-        rows = self._of_run("max_length", "truncation_mode")
-        known = {key: tokens for key, tokens in zip(rows, own, strict=True) if tokens}
-        return [tokens or known.get(key) for key, tokens in zip(rows, own, strict=True)]
-
     def _read_log(self) -> pd.DataFrame:
         lines = [
             (place, entry["step"], metric, float(value))
@@ -175,10 +156,11 @@ class Table:
         frame = pd.DataFrame(lines, columns=["run", "step", "metric", "value"])
         frame = frame.drop_duplicates(["run", "step", "metric"], keep="last")
         parts = [frame]
-        for name in ("chosen", "rejected"):
-            own = frame[frame.metric == f"eval_logps/{name}"]
-            tokens = own.run.map(lambda run, name=name: (self.tokens[run] or {}).get(name) or math.nan).astype(float)
-            parts.append(own.assign(metric=name, value=own.value / tokens)[tokens.notna()])
+        if set(TOKENS) <= set(self.held_out):
+            sums = self.held_out.groupby(["run", "step"])[[*PAIR[:2], *TOKENS]].sum()
+            for name in PAIR[:2]:  # in nats per token
+                value = (sums[name] / sums[f"{name}_tokens"]).dropna()
+                parts.append(value.rename("value").reset_index().assign(metric=name))
         return pd.concat(parts, ignore_index=True)
 
     def _read_held_out(self) -> pd.DataFrame:
@@ -201,22 +183,20 @@ class Table:
         task = [score for score in task if {score.key, score.column} & there]
         return [*(task or [REWARD if REWARD.key in there else CHOSEN]), *ALWAYS]
 
-    def _series_of(self, score: Score, logged: pd.DataFrame) -> pd.DataFrame:
-        """A score by run and step, from held-out rows where they are there."""
-        series = logged[logged.metric == score.key].drop(columns="metric")
-        series = series.assign(value=series.value.map(score.of))
-        if score == PREFERENCE:  # the policy is its reference at step 0, and TRL counts a tie as wrong
-            series = series[(series.step > 0) | (series.value > 0)]
+    def _cells_of(self, score: Score, logged: pd.DataFrame) -> pd.DataFrame:
+        """A score by run, step and held-out row; by run and step where rows are not recorded."""
+        found = logged[logged.metric == score.key].assign(row="")
+        found["value"] = found.value.map(score.of)
         if score.column in self.held_out:
-            rows = self.held_out.dropna(subset=[score.column])
-            means = rows.groupby(["run", "step"])[score.column].mean().rename("value").reset_index()
-            series = pd.concat([series[~series.run.isin(means.run)], means])
-        return series
+            rows = self.held_out.assign(value=self.held_out[score.column]).dropna(subset=["value"])
+            found = pd.concat([found[~found.run.isin(rows.run)], rows])
+        return found.assign(metric=score.name)[["run", "step", "row", "metric", "value"]]
 
     def _read_ends(self) -> pd.DataFrame:
         """The base of a run is the median over those that start from the same model and rows, else another's of its
         arm."""
-        start = self._of_run() + pd.Series(map(str, self.tokens), dtype=object)
+        settings = [{**run.settings, **run.setting} for run in self.runs]
+        start = pd.Series([str([each.get(name) for name in START]) for each in settings], dtype=object)
         ends = [self.about.iloc[:0].assign(score=[], final=[], base=[])]
         for score in self.scores:
             series = self.values[self.values.metric == score.name].sort_values("step")
@@ -228,45 +208,30 @@ class Table:
             ends.append(self.about.assign(score=score.name, final=final, base=base))
         return pd.concat(ends[1:] or ends, ignore_index=True)
 
-    def _cells(self, runs: Sequence[int], score: Score) -> pd.DataFrame:
-        """run, seed, row, final, base of finished runs: a line for each held-out row, or one without a row."""
-        ends = self.ends_of(runs, score)
-        ends = ends[ends.status == "finished"].assign(row="")
-        if score.column not in self.held_out:
-            return ends
-        held = self.held_out[self.held_out.run.isin(ends.run)].dropna(subset=[score.column])
-        at = {"final": held.step == held.groupby("run").step.transform("max"), "base": held.step == 0}
-        series = {name: held[which].set_index(["run", "row"])[score.column] for name, which in at.items()}
-        rows = pd.DataFrame(series).dropna(subset=["final"]).reset_index()
-        rows = rows.merge(ends[["run", "seed", "base"]].rename(columns={"base": "known"}), on="run")
-        return pd.concat([rows.assign(base=rows.base.fillna(rows.known)), ends[~ends.run.isin(rows.run)]])
-
     def ends_of(self, runs: Sequence[int], score: Score) -> pd.DataFrame:
         """The lines of some runs and one score."""
         return self.ends[(self.ends.score == score.name) & self.ends.run.isin(runs)]
 
-    def series(self, run: int, metric: str) -> pd.Series:
-        """What a run logged under a metric, by step."""
-        found = self.values[(self.values.run == run) & (self.values.metric == metric)]
-        return found.sort_values("step").set_index("step").value
-
     def difference(self, ours: Sequence[int], theirs: Sequence[int], score: Score) -> dict[str, Any]:
         """Final score of the first runs less the second's, paired by seed, and by held-out row where they are there."""
-        return _paired(self._by("seed", ours, score, "final"), self._by("seed", theirs, score, "final"))
+        return _paired(self._by("seed", ours, score), self._by("seed", theirs, score))
 
     def loss(self, runs: Sequence[int], score: Score) -> dict[str, Any]:
         """Final score less `KEEP` of the base's, for each run: `kept` if the interval lies above 0, or below."""
-        found = _paired(self._by("run", runs, score, "final"), KEEP * self._by("run", runs, score, "base"))
+        final, base = self._by("run", runs, score), self._by("run", runs, score, at_start=True)
+        known = self.ends_of(runs, score).set_index("run").base  # for a row that was not evaluated at the start
+        found = _paired(final, KEEP * base.reindex_like(final).T.fillna(known).T)
         interval = found["interval"]
         sure = True if interval and interval[0] >= 0 else False if interval and interval[1] < 0 else None
         diverged = any(self.runs[place].status == "diverged" for place in runs)
         return {**found, "kept": None if not score.kept else False if diverged else sure}
 
-    def _by(self, index: str, runs: Sequence[int], score: Score, column: str) -> pd.DataFrame:
+    def _by(self, index: str, runs: Sequence[int], score: Score, at_start: bool = False) -> pd.DataFrame:
         """(seeds or runs, rows) of what finished; one column without a name where rows are not recorded."""
-        own = self._cells(runs, score).astype({column: float})
-        found = own.pivot_table(index=index, columns="row", values=column, aggfunc="last")
-        return found.reindex(columns=own.row.unique())
+        finished = self.about[self.about.run.isin(runs) & (self.about.status == "finished")]
+        own = self._cells[self._cells.metric == score.name].merge(finished[["run", "seed"]], on="run")
+        own = own[own.step == (0 if at_start else own.groupby("run").step.transform("max"))].astype({"value": float})
+        return own.pivot_table(index=index, columns="row", values="value", aggfunc="last", sort=False)
 
 
 def _paired(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict[str, Any]:
