@@ -12,8 +12,6 @@ their questions also depend on `PYTHONHASHSEED`.
 
 import ast
 import contextlib
-import dataclasses
-import difflib
 import functools
 import hashlib
 import io
@@ -22,7 +20,7 @@ import math
 import random
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -165,11 +163,9 @@ def _factory() -> Any:
 
 def _settings(task: str, config: str | None) -> dict[str, Any]:
     """The fields that `name=value, name=value` sets, in the types of their annotations."""
-    known = _factory().DATASETS
+    _, config_class = _factory().DATASETS.get(task, (None, object))
     from pydantic import TypeAdapter, ValidationError  # of the extra `tasks`, as the library
 
-    if task not in known:
-        raise ValueError(f"reasoning_gym has no task {task!r}{_closest(task, known)}.")
     try:
         call: Any = ast.parse(f"dict({config or ''})", mode="eval").body
         given = {each.arg: ast.literal_eval(_Words().visit(each.value)) for each in call.keywords}
@@ -179,19 +175,17 @@ def _settings(task: str, config: str | None) -> dict[str, Any]:
         raise ValueError(
             f"dataset_config is {config!r}; write it as in 'min_terms=2, max_terms=2', each field once."
         ) from error
-    fields = {field.name: field for field in dataclasses.fields(known[task][1])}
-    hints = typing.get_type_hints(known[task][1])
-    for name, value in given.items():
-        if name not in fields:
-            raise ValueError(f"reasoning_gym's task {task} has no field {name!r}{_closest(name, fields)}.")
-        kind, default = hints[name], fields[name].default
+    hints = typing.get_type_hints(config_class)
+    for name in given.keys() & hints.keys():
+        kind, default = hints[name], getattr(config_class, name, None)
         if isinstance(default, int | float):  # some are not of their annotated type
             kind |= type(default)
+        strict = type(given[name]) in (bool, int)
         try:
-            given[name] = TypeAdapter(kind).validate_python(value, strict=type(value) in (bool, int))
+            given[name] = TypeAdapter(kind).validate_python(given[name], strict=strict)
         except ValidationError as error:
             problem = error.errors()[0]["msg"]
-            raise ValueError(f"dataset_config sets {name}={value!r} of {task}: {problem}; mend it.") from error
+            raise ValueError(f"dataset_config sets {name}={given[name]!r} of {task}: {problem}; mend it.") from error
     return given
 
 
@@ -200,8 +194,3 @@ class _Words(ast.NodeTransformer):
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
         return ast.Constant({"true": True, "false": False}.get(node.id, node.id))
-
-
-def _closest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)
-    return f"; the closest name is {close[0]}" if close else ""
