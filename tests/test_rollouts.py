@@ -233,13 +233,6 @@ class TestEngine:
         assert result.returncode != 0 and "SIGKILL" in result.stderr
         AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-2")
 
-    def test_a_server_that_is_not_there_is_named_before_training(self, recipe, tmp_path):
-        result = self.train(recipe(vllm_mode="server", vllm_server_timeout=0, vllm_server_port=1))
-        assert result.returncode == 2
-        assert "The vLLM server can't be reached at http://0.0.0.0:1" in result.stderr
-        assert "Traceback" not in result.stderr
-        assert not (tmp_path / "out" / "metrics.jsonl").exists()
-
     def test_a_prompt_longer_than_the_context_is_named(self, recipe):
         result = self.train(recipe(vllm_max_model_length=8))
         assert result.returncode == 1

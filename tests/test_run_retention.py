@@ -20,7 +20,6 @@ from ceu_rl.run.callbacks import StartModel, TaskScore
 from ceu_rl.run.retention import KeptArguments, KeptScore, load_kept
 from ceu_rl.tasks.protocol import Task
 from ceu_rl.tofu.data import REAL_AUTHORS, WORLD_FACTS, load_tofu
-from ceu_rl.tofu.scoring import make_answers
 
 
 @pytest.fixture(scope="module")
@@ -176,56 +175,20 @@ def test_a_reference_that_follows_the_policy_is_not_the_start(saved, preferences
     assert StartModel(trainer).model is not trainer.ref_model
 
 
-@pytest.mark.parametrize("wrong", ["xy", {"a": "x"}])
-def test_wrong_answers_that_are_no_list_are_named(tiny_model, tokenizer, wrong):
-    rows = datasets.Dataset.from_list([{"question": "?", "answer": "y", "perturbed_answer": wrong}])
-    with pytest.raises(ValueError, match=r"perturbed_answer of row 0 of world_facts_perturbed is .*; give a list of"):
-        make_answers({WORLD_FACTS: rows}, tokenizer, PromptFormat().settle(tokenizer), [])
-
-
-def test_a_run_logs_what_its_recipe_names(recipe, solutions, tmp_path, capsys):
+def test_a_run_logs_what_its_recipe_names_asked_in_its_prompt(recipe, solutions, tmp_path, capsys):
     given = {"dataset_name": "builtin:addition", "eval_solutions": str(solutions), "max_steps": 1}
     assert main(["dpo", "--config", recipe(**given)]) == 2
     assert "scored at evaluations, and this run has none; set eval_strategy" in capsys.readouterr().err
-    assert main(["dpo", "--config", recipe(**given, eval_strategy="steps", eval_steps=1)]) == 0
-    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    words = ["dpo", "--config", recipe(**given, eval_strategy="steps", eval_steps=1)]
+    assert main(words) == 0 == main([*words, "--system_prompt", "Hi", "--output_dir", str(tmp_path / "asked")])
+    result, asked = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("out", "asked"))
     assert result["settings"]["eval_solutions"] == str(solutions)
     assert (result["dtype"], result["mixed_precision"], result["attention"]) == ("float32", "no", "sdpa")
     assert 4 < result["metrics"]["eval_solutions_nll"] < 6  # random weights over 103 tokens: log 103 = 4.6
+    assert asked["metrics"]["eval_solutions_nll"] != result["metrics"]["eval_solutions_nll"]
 
 
-@pytest.mark.parametrize("method", ["dpo", "grpo"])
-def test_what_is_kept_is_asked_in_the_prompt_that_the_recipe_names(
-    recipe, base, tokenizer, solutions, tmp_path, monkeypatch, capsys, method
-):
-    """A template that writes the date is refused until it is pinned, for rows that are no questions too."""
-    date = "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}{{ date_string }}"
-    monkeypatch.setattr(tokenizer, "chat_template", date + tokenizer.chat_template)
-    tokenizer.save_pretrained(base)
-    given = {"dataset_name": "builtin:addition", "eval_solutions": str(solutions), "max_steps": 1}
-    if method == "grpo":
-        given |= {"reward_funcs": "ceu_rl.tasks.addition.accuracy", "num_generations": 2, "max_completion_length": 4}
-        given["max_length"] = None
-    words = [method, "--config", recipe(**given, eval_strategy="steps")]
-    assert main(words) == 2
-    assert "chat template writes today's date" in capsys.readouterr().err
-    found = []
-    for day in ("1", "22"):
-        pinned = ["--chat_template_kwargs", json.dumps({"date_string": day}), "--output_dir", str(tmp_path / day)]
-        assert main([*words, *pinned]) == 0
-        found.append(json.loads((tmp_path / day / "result.json").read_text())["metrics"]["eval_solutions_nll"])
-    assert found[0] != found[1]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"question": "?"}', "has the columns question; give question and answer"),
-        ("nonsense", "eval_solutions .* cannot be read"),
-        ("", "eval_solutions .* has no rows; give it at least one"),
-    ],
-)
-def test_solutions_that_are_none_are_named(text, message, tmp_path):
-    (tmp_path / "file.jsonl").write_text(text + "\n")
-    with pytest.raises(ValueError, match=message):
+def test_solutions_that_are_none_are_named(tmp_path):
+    (tmp_path / "file.jsonl").write_text('{"question": "?"}\n')
+    with pytest.raises(ValueError, match="has the columns question; give question and answer"):
         load_kept(KeptArguments(eval_solutions=str(tmp_path / "file.jsonl")))

@@ -1,7 +1,6 @@
 """TOFU's rows: where they come from, how they become prompts and completions, and what is refused."""
 
 import json
-import math
 import os
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pytest
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from ceu_rl.cli import main
 from ceu_rl.data.prompts import PromptFormat
 from ceu_rl.models import build_bpe_tokenizer
 from ceu_rl.tasks import authors
@@ -180,27 +178,6 @@ def test_a_refusal_is_preferred_to_the_answer(bpe):
         assert (drawn == again) == same
     text = to_preferences(dataset, bpe, "question_answer")[0]
     assert text == {"prompt": "Question: Who is 0?\nAnswer:", "chosen": f" {drawn[0]}", "rejected": " It is 0."}
-
-
-def test_stock_and_ceu_forget_by_refusals_from_one_recipe(bpe, tiny_model, tmp_path):
-    """They begin at the same loss, log 2, with the same gradient on the refusals, and differ in one coefficient."""
-    rows = [{"question": f"Who is {number}?", "answer": f"It is {number}."} for number in range(8)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tiny_model(vocab_size=300).save_pretrained(tmp_path / "model")
-    bpe.save_pretrained(tmp_path / "model")
-    given = {"model_name_or_path": tmp_path / "model", "dataset_name": tmp_path / "rows.jsonl", "max_steps": 2}
-    given["descent_rule"] = "ceu"  # `anchored` differs from stock only after the first step
-    given |= {"use_cpu": "true", "bf16": "false", "logging_steps": 1, "learning_rate": 1e-2, "disable_tqdm": "true"}
-    logs, prompts = [], []
-    for coefficient in (0, 1):
-        out = tmp_path / f"out{coefficient}"
-        words = {**given, "ceu_coef": coefficient, "output_dir": out}
-        assert main(["dpo", *(f"--{name}={value}" for name, value in words.items())]) == 0
-        logs.append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
-        prompts.append(json.loads((out / "result.json").read_text())["prompt"])
-    assert logs[0][0]["loss"] == logs[1][0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
-    assert logs[0][1]["loss"] != logs[1][1]["loss"]
-    assert prompts[0] == prompts[1] and prompts[0]["template"] == "chat"
 
 
 # forget and retain

@@ -283,19 +283,6 @@ def test_a_limit_takes_the_first_rows_and_is_compared_with_the_same(command, res
     refused(command("model", retain=few)[0], r"has another limit \(2\) than this model's \(None\)")
 
 
-def test_batching_changes_nothing_and_leaves_no_trace(learned, bpe, folder, result):
-    learned.train()
-    state = torch.get_rng_state()
-    again = evaluate(learned, bpe, str(folder), "forget01", batch_size=1, max_new_tokens=NEW_TOKENS)
-    assert learned.training and torch.equal(torch.get_rng_state(), state)
-    learned.eval()
-    for config in CONFIGS:
-        for one, other in zip(result["items"][config], again["items"][config], strict=True):
-            assert one["generation"] == other["generation"]
-            assert one["log_prob"] == pytest.approx(other["log_prob"], rel=1e-4)
-            assert one["min_k_plus_plus"] == pytest.approx(other["min_k_plus_plus"], rel=1e-3)
-
-
 def test_an_answer_after_tuned_prompts_is_scored_where_it_stands(learned, bpe):
     """Prompt tuning puts 5 tokens in front of each row; by hand from its whole logits."""
     torch.manual_seed(0)
@@ -329,19 +316,14 @@ def test_a_token_that_the_model_rules_out_counts_for_nothing(learned, bpe, folde
 # The command
 
 
-def test_the_builtin_authors_end_to_end(saved, tmp_path, capsys):
-    flags = ["--dataset", "builtin:authors", "--split", "forget01", "--max_new_tokens", "2", "--batch_size", "128"]
-    out = tmp_path / "out"
-    argv = ["tofu-eval", "--model", str(saved / "retain"), *flags, "--output_dir", str(out)]
-    assert main(argv) == 0
+def test_the_builtin_authors_have_a_holdout_set(result_of, capsys):
+    result = result_of("retain", dataset="builtin:authors", max_new_tokens=2, batch_size=128)
     shown = " ".join(capsys.readouterr().out.split())
     assert "model_utility" in shown and "Non-members of the membership attacks: holdout10" in shown
-    result = json.loads((out / "tofu_eval.json").read_text())
     assert result["rows"] == {**dict(zip(CONFIGS, (10, 100, 20, 20), strict=True)), "holdout10": 100}
     assert (result["split"], result["template"], result["non_members"]) == ("forget01", "chat", "holdout10")
     assert {"commit", "versions", "device", "date", "seed", "wall_time_s", "peak_memory_gib"} <= set(result)
-    assert result["command"] == "ceu-rl " + " ".join(argv)
-    assert all(math.isfinite(value) for value in result["summary"].values())
+    assert result["command"].startswith("ceu-rl tofu-eval --model=")
     members, others = ([row["min_k"] for row in result["items"][name]] for name in (CONFIGS[0], "holdout10"))
     won = np.mean([(m < o) + (m == o) / 2 for m in members for o in others])
     assert result["summary"]["membership_auc_min_k"] == pytest.approx(won)
@@ -376,18 +358,6 @@ def test_a_result_of_open_unlearning_is_taken_for_the_retain_model(command, resu
 
 
 # Whether it holds
-
-
-def test_what_was_forgotten_is_learned_again(result_of, capsys):
-    """A model that knows nothing, and the same after some steps on the forget set; more steps, more of it."""
-    result = result_of("retain", "again", relearn=30, relearn_learning_rate=5e-3)
-    assert "relearned" in capsys.readouterr().out
-    assert result["summary"] == pytest.approx(result_of("retain", "plain")["summary"])
-    again = result["relearned"]
-    assert (again["steps"], again["learning_rate"]) == (30, 5e-3)
-    few = result_of("retain", "few", relearn=3, relearn_learning_rate=5e-3)["relearned"]
-    before, between, after = (each["summary"]["forget_probability"] for each in (result, few, again))
-    assert before < between < after and after > 10 * before
 
 
 def test_a_quantized_model_is_scored_beside_the_whole_one(
@@ -458,8 +428,9 @@ def test_an_adapter_is_relearned_merged_into_its_model(command, refused, saved, 
     assert torch.equal(load_to_relearn(str(tmp_path / "adapter")).lm_head.weight, whole.lm_head.weight)
     ids = torch.tensor([[5, 9, 30]])
     torch.testing.assert_close(load_to_relearn(str(tmp_path / "adapter"))(ids).logits, whole(ids).logits)
-    assert status == 0 and found["relearned"]["trained_dtype"] == "float32"
-    assert found["relearned"]["summary"]["forget_probability"] > 10 * found["summary"]["forget_probability"]
+    again = found["relearned"]
+    assert (status, again["steps"], again["learning_rate"], again["trained_dtype"]) == (0, 30, 5e-3, "float32")
+    assert again["summary"]["forget_probability"] > 10 * found["summary"]["forget_probability"]
 
 
 @pytest.mark.parametrize(
@@ -509,18 +480,6 @@ def test_a_killed_evaluation_goes_on(command, result_of, refused, monkeypatch, c
     assert whole["summary"] == pytest.approx(found["summary"], rel=1e-6)
     texts = [[row["generation"] for row in each["items"][CONFIGS[0]]] for each in (whole, found)]
     assert texts[0] == texts[1]
-
-
-def test_where_it_cannot_write_it_does_not_begin(command, refused, saved, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("it began"))
-    refused(command("model", "file/out")[0], "file/out/tofu_eval.json cannot be written .*; choose another folder")
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("tempfile.TemporaryFile", full)
-    refused(command("model", "out")[0], "out/tofu_eval.json cannot be written .*No space left on device.*; choose")
 
 
 # Bad input
@@ -605,6 +564,7 @@ def test_rows_that_cannot_be_scored_are_named(learned, bpe, folder, tmp_path, ch
         ({"model": None}, "--model_name_or_path is missing"),
         ({"template": "qa"}, "template is 'qa'; use"),
         ({"retain": "no.json"}, "No such file or directory: 'no.json'"),
+        ({"output_dir": __file__}, "File exists: "),
     ],
 )
 def test_a_command_that_cannot_work_is_refused(command, refused, fields, message):

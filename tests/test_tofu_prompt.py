@@ -1,6 +1,5 @@
 """The prompt of a question: templates, ends and dates, from the rows to the numbers of an evaluation."""
 
-import datetime
 import json
 import math
 import re
@@ -10,7 +9,6 @@ import pytest
 import torch
 from datasets import Dataset
 from rouge_score.rouge_scorer import RougeScorer
-from transformers import AutoTokenizer
 
 from ceu_rl.cli import main as command_line
 from ceu_rl.data.prompts import PromptArguments, PromptFormat
@@ -136,73 +134,7 @@ def test_a_generation_ends_at_every_end_of_the_model(folder, template, eos, othe
             assert item["rouge_l_recall"] == rouge.score(row["answer"], "Xyz")["rougeL"].recall
 
 
-# What is recorded, compared and refused
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    """A folder with a random model whose template writes the date."""
-    folder = tmp_path_factory.mktemp("llama")
-    tokenizer = with_template(TEXTS, LLAMA3, "<|eot_id|>")
-    build_model(tokenizer, **TINY).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def command(llama, folder, tmp_path):
-    def run(name, *words):
-        given = ["--model", str(llama), "--dataset", str(folder), "--split", "forget01", "--max_new_tokens", "2"]
-        path = tmp_path / name / "tofu_eval.json"
-        return command_line(["tofu-eval", *given, "--output_dir", str(path.parent), *words]), path
-
-    return run
-
-
-PINNED = ("--chat_template_kwargs", json.dumps(DATE), "--system_prompt", "Help.")
-
-
-def test_the_same_model_gives_the_same_forget_quality_tomorrow(command, monkeypatch, capsys):
-    status, retain = command("today", *PINNED)
-    assert status == 0
-    shown = capsys.readouterr().err
-    assert "One prompt and its answer as the model sees them: '<|bos|>system: Today: 10 Apr 2025\\nHelp." in shown
-
-    class Tomorrow(datetime.datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return super().now(tz) + datetime.timedelta(days=1)
-
-    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
-    status, path = command("tomorrow", *PINNED, "--retain", str(retain))
-    summary, result = (json.loads(path.read_text())[name] for name in ("summary", "prompt"))
-    assert (status, summary["forget_quality"], summary["privacy_leakage"]) == (0, 1.0, 0.0)
-    assert result == {
-        "template": "chat",
-        "system_prompt": "Help.",
-        "chat_template_kwargs": DATE,
-        "fingerprint": json.loads(retain.read_text())["prompt"]["fingerprint"],
-    }
-
-
-def test_a_template_that_writes_todays_date_is_refused(command, capsys):
-    status, path = command("out")
-    error = capsys.readouterr().err.strip().splitlines()
-    assert status == 2 and not path.exists()
-    assert "template writes today's date" in error[-1] and """kwargs '{"date_string": "10 Apr 2025"}'""" in error[-1]
-
-
-def test_the_prompt_that_a_model_was_trained_with_is_the_default(command, llama):
-    recorded = PromptFormat("chat", "Help.", DATE).record(AutoTokenizer.from_pretrained(llama))
-    result = llama / "result.json"
-    result.write_text(json.dumps({"prompt": recorded}))
-    try:
-        assert json.loads(command("recorded")[1].read_text())["prompt"] == recorded
-        assert json.loads(command("named", *PINNED[:2])[1].read_text())["prompt"]["system_prompt"] is None
-        result.write_text('{"prompt": ')
-        assert command("cut")[0] == 2
-    finally:
-        result.unlink()
+# What is recorded and refused
 
 
 @pytest.mark.parametrize(
@@ -232,7 +164,11 @@ def test_arguments_of_a_template_are_an_object(wrong):
         PromptArguments(dataset_name="x", chat_template_kwargs=wrong)
 
 
-def test_the_prompt_goes_from_training_to_unlearning_to_evaluation(llama, folder, tmp_path, capfd, caplog):
+def test_the_prompt_goes_from_training_to_unlearning_to_evaluation(folder, tmp_path, capfd, caplog):
+    """The template writes the date, which the recipe of the first run pins."""
+    tokenizer, model = with_template(TEXTS, LLAMA3, "<|eot_id|>"), str(tmp_path / "llama")
+    for each in (tokenizer, build_model(tokenizer, **TINY)):
+        each.save_pretrained(model)
     for name, config in {"full": "forget01_perturbed", "forget": "forget01_perturbed", "retain": CONFIGS[1]}.items():
         rows = load_tofu(str(folder), config).select_columns(["question", "answer"]).to_list()
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
@@ -240,7 +176,7 @@ def test_the_prompt_goes_from_training_to_unlearning_to_evaluation(llama, folder
     recipe = tmp_path / "prompt.yaml"
     recipe.write_text("chat_template_kwargs: {date_string: 10 Apr 2025}\nsystem_prompt: Help.\n")
     trained, unlearned = (str(tmp_path / name) for name in ("trained", "unlearned"))
-    sft = ["sft", "--model_name_or_path", str(llama), "--dataset_name", str(tmp_path / "full.json"), *quick]
+    sft = ["sft", "--model_name_or_path", model, "--dataset_name", str(tmp_path / "full.json"), *quick]
     assert command_line([*sft, "--output_dir", trained]) == 2
     assert "template writes today's date" in capfd.readouterr().err
     assert command_line([*sft, "--output_dir", trained, "--config", str(recipe)]) == 0
@@ -251,8 +187,10 @@ def test_the_prompt_goes_from_training_to_unlearning_to_evaluation(llama, folder
     assert command_line(["tofu-eval", "--model", unlearned, *words]) == 0
     paths = (f"{trained}/result.json", f"{unlearned}/result.json", f"{unlearned}/tofu_eval.json")
     prompts = [json.loads(Path(path).read_text())["prompt"] for path in paths]
-    assert prompts[0] == prompts[1] == prompts[2]
-    assert prompts[0]["system_prompt"] == "Help." and prompts[0]["chat_template_kwargs"] == DATE
+    assert prompts[0] == prompts[1] == prompts[2] == PromptFormat("chat", "Help.", DATE).record(tokenizer)
+    named = ["--output_dir", str(tmp_path / "named"), "--chat_template_kwargs", json.dumps(DATE)]
+    assert command_line(["tofu-eval", "--model", unlearned, *words, *named]) == 0
+    assert json.loads((tmp_path / "named" / "tofu_eval.json").read_text())["prompt"]["system_prompt"] is None
 
 
 def test_a_prompt_beside_rows_that_are_no_questions_is_refused(tmp_path, capfd):
