@@ -373,7 +373,7 @@ def test_a_quantized_model_is_scored_beside_the_whole_one(
         return model
 
     if importlib.util.find_spec("torchao") is None:
-        refused(command("model", "none", quantize="int8")[0], "quantize is 'int8' and torchao is missing")
+        refused(command("model", "none", quantize="int8")[0], "No module named 'torchao'")
     monkeypatch.setattr("ceu_rl.tofu.evaluate.load_quantized", load)
     for bits in ("int8", "int4"):
         result = result_of("model", bits, quantize=bits)
@@ -409,9 +409,8 @@ def test_what_is_stored_in_bfloat16_is_relearned_in_float32(learned, bpe, folder
     assert torch.equal(load_to_relearn(str(tmp_path / "exact")).lm_head.weight, learned.lm_head.weight)
 
 
-@pytest.mark.parametrize("kind", [LoraConfig(task_type="CAUSAL_LM", r=4), None])
-def test_an_adapter_is_relearned_merged_into_its_model(command, refused, saved, bpe, tmp_path, kind):
-    config = kind or PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+def test_an_adapter_is_relearned_merged_into_its_model(command, saved, bpe, tmp_path):
+    config = LoraConfig(task_type="CAUSAL_LM", r=4)
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(saved / "retain"), config)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -419,10 +418,6 @@ def test_an_adapter_is_relearned_merged_into_its_model(command, refused, saved, 
     adapted.save_pretrained(tmp_path / "adapter")
     bpe.save_pretrained(tmp_path / "adapter")
     status, path = command("model", "out", model=tmp_path / "adapter", relearn=30, relearn_learning_rate=5e-3)
-    if kind is None:
-        refused(status, "adapter is an adapter of the kind PROMPT_TUNING, which cannot be merged")
-        assert not path.with_name("tofu_eval.part.jsonl").exists()
-        return
     found = json.loads(path.read_text())
     whole = adapted.merge_and_unload()
     assert torch.equal(load_to_relearn(str(tmp_path / "adapter")).lm_head.weight, whole.lm_head.weight)
@@ -555,13 +550,11 @@ def test_rows_that_cannot_be_scored_are_named(learned, bpe, folder, tmp_path, ch
         ({"split": "forget05"}, "has no config 'forget05_perturbed'; choose one of forget01_perturbed"),
         ({"dataset": "builtin:poets"}, "use builtin:authors"),
         ({"dataset": "nobody/nothing"}, "nobody/nothing"),
-        ({"model": "no/such"}, "--model_name_or_path no/such holds no model with its tokenizer"),
+        ({"model": "no/such"}, "no/such"),
         ({"model": "no/such", "output_dir": None}, "--model_name_or_path no/such is no folder to write to"),
         ({"batch_size": 0}, "batch_size is 0; use at least 1"),
         ({"limit": 0}, "limit is 0; use at least 1"),
-        ({"relearn": -1}, "--relearn is -1 .* use a number of steps and a finite rate above 0"),
-        ({"relearn": 2, "relearn_learning_rate": 0}, "--relearn_learning_rate 0.0; use a number of steps"),
-        ({"model": None}, "--model_name_or_path is missing"),
+        ({"relearn": -1}, "relearn is -1; use at least 1"),
         ({"template": "qa"}, "template is 'qa'; use"),
         ({"retain": "no.json"}, "No such file or directory: 'no.json'"),
         ({"output_dir": __file__}, "File exists: "),

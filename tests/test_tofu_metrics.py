@@ -15,11 +15,6 @@ from scipy import stats
 from ceu_rl.tofu import metrics
 
 
-def test_probability_is_that_of_a_token_in_the_mean():
-    # p = 1/2 and 1/8 for its two tokens: (1/16)^(1/2) = 1/4
-    assert metrics.probability((math.log(1 / 2) + math.log(1 / 8)) / 2) == pytest.approx(0.25, rel=1e-15)
-
-
 def test_option_probability_by_hand():
     options = [math.log(p) for p in (0.3, 0.1, 0.2)]
     assert metrics.option_probability(math.log(0.4), options) == pytest.approx(0.4, rel=1e-14)
@@ -115,7 +110,6 @@ def test_memorization_over_every_pattern_of_matches():
 
 
 def test_attacks_by_hand():
-    assert metrics.loss_score(-1.5) == 1.5
     text = "Zoë lives in Oslo, in Oslo, in Oslo."
     assert metrics.zlib_score(-1.5, text) == pytest.approx(1.5 / len(zlib.compress(text.encode("utf-8"))))
     log_probs = [-1.0, -5.0, -2.0, -4.0, -3.0]

@@ -5,7 +5,6 @@ import dataclasses
 import os
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import AutoTokenizer
 
 from ..data.prompts import PromptArguments
 from ..models import load_model, model_dtype, resolve_model
+from ..run.errors import NameCause
 from ..run.provenance import environment, peak_memory_gib, write_json
 
 
@@ -27,7 +27,7 @@ def make_parser(command: str, description: str | None, result: str, dataset: str
         prog=f"ceu-rl {command}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     option = parser.add_argument
-    option("--model_name_or_path", "--model", help="folder or Hub name of the model, with its tokenizer")
+    option("--model_name_or_path", "--model", required=True, help="folder or Hub name of the model, with its tokenizer")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     option("--dtype", choices=dtypes, help="auto: as it is stored; default: bfloat16 on a GPU, float32 on a CPU")
     names = ("--dataset_name", "--dataset")
@@ -85,25 +85,18 @@ def open_model(name: str, dtype: str | None) -> tuple[Any, Any]:
     """A model, on the GPU where there is one, and its tokenizer."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     path = resolve_model(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = load_model(path, model_dtype(dtype, device))
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"--model_name_or_path {name} holds no model with its tokenizer ({first}).") from error
-    return model.to(device), tokenizer
+    with NameCause(f"Reading --model_name_or_path {name}", "give a model with its tokenizer."):
+        return load_model(path, model_dtype(dtype, device)).to(device), AutoTokenizer.from_pretrained(path)
 
 
 def _part(path: Path) -> Path:
     return path.with_name(f"{path.stem}.part.jsonl")
 
 
-def _check_output(model: str | None, output_dir: str | None, name: str) -> Path:
-    """The path of a result, which must be new and can be written: an hour is lost if that fails in the end."""
+def _check_output(model: str, output_dir: str | None, name: str) -> Path:
+    """The path of a result, which must be new, in a folder that there is then."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; start an evaluation alone, without a launcher.")
-    if not model:
-        raise ValueError("--model_name_or_path is missing; give a folder or a Hub name.")
     if not output_dir and not Path(model).is_dir():
         raise ValueError(
             f"--model_name_or_path {model} is no folder to write to; check its name, or give --output_dir."
@@ -111,10 +104,5 @@ def _check_output(model: str | None, output_dir: str | None, name: str) -> Path:
     path = Path(output_dir or model, name)
     if path.exists():
         raise ValueError(f"{path} exists; choose another folder with --output_dir, or move it away.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent) as file:
-            file.write(b"0")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error}); choose another folder with --output_dir.") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path

@@ -115,7 +115,7 @@ def _asked(split: str) -> tuple[str, ...]:
 def _item(answers: Sequence[Answer], generations: Mapping[str, str]) -> dict[str, Any]:
     """The values of one row."""
     answer, *others = answers
-    item: dict[str, Any] = {**answer.scores, "probability": metrics.probability(answer.log_prob)}
+    item: dict[str, Any] = {**answer.scores, "probability": math.exp(answer.log_prob)}
     if perturbed := [each for each in others if each.kind == "perturbed"]:
         wrong = [each.log_prob for each in perturbed]
         correct = next((each for each in others if each.kind == "paraphrase"), answer).log_prob
@@ -225,11 +225,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
 def main(argv: Sequence[str]) -> int:
     """`ceu-rl tofu-eval`: returns 0, or raises for bad input as [`evaluate`] does."""
     args = _parser().parse_args(argv)
-    if args.relearn < 0 or not 0 < args.relearn_learning_rate < math.inf:
-        raise ValueError(
-            f"--relearn is {args.relearn} and --relearn_learning_rate {args.relearn_learning_rate}; use a number of "
-            "steps and a finite rate above 0."
-        )
+    check_counts(relearn=args.relearn)
     get_split(args.split)  # what can fail comes before the model is loaded
     path, result = command.run(["tofu-eval", *argv], args, RESULT, _evaluate)
     command.save(path, result, ("quantized", "relearned"))
@@ -249,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     option("--max_new_tokens", type=int, default=200, help="most tokens of a generation (%(default)s)")
     option("--quantize", choices=("int8", "int4"), help="evaluate once more with weights rounded by torchao")
-    option("--relearn", type=int, default=0, help="evaluate once more after N steps on the forget set (%(default)s)")
+    option("--relearn", type=int, help="evaluate once more after N steps on the forget set")
     option("--relearn_learning_rate", type=float, default=1e-5, help="of these steps (%(default)s)")
     return parser
 

@@ -28,11 +28,6 @@ LARGEST_EXPONENT = 700.0  # of a float64, with room; ratios beyond are cut there
 MIN_K = 0.4  # the share of tokens that min-k and min-k++ look at, as in open-unlearning's TOFU configuration
 
 
-def probability(log_prob: float) -> float:
-    """Length-normalised probability of an answer (TOFU, section 2.2.1): P = exp(l(y)), from `log_prob` = l(y)."""
-    return math.exp(log_prob)
-
-
 def option_probability(correct: float, wrong: Values) -> float:
     """Probability of the correct answer among the options (TOFU, section 2.2.1, real authors and world facts).
 
@@ -134,9 +129,7 @@ def extraction_strength(matches: Values) -> float:
     return 1.0 - min(int(start), len(matches) - 1) / len(matches)
 
 
-def loss_score(log_prob: float) -> float:
-    """Loss attack (Yeom et al. 2018, arXiv 1709.01604): -l(y). All attack scores here are low for members."""
-    return -log_prob
+# Membership attacks: every score is low for members
 
 
 def zlib_score(log_prob: float, answer: str) -> float:

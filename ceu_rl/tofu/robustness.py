@@ -23,14 +23,7 @@ BATCH_SIZE = 16
 def load_to_relearn(name: str) -> Any:
     """A model, an adapter merged into it, in float32: in bfloat16 rounding loses most small steps."""
     model = load_model(name, torch.float32)
-    if not isinstance(model, PeftModel):
-        return model
-    if (kind := model.active_peft_config).is_prompt_learning:
-        raise ValueError(
-            f"{name} is an adapter of the kind {kind.peft_type.value}, which cannot be merged into its model to be "
-            "relearned; leave --relearn out."
-        )
-    return model.merge_and_unload().requires_grad_(True)
+    return model.merge_and_unload().requires_grad_(True) if isinstance(model, PeftModel) else model
 
 
 def relearn(model: Any, tokenizer: Any, rows: Dataset, prompt: PromptFormat, steps: int, learning_rate: float) -> None:
@@ -61,10 +54,7 @@ def relearn(model: Any, tokenizer: Any, rows: Dataset, prompt: PromptFormat, ste
 
 def load_quantized(name: str, bits: str, dtype: torch.dtype) -> Any:
     """A model with the weights of its linear layers, the head apart, rounded by torchao: one scale for each row."""
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
-    except ImportError as error:
-        raise ImportError(f"quantize is {bits!r} and torchao is missing ({error}); pip install torchao.") from error
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
     from transformers import TorchAoConfig
 
     four: Any = IntxWeightOnlyConfig(weight_dtype=torch.int4)  # type: ignore[attr-defined]

@@ -240,7 +240,7 @@ def _scores(answer: Answer, logits: torch.Tensor) -> dict[str, float]:
         "log_prob": log_prob,
         "exact_memorization": metrics.exact_memorization(matches),
         "extraction_strength": metrics.extraction_strength(matches),
-        "loss": metrics.loss_score(log_prob),
+        "loss": -log_prob,  # the loss attack (Yeom et al. 2018, arXiv 1709.01604)
         "zlib": metrics.zlib_score(log_prob, answer.text),
         "min_k": metrics.min_k_score(text_log_probs),
         "min_k_plus_plus": metrics.min_k_plus_plus_score(text_log_probs, text_means, text_variances),
