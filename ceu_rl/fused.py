@@ -22,7 +22,6 @@ them in bfloat16 or float32 and reads them twice, in the kernel of `fused_kernel
 import importlib.util
 import math
 import os
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -126,9 +125,9 @@ def fused_linear_unlearning_loss(
     one = torch.ones((), device=hidden.device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     scale = one / divisor
     form = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in inputs]
-    plan = _Plan(labels.flatten()[rows], first, scale, dtype, form, softcap, logit_scale, chunk_size, kernels)
+    given = (labels.flatten()[rows], first, scale, dtype, form, softcap, logit_scale, chunk_size, kernels)
     with torch.autocast(device, enabled=False):
-        return _FusedLoss.apply(*inputs, plan)
+        return _FusedLoss.apply(*inputs, *given)
 
 
 def _kernels(device: str, dtype: torch.dtype) -> ModuleType | None:
@@ -150,50 +149,41 @@ def _equal_chunks(rows: int, limit: int) -> int:
     return max(1, math.ceil(rows / chunks / step) * step)
 
 
-@dataclass
-class _Plan:
-    labels: torch.Tensor
-    unlearned: int  # the first so many labels are CE-U
-    scale: torch.Tensor
-    dtype: torch.dtype  # of the products
-    form: list[bool]  # which gradients
-    softcap: float | None
-    logit_scale: float
-    chunk_size: int
-    kernels: ModuleType | None
-
-
 class _FusedLoss(torch.autograd.Function):
     """The sum of the losses times a scale; `backward` only scales the gradients that `forward` has formed."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: _Plan
-    ) -> torch.Tensor:
-        rows, kernels, exact = len(hidden), plan.kernels, torch.promote_types(plan.dtype, torch.float32)
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor,
+        unlearned: int, scale: torch.Tensor, dtype: torch.dtype, form: list[bool], softcap: float | None,
+        logit_scale: float, chunk_size: int, kernels: ModuleType | None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Labels, of which the first `unlearned` are CE-U, the dtype of the products, and which gradients to form."""
+        rows, exact = len(hidden), torch.promote_types(dtype, torch.float32)
         ctx.kernels, ctx.dtypes = kernels, [None if each is None else each.dtype for each in (hidden, weight, bias)]
-        hidden, weight = hidden.to(plan.dtype), weight.to(plan.dtype).contiguous()  # the kernel reads its rows
+        hidden, weight = hidden.to(dtype), weight.to(dtype).contiguous()  # the kernel reads its rows
         new = torch.empty if rows else torch.zeros  # the first product overwrites what is there
         # A sum over chunks, or what the exact way has yet to scale, is in float32
-        once = (kernels, kernels and plan.chunk_size >= rows, False)
-        kinds = [each if whole and each == plan.dtype else exact for each, whole in zip(ctx.dtypes, once, strict=True)]
+        once = (kernels, kernels and chunk_size >= rows, False)
+        kinds = [each if whole and each == dtype else exact for each, whole in zip(ctx.dtypes, once, strict=True)]
         ctx.gradients = grad_hidden, grad_weight, grad_bias = [
             new(tensor.shape, dtype=kind, device=hidden.device) if wanted and tensor is not None else None
-            for tensor, kind, wanted in zip((hidden, weight, bias), kinds, plan.form, strict=True)
+            for tensor, kind, wanted in zip((hidden, weight, bias), kinds, form, strict=True)
         ]
         losses = hidden.new_empty(rows, dtype=exact)
         # The products of a GPU read aligned rows; some of a CPU compute with what lies between them
-        shape = (min(plan.chunk_size, rows), math.ceil(len(weight) / 64) * 64 if hidden.is_cuda else len(weight))
-        logits = hidden.new_empty(shape, dtype=plan.dtype if kernels else exact)[:, : len(weight)]
+        shape = (min(chunk_size, rows), math.ceil(len(weight) / 64) * 64 if hidden.is_cuda else len(weight))
+        logits = hidden.new_empty(shape, dtype=dtype if kernels else exact)[:, : len(weight)]
         softmax_of_others_ = kernels.softmax_of_others_ if kernels else _softmax_of_others_
-        for start in range(0, rows, plan.chunk_size):
-            chunk = slice(start, start + plan.chunk_size)
-            h, labels = hidden[chunk], plan.labels[chunk]
-            z, unlearned = logits[: len(h)], max(0, min(plan.unlearned - start, len(h)))
+        for start in range(0, rows, chunk_size):
+            chunk = slice(start, start + chunk_size)
+            h, z = hidden[chunk], logits[: min(chunk_size, rows - start)]
+            here = max(0, min(unlearned - start, len(h)))
             _product(h, weight.t(), z)
-            given = (plan.scale, plan.logit_scale, plan.softcap, any(plan.form))
-            log_odds, entropy = softmax_of_others_(z, h, weight, bias, labels, unlearned, *given)
-            losses[chunk] = _losses(log_odds, entropy, unlearned)
+            given = (scale, logit_scale, softcap, any(form))
+            log_odds, entropy = softmax_of_others_(z, h, weight, bias, labels[chunk], here, *given)
+            losses[chunk] = -F.logsigmoid(_signs(log_odds, here) * log_odds)
+            losses[start : start + here] += entropy[:here]
             if grad_hidden is not None:
                 _product(z, weight, grad_hidden[chunk])
             if grad_weight is not None:
@@ -201,7 +191,7 @@ class _FusedLoss(torch.autograd.Function):
             if grad_bias is not None:
                 sums = z.sum(dim=0, dtype=exact)
                 grad_bias.copy_(grad_bias + sums if start else sums)
-        return losses.sum() * plan.scale
+        return losses.sum() * scale
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -218,18 +208,11 @@ class _FusedLoss(torch.autograd.Function):
             None if gradient is None else multiply(gradient, grads[0]).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None)
-
-
-def _losses(log_odds: torch.Tensor, entropy: torch.Tensor, unlearned: int) -> torch.Tensor:
-    """The losses (n,) of rows: CE-U for the first `unlearned`, cross entropy for the others."""
-    sign = _signs(log_odds, unlearned)
-    losses = -F.logsigmoid(sign * log_odds)
-    losses[:unlearned] += entropy[:unlearned]
-    return losses
+        return (*scaled, *[None] * 9)
 
 
 def _signs(log_odds: torch.Tensor, unlearned: int) -> torch.Tensor:
+    """-1 for the first `unlearned` rows, which are CE-U, and 1 for the others, cross entropy."""
     sign = torch.ones_like(log_odds)
     sign[:unlearned] = -1.0
     return sign

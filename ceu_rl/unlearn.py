@@ -137,9 +137,6 @@ class UnlearnConfig(SFTConfig):
     def __post_init__(self) -> None:
         check_choices(self, {"loss_type": tuple(METHODS), "retain_loss_type": ("nll", "kl")})
         check_numbers(vars(self))
-        skipped = self.ignore_first_n_answer_tokens
-        if skipped is not None and type(skipped) is not int:
-            raise ValueError(f"ignore_first_n_answer_tokens is {skipped}; use a whole number from 0.")
         if self.chunk and self.max_length is None:
             raise ValueError("chunk is True and max_length None; set the tokens of a piece.")
         if self.beta is not None and METHODS[self.loss_type].beta is None:
@@ -156,10 +153,8 @@ class UnlearnConfig(SFTConfig):
     @property
     def method(self) -> Method:
         """The method with the settings of this run: its own defaults where a field is None."""
-        own = ("beta", "ignore_first_n_answer_tokens")
-        return METHODS[self.loss_type]._replace(
-            **{name: value for name in own if (value := getattr(self, name)) is not None}
-        )
+        given = {name: getattr(self, name) for name in ("beta", "ignore_first_n_answer_tokens")}
+        return METHODS[self.loss_type]._replace(**{name: value for name, value in given.items() if value is not None})
 
     @property
     def needs_reference(self) -> bool:

@@ -27,7 +27,7 @@ MUTANTS = [
     ("dpo.py", "self.accelerator.gather_for_metrics(scores).cpu()", "self.accelerator.gather_for_metrics(scores.flip(1)).cpu()", "test_dpo.py::test_each_held_out_pair_is_kept"),
     ("grpo.py", "policy.log_importance = log_weight", "policy.log_importance = -log_weight", "test_grpo.py::test_an_anchored_rule_takes_the_place_of_trls_importance_weight"),
     ("grpo.py", 'inputs["importance_sampling_ratio"].log()', "0.0", "test_grpo.py::test_an_anchored_rule_takes_the_place_of_trls_importance_weight"),
-    ("fused.py", "losses = -F.logsigmoid(sign * log_odds)", "losses = -F.logsigmoid(log_odds)", "test_fused.py::test_equals_the_losses_on_logits"),
+    ("fused.py", "-F.logsigmoid(_signs(log_odds, here) * log_odds)", "-F.logsigmoid(log_odds)", "test_fused.py::test_equals_the_losses_on_logits"),
     ("stability/table.py", "gaps = (ours - theirs)", "gaps = (pd.DataFrame(np.sort(ours, axis=0), ours.index, ours.columns) - theirs)", "test_stability_table.py::test_without_rows_seeds_are_paired_and_one_seed_has_no_interval"),
     ("stability/table.py", "gaps = (ours - theirs)", "gaps = (ours.mean() - theirs.mean()).to_frame().T", "test_stability_table.py::test_differences_are_paired_by_row_and_seed"),
     ("stability/table.py", "True if interval and interval[0] >= 0", "True if interval and interval[1] >= 0", "test_stability_table.py::test_a_score_is_kept_if_its_interval_excludes_a_loss_of_five_percent"),

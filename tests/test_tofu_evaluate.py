@@ -467,8 +467,10 @@ def test_a_killed_evaluation_goes_on(command, result_of, refused, monkeypatch, c
     with part.open("a") as file:
         file.write('{"scores/forget01_perturbed/0')  # killed in the middle of a line
     for name, value in {"max_new_tokens": 9, "template": "question_answer"}.items():
-        refused(command("model", "killed", **{name: value})[0], f"part of an evaluation with another {name} ")
-    refused(command("retain", "killed")[0], "part of an evaluation with another weights ")
+        refused(
+            command("model", "killed", **{name: value})[0], f"evaluation with another .*{name}.*; choose"
+        )
+    refused(command("retain", "killed")[0], "part of an evaluation with another weights; choose")
     monkeypatch.setattr(AnswerCache, "add", lambda self, found: (again.append(len(found)), add(self, found)))
     found = result_of("model", "killed", batch_size=32)
     assert not part.exists() and done + again == [32, 32, 32, 14, 20]

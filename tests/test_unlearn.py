@@ -394,7 +394,6 @@ class TestBadInput:
             ({"retain_weight": float("nan")}, "retain_weight is nan"),
             ({"margin": float("inf")}, "margin is inf"),
             ({"ignore_first_n_answer_tokens": -1}, "ignore_first_n_answer_tokens is -1"),
-            ({"ignore_first_n_answer_tokens": 1.5}, "ignore_first_n_answer_tokens is 1.5; use a whole number"),
             ({"packing": True}, "packing is True, which unlearning does not support"),
             ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1"),
         ],

@@ -32,9 +32,7 @@ SPLITS = {
 RETAIN_PERTURBED = "retain_perturbed"
 REAL_AUTHORS = "real_authors_perturbed"
 WORLD_FACTS = "world_facts_perturbed"
-NAMES = {"full", *SPLITS, *(split.retain for split in SPLITS.values())}
 BUILTIN = {each.NAME: each for each in (authors, articles)}
-OTHER_LAYOUTS = ({"prompt", "completion"}, {"prompt", "gt"}, {"messages"}, {"text"})  # of SFT, and MUSE
 
 
 def get_split(name: str) -> TofuSplit:
@@ -59,9 +57,8 @@ def load_tofu(name: str, config: str) -> Dataset:
     Args:
         name: A dataset on the Hub (`locuslab/TOFU`), a folder in its layout (`<config>.json`, `.jsonl`, `.csv` or
             `.parquet`), `builtin:authors`, or `builtin:articles`, whose configs are not TOFU's.
-        config: Its columns are question and answer; those whose names end in `_perturbed` have perturbed_answer (a
-            list), and of forget and retain sets also paraphrased_answer. A file with a name of its own may have another
-            layout of TRL's SFTTrainer.
+        config: Its columns are question and answer, or another layout of TRL's SFTTrainer; those whose names end in
+            `_perturbed` have perturbed_answer (a list), and of forget and retain sets also paraphrased_answer.
 
     Raises:
         ValueError: for an unknown config, a column that is missing, or no rows.
@@ -78,8 +75,8 @@ def load_tofu(name: str, config: str) -> Dataset:
         if "train" not in splits:
             raise ValueError(f"{name} has the splits {', '.join(map(str, splits))}; give a dataset with a split train.")
         dataset = splits["train"]
-    own_layout = any(layout <= set(dataset.column_names) for layout in OTHER_LAYOUTS)
-    required = [] if own_layout and (config not in NAMES or name == articles.NAME) else ["question", "answer"]
+    scored = config.endswith("_perturbed") or config.startswith("holdout")
+    required = ["question", "answer"] if scored or "question" in dataset.column_names else []
     if config.endswith("_perturbed"):
         required += ["perturbed_answer"] + ["paraphrased_answer"] * (config not in (REAL_AUTHORS, WORLD_FACTS))
     check_columns(dataset, config, tuple(required))

@@ -121,15 +121,16 @@ class AnswerCache(dict[str, Any]):
             return
         # Without its last line, in which the process may have been killed
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        for name, value in json.loads(json.dumps(settings)).items():
-            if lines and (found := json.loads(lines[0]).get(name)) != value:
-                raise ValueError(
-                    f"{path} holds a part of an evaluation with another {name} ({found!r}) than this one ({value!r}); "
-                    "choose another folder with --output_dir, or remove it."
-                )
+        lines = lines or [json.dumps(settings)]
+        begun = json.loads(lines[0])
+        if other := [name for name, value in json.loads(json.dumps(settings)).items() if begun.get(name) != value]:
+            raise ValueError(
+                f"{path} holds a part of an evaluation with another {' and '.join(other)}; choose another folder with "
+                "--output_dir, or remove it."
+            )
         for line in lines[1:]:
             self |= json.loads(line)
-        path.write_text("\n".join([*(lines or [json.dumps(settings)]), ""]), encoding="utf-8")
+        path.write_text("\n".join([*lines, ""]), encoding="utf-8")
 
     def add(self, found: Mapping[str, Any]) -> None:
         self |= found
