@@ -29,6 +29,20 @@ def generate_answers(model, tokenizer, prompts, max_new_tokens, **settings):
     return [text for each in answers for text in answer_texts(model, tokenizer, each)]
 
 
+def learn(model, tokenizer, texts, steps, learning_rate):
+    """Let a model learn texts by heart, or in part."""
+    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
+    for _ in range(steps):
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return build_tokenizer()

@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
-from trl.generation.vllm_generation import VLLMGeneration
 
 from ceu_rl.rollouts import ReloadingVLLMGeneration, RolloutError
 from ceu_rl.tasks.addition import accuracy
@@ -76,15 +75,6 @@ def test_an_engine_ends_once_every_process_has_come_unless_this_one_failed():
     except RolloutError:
         engine.shutdown()
     assert done == ["wait", "end", "end", "end"]
-
-
-def test_a_server_that_dies_is_named(monkeypatch, tiny_model):
-    def generate(*given):
-        raise ConnectionError("refused")
-
-    monkeypatch.setattr(VLLMGeneration, "generate", generate)
-    with pytest.raises(RolloutError, match="vLLM, while generating completions, raised ConnectionError: refused; "):
-        generation("server", model=tiny_model()).generate([[1, 2]], None, 2)
 
 
 SYNC = """
@@ -232,11 +222,6 @@ class TestEngine:
         result = self.train(recipe(**settings), *two)
         assert result.returncode != 0 and "SIGKILL" in result.stderr
         AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-2")
-
-    def test_a_prompt_longer_than_the_context_is_named(self, recipe):
-        result = self.train(recipe(vllm_max_model_length=8))
-        assert result.returncode == 1
-        assert "vLLM, while generating completions, raised" in result.stderr and "8" in result.stderr
 
 
 REWARDS = """

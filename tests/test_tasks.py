@@ -21,7 +21,7 @@ from ceu_rl.tasks.protocol import right_answer
 from ceu_rl.tasks.reasoning_gym import score_answer, wrong_answers
 from ceu_rl.tasks.score import pass_at_k
 
-from .conftest import generate_answers
+from .conftest import generate_answers, learn
 
 TASK = get_task("builtin:addition")
 COLUMNS = {
@@ -77,17 +77,6 @@ def test_verifier_against_python_addition():
         for wrong in (corrupt(trace, rng), "", str(a + b), f"{trace} ", f"{trace}\n", f"{trace}<|eos|>"):
             assert not is_correct(prompt, wrong)
         assert not is_correct(prompt, f"{columns} {a + b + rng.choice([-100, -10, -1, 1, 10, 100])}")
-
-
-def test_a_corruption_changes_one_computed_digit_and_reaches_all_of_them():
-    trace, rng, places = addition_trace(827, 695), random.Random(0), set()
-    for _ in range(2000):
-        wrong = corrupt(trace, rng)
-        changed = [i for i, (old, new) in enumerate(zip(trace, wrong, strict=True)) if old != new]
-        assert len(changed) == 1
-        assert wrong[changed[0]].isdigit()
-        places.add(changed[0])
-    assert places == {6, 7, 15, 16, 24, 25, 27, 28, 29, 30}
 
 
 @pytest.mark.parametrize("prompt", ["", "what?", "1234+1=", "1+2", "1+2= "])
@@ -349,17 +338,12 @@ def test_a_model_that_knows_the_answer_scores_and_loses_by_its_share_of_errors(t
     """A model overfitted on two of four prompts must score exactly one half, also as a PEFT model."""
     prompts = [user(text) for text in ("123+567=", "999+1=", "432+876=", "505+505=")]
     learned = [
-        [*p, {"role": "assistant", "content": addition_trace(*map(int, p[0]["content"][:-1].split("+")))}]
-        for p in prompts[:2]
+        tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        + addition_trace(*map(int, prompt[0]["content"][:-1].split("+")))
+        + tokenizer.eos_token
+        for prompt in prompts[:2]
     ]
-    model = build_model(tokenizer)
-    batch = tokenizer.apply_chat_template(learned, padding=True, return_dict=True, return_tensors="pt")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(80):
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        model(**batch, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    model = learn(build_model(tokenizer), tokenizer, learned, 80, 3e-3)
     rows = [{"prompt": prompt} for prompt in prompts]
     for scored in (model, get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))):
         scores, questions = evaluate_task(scored, tokenizer, TASK, rows, seed=0)
@@ -461,8 +445,3 @@ def test_a_task_without_a_limit_takes_that_of_its_longest_right_answer(tokenizer
         rows = [{"prompt": user("?"), "answer": answer} for answer in answers]
         with pytest.raises(RuntimeError, match=f"at most {longest} tokens"):
             evaluate_task(model, tokenizer, task, rows, seed=0)
-
-
-def test_scoring_no_rows_is_refused(tokenizer, model):
-    with pytest.raises(ValueError, match="0 rows"):
-        evaluate_task(model, tokenizer, TASK, [], seed=0)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from rouge_score.rouge_scorer import RougeScorer
 from scipy import stats
@@ -23,9 +24,9 @@ from ceu_rl.models import build_bpe_tokenizer, build_model
 from ceu_rl.tofu import load_tofu
 from ceu_rl.tofu.evaluate import add_retain, evaluate, read_result
 from ceu_rl.tofu.robustness import load_quantized, load_to_relearn, relearn
-from ceu_rl.tofu.scoring import Answer, AnswerCache, score_answers
+from ceu_rl.tofu.scoring import Answer, AnswerCache, make_answers, measure, score_answers
 
-from .conftest import TINY
+from .conftest import TINY, learn
 
 TOFU = Path(os.environ.get("CEU_RL_TOFU") or Path(__file__).parents[1].parent / "shared" / "tofu")
 CONFIGS = ("forget01_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
@@ -51,17 +52,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def learned(bpe, folder):
     """A model that has learned the answers of the forget set in part."""
-    model = build_model(bpe, **TINY)
     rows = load_tofu(str(folder), "forget01_perturbed")
     texts = [f"{chat(row['question'])}{row['answer']}<|eos|>" for row in rows]
-    batch = bpe(texts, padding=True, padding_side="right", return_tensors="pt")
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(40):
-        model(**batch, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
+    return learn(build_model(bpe, **TINY), bpe, texts, 40, 1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -467,9 +460,7 @@ def test_a_killed_evaluation_goes_on(command, result_of, refused, monkeypatch, c
     with part.open("a") as file:
         file.write('{"scores/forget01_perturbed/0')  # killed in the middle of a line
     for name, value in {"max_new_tokens": 9, "template": "question_answer"}.items():
-        refused(
-            command("model", "killed", **{name: value})[0], f"evaluation with another .*{name}.*; choose"
-        )
+        refused(command("model", "killed", **{name: value})[0], f"evaluation with another .*{name}.*; choose")
     refused(command("retain", "killed")[0], "part of an evaluation with another weights; choose")
     monkeypatch.setattr(AnswerCache, "add", lambda self, found: (again.append(len(found)), add(self, found)))
     found = result_of("model", "killed", batch_size=32)
@@ -503,23 +494,19 @@ def test_a_result_that_was_cut_short_is_refused(result, command, refused, tmp_pa
     refused(command("model", "out")[0], "out/tofu_eval.json exists; choose another folder with --output_dir")
 
 
-def test_nan_for_one_row_alone_names_that_row(bpe, folder, tmp_path):
+def measure_rows(model, bpe, config, rows):
+    answers = make_answers({config: Dataset.from_list(rows)}, bpe, PromptFormat("chat"), [bpe.eos_token_id])
+    return measure(model, bpe, {}, answers, [(answers, 200, "max_new_tokens")])
+
+
+def test_nan_for_one_row_alone_names_that_row(bpe, folder):
     rows = load_tofu(str(folder), CONFIGS[3]).to_list()
     rows[3]["question"] += "<|system|>"  # a token that no other text has
-    bad = copy_folder(folder, tmp_path, CONFIGS[3], rows)
     model = build_model(bpe, **TINY)
     model.get_input_embeddings().weight.data[bpe.convert_tokens_to_ids("<|system|>")] = math.nan
     message = "logits are not finite in row 3 of world_facts_perturbed, .* log-probability of nan; take an earlier"
     with pytest.raises(ValueError, match=message):
-        evaluate(model, bpe, str(bad), "forget01", max_new_tokens=1)
-
-
-def copy_folder(folder, to, config, rows):
-    """The small folder with other rows in one config."""
-    for path in folder.glob("*.json"):
-        (to / path.name).write_text(path.read_text())
-    (to / f"{config}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return to
+        measure_rows(model, bpe, CONFIGS[3], rows)
 
 
 @pytest.mark.parametrize(
@@ -538,11 +525,11 @@ def copy_folder(folder, to, config, rows):
         ),
     ],
 )
-def test_rows_that_cannot_be_scored_are_named(learned, bpe, folder, tmp_path, change, message):
+def test_rows_that_cannot_be_scored_are_named(learned, bpe, folder, change, message):
     rows = load_tofu(str(folder), "retain_perturbed").to_list()
     rows[2].update(change)
     with pytest.raises(ValueError, match=message):
-        evaluate(learned, bpe, str(copy_folder(folder, tmp_path, "retain_perturbed", rows)), "forget01")
+        measure_rows(learned, bpe, "retain_perturbed", rows)
 
 
 @pytest.mark.parametrize(

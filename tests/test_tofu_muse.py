@@ -16,6 +16,8 @@ from ceu_rl.tasks import articles
 from ceu_rl.tofu.data import tokenize
 from ceu_rl.tofu.muse import evaluate, load_parts
 
+from .conftest import learn
+
 KEPT, FORGOTTEN = 4, 2  # articles of the small set
 SHOWN = 24
 
@@ -49,18 +51,7 @@ def learned(parts):
     texts = [*parts["forget"]["text"], *parts["retain"]["text"]]
     tokenizer = build_bpe_tokenizer(texts, 600)
     model = build_model(tokenizer, hidden_size=96, intermediate_size=192, num_hidden_layers=2)
-    batch = tokenizer(
-        [text + tokenizer.eos_token for text in texts], padding=True, padding_side="right", return_tensors="pt"
-    )
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=120)
-    for _ in range(120):
-        model(**batch, labels=labels).loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    return model, tokenizer
+    return learn(model, tokenizer, [text + tokenizer.eos_token for text in texts], 120, 6e-3), tokenizer
 
 
 def test_every_value_is_that_of_plain_greedy_decoding(learned, parts):

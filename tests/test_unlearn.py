@@ -5,7 +5,6 @@ import dataclasses
 import math
 import re
 import traceback
-from pathlib import Path
 
 import pytest
 import torch
@@ -453,25 +452,3 @@ class TestBadInput:
         trainer = make_trainer(method, model=model)
         with pytest.raises(FloatingPointError, match=r"Step 1 met a non-finite loss \(nan\).*Its rows: '"):
             trainer.train()
-
-
-@pytest.mark.parametrize("loss_type", ["ceu", "npo"])
-def test_the_model_card_cites_the_method_that_was_used(make_trainer, loss_type):
-    trainer = make_trainer(loss_type)
-    trainer.create_model_card("mine")
-    card = Path(trainer.args.output_dir, "README.md").read_text()
-    assert ("@article{yang2025ceu," in card) == (loss_type == "ceu")
-    assert ("trained with npo unlearning." in card) == (loss_type == "npo")
-
-
-def test_the_processes_meet_as_often_for_four_micro_batches_as_for_one(make_trainer, monkeypatch):
-    def meetings(micro_batches):
-        trainer, met = make_trainer(gradient_accumulation_steps=micro_batches), []
-        for name in ("reduce", "gather", "gather_for_metrics"):
-            meet = getattr(trainer.accelerator, name)
-            counted = lambda *given, meet=meet, **more: met.append(1) or meet(*given, **more)  # noqa: E731
-            monkeypatch.setattr(trainer.accelerator, name, counted)
-        trainer.train()
-        return len(met)
-
-    assert 0 < meetings(4) == meetings(1)

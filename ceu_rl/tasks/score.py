@@ -84,8 +84,6 @@ def evaluate_task(
         from 2 up to the number of samples; with a reference also [`evaluate_divergence`] of the first two of the same
         samples. And the same of each row: `greedy` (0 or 1), `sampled` (the share of right samples) and `pass@k`.
     """
-    if not rows:
-        raise ValueError("There are 0 rows to score: pass at least one.")
     count, longest = task.samples, task.max_new_tokens
     if longest is None:
         answers = [answer for row in rows if (answer := right_answer(row)) is not None]
