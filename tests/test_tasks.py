@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from ceu_rl.models import build_model, build_tokenizer
 from ceu_rl.tasks import evaluate_task, get_task, load_task_dataset
 from ceu_rl.tasks import score as scoring
-from ceu_rl.tasks.addition import CONFIGS, addition_trace, computed_places, corrupt, is_correct
+from ceu_rl.tasks.addition import CONFIGS, addition_trace, change_digits, computed_places, is_correct
 from ceu_rl.tasks.generate import generate_tokens
 from ceu_rl.tasks.protocol import right_answer
 from ceu_rl.tasks.reasoning_gym import score_answer, wrong_answers
@@ -74,7 +74,8 @@ def test_verifier_against_python_addition():
             carry = int(right) // 10
         assert is_correct(prompt, trace)
         assert is_correct(f"{a}+{b}=", [{"role": "assistant", "content": trace}])
-        for wrong in (corrupt(trace, rng), "", str(a + b), f"{trace} ", f"{trace}\n", f"{trace}<|eos|>"):
+        one = change_digits(trace, [rng.choice(computed_places(trace))], rng)
+        for wrong in (one, "", str(a + b), f"{trace} ", f"{trace}\n", f"{trace}<|eos|>"):
             assert not is_correct(prompt, wrong)
         assert not is_correct(prompt, f"{columns} {a + b + rng.choice([-100, -10, -1, 1, 10, 100])}")
 

@@ -12,7 +12,7 @@ from ceu_rl.data.prompts import PromptFormat
 from ceu_rl.models import build_bpe_tokenizer
 from ceu_rl.tasks import authors
 from ceu_rl.tofu import load_tofu, to_prompt_completion
-from ceu_rl.tofu.data import REFUSALS, SPLITS, ask, get_split, to_preferences, tofu_configs, tokenize
+from ceu_rl.tofu.data import REFUSALS, SPLITS, ask, to_preferences, tofu_configs, tokenize
 from ceu_rl.unlearn import UnlearnScriptArguments
 
 TOFU = Path(os.environ.get("CEU_RL_TOFU") or Path(__file__).parents[1].parent / "shared" / "tofu")
@@ -83,8 +83,6 @@ def test_unknown_names_are_refused(tmp_path):
     for name, problem in (("rows.json", "and .*rows.json has no configs"), ("nowhere", "is no folder and no file")):
         with pytest.raises(ValueError, match=problem):
             load_tofu(str(tmp_path / name), "full")
-    with pytest.raises(ValueError, match="Unknown split 'forget20': choose one of forget01, forget05, forget10"):
-        get_split("forget20")
 
 
 def test_a_folder_of_forget_and_retain_works_as_it_stands(tmp_path):

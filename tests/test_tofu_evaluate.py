@@ -535,7 +535,6 @@ def test_rows_that_cannot_be_scored_are_named(learned, bpe, folder, change, mess
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"split": "forget02"}, "Unknown split 'forget02': choose one of forget01, forget05, forget10"),
         ({"split": "forget05"}, "has no config 'forget05_perturbed'; choose one of forget01_perturbed"),
         ({"dataset": "builtin:poets"}, "use builtin:authors"),
         ({"dataset": "nobody/nothing"}, "nobody/nothing"),

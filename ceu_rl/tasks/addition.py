@@ -39,17 +39,8 @@ def computed_places(trace: str) -> list[int]:
     return [place for run in re.finditer(r"(?<==)\d+|\d+$", trace) for place in range(*run.span())]
 
 
-def corrupt(trace: str, rng: random.Random) -> str:
-    """Change one computed digit, uniformly over the places and the new digits."""
-    return _change(trace, [rng.choice(computed_places(trace))], rng)
-
-
-def add_errors(trace: str, error_rate: float, rng: random.Random) -> str:
-    """Change each computed digit, independently, with probability `error_rate`."""
-    return _change(trace, [place for place in computed_places(trace) if rng.random() < error_rate], rng)
-
-
-def _change(trace: str, places: list[int], rng: random.Random) -> str:
+def change_digits(trace: str, places: list[int], rng: random.Random) -> str:
+    """Change the digits at these places, each to another one."""
     characters = list(trace)
     for place in places:
         characters[place] = str((int(trace[place]) + rng.randint(1, 9)) % 10)
@@ -86,7 +77,9 @@ def make_examples(split: str, count: int, error_rate: float, seed: int) -> Itera
             continue
         seen.add(question)
         answer = addition_trace(a, b)
-        yield question, answer, corrupt(answer, rng), add_errors(answer, error_rate, errors)
+        places = computed_places(answer)
+        wrong, slips = [rng.choice(places)], [place for place in places if errors.random() < error_rate]
+        yield question, answer, change_digits(answer, wrong, rng), change_digits(answer, slips, errors)
 
 
 def accuracy(prompts: list[str | Messages], completions: list[str | Messages], **kwargs: object) -> list[float]:

@@ -18,16 +18,12 @@ from ceu_rl.tasks.generate import (
     in_batches,
     plan_batches,
 )
-from ceu_rl.tasks.protocol import Messages, Task, right_answer
+from ceu_rl.tasks.protocol import Task, right_answer
 
 Row = Mapping[str, Any]
 LONGEST = 512  # most tokens of an answer where neither the task nor its rows set a limit
 DIVERGED = 2  # samples of each row whose divergence is computed: each costs a pass of two models
 DOUBLES = 2**22  # most logits at once in float64
-
-
-def _ids(tokenizer: Any, prompts: Sequence[Messages]) -> list[list[int]]:
-    return tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 @torch.no_grad()
@@ -89,7 +85,9 @@ def evaluate_task(
         answers = [answer for row in rows if (answer := right_answer(row)) is not None]
         lengths = [len(ids) for ids in tokenizer(answers, add_special_tokens=False).input_ids] if answers else []
         longest = min(max(lengths, default=LONGEST) + 1, LONGEST)
-    prompts = _ids(tokenizer, [row["prompt"] for row in rows])
+    chats = [row["prompt"] for row in rows]
+    asked: Any = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)
+    prompts = asked["input_ids"]
     greedy = generate_tokens(model, tokenizer, prompts, longest)
     drawn = generate_tokens(model, tokenizer, prompts, longest, sample=True, seed=seed, samples=count)
     questions = []

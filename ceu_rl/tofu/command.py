@@ -57,7 +57,11 @@ def run(
     """
     path = _check_output(args.model_name_or_path, args.output_dir, result)
     start, provenance, part = time.perf_counter(), environment(), _part(path)
-    model, tokenizer = open_model(args.model_name_or_path, args.dtype)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = resolve_model(args.model_name_or_path)
+    with NameCause(f"Reading --model_name_or_path {args.model_name_or_path}", "give a model with its tokenizer."):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = load_model(source, model_dtype(args.dtype, device)).to(device)
     try:
         found = evaluate(args, model, tokenizer, part)
     except KeyboardInterrupt:
@@ -79,14 +83,6 @@ def save(path: Path, result: dict[str, Any], others: Sequence[str] = ()) -> None
         table.add_row(metric, *(f"{summary[metric]:.4g}" for summary in columns.values()))
     Console().print(table)
     print(f"The values of each row are in {path}.")
-
-
-def open_model(name: str, dtype: str | None) -> tuple[Any, Any]:
-    """A model, on the GPU where there is one, and its tokenizer."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    path = resolve_model(name)
-    with NameCause(f"Reading --model_name_or_path {name}", "give a model with its tokenizer."):
-        return load_model(path, model_dtype(dtype, device)).to(device), AutoTokenizer.from_pretrained(path)
 
 
 def _part(path: Path) -> Path:

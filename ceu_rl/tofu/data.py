@@ -35,13 +35,6 @@ WORLD_FACTS = "world_facts_perturbed"
 BUILTIN = {each.NAME: each for each in (authors, articles)}
 
 
-def get_split(name: str) -> TofuSplit:
-    """The configs that belong to a forget set, such as `forget10`; a ValueError if there is no such set."""
-    if name not in SPLITS:
-        raise ValueError(f"Unknown split {name!r}: choose one of {', '.join(SPLITS)}.")
-    return SPLITS[name]
-
-
 def tofu_configs(name: str) -> list[str]:
     """The configs that a dataset has; see [`load_tofu`] for its name."""
     if name.startswith("builtin:"):

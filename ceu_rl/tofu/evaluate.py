@@ -24,7 +24,7 @@ from ..data.prompts import PromptFormat, fingerprint
 from ..models import end_token_ids
 from ..tasks.generate import recorded_decoding
 from . import command, metrics, open_unlearning
-from .data import REAL_AUTHORS, RETAIN_PERTURBED, WORLD_FACTS, get_split, load_tofu, tofu_configs
+from .data import REAL_AUTHORS, RETAIN_PERTURBED, SPLITS, WORLD_FACTS, load_tofu, tofu_configs
 from .robustness import load_quantized, load_to_relearn, relearn
 from .scoring import Answer, check_counts, make_answers, measure
 
@@ -53,11 +53,11 @@ def evaluate(
         tokenizer: Its tokenizer.
         dataset_name: As for [`ceu_rl.tofu.load_tofu`].
         split: The forget set: `forget01`, `forget05` or `forget10`.
-        template: How questions are asked, see [`ceu_rl.data.prompts.PromptFormat`], whose `template` a text is.
+        template: How questions are asked, a [`ceu_rl.data.prompts.PromptFormat`] or its `template`.
         batch_size: Answers in one forward pass; None is as many as fit into the memory for a batch.
         max_new_tokens: Most tokens to generate for ROUGE.
-        limit: Only the first rows of each config, for a quick look; a retain model's result needs the same.
-        retain: Result file of the retain model, see [`add_retain`] and [`read_result`].
+        limit: Only the first rows of each config; a retain model's result needs the same.
+        retain: Result file of the retain model, see [`add_retain`].
         keep: A file for finished parts, from which the same evaluation continues; the caller removes it.
 
     Raises:
@@ -68,7 +68,7 @@ def evaluate(
     check_counts(batch_size=batch_size, max_new_tokens=max_new_tokens, limit=limit)
     prompt = PromptFormat.made_of(template).settle(tokenizer)
     asked, present = _asked(split), tofu_configs(dataset_name)
-    holdout = [config for config in get_split(split).holdout if config in present][:1]
+    holdout = [config for config in SPLITS[split].holdout if config in present][:1]
     datasets = {config: load_tofu(dataset_name, config) for config in (*asked, *holdout)}
     if limit is not None:
         datasets = {config: each.select(range(min(limit, len(each)))) for config, each in datasets.items()}
@@ -109,7 +109,7 @@ def evaluate(
 
 def _asked(split: str) -> tuple[str, ...]:
     """The configs whose questions the model answers, the forget set first."""
-    return (get_split(split).perturbed, RETAIN_PERTURBED, REAL_AUTHORS, WORLD_FACTS)
+    return (SPLITS[split].perturbed, RETAIN_PERTURBED, REAL_AUTHORS, WORLD_FACTS)
 
 
 def _item(answers: Sequence[Answer], generations: Mapping[str, str]) -> dict[str, Any]:
@@ -226,7 +226,6 @@ def main(argv: Sequence[str]) -> int:
     """`ceu-rl tofu-eval`: returns 0, or raises for bad input as [`evaluate`] does."""
     args = _parser().parse_args(argv)
     check_counts(relearn=args.relearn)
-    get_split(args.split)  # what can fail comes before the model is loaded
     path, result = command.run(["tofu-eval", *argv], args, RESULT, _evaluate)
     command.save(path, result, ("quantized", "relearned"))
     if "forget_quality" not in result["summary"]:
@@ -238,7 +237,7 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = command.make_parser("tofu-eval", __doc__, RESULT, "locuslab/TOFU")
     option = parser.add_argument
-    option("--split", default="forget10", help="forget01, forget05 or forget10 (%(default)s)")
+    option("--split", default="forget10", choices=tuple(SPLITS), help="the forget set (%(default)s)")
     option(
         "--retain",
         help=f"the retain model's {RESULT} or open-unlearning's TOFU_EVAL.json, for forget quality and privacy leakage",
@@ -262,7 +261,7 @@ def _evaluate(args: argparse.Namespace, model: Any, tokenizer: Any, keep: Path) 
         again = load_to_relearn(name)
         about = {"steps": args.relearn, "learning_rate": args.relearn_learning_rate}
         about["trained_dtype"] = str(again.dtype).removeprefix("torch.")
-        rows = load_tofu(args.dataset_name, get_split(args.split).perturbed)
+        rows = load_tofu(args.dataset_name, SPLITS[args.split].perturbed)
         relearn(again, tokenizer, rows, prompt, args.relearn, args.relearn_learning_rate)
         changed["relearned"] = again.to("cpu", model.dtype), about
     given: dict[str, Any] = {each: getattr(args, each) for each in ("batch_size", "max_new_tokens", "limit", "retain")}
