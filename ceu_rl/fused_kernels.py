@@ -116,12 +116,9 @@ def softmax_of_others_(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Overwrite projections (n, V) by the gradient for them, if it is wanted; return log-odds and entropies, (n,).
 
-    Args:
-        logits: `hidden @ weight.T`, before bias, scale and cap; rows may be padded.
-        hidden, weight, bias, labels: (n, H), (V, H), (V,) and (n,).
-        unlearned: The first so many rows are CE-U, the others cross entropy.
-        scale: A float32 scalar on the device, with which the gradient is multiplied.
-        logit_scale, softcap: As in `fused_linear_unlearning_loss`.
+    `logits` is `hidden @ weight.T`, before bias, scale and cap, of (n, H), (V, H) and (V,); its rows may be padded. The
+    first `unlearned` rows are CE-U, the others cross entropy. `scale`, a float32 scalar on the device, multiplies the
+    gradient.
     """
     log_odds, entropy = torch.empty(2, len(labels), dtype=torch.float32, device=labels.device)
     block, num_warps = (4096, 16) if logits.shape[1] > 2048 else (512, 2)  # 16 bytes of bfloat16 a thread

@@ -97,10 +97,10 @@ def descent_weight(
         max_weight: M > 0; `inf` for no cap.
 
     Returns:
-        The weight, detached, of the same shape, in float32 (float64 for float64 input). It is always finite: log p_y
-        comes from the difference of two logits, which is known to about one ulp of a logit of 16 to 32, so 1 / odds
-        is taken as at least 16 epsilons. With M = inf the weight therefore falls short of the formula where 1 - p_y
-        is below 2e-6 in float32. Where that matters use `cross_entropy_unlearning_loss`, which is exact.
+        The weight, detached, of the same shape, in float32 (float64 for float64 input). It is always finite: 1 / odds
+        is taken as at least 16 epsilons, since log p_y is known to about one ulp of a logit of 16 to 32. With M = inf
+        the weight therefore falls short of the formula where 1 - p_y is below 2e-6 in float32;
+        `cross_entropy_unlearning_loss` does not.
 
     Raises:
         ValueError: if a coefficient is outside its range.

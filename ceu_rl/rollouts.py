@@ -36,18 +36,16 @@ class ReloadingVLLMGeneration(VLLMGeneration):
         if self.model.training and self.engine_step is not None and 0 < step - self.engine_step < self.period:
             return
         with _vllm_named("taking the new weights"):
-            self._sync_weights()
+            if self.mode != "colocate" or self.accelerator.device.type != "cpu":
+                super().sync_weights()
+            else:
+                parameters = self._iter_named_params()
+                self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": parameters})
+                # With PEFT the adapters are merged while the iterator runs: go to its end, so that they are unmerged
+                for _ in parameters:
+                    pass
+                self.llm.reset_prefix_cache()
         self.engine_step = step
-
-    def _sync_weights(self) -> None:
-        if self.mode != "colocate" or self.accelerator.device.type != "cpu":
-            return super().sync_weights()
-        parameters = self._iter_named_params()
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": parameters})
-        # With PEFT the adapters are merged while the iterator runs: go to its end, so that they are unmerged
-        for _ in parameters:
-            pass
-        self.llm.reset_prefix_cache()
 
     def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
         if self.mode == "server" and self.server_dtype is None and self.accelerator.is_main_process:

@@ -170,7 +170,7 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
 
     Args:
         model: A model, or its path.
-        args: The settings; None gives CE-U with those of `UnlearnConfig`, written to `<model>-Unlearn`.
+        args: The settings; None gives those of `UnlearnConfig()`, and `<model>-Unlearn` as their output.
         forget_dataset: What to unlearn, in one of the formats of `SFTTrainer`: prompt and completion, or text.
         retain_dataset: What to keep. Each row of the forget set comes with one of these: all of them in turn, in an
             order drawn from `args.seed`, going on where the last epoch ended.

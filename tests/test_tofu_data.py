@@ -123,16 +123,9 @@ def test_tokens_are_those_that_sft_trains_on(bpe, tiny_model, tmp_path, template
         assert completion[-1] == bpe.eos_token_id
 
 
-@pytest.mark.parametrize(
-    "swallowing",
-    [
-        "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}{% endif %}{% endfor %}",
-        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}<|eos|>{% endif %}{% endfor %}",
-    ],
-)
-def test_a_template_that_swallows_the_answer_is_refused(swallowing):
+def test_a_template_that_swallows_the_answer_is_refused():
     tokenizer = build_bpe_tokenizer(["abc"])
-    tokenizer.chat_template = swallowing
+    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}<|user|>{{ m.content }}{% endfor %}"
     # An answer that the question holds too is not found there
     rows = Dataset.from_list([{"question": "Is it 'In Oslo.'?", "answer": "In Oslo."}])
     with pytest.raises(ValueError, match=r"swallows the answer of row 0: .* for 'In Oslo.'; use template"):

@@ -36,16 +36,10 @@ def get_task(name: str, config: str | None = None) -> Task:
 
 
 def load_task_dataset(name: str, kind: str, config: str | None = None, seed: int = 0) -> DatasetDict:
-    """Make the splits `train` and `test` of a task, in TRL's conversational formats.
+    """The splits `train` and `test` of a task, in TRL's format for a kind of training: see [`protocol.conversation`].
 
-    | kind | columns |
-    |---|---|
-    | `sft` | prompt, completion |
-    | `preference` | prompt, chosen, rejected |
-    | `prompt` | prompt, answer (text) |
-
-    Every column but `answer` is a message list; a task may add columns of its own. `test` shares no question with
-    `train`, for any two seeds. The rows depend on the arguments alone.
+    A task may add columns of its own. `test` shares no question with `train`, for any two seeds. The rows depend on the
+    arguments alone.
 
     Raises:
         ValueError: if the name, the kind or the config is unknown, or the task has no rows of that kind.

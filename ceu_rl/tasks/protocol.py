@@ -28,8 +28,8 @@ class Task:
 
 
 def conversation(kind: str, question: str, right: str | None, wrong: str = "", shown: str | None = None) -> dict:
-    """A row of one kind: prompt and completion (`shown`, or the right answer), prompt, chosen and rejected, or prompt
-    and answer. Every column but `answer` is a message list."""
+    """A row with prompt and completion (`sft`; `shown`, or the right answer), prompt, chosen and rejected
+    (`preference`), or prompt and answer (`prompt`). Every column but `answer` is a message list."""
     prompt = [{"role": "user", "content": question}]
     if kind == "prompt":
         return {"prompt": prompt, "answer": right}

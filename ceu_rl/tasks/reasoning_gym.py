@@ -102,10 +102,10 @@ def _rows(task: str, config: str | None, kind: str, split: str, seed: int) -> It
         if len(seen) == count:
             return
     if not seen:
-        needs = {"sft": " with a right answer to show", "preference": " with a right answer to show and a wrong one"}
+        needs = {"prompt": "", "sft": " with a right answer", "preference": " with a right answer and a wrong one"}
         raise ValueError(
-            f"{PREFIX}{task} has no question{needs.get(kind, '')} for {split} among {drawn.size}; let its fields vary "
-            "more, or train by reward alone (ceu-rl grpo)."
+            f"{PREFIX}{task} has no question{needs[kind]} for {split} among {drawn.size}; let its fields vary more, or "
+            "train by reward alone (ceu-rl grpo)."
         )
 
 

@@ -95,9 +95,7 @@ def _files(folder: str) -> dict[str, Path]:
 def to_prompt_completion(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, template: str | PromptFormat | None = None
 ) -> Dataset:
-    """Turn question and answer into the columns prompt and completion, as TRL's SFTTrainer takes them.
-
-    `template` is a [`PromptFormat`], or its `template`. Other columns are dropped.
+    """Question and answer as prompt and completion for TRL's SFTTrainer, by a [`PromptFormat`] or its `template`.
 
     Raises:
         ValueError: with the row, for an empty question or answer and for a chat template that swallows the answer; and

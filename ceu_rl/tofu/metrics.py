@@ -4,10 +4,9 @@ Symbols: x is the question, y = y_1 ... y_n the tokens of an answer, the end tok
 in nats, and l(y) = mean_t l_t, so that exp(l(y)) = p(y | x)^(1/n) is TOFU's length-normalised probability. What has no
 end token (n' = n - 1 tokens, usually) is called the text of the answer.
 
-They agree with those of open-unlearning (arXiv 2506.12618), but for a constant of 1e-10 which that adds to the
-denominators of the truth ratio and of the option probability, and which is left out here as in the papers. It changes a
-ratio by 5 % where the correct answer has a probability of 2e-9, and turns those of a destroyed model into 0: its forget
-quality is then near 0, where by the paper's formula it can lie above any bar. So look at the utility beside it.
+They agree with those of open-unlearning (arXiv 2506.12618), but for the 1e-10 that it adds to the denominators of the
+truth ratio and of the option probability. Without it, as in the papers, the forget quality of a destroyed model can lie
+above any bar: look at the utility beside it.
 """
 
 import math
@@ -33,8 +32,8 @@ def option_probability(correct: float, wrong: Values) -> float:
 
         P = exp(l(a)) / (exp(l(a)) + sum_i exp(l(a_i)))
 
-    In the paper P(a | q) is of the whole answer there; its code and open-unlearning normalise each by its length,
-    as here. `correct` is l(a), `wrong` the l(a_i).
+    The paper has P(a | q) of the whole answer; its code and open-unlearning normalise it by length, as here. `correct`
+    is l(a), `wrong` the l(a_i).
     """
     return float(special.softmax([correct, *wrong])[0])
 
@@ -74,10 +73,9 @@ _WORD = regex.compile(
 class Words(Tokenizer):
     """The words of a text in any script, for ROUGE; on ASCII exactly rouge-score's own, `[a-z0-9]+` in lower case.
 
-    rouge-score drops every other character, so that an answer in Russian or Chinese would score 0 against itself. Here
-    a word is a run of letters and digits with their combining marks. A character of a script without spaces (Chinese,
-    Japanese, Thai, Lao, Khmer, Burmese) is a word, and so is a symbol beyond ASCII, such as an emoji. Texts are
-    compared in NFKC. `use_stemmer` stems words of more than three letters (Porter's, of English; ASCII alone).
+    rouge-score drops every other character. Here a word is a run of letters and digits with their combining marks, a
+    character of a script without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese), or a symbol beyond ASCII, such
+    as an emoji. Texts are compared in NFKC. `use_stemmer` stems words of more than three ASCII letters (Porter's).
     """
 
     def __init__(self, use_stemmer: bool) -> None:
