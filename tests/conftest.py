@@ -13,6 +13,7 @@ import yaml
 
 from ceu_rl.models import build_model, build_tokenizer
 from ceu_rl.tasks.generate import answer_texts, generate_tokens
+from ceu_rl.tofu import load_tofu
 
 from .trainers import SETTINGS
 
@@ -68,6 +69,18 @@ def preferences():
             for b in range(8)
         ]
     )
+
+
+CONFIGS = ("forget01_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """The first 5 rows of these configs of the built-in authors, in TOFU's layout, without a holdout."""
+    folder = tmp_path_factory.mktemp("authors")
+    for config in CONFIGS:
+        load_tofu("builtin:authors", config).select(range(5)).to_json(folder / f"{config}.json")
+    return folder
 
 
 # runs of `ceu-rl`

@@ -19,6 +19,7 @@ from ceu_rl.run import retention as keeps
 from ceu_rl.run.callbacks import StartModel, TaskScore
 from ceu_rl.run.retention import KeptArguments, KeptScore, load_kept
 from ceu_rl.tasks.protocol import Task
+from ceu_rl.tasks.score import evaluate_divergence
 from ceu_rl.tofu.data import REAL_AUTHORS, WORLD_FACTS, load_tofu
 
 
@@ -72,13 +73,9 @@ def test_the_scores_are_those_of_each_answer_alone(
     nll = -math.fsum(itertools.chain(*tokens)) / sum(map(len, tokens))
     assert found["solutions_nll"] == pytest.approx(nll, rel=1e-4)
     assert found["foreign_nll"] == found["solutions_nll"] and found["foreign_kl"] == found["solutions_kl"]
-    divergences = []
-    for row in rows["solutions"]:
-        prompt, full = tokens_of(tokenizer, row["question"], row["answer"])
-        with torch.no_grad():
-            p, q = (each(torch.tensor([full])).logits[0].double().softmax(-1) for each in (trainer.model, start))
-        divergences += (p * (p / q).log()).sum(-1)[len(prompt) - 1 : -1].tolist()
-    assert found["solutions_kl"] == pytest.approx(sum(divergences) / len(divergences), rel=1e-4)
+    pairs = [tokens_of(tokenizer, row["question"], row["answer"]) for row in rows["solutions"]]
+    pairs = [(prompt, full[len(prompt) :]) for prompt, full in pairs]
+    assert found["solutions_kl"] == pytest.approx(evaluate_divergence(trainer.model, start, pairs)["kl"], rel=1e-4)
 
 
 @pytest.fixture

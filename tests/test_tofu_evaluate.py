@@ -26,10 +26,9 @@ from ceu_rl.tofu.evaluate import add_retain, evaluate, read_result
 from ceu_rl.tofu.robustness import load_quantized, load_to_relearn, relearn
 from ceu_rl.tofu.scoring import Answer, AnswerCache, make_answers, measure, score_answers
 
-from .conftest import TINY, learn
+from .conftest import CONFIGS, TINY, learn
 
 TOFU = Path(os.environ.get("CEU_RL_TOFU") or Path(__file__).parents[1].parent / "shared" / "tofu")
-CONFIGS = ("forget01_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
 ROWS, NEW_TOKENS = 5, 12
 
 
@@ -37,16 +36,6 @@ ROWS, NEW_TOKENS = 5, 12
 def bpe():
     rows = load_tofu("builtin:authors", "full")
     return build_bpe_tokenizer([*rows["question"], *rows["answer"]], 400)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A few rows of each config of the built-in authors, without a holdout."""
-    folder = tmp_path_factory.mktemp("authors")
-    for config in CONFIGS:
-        rows = load_tofu("builtin:authors", config).select(range(ROWS)).to_list()
-        (folder / f"{config}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 @pytest.fixture(scope="module")

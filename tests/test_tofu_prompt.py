@@ -17,10 +17,9 @@ from ceu_rl.tofu import load_tofu, to_prompt_completion
 from ceu_rl.tofu.evaluate import evaluate
 from ceu_rl.tofu.scoring import make_answers
 
-from .conftest import TINY
+from .conftest import CONFIGS, TINY
 from .templates import CHATML, GEMMA, LLAMA3, QWEN3, with_template
 
-CONFIGS = ("forget01_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
 DATE = {"date_string": "10 Apr 2025"}
 TEXTS = [text for row in load_tofu("builtin:authors", "forget01") for text in (row["question"], row["answer"])]
 
@@ -47,15 +46,6 @@ KINDS = {
         "<|eot_id|>",
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("authors")
-    for config in CONFIGS:
-        rows = load_tofu("builtin:authors", config).select(range(2)).to_list()
-        (folder / f"{config}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 @pytest.fixture(params=list(KINDS))

@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.load import open_dataset
 from ..data.prompts import PromptFormat, prompt_ids
+from ..data.rows import check_columns
 from ..tasks.generate import recorded_decoding
 from . import command
 from .data import checked_row, load_tofu, tofu_configs, tokenize
@@ -53,12 +54,8 @@ def load_parts(name: str) -> dict[str, Dataset]:
     if not parts.keys() & METRICS.keys():
         raise ValueError(f"{name} has none of {', '.join(METRICS)}; give files of these names, or builtin:articles.")
     for part, dataset in parts.items():
-        needed = [{"text"}, {"prompt", "gt"}] if part in TEXTS else [{"question", "answer"}]
-        if not any(layout <= set(dataset.column_names) for layout in needed):
-            give = "text, or prompt and gt" if part in TEXTS else "question and answer"
-            raise ValueError(
-                f"{part} of {name} has the columns {', '.join(sorted(dataset.column_names))}; give {give}."
-            )
+        text = ("prompt", "gt") if "prompt" in dataset.column_names else ("text",)
+        check_columns(dataset, part, text if part in TEXTS else ("question", "answer"))
     return parts
 
 
