@@ -322,6 +322,10 @@ def test_a_retain_result_gives_forget_quality_and_privacy_leakage(result_of, tmp
     assert found["summary"]["ks_distance"] == stats.ks_2samp(*ratios).statistic > 0
     auc, base = (1 - each["summary"]["membership_auc_min_k"] for each in (found, other))
     assert found["summary"]["privacy_leakage"] == pytest.approx(100 * (auc - base) / base)
+    later = tmp_path / "plain" / "tofu_eval.json"
+    assert main(["tofu-eval", "--results", str(later), "--retain", str(retain)]) == 0
+    assert json.loads(later.read_text()) == {**plain, "summary": found["summary"], "retain": str(retain)}
+    assert main(["tofu-eval", "--results", str(later)]) == 2
 
 
 def test_a_result_of_open_unlearning_is_taken_for_the_retain_model(command, result_of, refused, tmp_path):

@@ -27,7 +27,7 @@ def make_parser(command: str, description: str | None, result: str, dataset: str
         prog=f"ceu-rl {command}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     option = parser.add_argument
-    option("--model_name_or_path", "--model", required=True, help="folder or Hub name of the model, with its tokenizer")
+    option("--model_name_or_path", "--model", help="folder or Hub name of the model, with its tokenizer")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     option("--dtype", choices=dtypes, help="auto: as it is stored; default: bfloat16 on a GPU, float32 on a CPU")
     names = ("--dataset_name", "--dataset")
@@ -89,10 +89,12 @@ def _part(path: Path) -> Path:
     return path.with_name(f"{path.stem}.part.jsonl")
 
 
-def _check_output(model: str, output_dir: str | None, name: str) -> Path:
+def _check_output(model: str | None, output_dir: str | None, name: str) -> Path:
     """The path of a result, which must be new, in a folder that there is then."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; start an evaluation alone, without a launcher.")
+    if not model:
+        raise ValueError("--model_name_or_path is missing; give a folder or a Hub name.")
     if not output_dir and not Path(model).is_dir():
         raise ValueError(
             f"--model_name_or_path {model} is no folder to write to; check its name, or give --output_dir."

@@ -1,9 +1,10 @@
 """`ceu-rl tofu-eval`: every metric of TOFU for one model, from one pass over each split and one greedy generation.
 
     ceu-rl tofu-eval --model DIR --dataset locuslab/TOFU --split forget10 [--retain DIR/tofu_eval.json]
+    ceu-rl tofu-eval --results DIR/tofu_eval.json --retain DIR/tofu_eval.json
 
 The result is `tofu_eval.json`: a summary, the values of each row, and provenance. Forget quality and privacy leakage
-need the result of a retain model. Where the utility is near 0 the model is destroyed, and its forget
+need the result of a retain model, now or later. Where the utility is near 0 the model is destroyed, and its forget
 quality says nothing.
 """
 
@@ -226,7 +227,13 @@ def main(argv: Sequence[str]) -> int:
     """`ceu-rl tofu-eval`: returns 0, or raises for bad input as [`evaluate`] does."""
     args = _parser().parse_args(argv)
     check_counts(relearn=args.relearn)
-    path, result = command.run(["tofu-eval", *argv], args, RESULT, _evaluate)
+    if not args.results:
+        path, result = command.run(["tofu-eval", *argv], args, RESULT, _evaluate)
+    elif args.retain:
+        path, result = Path(args.results), read_result(args.results)
+        add_retain(result, read_result(args.retain), args.retain)
+    else:
+        raise ValueError("--results needs --retain, the result of a model to compare with.")
     command.save(path, result, ("quantized", "relearned"))
     if "forget_quality" not in result["summary"]:
         print("forget_quality and privacy_leakage need --retain.")
@@ -242,6 +249,7 @@ def _parser() -> argparse.ArgumentParser:
         "--retain",
         help=f"the retain model's {RESULT} or open-unlearning's TOFU_EVAL.json, for forget quality and privacy leakage",
     )
+    option("--results", help=f"{RESULT} to add --retain to; no model is needed")
     option("--max_new_tokens", type=int, default=200, help="most tokens of a generation (%(default)s)")
     option("--quantize", choices=("int8", "int4"), help="evaluate once more with weights rounded by torchao")
     option("--relearn", type=int, help="evaluate once more after N steps on the forget set")
