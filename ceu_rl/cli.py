@@ -20,9 +20,6 @@ import logging
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
-
-from packaging.specifiers import SpecifierSet
 
 from .run.errors import Boundary
 
@@ -68,27 +65,17 @@ def _train(method: str, argv: list[str], boundary: Boundary) -> int:
 
 def _print_environment(argv: list[str]) -> int:
     """Print versions and device, and whether they work here: exit status 1 if the trainers do not."""
-    from importlib.metadata import PackageNotFoundError, requires
-
     import torch
-    from packaging.requirements import Requirement
 
     from .run.provenance import describe_device, environment
 
     if argv:
         print("usage: ceu-rl env\n\nPrint versions and device, and whether the trainers and vLLM work here.")
         return 0 if argv[0] in ("-h", "--help") else 2
-    asked: dict[str, SpecifierSet] = {}
-    with suppress(PackageNotFoundError):  # run from its source, without an installation
-        asked = {each.name: each.specifier for each in map(Requirement, requires("ceu-rl") or [])}
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     found = environment() | describe_device(device, torch.accelerator.device_count())
     works = True
-    for name, version in found.pop("versions").items():
-        if name in asked and not asked[name].contains(version, prereleases=True):
-            works, version = False, f"{version}, and {asked[name]} is asked for: install that"
-        print(f"{name:<16} {version}")
-    for name, value in found.items():
+    for name, value in {**found.pop("versions"), **found}.items():
         print(f"{name:<16} {value}")
     vllm = "from vllm import LLM; from vllm.platforms import current_platform as p; print(p.device_type)"
     for name, code in (("the route works", "from ceu_rl.cli import try_route as t; print(t())"), ("vLLM works", vllm)):

@@ -8,10 +8,10 @@ from datasets import Dataset
 from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 
-from .data.rows import Rows, check_dataset, check_layout, first_row, leave_ties_out
+from .data.rows import Rows, check_dataset, check_layout, leave_ties_out
 from .route import DescentConfig, DescentTrainer, Scored
 from .run.checkpoints import WholeCheckpoints
-from .run.checks import StopAtNonFinite, check_reference_is_loaded, check_shared_cache
+from .run.checks import StopAtNonFinite, check_reference_is_loaded
 from .run.engines import Float32Outputs
 
 # What is kept of a held-out pair: sums of log-probabilities in nats, of the policy and of the reference, and tokens
@@ -56,10 +56,9 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32Ou
     _pairs: list[torch.Tensor] | None = None  # of the evaluation that runs
 
     def check_given(self, given: dict[str, Any]) -> None:
-        config, dataset = given["args"], given.get("train_dataset")
-        if dataset is not None:
-            check_dataset(dataset, "train", "preference")
-            check_shared_cache(dataset, config.world_size if config.precompute_ref_log_probs else 1)
+        config = given["args"]
+        if given.get("train_dataset") is not None:
+            check_dataset(given["train_dataset"], "train", "preference")
         if config.beta == 0 and config.loss_type != ["sft"]:
             raise ValueError(f"beta is {config.beta}, with which no pair moves the model; use a number above 0.")
         adapts = given.get("peft_config") is not None or isinstance(given["model"], PeftModel)
@@ -136,8 +135,7 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32Ou
 
     def _prepare_dataset(self, dataset: Rows, processing_class: Any, args: Any, dataset_name: str) -> Rows:
         dataset = check_layout(dataset, dataset_name, "preference", args.dataset_num_proc)
-        with first_row(dataset_name):
-            prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         # On equal answers stock's two gradients cancel; weighed on one side they would train on the answer. Nothing is
         # trained in an evaluation, which scores the same rows as stock's
         leaves_out = dataset_name == "train" and args.ceu_coef > 0

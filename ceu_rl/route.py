@@ -26,9 +26,7 @@ from packaging.specifiers import SpecifierSet
 from peft import PeftModel
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from trl.trainer.utils import get_config_model_id
 
-from .data.rows import first_row
 from .losses import (
     anchored_weight,
     check_ranges,
@@ -356,19 +354,10 @@ class DescentConfig:
         return self.is_anchored or (self.ceu_coef != 0 and "." in self.descent_rule)
 
 
-def own_config(args: Any, config_class: type, model: Any) -> Any:
-    """Return `args`, or, where there are none, a default config that writes where TRL's trainer would.
-
-    Raises:
-        ValueError: for a config of another class, TRL's own included.
-    """
-    if args is None:
-        name = model if isinstance(model, str) else get_config_model_id(getattr(model, "config", None))  # type: ignore[arg-type]
-        kind = config_class.__name__.removeprefix("CEU").removesuffix("Config")
-        return config_class(f"{name.split('/')[-1]}-{kind}")
+def check_config(args: Any, config_class: type) -> None:
+    """Raise a ValueError for no config, and for one of another class, TRL's own included."""
     if not isinstance(args, config_class):
         raise ValueError(f"args is a {type(args).__name__}; give a {config_class.__name__}.")
-    return args
 
 
 class DescentTrainer:
@@ -389,11 +378,11 @@ class DescentTrainer:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(self.stock).bind(*args, **kwargs).arguments
-        given["args"] = config = own_config(given.get("args"), self.config_class, given["model"])
+        config: Any = given.get("args")
+        check_config(config, self.config_class)
         self.check_given(given)
         check_language_model(given["model"], config.trust_remote_code)
-        with first_row("train"):
-            super().__init__(**given)
+        super().__init__(**given)
         trainer: Any = self
         check_language_model(trainer.model)
         route = DescentRoute(config.weight() if config.ceu_coef else None, config.ceu_coef)

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-from datasets import Dataset
 from trl import SFTTrainer
 
+from .data.rows import check_prepared
 from .run.checkpoints import WholeCheckpoints
 from .run.engines import Float32Outputs
-from .run.errors import note
 
 
 class WholeSFTTrainer(WholeCheckpoints, Float32Outputs, SFTTrainer):
@@ -17,15 +16,6 @@ class WholeSFTTrainer(WholeCheckpoints, Float32Outputs, SFTTrainer):
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
         prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        if isinstance(prepared, Dataset) and isinstance(dataset, Dataset) and not packing:
-            if len(prepared) == 0:
-                raise ValueError(
-                    f"Every prompt of the {dataset_name} dataset has max_length ({args.max_length}) tokens or more, "
-                    "which leaves no completion to learn from; raise max_length."
-                )
-            if dropped := len(dataset) - len(prepared):
-                note(
-                    f"The {dataset_name} dataset has {len(dataset)} rows: {dropped} dropped, whose prompt fills "
-                    f"max_length ({args.max_length})."
-                )
+        if not packing:
+            check_prepared(prepared, dataset, dataset_name, args)
         return prepared

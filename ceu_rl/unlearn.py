@@ -39,7 +39,7 @@ from .losses import (
     weighted_gradient_ascent_loss,
 )
 from .models import end_token_ids
-from .route import CITATION, own_config
+from .route import CITATION, check_config
 from .run.checkpoints import WholeCheckpoints
 from .run.checks import (
     StopAtNonFinite,
@@ -192,13 +192,13 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
     def __init__(
         self,
         model: Any,
-        args: UnlearnConfig | None = None,
+        args: UnlearnConfig,
         forget_dataset: Dataset | None = None,
         retain_dataset: Dataset | None = None,
         ref_model: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> None:
-        args = own_config(args, UnlearnConfig, model)
+        check_config(args, UnlearnConfig)
         for name in ("train_dataset", "compute_loss_func"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} is given, which UnlearnTrainer sets itself; give forget_dataset alone.")

@@ -1,6 +1,5 @@
 """`ceu-rl` end to end on tiny models, and the one-sentence errors of bad input."""
 
-import importlib.metadata
 import json
 import os
 import re
@@ -100,18 +99,13 @@ def test_sft_says_what_it_leaves_out_and_what_it_cannot_learn(base, tmp_path, ca
     assert said in capsys.readouterr().err + caplog.text
 
 
-@pytest.mark.parametrize(("metric", "status"), [("sampled_accuracy", 0), ("eval_greedy_acuracy", 1)])
-def test_a_model_may_be_best_by_what_the_task_scores(tmp_path, capsys, metric, status):
-    best = {"metric_for_best_model": metric, "load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1}
-    task = {"dataset_name": "builtin:addition", "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
-    assert run("sft", tmp_path, model_name_or_path="builtin:llama", **best, **task) == status
-    if status:
-        err = capsys.readouterr().err
-        assert all(word in err for word in ("metric_for_best_model", metric, "eval_greedy_accuracy"))
-        assert "Traceback" not in err
-    else:
-        state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
-        assert state["best_global_step"] == 1 and state["best_metric"] == 0
+def test_a_model_may_be_best_by_what_the_task_scores(tmp_path):
+    best = {"metric_for_best_model": "sampled_accuracy", "load_best_model_at_end": True, "save_strategy": "steps"}
+    task = {"dataset_name": "builtin:addition", "eval_strategy": "steps", "max_steps": 1}
+    given = {"model_name_or_path": "builtin:llama", "save_steps": 1, "eval_steps": 1}
+    assert run("sft", tmp_path, **given, **best, **task) == 0
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["best_global_step"] == 1 and state["best_metric"] == 0
 
 
 def test_help_and_env(capsys):
@@ -122,18 +116,13 @@ def test_help_and_env(capsys):
     assert torch.__version__ in out and "vLLM works" in out and re.search(r"the route works +yes, on", out)
 
 
-@pytest.mark.parametrize(
-    ("fault", "said"), [("try_route", "no: it broke"), ("trl", "1.15.0, and <1.17,>=1.16 is asked")]
-)
-def test_env_says_what_does_not_work(capsys, monkeypatch, fault, said):
+def test_env_says_what_does_not_work(capsys, monkeypatch):
     def probe(command, **kwargs):
-        return subprocess.CompletedProcess(command, int(fault in command[-1]), stdout="cpu", stderr="it broke")
+        return subprocess.CompletedProcess(command, int("try_route" in command[-1]), stdout="cpu", stderr="it broke")
 
-    found = importlib.metadata.version
     monkeypatch.setattr(subprocess, "run", probe)
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.15.0" if name == fault else found(name))
     assert main(["env"]) == 1
-    assert said in capsys.readouterr().out
+    assert "no: it broke" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [["dpoo"], ["dpo", "--config", "{broken}"]])
@@ -174,8 +163,7 @@ def test_nothing_that_was_saved_is_written_over(recipe, tmp_path, capsys):
         ("model.safetensors", "Reading the checkpoint .* raised .*; name an earlier one"),
         ("rng_state.pth", "Reading the checkpoint .* raised .*; name an earlier one"),
         ("trainer_state.json", "checkpoint-1 is no whole checkpoint"),
-        ("-optimizer.pt", "checkpoint-1 has no optimizer.pt"),
-        ("-scheduler.pt", "checkpoint-1 has no scheduler.pt"),
+        ("-optimizer.pt", "checkpoint-1 lacks optimizer.pt or scheduler.pt"),
     ],
 )
 def test_a_checkpoint_that_is_cut_or_lacks_a_file_is_named_and_the_log_stays(recipe, tmp_path, capsys, name, message):
@@ -195,18 +183,10 @@ def test_a_checkpoint_that_is_cut_or_lacks_a_file_is_named_and_the_log_stays(rec
 # what the parts of a run refuse
 
 
-def test_a_mixture_of_datasets_leaves_a_result(recipe, tmp_path):
-    """TRL's config of a mixture puts objects of its own in the place of what was given."""
-    mixture = [{"path": "json", "data_files": f"{tmp_path}/rows.jsonl"}]
-    assert main(["dpo", "--config", recipe(dataset_name=None, datasets=mixture, max_steps=1)]) == 0
-    assert json.loads((tmp_path / "out" / "result.json").read_text())["settings"]["datasets"] == mixture
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"dataset_test_split": "0.1"}, "dataset_test_split is given, which unlearning does not read"),
-        ({"datasets": [{"path": "json"}]}, "datasets is given, which unlearning does not read"),
         ({"eval_facts": "builtin:authors"}, "scored at evaluations, and this run has none; use tofu-eval"),
         ({"dataset_name": "reasoning_gym:chain_sum"}, "'reasoning_gym:chain_sum', a task"),
     ],

@@ -33,7 +33,7 @@ MUTANTS = [
     ("stability/table.py", "True if interval and interval[0] >= 0", "True if interval and interval[1] >= 0", "test_stability_table.py::test_a_score_is_kept_if_its_interval_excludes_a_loss_of_five_percent"),
     ("stability/table.py", "(margin > 0) + 0.5 * (margin == 0)", "(margin >= 0)", "test_stability_table.py::test_margin_accuracy_and_loss_of_pairs"),
     ("tofu/metrics.py", "(retain_auc - auc) / (1.0 - retain_auc + 1e-10)", "(auc - retain_auc) / (1.0 - retain_auc + 1e-10)", "test_tofu_metrics.py::test_privacy_leakage_by_hand"),
-    ("data/rows.py", "max(kept - (not row[\"prompt_ids\"] or kept == max_length), 0)", "kept", "test_dpo.py::test_response_tokens_are_those_that_the_loss_counts"),
+    ("data/rows.py", "max(max_length - len(row[\"prompt_ids\"]), 0)", "max_length", "test_data_load.py::test_what_tokenized_rows_tell"),
 ]  # fmt: skip
 
 

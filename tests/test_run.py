@@ -340,8 +340,6 @@ def test_a_missing_base_is_named_with_the_command_that_makes_it(recipe, tmp_path
         ({"method": "sft"}, "recipe.yaml: method is 'sft'; train it with ceu-rl sft"),
         ({"lr_scheduler_type": "zigzag"}, "zigzag"),
         ({"model_name_or_path": "{base}/model.safetensors"}, "is a file; give the folder of a model"),
-        ({"datasets": [3]}, "datasets holds '3'; give a mapping"),
-        ({"datasets": [{"path": "reasoning_gym:chain_sum"}]}, "reasoning_gym:chain_sum', a task"),
         ({"beta": 0}, "beta is 0.0, with which no pair moves the model; use a number above 0"),
         ({"activation_offloading": True}, "activation_offloading is True, and the model is on a CPU already"),
         ({"use_peft": True, "lora_alpha": 0}, "lora_alpha is 0; use a number above 0"),
@@ -373,22 +371,14 @@ def test_a_start_that_is_none_is_named(recipe, base, capsys, name, content, mess
     assert message in err and "Traceback" not in err
 
 
-@pytest.mark.parametrize(
-    ("name", "row", "message"),
-    [
-        ("none.jinja", {"prompt": "1+1=", "completion": "2"}, "'none.jinja', and there is no such file; give"),
-        ("given.jinja", {"question": "1+1=", "answer": "2"}, "are asked in the template of the model; leave"),
-    ],
-)
-def test_a_template_that_would_not_be_used_is_named(recipe, tmp_path, monkeypatch, capsys, name, row, message):
+def test_a_template_that_would_not_be_used_is_named(recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("given.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
-    given = {"model_name_or_path": "builtin:llama", "dataset_name": "rows.jsonl", "chat_template_path": name}
+    given = {"model_name_or_path": "builtin:llama", "dataset_name": "rows.jsonl", "chat_template_path": "given.jinja"}
     config = recipe(**given)
-    Path("rows.jsonl").write_text(json.dumps(row) + "\n")
+    Path("rows.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n')
     assert main(["sft", "--config", config]) == 2
-    err = capsys.readouterr().err
-    assert "chat_template_path" in err and message in err
+    assert "are asked in the template of the model; leave" in capsys.readouterr().err
 
 
 def test_the_tiny_model_learns_questions_from_a_file_and_as_a_whole(recipe, tmp_path, capsys):

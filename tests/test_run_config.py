@@ -78,7 +78,7 @@ def test_fields_are_typed(recipe, text, settings):
         ("max_steps: 2.5", "--max_steps/--max-steps: invalid int value: '2.5'"),
         ("model_init_kwargs: {? [1, 2] : 3}", "is no valid recipe .line 1"),
         ("seed: " + "[" * 3000, "is nested too deeply"),
-        ("env: {1: 2}", r"env is \{1: 2\}; give NAME: value lines"),
+        ("env: {A: [2]}", r"env is \{'A': \[2\]\}; give NAME: value lines"),
         ("max_steps: null", "max_steps is None; give a value of type int"),
         ("learning_rate: [1e-5]", "learning_rate is .*; give a value of type float"),
         ("learning_rate: ten", "invalid float value: 'ten'"),

@@ -1,4 +1,4 @@
-"""What a dataset's name means: rows on the Hub, in a folder, in one file, built in, TOFU's, or a mixture."""
+"""What a dataset's name means: rows on the Hub, in a folder, in one file, built in, or TOFU's."""
 
 import csv
 import functools
@@ -41,7 +41,7 @@ BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv",
 # names
 
 
-def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[str, Any], Any]:
+def load(method: str, script: Any, evaluates: bool) -> tuple[dict[str, Any], Any]:
     """The datasets of a recipe by their name in the trainer, and the task that scores them, if there is one.
 
     | `dataset_name` | meaning |
@@ -52,9 +52,8 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
     | a folder | what `save_to_disk` wrote there, or its files |
     | anything else | a dataset on the Hub |
 
-    `datasets` of the recipe, a mixture, goes before it. Where there is no split `dataset_test_split`, a share such as
-    `0.1` takes that part of the train split, the same rows for every seed, and no prompt in both parts; a run that does
-    not evaluate leaves them out all the same.
+    Where there is no split `dataset_test_split`, a share such as `0.1` takes that part of the train split, the same
+    rows for every seed, and no prompt in both parts; a run that does not evaluate leaves them out all the same.
 
     Returns:
         train and eval, or forget and retain for unlearning; and the task or None.
@@ -67,9 +66,8 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
 
     name, config, task = script.dataset_name, script.dataset_config, None
     if method == "unlearn":
-        if mixture.datasets or _share(script.dataset_test_split) is not None:
-            given = "datasets" if mixture.datasets else "dataset_test_split"
-            raise ValueError(f"{given} is given, which unlearning does not read; name dataset_name, forget and retain.")
+        if _share(script.dataset_test_split) is not None:
+            raise ValueError("dataset_test_split is given, which unlearning does not read; name forget and retain.")
         if is_task(name) and not name.startswith("builtin:"):
             raise ValueError(f"dataset_name is {name!r}, a task, which has nothing to forget; name other rows.")
         sets = {"forget": script.forget, **({"retain": script.retain} if script.retain else {})}
@@ -77,9 +75,7 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
             return {role: load_tofu(name, one) for role, one in sets.items()}, None
         splits = open_dataset(name, config)
         return {role: _split(splits, one, role) for role, one in sets.items()}, None
-    if mixture.datasets:
-        dataset = _mix(mixture)
-    elif is_tofu(name):
+    if is_tofu(name):
         if config is None:
             raise ValueError(
                 f"dataset_config is missing; give a config of {name}, such as full, or several joined by +."
@@ -116,33 +112,6 @@ def load(method: str, script: Any, mixture: Any, evaluates: bool) -> tuple[dict[
     return datasets, task
 
 
-def _mix(mixture: Any) -> Any:
-    """The parts of a mixture in one."""
-    from ..tasks import is_task
-
-    parts = []
-    for part in mixture.datasets:
-        if is_task(part.path):
-            raise ValueError(f"datasets names {part.path!r}, a task, and mixes other rows; name it as dataset_name.")
-        if part.fraction is not None:
-            raise ValueError(f"fraction of datasets is {part.fraction}, which is not read; give each part its rows.")
-        where = {name: value for name in ("data_dir", "data_files") if (value := getattr(part, name)) is not None}
-        if not where and part.path in BUILDERS.values():
-            raise ValueError(
-                f"datasets names {part.path!r}, a kind of file; add its data_files, or give a file as path."
-            )
-        if where:
-            splits = _read(part.path, "datasets", part.path, mixture.streaming, name=part.name, **where)
-        else:
-            splits = open_dataset(part.path, part.name, mixture.streaming, "datasets")
-        rows = _split(splits, part.split, "split of datasets")
-        parts.append(rows if part.columns is None else rows.select_columns(part.columns))
-    with _reading("datasets", ", ".join(part.path for part in mixture.datasets)):
-        joined = concatenate_datasets(parts)
-        share = mixture.test_split_size
-        return {"train": joined} if share is None else joined.train_test_split(test_size=share)
-
-
 def open_dataset(name: str, config: str | None, streaming: bool = False, field: str = "dataset_name") -> Any:
     """A dataset of a file, a folder or the Hub, by split; `field` is what names it."""
     path = Path(name)
@@ -152,8 +121,6 @@ def open_dataset(name: str, config: str | None, streaming: bool = False, field: 
     if path.suffix in BUILDERS and (path.is_file() or not path.exists()):
         if not path.is_file():
             raise ValueError(f"{field} {name} is no file; check its name.")
-        if path.stat().st_size == 0:
-            raise ValueError(f"{field} {name} is an empty file; give it rows.")
         files = glob.escape(str(path))  # a name with [ is no pattern
         return _read(BUILDERS[path.suffix], field, name, streaming, data_files=files)
     if path.is_file():
@@ -238,9 +205,7 @@ def _json_rows(paths: Sequence[str], encoding: str) -> Iterator[dict[str, Any]]:
                 continue
             where = path if is_array else f"Line {number} of {path}"
             try:
-                found = json.loads(line, parse_int=_integer)
-                if "\\ud" in line.lower():
-                    json.dumps(found, ensure_ascii=False).encode()  # half a character is no text
+                found = json.loads(line)
             except (ValueError, RecursionError) as error:
                 fix = "give one object on each line, or one array of objects"
                 raise ValueError(f"{where} is no JSON ({error}); {fix}.") from error
@@ -248,12 +213,6 @@ def _json_rows(paths: Sequence[str], encoding: str) -> Iterator[dict[str, Any]]:
                 if not isinstance(row, dict):
                     raise ValueError(f'{where} holds {row!r:.80}; give an object, such as {{"prompt": ...}}.')
                 yield row
-
-
-def _integer(digits: str) -> int:
-    if (number := int(digits)).bit_length() > 63:
-        raise ValueError(f"{digits:.30} has more than 64 bits, so write it as text")
-    return number
 
 
 def _merge(kind: Any, value: Any) -> Any:

@@ -15,10 +15,9 @@ A column whose words are in neither prompt nor answer, such as a system prompt, 
 import contextlib
 import dataclasses
 import difflib
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from datasets import Dataset, Features, IterableDataset, Json, Value, concatenate_datasets
 from trl.data_utils import extract_prompt
@@ -26,7 +25,7 @@ from trl.data_utils import extract_prompt
 from ..run.errors import note
 
 Kind = Literal["sft", "preference", "prompt"]
-Rows = Dataset | IterableDataset
+Rows: TypeAlias = Dataset | IterableDataset
 
 COMPLETIONS = {"sft": ("completion",), "preference": ("chosen", "rejected"), "prompt": ()}
 TEXTS = ("messages", "text", "conversations", "input_ids")  # what else supervised fine-tuning can be made of
@@ -45,7 +44,7 @@ def check_layout(
     kind: Kind,
     num_proc: int | None = None,
     text_field: str = "text",
-) -> Dataset | IterableDataset:
+) -> Rows:
     """Judge every row of a dataset before it is tokenized, and bring it into the layout that TRL reads right.
 
     A text is a string; a conversation a list of messages with a role and content. Completions must not be empty: the
@@ -56,13 +55,11 @@ def check_layout(
         ValueError: for what is no dataset, no rows or a column that is missing, and with row and column for a value
             that cannot be learned from, or that would be left unread.
     """
-    check_dataset(dataset, name, kind, text_field)
+    columns = check_dataset(dataset, name, kind, text_field)
     if _is_transformed(dataset):
         if kind != "prompt":  # what tokenization adds would not be among what the transform gives
             raise ValueError(f"The {name} dataset has a transform, which tokenization loses; apply it with map.")
         return dataset  # its rows are made when they are read, from columns that only it knows
-    with first_row(name):
-        columns = dataset.column_names or list(next(iter(dataset)))
     judged = _judged(columns, kind, text_field)
     if source := _source(columns, kind):
         note(f"The {name} dataset has no column 'prompt'; {source!r} is the prompt.")
@@ -114,8 +111,6 @@ class _Judge:
         for column in judged:
             self._check_cell(new, column, refuse)
             new[column] = plain_content(new[column])
-        if self.kind != "prompt":
-            _check_template_arguments(new, refuse)
         new |= _joined(new, [column for column in COMPLETIONS[self.kind] if column in row], refuse)
         others = {"prompt", *QUESTIONS, *SYSTEMS, *CONTEXTS} if self.kind != "prompt" else {*SYSTEMS}
         if self.kind == "preference" and "prompt" not in new and not _is_asked(new):
@@ -155,25 +150,29 @@ class _Judge:
             raise refuse(column, "messages that are written as text in", "save them as jsonl or parquet, not as CSV")
 
 
-def check_dataset(dataset: Any, name: str, kind: Kind, text_field: str = "text") -> None:
-    """Raise a ValueError unless it is a dataset with rows and the columns needed: what no row has to be read for."""
+def check_dataset(dataset: Any, name: str, kind: Kind, text_field: str = "text") -> list[str]:
+    """Its columns; a ValueError unless it is a dataset with rows and the columns needed."""
     if not isinstance(dataset, Rows):
         raise ValueError(
             f"The {name} dataset is a {type(dataset).__name__} ({_short(dataset)}); give one datasets.Dataset, such as "
             "load_dataset gives of a name and a split."
         )
-    if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise ValueError(f"The {name} dataset has no rows; give it at least one.")
-    columns = list(dataset[0]) if _is_transformed(dataset) else dataset.column_names
-    if columns is not None:  # a stream that was not looked at tells them with its first row
-        _check_columns(columns, name, kind, text_field)
+    columns = _columns(dataset, name)
+    _check_columns(columns, name, kind, text_field)
+    return columns
 
 
-def check_columns(dataset: Dataset | IterableDataset, name: str, required: Sequence[str]) -> None:
+def check_columns(dataset: Rows, name: str, required: Sequence[str]) -> None:
     """Raise a ValueError if the dataset has no rows or lacks one of the required columns."""
-    with first_row(name):
-        columns: dict[str, Any] = next(iter(dataset))
-    _require(columns, name, required)
+    _require(_columns(dataset, name), name, required)
+
+
+def _columns(dataset: Rows, name: str) -> list[str]:
+    """The columns, of a stream those of its first row."""
+    first = next(iter(dataset), None)
+    if first is None:
+        raise ValueError(f"The {name} dataset has no rows; give it at least one.")
+    return list(first)
 
 
 def check_questions(dataset: Dataset, name: str) -> None:
@@ -181,15 +180,6 @@ def check_questions(dataset: Dataset, name: str) -> None:
     others = [c for c in (*QUESTIONS[1:], *SYSTEMS, *CONTEXTS) if c in dataset.column_names]
     for index, row in enumerate(dataset.select_columns(["question", "answer", *others]) if others else ()):
         _check_unread(row, ["question", "answer"], others, f"Row {index} of the {name} dataset")
-
-
-@contextlib.contextmanager
-def first_row(name: str) -> Iterator[None]:
-    """Says of a stream that it has no rows, where TRL looks at the first one and meets its end."""
-    try:
-        yield
-    except StopIteration as error:
-        raise ValueError(f"The {name} dataset has no rows; give it at least one.") from error
 
 
 def prompt_of(row: Mapping[str, Any]) -> str:
@@ -209,6 +199,22 @@ def prompt_of(row: Mapping[str, Any]) -> str:
 ANSWER_IDS = ("chosen_ids", "rejected_ids")
 
 
+def check_prepared(prepared: Rows, dataset: Rows, name: str, args: Any) -> None:
+    """Say how many rows TRL dropped, whose prompt leaves no room for a completion; a ValueError if it dropped all."""
+    if not isinstance(prepared, Dataset) or not isinstance(dataset, Dataset):
+        return
+    if len(prepared) == 0:
+        raise ValueError(
+            f"Every prompt of the {name} dataset has max_length ({args.max_length}) tokens or more, which leaves no "
+            "completion to learn from; raise max_length."
+        )
+    if dropped := len(dataset) - len(prepared):
+        note(
+            f"The {name} dataset has {len(dataset)} rows: {dropped} dropped, whose prompt fills max_length "
+            f"({args.max_length})."
+        )
+
+
 def leave_ties_out(prepared: Any, dataset: Any, name: str, args: Any, leaves_out: bool) -> Any:
     """Leave the pairs out of what TRL prepared whose answers are the same after truncation, or else count them alone.
 
@@ -223,11 +229,7 @@ def leave_ties_out(prepared: Any, dataset: Any, name: str, args: Any, leaves_out
 
     if isinstance(prepared, IterableDataset):
         return prepared.filter(lambda row: not compare(row)["tie"]) if leaves_out else prepared
-    if len(prepared) == 0:
-        raise ValueError(
-            f"Every prompt of the {name} dataset has max_length ({args.max_length}) tokens or more, which leaves no "
-            "completion to learn from; raise max_length."
-        )
+    check_prepared(prepared, dataset, name, args)
     if ANSWER_IDS[0] not in prepared.column_names:  # of images, which are tokenized with their batch
         return prepared
     rows = prepared.select_columns(["prompt_ids", *ANSWER_IDS])
@@ -236,8 +238,7 @@ def leave_ties_out(prepared: Any, dataset: Any, name: str, args: Any, leaves_out
     )
     ties = sum(found["tie"])
     note(
-        f"The {name} dataset has {len(dataset)} rows: {len(dataset) - len(prepared)} dropped, whose prompt fills "
-        f"max_length ({args.max_length}); {sum(found['cut'])} answers cut there; {ties} pairs "
+        f"The {name} dataset: {sum(found['cut'])} answers cut at max_length ({args.max_length}); {ties} pairs "
         f"{'left out' if leaves_out else 'without effect'}, whose two answers are the same."
     )
     if not ties or not leaves_out:
@@ -248,22 +249,6 @@ def leave_ties_out(prepared: Any, dataset: Any, name: str, args: Any, leaves_out
             f"({args.max_length}) leaves of them; give answers that differ, or raise max_length."
         )
     return prepared.select([number for number, tie in enumerate(found["tie"]) if not tie])
-
-
-def mean_response_tokens(dataset: Any, max_length: int | None, truncation_mode: str = "keep_start") -> dict[str, float]:
-    """Mean number of tokens of a chosen and of a rejected response that the loss counts, after truncation.
-
-    Empty for a dataset that was not tokenized beforehand (a stream, images).
-    """
-    if not isinstance(dataset, Dataset) or not {"prompt_ids", *ANSWER_IDS} <= set(dataset.column_names):
-        return {}
-
-    def scored(row: Mapping[str, Any], column: str) -> int:  # the first of a sequence is predicted from nothing
-        kept = len(_kept(row, column, max_length, truncation_mode))
-        return max(kept - (not row["prompt_ids"] or kept == max_length), 0)
-
-    rows = dataset.select_columns(["prompt_ids", *ANSWER_IDS])
-    return {column.removesuffix("_ids"): sum(scored(row, column) for row in rows) / len(rows) for column in ANSWER_IDS}
 
 
 def _kept(row: Mapping[str, Any], column: str, max_length: int | None, truncation_mode: str) -> list[int]:
@@ -315,19 +300,6 @@ def _require(columns: Iterable[str], name: str, required: Iterable[str]) -> None
 
 
 # rows
-
-
-def _check_template_arguments(row: Mapping[str, Any], refuse: Any) -> None:
-    tools, kwargs = row.get("tools"), row.get("chat_template_kwargs", {})
-    with contextlib.suppress(ValueError):  # TRL reads them from JSON too
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-    for column, right in (
-        ("tools", isinstance(tools, list | None)),
-        ("chat_template_kwargs", isinstance(kwargs, Mapping)),
-    ):
-        if not right:
-            fix = "give what the chat template takes, or remove the column"
-            raise refuse(column, f"a {type(row[column]).__name__} as", fix)
 
 
 def _joined(row: Mapping[str, Any], completions: Sequence[str], refuse: Any) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What a run shows and records while it trains."""
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -17,7 +16,7 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id, use_a
 from ..tasks import Task, evaluate_task
 from ..tasks.generate import recorded_decoding
 from .checks import check_reference_is_loaded
-from .progress import Progress
+from .progress import progress
 
 
 class ProgressBar(ProgressCallback):
@@ -25,17 +24,13 @@ class ProgressBar(ProgressCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.training_bar: Any = Progress("training", state.max_steps, state.global_step)
+            self.training_bar: Any = progress("training", state.max_steps, state.global_step)
         self.current_step = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is not None:
             shown = {key: f"{float(logs[key]):.3g}" for key in ("loss", "grad_norm") if key in logs}
             self.training_bar.set_postfix(shown, refresh=False)
-
-    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
-        if sys.stderr.isatty():
-            super().on_prediction_step(*args, **kwargs)
 
 
 class MetricsFile(TrainerCallback):
@@ -60,6 +55,7 @@ class HeldOutFile(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.trainer, trainer.held_out = trainer, {}
+        self.tokens: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         path = Path(args.output_dir, "held_out.jsonl")
@@ -75,6 +71,13 @@ class HeldOutFile(TrainerCallback):
                     for number, row in enumerate(rows):
                         entry = {"step": state.global_step, "dataset": name, "row": number, **row}
                         file.write(json.dumps(entry) + "\n")
+        if pairs := held_out.get("eval"):
+            sides = ("chosen", "rejected")
+            self.tokens = {side: sum(pair[f"{side}_tokens"] for pair in pairs) / len(pairs) for side in sides}
+
+    def result(self) -> dict[str, Any]:
+        """`eval_tokens`, the mean tokens of a response: they turn log-probabilities into nats per token."""
+        return {"eval_tokens": self.tokens} if self.tokens else {}
 
 
 class Pace(TrainerCallback):

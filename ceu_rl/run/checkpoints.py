@@ -6,13 +6,11 @@ that true where it is not: with several processes, on a checkpoint that is writt
 `run.json` of a checkpoint says which run saved it: its settings, the number of rows in a step, and what its rows are.
 """
 
-import errno
 import hashlib
 import itertools
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,21 +18,19 @@ from typing import Any
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import PeftModel
-from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..models import public_name
 from .errors import NameCause, note
 from .provenance import write_json
 
-# What only this kind of engine leaves in a checkpoint
-_MARKS = {
+# What a kind of engine leaves in a checkpoint, and resumes from
+_STATES = {
+    DistributedType.NO: ("optimizer.pt", "scheduler.pt"),  # and data parallel
     DistributedType.FSDP: ("pytorch_model_fsdp*",),
     DistributedType.DEEPSPEED: ("global_step*",),
 }
-_LEAST_FREE = 2**20
 TRAINER_STATE_NAME = "trainer_state.json"
-_STATES = ("optimizer.pt", "scheduler.pt")  # of one process and of data parallel
 RUN_NAME = "run.json"
 STREAMED = 1000  # rows of a stream that stand for all of it
 _BATCH = "per_device_train_batch_size x gradient_accumulation_steps x processes"
@@ -45,7 +41,7 @@ _FREE = re.compile(
     r"dataloader_(?!drop_last)\w+|(log|logging|save|eval|hub|ddp|fsdp|trackio|vllm_server)_\w+|deepspeed|"
     r"vllm_(gpu_memory_utilization|tensor_parallel_size)"
 )
-_DATA = re.compile(r"forget|retain|datasets|dataset_(name|config|train_split|test_split|num_proc)")
+_DATA = re.compile(r"forget|retain|dataset_(name|config|train_split|test_split|num_proc)")
 LENGTH = ("max_steps", "num_train_epochs")
 
 
@@ -75,16 +71,20 @@ def is_json(path: Path) -> bool:
     return True
 
 
-def missing_states(checkpoint: str | Path) -> list[str]:
-    """What a checkpoint lacks to be gone on from, as one that was saved with `save_only_model`."""
-    if _saved_by(checkpoint):
-        return []
-    return [name for name in _STATES if not Path(checkpoint, name).is_file()]
+def resumed_by(checkpoint: str | Path) -> list[DistributedType]:
+    """The kinds of engine that can resume a checkpoint; none for one that was saved with `save_only_model`."""
+    return [kind for kind, names in _STATES.items() if all(any(Path(checkpoint).glob(name)) for name in names)]
 
 
-def _saved_by(checkpoint: str | Path) -> set[DistributedType]:
-    """The kind of engine that saved a checkpoint; empty for one process and data parallel."""
-    return {kind for kind, marks in _MARKS.items() for mark in marks if any(Path(checkpoint).glob(mark))}
+def check_resumes(checkpoint: str | Path, engine: DistributedType) -> None:
+    """Raise a ValueError for a checkpoint without the optimizer of this engine: transformers would start a new one."""
+    kind = engine if engine in _STATES else DistributedType.NO
+    if kind not in resumed_by(checkpoint):
+        raise ValueError(
+            f"{checkpoint} lacks {' or '.join(_STATES[kind])}, from which a run under {engine.value} is resumed (and "
+            "which save_only_model leaves out); resume it under the kind of engine that saved it, or start a new run "
+            "with it as model_name_or_path."
+        )
 
 
 def fingerprint(dataset: Any) -> str:
@@ -126,32 +126,12 @@ def moving(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_resumes(checkpoint: str | Path, engine: DistributedType) -> None:
-    """Raise a ValueError if another kind of engine saved the checkpoint, whose optimizer this one cannot read, or none.
-
-    One process and data parallel are of one kind, and FSDP and DeepSpeed of one each.
-    """
-    found = _saved_by(checkpoint)
-    if found != {engine} & set(_MARKS):
-        names = ", ".join(kind.value for kind in found) or "neither FSDP nor DeepSpeed"
-        raise ValueError(
-            f"{checkpoint} was saved under {names} and this run is under {engine.value}, which cannot read its "
-            "optimizer; resume it under the same engine, or start a new run with it as model_name_or_path."
-        )
-    if missing := missing_states(checkpoint):
-        raise ValueError(
-            f"{checkpoint} has no {' and no '.join(missing)}, so that it cannot be gone on from (save_only_model "
-            "leaves them out); start a new run with it as model_name_or_path."
-        )
-
-
 class WholeCheckpoints:
     """Trainer mixin: `trainer_state.json` of a checkpoint is there only once every process has written its part.
 
     What is saved names the model that it was made from, and no path of a cache.
 
     Raises:
-        OSError: where the disk has no room for a checkpoint; those before it are intact.
         ValueError: for a checkpoint of another kind of engine, without the state of its optimizer, or that cannot be
             read.
     """
@@ -188,17 +168,7 @@ class WholeCheckpoints:
         folder = Path(trainer.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
         if trainer.args.should_save:  # a run that goes on from an earlier checkpoint writes a later one again
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        try:
-            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if shutil.disk_usage(trainer.args.output_dir).free >= _LEAST_FREE:
-                raise
-            raise OSError(
-                errno.ENOSPC,
-                f"No space is left for {folder.name}; the checkpoints before it are whole: make room and start again "
-                "with --resume_from_checkpoint true",
-                str(folder),
-            ) from error
+        super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         trainer: Any = self
@@ -224,7 +194,6 @@ class WholeCheckpoints:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        # transformers starts with a new optimizer, and says nothing, where it finds none that it can read
         check_resumes(checkpoint, self.accelerator.distributed_type)  # type: ignore[attr-defined]
         with _reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]

@@ -4,13 +4,11 @@
 """
 
 import math
-import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import transformers
-from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from peft.utils.other import TrainableTokensWrapper
 from transformers import AutoConfig, GenerationMixin
@@ -109,73 +107,49 @@ def check_reference_is_loaded(needs_reference: bool) -> None:
         )
 
 
-def check_shared_cache(dataset: Dataset | IterableDataset, processes: int) -> None:
-    """Raise a ValueError if several processes are to share reference log-probabilities of a dataset in memory.
-
-    TRL's first process writes them to the dataset's cache folder for all; one in memory has a folder for each process.
-    """
-    if processes > 1 and isinstance(dataset, Dataset) and not dataset.cache_files:
-        raise ValueError(
-            f"precompute_ref_log_probs is True with {processes} processes and a dataset in memory, through whose cache "
-            "they cannot share; save it with save_to_disk and load it again, or set precompute_ref_log_probs to False."
-        )
-
-
 class StopAtNonFinite:
     """Trainer mixin: a step with a non-finite loss or gradient ends the run, before it reaches the weights.
 
     Raises:
-        FloatingPointError: with the step, the rows of the batch and the last good checkpoint. Under float16 mixed
-            precision gradients overflow as part of loss scaling, so there only the loss is checked.
+        FloatingPointError: with the step and the last good checkpoint. Under float16 mixed precision gradients overflow
+            as part of loss scaling, so there only the loss is checked.
     """
 
-    _micro_batches: list[tuple[Mapping[str, Any], torch.Tensor]] = []  # and their losses, since the last step
+    _losses: list[torch.Tensor] = []  # of the micro-batches since the last step
 
-    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        self._micro_batches = [*self._micro_batches, (inputs, loss)]
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        self._losses = [*self._losses, loss]
         if self.is_deepspeed_enabled:  # type: ignore[attr-defined]  # its backward pass may already step
             self._check_losses()
         return loss
 
     def _check_losses(self) -> None:
         # Together: to read each would make the host wait for the device at each micro-batch
-        finite = torch.stack([torch.isfinite(loss).all() for _, loss in self._micro_batches])
-        if not finite.all():
-            inputs, loss = self._micro_batches[int(finite.int().argmin())]
-            self._stop(f"loss ({loss.item()})", [inputs])
+        losses = torch.stack([loss.mean() for loss in self._losses])
+        if not torch.isfinite(losses).all():
+            self._stop(f"loss ({losses.tolist()})")
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         # Called once before each optimizer step, whether or not gradients are clipped
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
         self._check_losses()
         if self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(grad_norm)).all():  # type: ignore[attr-defined]
-            self._stop(f"gradient (norm {float(grad_norm)})", [inputs for inputs, _ in self._micro_batches])
-        self._micro_batches = []
+            self._stop(f"gradient (norm {float(grad_norm)})")
+        self._losses = []
         return grad_norm
 
-    def _stop(self, what: str, inputs: list[Mapping[str, Any]]) -> None:
+    def _stop(self, what: str) -> None:
         step: int = self.state.global_step  # type: ignore[attr-defined]
         output_dir: str = self.args.output_dir  # type: ignore[attr-defined]
         # The checkpoint of this very step holds the weights that failed
         good = [path for number, path in saved_checkpoints(output_dir) if number < step]
-        rows = "; ".join(text for batch in inputs for text in _texts(batch, self.processing_class))  # type: ignore[attr-defined]
         fix = f"There is no earlier checkpoint in {output_dir}: start again"
         if good:
             fix = f"The last good checkpoint is {good[-1]}: start a new run with it as model_name_or_path,"
         raise FloatingPointError(
-            f"Step {step + 1} met a non-finite {what} and was not applied. {fix} with a lower learning_rate or without "
-            f"the batch that failed. Its rows: {rows}."
+            f"Step {step + 1} met a non-finite {what} and was not applied. {fix} with a lower learning_rate."
         )
-
-
-def _texts(inputs: Any, tokenizer: Any) -> list[str]:
-    """How the rows of a batch begin: of GRPO its prompts, which TRL hands to each of their steps."""
-    if isinstance(inputs, list):
-        texts = [str(row.get("prompt", row)) for row in inputs]
-    else:
-        texts = tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
-    return [repr(textwrap.shorten(text, 60)) for text in dict.fromkeys(texts)]
 
 
 class RolloutError(ValueError):

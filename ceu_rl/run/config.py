@@ -49,14 +49,14 @@ _PARSER = threading.Lock()
 
 def parser_for(method: str) -> Any:
     """TRL's parser for the fields of one method: `ceu-rl METHOD --help-all` is its help."""
-    from trl import DatasetMixtureConfig, ModelConfig, TrlParser
+    from trl import ModelConfig, TrlParser
 
     from .retention import KeptArguments
 
     script, config = map(pkgutil.resolve_name, CLASSES[method][:2])
     with _PARSER:  # it rewrites the types of the classes' fields, and the runs of a comparison are read in threads
         parser = TrlParser(
-            (script, config, ModelConfig, DatasetMixtureConfig, KeptArguments),  # type: ignore[arg-type]
+            (script, config, ModelConfig, KeptArguments),  # type: ignore[arg-type]
             prog=f"ceu-rl {method}",
             usage=f"ceu-rl {method} --config RECIPE.yaml [--any_field value ...]",
             allow_abbrev=False,
@@ -100,7 +100,7 @@ def set_variables(argv: Sequence[str]) -> None:
     """Set the variables of the field `env` of a command line's recipe; torch and CUDA read some when they start."""
     recipe, _ = _split_config(argv)
     if recipe and (variables := load_yaml(recipe).get("env")):
-        os.environ.update({name: str(value) for name, value in _check_variables(variables, recipe).items()})
+        os.environ.update({str(name): str(value) for name, value in _check_variables(variables, recipe).items()})
 
 
 def read_recipe(method: str, path: str | Path) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def read_recipe(method: str, path: str | Path) -> dict[str, Any]:
             method does not have, or whose value has another type.
     """
     path, parser = Path(path), parser_for(method)
-    lists = {action.dest for action in parser._actions if action.nargs == "+"} - {"datasets"}
+    lists = {action.dest for action in parser._actions if action.nargs == "+"}
     hints = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
     content = load_yaml(path, typed=False)
     if (named := content.pop("method", method)) != method:
@@ -129,8 +129,7 @@ def read_recipe(method: str, path: str | Path) -> dict[str, Any]:
         else:  # which no word says: null, a mapping, or a list for a field that may also be a text
             fields[name] = value
             try:
-                if name != "datasets":  # whose mappings become objects in the config
-                    type_validator(name, value, hints[name])
+                type_validator(name, value, hints[name])
             except TypeError:
                 wanted = inspect.formatannotation(hints[name])
                 raise ValueError(f"{path}: {name} is {value!r}; give a value of type {wanted}.") from None
@@ -169,14 +168,13 @@ def with_defaults(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return settings_of(defaults) | dict(settings)
 
 
-def build_configs(method: str, arguments: Mapping[str, Any]) -> tuple[Any, Any, Any, Any, Any]:
-    """Script arguments, training config, model config, dataset mixture, and what the model should keep."""
+def build_configs(method: str, arguments: Mapping[str, Any]) -> tuple[Any, Any, Any, Any]:
+    """Script arguments, training config, model config, and what the model should keep."""
     import torch
 
     from .checks import check_numbers
 
     check_numbers(arguments)
-    # A copy: the config of a mixture writes its own objects into what it is given, which is recorded as it was
     fields = copy.deepcopy({name: value for name, value in arguments.items() if name != "env"})
     if not (torch.accelerator.is_available() or "use_cpu" in fields or "RANK" in os.environ):
         logging.getLogger(__name__).info("No GPU was found: use_cpu is true, and bf16 false unless it is given.")
@@ -228,11 +226,7 @@ def _initials(name: str) -> str:
 
 
 def _check_variables(value: Any, path: Path) -> dict[str, Any]:
-    if (
-        not isinstance(value, dict)
-        or not all(isinstance(name, str) and name and not {"=", "\0"} & set(name) for name in value)
-        or not all(isinstance(each, str | int | float) and "\0" not in str(each) for each in value.values())
-    ):
+    if not isinstance(value, dict) or not all(isinstance(each, str | int | float) for each in value.values()):
         raise ValueError(f"{path}: env is {value!r}; give NAME: value lines, the variables of the environment.")
     return value
 
@@ -257,18 +251,13 @@ class _OnceLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-# Numbers as YAML 1.2 has them, and no dates: 0100 is not 64, 1:30 not 90, and 1e-5 is a number
-_NUMBERS = {
-    "int": r"[-+]?(0|[1-9][0-9]*)",
-    "float": r"[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.inf)|\.nan",
+_OnceLoader.yaml_constructors = {  # a date is a text
+    **yaml.SafeLoader.yaml_constructors,
+    "tag:yaml.org,2002:timestamp": yaml.SafeLoader.construct_yaml_str,
 }
-_OnceLoader.yaml_implicit_resolvers = {
-    first: [(tag, form) for tag, form in found if tag.rsplit(":", 1)[1] not in (*_NUMBERS, "timestamp")]
-    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _tag, _form in _NUMBERS.items():
-    for _kind in (_OnceLoader, _Dumper):
-        _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_form})$"), list("-+.0123456789"))
+for _kind in (_OnceLoader, _Dumper):  # 1e-5 is a number, as in YAML 1.2
+    _number = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _number, list("-+0123456789"))
 
 
 def dump_recipe(settings: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ processes that each train alone. `engines_on_cpu` changes the answer that it get
 
 import dataclasses
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,20 +65,6 @@ def note_batch(args: Any) -> None:
         f"Each step takes {rows * processes * parts} {what}: {rows} (per_device_train_batch_size) on {processes} "
         f"process{'es' * (processes > 1)}, {parts} times (gradient_accumulation_steps)."
     )
-
-
-def note_unfinished_builds() -> None:
-    """Say where DeepSpeed would wait, without a word and without an end, for a build that a killed run has left."""
-    if not is_asked_for("DEEPSPEED"):
-        return
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    if locks := [str(path) for path in (*root.glob("*/lock"), *root.glob("*/*/lock"))]:
-        note(
-            f"warning: this run waits while {', '.join(locks)} is there: another run is building this part of "
-            "DeepSpeed, or was killed while it did; if none is, delete it."
-        )
 
 
 def check_engine(accelerator: Any) -> None:

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
 
 from ..data.load import load
 from ..data.prompts import PromptFormat
-from ..data.rows import check_layout, mean_response_tokens
+from ..data.rows import check_layout
 from ..models import (
     BUILTIN_MODEL,
     build_bpe_tokenizer,
@@ -51,7 +51,7 @@ from .checkpoints import (
     traces,
 )
 from .config import CLASSES, build_configs, read_arguments, settings_of, with_defaults
-from .engines import check_engine, check_processes, engines_on_cpu, note_batch, note_unfinished_builds, save_whole
+from .engines import check_engine, check_processes, engines_on_cpu, note_batch, save_whole
 from .errors import Boundary, import_function, note
 from .provenance import describe_run, environment, peak_memory, write_json
 from .retention import TEXTS, KeptScore, load_kept
@@ -83,15 +83,14 @@ def _run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
     arguments = read_arguments(method, argv)
     _check_names(arguments, argv)
     engines_on_cpu()
-    script, args, model_config, mixture, keeps = build_configs(method, arguments)
+    script, args, model_config, keeps = build_configs(method, arguments)
     check_processes(args)
-    note_unfinished_builds()
     settings = settings_of(arguments)
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     saved: dict[str, Any] = {"settings": moving(with_defaults(method, settings)), "batch": batch}
     with _hold_folder(args), ExitStack() as end:
         args.resume_from_checkpoint = checkpoint = _resume_from(method, args, saved)
-        datasets, task = load(method, script, mixture, _evaluates(args))
+        datasets, task = load(method, script, _evaluates(args))
         saved["rows"] = {name: fingerprint(dataset) for name, dataset in datasets.items() if name != "eval"}
         if checkpoint is not None:
             _check_is_the_run(checkpoint, saved)
@@ -161,11 +160,8 @@ def _finish(method: str, trainer: Any, args: Any, script: Any, record: Mapping[s
         "processes": trainer.accelerator.num_processes,
         "metrics": {key: value for key, value in final.items() if key not in ("step", "epoch")},
     }
-    if method == "dpo":  # which turn log-probabilities into nats per token
-        tokens = mean_response_tokens(trainer.eval_dataset, args.max_length, args.truncation_mode)
-        result |= {"eval_tokens": tokens} if tokens else {}
     for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, Pace | TaskScore):
+        if isinstance(callback, HeldOutFile | Pace | TaskScore):
             result |= callback.result()
     if isinstance(trainer.eval_dataset, Dataset):
         result["eval_rows"] = len(trainer.eval_dataset)
@@ -196,13 +192,10 @@ def _check_names(arguments: Mapping[str, Any], argv: Sequence[str]) -> None:
         raise ValueError("model_name_or_path is missing; give a Hub name, a folder, or builtin:smollm2.")
     if "output_dir" in arguments and not str(arguments["output_dir"] or "").strip():
         raise ValueError(f"output_dir is {arguments['output_dir']!r}; give a folder.")
-    if not arguments.get("dataset_name") and not arguments.get("datasets"):
+    if not arguments.get("dataset_name"):
         raise ValueError(
             "dataset_name is missing; give a Hub name, a folder, a file, or a task such as builtin:addition."
         )
-    for entry in arguments.get("datasets") or []:
-        if not isinstance(entry, Mapping):
-            raise ValueError(f"datasets holds {entry!r}; give a mapping for each dataset, such as {{path: NAME}}.")
     recipe = next((Path(word) for word in argv if Path(word).suffix in (".yaml", ".yml")), None)
     check_model_name(name, recipe)
     if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").is_file():
@@ -357,8 +350,6 @@ def _build_trainer(
         raise ValueError(f"eval_facts and eval_solutions are scored at evaluations, and this run has none; {remedy}.")
     asks = method in ASKING and any(has_questions(dataset) for dataset in datasets.values())
     template = getattr(args, "chat_template_path", None)
-    if template and template.endswith((".jinja", ".j2")) and not Path(template).is_file():  # TRL would ask the Hub
-        raise ValueError(f"chat_template_path is {template!r}, and there is no such file; give the path of a template.")
     if template and asks:  # which TRL would set after the questions were put into the old one
         raise ValueError(
             f"chat_template_path is {template!r}, and rows of question and answer are asked in the template of the "

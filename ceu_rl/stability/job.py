@@ -118,10 +118,10 @@ def _resume(job: Job) -> list[str]:
     folder = job.folder
     if not _is_begun(folder):
         return []
-    from ..run.checkpoints import missing_states, saved_checkpoints
+    from ..run.checkpoints import resumed_by, saved_checkpoints
 
     last = [path for _, path in saved_checkpoints(folder)][-1:]
-    if last and not missing_states(last[0]) and not _others(job.settings, job.found.record(RECORD).get("settings", {})):
+    if last and resumed_by(last[0]) and not _others(job.settings, job.found.record(RECORD).get("settings", {})):
         return ["--resume_from_checkpoint", "true"]
     aside = (folder.with_name(f"{folder.name}-interrupted-{number}") for number in itertools.count(1))
     folder.rename(next(path for path in aside if not path.exists()))

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from ..data.answer_spans import part_answer, template_edges
 from ..data.prompts import PromptFormat, fingerprint
-from ..run.progress import Progress
+from ..run.progress import progress
 from ..tasks.generate import (
     MOST,
     answer_logits,
@@ -168,11 +168,11 @@ def measure(
     def finish(name: str, answers: Sequence[Answer], before: str, work: Callable[[list[Answer]], list[Any]]) -> None:
         left = [answer for answer in answers if before + answer.key not in cache]
         left.sort(key=lambda answer: -answer.length)
-        with Progress(name, len(answers), len(answers) - len(left)) as progress, evaluating(model):
+        with progress(name, len(answers), len(answers) - len(left)) as bar, evaluating(model):
             for start in range(0, len(left), count):
                 batch = left[start : start + count]
                 cache.add({before + each.key: found for each, found in zip(batch, work(batch), strict=True)})
-                progress.update(len(batch))
+                bar.update(len(batch))
 
     finish("log-probabilities", scored, "scores/", lambda batch: score_answers(model, batch, batch_size))
     for answer in scored:

@@ -10,15 +10,14 @@ checkpoint is being written. What is lost, and what is left behind, is counted.
 import argparse
 import filecmp
 import importlib
-import inspect
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import psutil
@@ -68,15 +67,6 @@ def digits(completions, **kwargs):
     return [sum(character.isdigit() for character in completion) / 6 for completion in completions]
 
 
-def engine_dies(completions, trainer_state, **kwargs):
-    """The same until step 5, where the engine of the trainer that calls it ends."""
-    if trainer_state.global_step == 5:
-        frames = (each.frame.f_locals.get("self") for each in inspect.stack())
-        trainer = next(each for each in frames if hasattr(each, "vllm_generation"))
-        trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()
-    return digits(completions)
-
-
 def make(folder):
     """A tiny model, its data and a recipe for each method, in a folder."""
     tokenizer = build_tokenizer()
@@ -115,44 +105,29 @@ class Run:
 
     def __init__(self, arguments, log, mark):
         self.log = log
-        self.pid = os.fork()
-        if self.pid:
-            return
-        status = 1
-        try:
-            os.setsid()
-            os.environ[MARK] = mark
-            with open(log, "a") as file:
-                os.dup2(file.fileno(), 1)
-                os.dup2(file.fileno(), 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            status = ceu_rl([str(word) for word in arguments])
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+        self.process = multiprocessing.get_context("fork").Process(target=self.run, args=(arguments, mark))
+        self.process.start()
 
-    def poll(self):
-        """The exit status, negative for a signal, or None while it runs."""
-        if self.pid:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if not pid:
-                return None
-            self.pid, self.status = 0, os.waitstatus_to_exitcode(status)
-        return self.status
+    def run(self, arguments, mark):
+        os.setsid()
+        os.environ[MARK] = mark
+        with open(self.log, "a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        sys.exit(ceu_rl([str(word) for word in arguments]))
 
     def wait(self, until=lambda: False, limit=1800):
+        """The exit status, negative for a signal, or None where `until` came first."""
         end = time.monotonic() + limit
-        while self.poll() is None and not until():
+        while self.process.exitcode is None and not until():
             assert time.monotonic() < end, f"{self.log} did not end within {limit} s"
             time.sleep(0.001)
-        return self.poll()
+        return self.process.exitcode
 
-    def kill(self, number=signal.SIGKILL):
-        if self.poll() is None:
-            os.killpg(self.pid, number)
+    def kill(self):
+        if self.process.exitcode is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
         return self.wait()
 
 
@@ -256,11 +231,10 @@ def main(words=None):
     args = parser.parse_args(words)
     args.folder.mkdir(parents=True, exist_ok=True)
     if not (args.folder / "model").exists():
-        maker = os.fork()  # what it starts would be in the way of later forks
-        if not maker:
-            make(args.folder)
-            os._exit(0)
-        assert os.waitpid(maker, 0)[1] == 0
+        maker = multiprocessing.get_context("fork").Process(target=make, args=(args.folder,))
+        maker.start()  # in a process of its own: what it starts would be in the way of later forks
+        maker.join()
+        assert maker.exitcode == 0
     for module in ("dpo", "run.run", "unlearn", *(["grpo"] if "grpo" in args.methods else [])):
         importlib.import_module(f"ceu_rl.{module}")  # once, before the forks
     found, failures = {}, 0
