@@ -46,8 +46,7 @@ class CEUGRPOConfig(DescentConfig, GRPOConfig):
         if steps > 1 and (not self.use_vllm or self.vllm_enable_sleep_mode):
             raise ValueError(
                 f"weight_sync_steps is {steps} with use_vllm {self.use_vllm} and vllm_enable_sleep_mode "
-                f"{self.vllm_enable_sleep_mode}; only an engine that keeps its weights can be behind: set True and "
-                "False, or leave weight_sync_steps out."
+                f"{self.vllm_enable_sleep_mode}; set True and False, or leave weight_sync_steps out."
             )
         if self.bdpo_lambda is not None:
             raise ValueError(f"bdpo_lambda is {self.bdpo_lambda}, and sequence_ratio is TOPR in GRPO; leave it out.")
@@ -117,8 +116,7 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
         if config.needs_anchor and not self._knows_behaviour(given):
             raise ValueError(
                 f"descent_rule {config.descent_rule!r} measures a token against what generated it, and these rollouts "
-                "are as new as the policy, so every weight would be 1; set use_vllm to True, raise "
-                "steps_per_generation, or choose another rule."
+                "are the policy's own; set use_vllm to True, raise steps_per_generation, or choose another rule."
             )
         if config.needs_anchor and config.cuts_distribution:
             note(
@@ -131,16 +129,14 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
             return
         if adapts and (is_asked_for("FSDP") or config.fsdp_plugin_args is not None):
             raise ValueError(
-                "use_vllm is True with an adapter under FSDP, which was never tested; leave out one of use_vllm, "
-                "use_peft and FSDP (recipes/accelerate/ddp.yaml)."
+                "use_vllm is True with an adapter under FSDP, which is not tested; leave out one of the three."
             )
 
     def _check_rows(self, dataset: Any, name: str, given: dict[str, Any]) -> Any:
         """The layout check; an environment's `reset` may give the prompts or their words, which TRL then judges."""
         if name == "train" and "completions" in (getattr(dataset, "column_names", None) or ()):
             raise ValueError(
-                "The train dataset brings 'completions', and this trainer generates its own; use "
-                "ceu_rl.OfflineGRPOTrainer, or remove the column."
+                "The train dataset brings 'completions'; use ceu_rl.OfflineGRPOTrainer, or remove the column."
             )
         return dataset if given.get("environment_factory") else check_layout(dataset, name, "prompt")
 
@@ -169,8 +165,7 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
             anchor = log_probs
         if anchor.shape != log_probs.shape:
             raise RolloutError(
-                f"The log-probabilities of the rollouts have shape {tuple(anchor.shape)}, and their tokens "
-                f"{tuple(log_probs.shape)}; give one for each token."
+                f"The rollouts have log-probabilities of shape {tuple(anchor.shape)}; give {tuple(log_probs.shape)}."
             )
         policy.anchor = anchor
         if self.args.is_anchored:

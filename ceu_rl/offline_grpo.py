@@ -135,8 +135,7 @@ class OfflineGRPOTrainer(CEUGRPOTrainer):
             found.append([tokens[:longest] for tokens in answers])
         if cut:
             note(
-                f"{cut} of the {sum(map(len, found))} completions of the {name} dataset are cut at {longest} tokens "
-                "(max_completion_length); their rewards were given to the whole."
+                f"{name} dataset: {cut} of {sum(map(len, found))} completions cut at max_completion_length ({longest})."
             )
         return dataset.remove_columns(column).add_column(column, found)
 
@@ -157,8 +156,7 @@ class OfflineGRPOTrainer(CEUGRPOTrainer):
         )["input_ids"]
         if whole[: len(prompt_ids)] != prompt_ids:
             raise ValueError(
-                "The chat template writes the prompt differently once there is an answer, so the tokens of logged "
-                f"completions are not known; give them as token ids (prompt: {prompt!s:.80})."
+                f"The chat template changes the prompt {prompt!s:.40} before an answer; give completions as token ids."
             )
         ids = whole[len(prompt_ids) :]
         ends = [place for place, token in enumerate(ids) if token in self.eos_token_ids]
@@ -179,12 +177,11 @@ def _check_offline(given: dict[str, Any]) -> None:
             raise ValueError(f"{name} is given, and the train dataset brings its completions; leave one of them out.")
     if "completions" not in columns:
         raise ValueError(
-            f"The train dataset has no column 'completions' among {sorted(columns)}; add them, or use CEUGRPOTrainer."
+            f"The train dataset has no 'completions' among {sorted(columns)}; add it, or use CEUGRPOTrainer."
         )
     if config.off_policy_mask_threshold is not None and "log_probs" not in columns:
         raise ValueError(
-            f"off_policy_mask_threshold is {config.off_policy_mask_threshold}, and the train dataset has no "
-            "'log_probs', without which it is not known how far the policy has moved; add them, or leave it out."
+            f"off_policy_mask_threshold is {config.off_policy_mask_threshold}, and there are no 'log_probs'; add them."
         )
 
 
@@ -210,7 +207,7 @@ def _take_logged(dataset: Any, name: str, generations: int) -> Any:
             if not isinstance(cells, list) or len(cells) != generations:
                 count = len(cells) if isinstance(cells, list) else f"{cells!r:.80} as"
                 raise ValueError(
-                    f"{where} {count} {column!r} for {generations} completions (num_generations); give one for each."
+                    f"{where} {count} {column!r} for {generations} completions (num_generations); give as many."
                 )
             for place, cell in enumerate(cells):
                 for value in cell if column == "log_probs" and isinstance(cell, list) else [cell]:

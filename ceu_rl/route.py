@@ -41,8 +41,7 @@ from .run.errors import import_function
 SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
 if trl.__version__ not in SUPPORTED_TRL:
     raise ImportError(
-        f"trl is {trl.__version__}, and its fused LM head is not a stable interface; install a tested version: "
-        f"pip install 'trl{SUPPORTED_TRL}'."
+        f"trl is {trl.__version__}, whose fused LM head was not tested; pip install 'trl{SUPPORTED_TRL}'."
     )
 CITATION = textwrap.dedent("""\
     @article{yang2025ceu,
@@ -104,9 +103,7 @@ def descent_rule(name: str = "ceu", **parameters: float | None) -> Weight:
     given = {key: value for key, value in parameters.items() if value is not None}
     own = "." in name
     if name not in RULES and not own:
-        raise ValueError(
-            f"descent_rule is {name!r}; use one of {', '.join(RULES)}, or the dotted path of a function of your own."
-        )
+        raise ValueError(f"descent_rule is {name!r}; use {', '.join(RULES)}, or the dotted path of a function.")
     reads = {} if own else RULES[name].parameters
     for key, value in given.items():
         if key not in reads:
@@ -133,8 +130,7 @@ def _on_descending(
     rule = RULES[name]
     if anchor is None and rule.anchored:
         raise ValueError(
-            f"descent_rule {name!r} measures each token against an anchor, and this trainer knows none; use ceu, "
-            "constant or gate."
+            f"descent_rule {name!r} needs an anchor, and this trainer knows none; use ceu, constant or gate."
         )
     return torch.where(descending, rule.weight(log_probs, anchor, mask, *parameters), 1.0)
 
@@ -248,8 +244,7 @@ def route_descent(model: PreTrainedModel, weight: Weight | None = None, coef: fl
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if "fused_lm_head" not in inspect.signature(base.forward, follow_wrapped=False).parameters:
         raise ValueError(
-            f"{type(base).__name__}.forward takes no fused_lm_head, so there are no log-probabilities to route; "
-            "call trl.trainer.utils.add_fused_lm_head(model) first, as TRL's trainers do."
+            f"{type(base).__name__}.forward takes no fused_lm_head; call trl.trainer.utils.add_fused_lm_head(model)."
         )
     for module in model.modules():
         for key, earlier in list(module._forward_hooks.items()):

@@ -285,7 +285,7 @@ class TestWhatWasAskedFor:
 
     def test_processes_that_would_each_train_alone_are_refused(self):
         self.set("WORLD_SIZE", "2")
-        with pytest.raises(ValueError, match="2 processes were started and each would train alone, into one folder"):
+        with pytest.raises(ValueError, match="2 processes were started and each would train alone"):
             engines.check_processes(started(1))
         engines.check_processes(started(2))
 

@@ -84,7 +84,7 @@ def test_a_log_is_a_run(recipe, tmp_path, at_step, capsys):
     assert "ceu-rl dpo: error: [Errno 28] No space left on device: 'metrics.jsonl'" in err and "Traceback" not in err
     before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
     assert main(["dpo", "--config", config]) == 2
-    assert "holds an earlier run (metrics.jsonl); choose another, or move it away." in capsys.readouterr().err
+    assert "holds an earlier run (metrics.jsonl); choose another." in capsys.readouterr().err
     assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before
 
 
@@ -358,7 +358,7 @@ def test_input_of_every_kind_ends_in_one_sentence(recipe, base, tmp_path, capsys
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("adapter_config.json", b"{}", "is an adapter and no whole model; merge it into its base first"),
+        ("adapter_config.json", b"{}", "is an adapter; merge it into its base first"),
         ("model.safetensors", b"damaged", "error: "),
     ],
 )

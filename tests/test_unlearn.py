@@ -446,5 +446,5 @@ class TestBadInput:
         with torch.no_grad():
             model.lm_head.weight[5] = float("nan")
         trainer = make_trainer(method, model=model)
-        with pytest.raises(FloatingPointError, match=r"Step 1 met a non-finite loss \(nan\).*Its rows: '"):
+        with pytest.raises(FloatingPointError, match=r"Step 1 met a non-finite loss .*nan"):
             trainer.train()

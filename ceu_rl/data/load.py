@@ -77,9 +77,7 @@ def load(method: str, script: Any, evaluates: bool) -> tuple[dict[str, Any], Any
         return {role: _split(splits, one, role) for role, one in sets.items()}, None
     if is_tofu(name):
         if config is None:
-            raise ValueError(
-                f"dataset_config is missing; give a config of {name}, such as full, or several joined by +."
-            )
+            raise ValueError(f"dataset_config is missing; give a config of {name}, such as full, or several as a+b.")
         parts = [load_tofu(name, one) for one in config.split("+")]
         columns = ["question", "answer"] if all(map(has_questions, parts)) else ["text"]
         parts = [part.select_columns(columns) for part in parts]
@@ -93,17 +91,13 @@ def load(method: str, script: Any, evaluates: bool) -> tuple[dict[str, Any], Any
     train = _split(dataset, script.dataset_train_split, "dataset_train_split")
     if share is not None:
         if not isinstance(train, Dataset):
-            raise ValueError(
-                f"dataset_test_split is {script.dataset_test_split}, and a streamed dataset cannot be parted; name a "
-                "split."
-            )
+            raise ValueError(f"dataset_test_split is {share}, and a streamed dataset cannot be parted; name a split.")
         test = _test_rows(train, share) if 0 < round(share * len(train)) < len(train) else []
         taken = set(test)
         rest = [index for index in range(len(train)) if index not in taken]
         if not test or not rest:
             raise ValueError(
-                f"dataset_test_split is {script.dataset_test_split}, which leaves a part of the {len(train)} rows "
-                "empty (rows with the same prompt stay together); choose another share."
+                f"dataset_test_split is {share}, which leaves a part of the {len(train)} rows empty; choose another."
             )
         return {"train": train.select(rest), **({"eval": train.select(test)} if evaluates else {})}, task
     datasets = {"train": train}
@@ -183,9 +177,7 @@ def _cells(path: Path, separator: str) -> dict[str, Any]:
         next(lines, None)
         first = next(lines, [])
     if len(first) > len(header):  # pandas takes the first ones for an index, and shifts the others
-        raise ValueError(
-            f"row 0 has {len(first)} fields and the header {len(header)}, so quote texts that have a separator"
-        )
+        raise ValueError(f"row 0 has {len(first)} fields and the header {len(header)}, so quote texts with separators")
     features = Features({name: Value("string") for name in header})
     return {"sep": separator, "features": features, "keep_default_na": False, "na_values": [""]}
 
@@ -196,9 +188,7 @@ def _json_rows(paths: Sequence[str], encoding: str) -> Iterator[dict[str, Any]]:
         try:
             text = Path(path).read_bytes().decode("utf-8-sig" if encoding == "utf-8" else encoding)
         except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8."
-            ) from error
+            raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); convert it.") from error
         is_array = text.lstrip().startswith("[")
         for number, line in enumerate([text] if is_array else text.split("\n"), 1):
             if not line.strip():
@@ -277,7 +267,5 @@ def _test_rows(dataset: Dataset, share: float) -> list[int]:
 def _split(dataset: Any, split: str, field: str) -> Any:
     if split not in dataset:
         share = ", or a share of the train split such as 0.1" if field == "dataset_test_split" else ""
-        raise ValueError(
-            f"{field} is {split!r}, and the dataset has {sorted(map(str, dataset))}; name one of these{share}."
-        )
+        raise ValueError(f"{field} is {split!r}, and the dataset has {sorted(map(str, dataset))}; name one{share}.")
     return dataset[split]

@@ -87,14 +87,12 @@ class PromptFormat:
         if template != "chat":
             if template != "question_answer" and not template.partition("{question}")[2].count("{answer}") == 1:
                 raise ValueError(
-                    f"template is {template!r}; use 'chat', 'question_answer', or a text with {{question}} and then "
-                    "{answer}."
+                    f"template is {template!r}; use chat, question_answer, or a text with {{question}} and {{answer}}."
                 )
             for name in ("system_prompt", "chat_template_kwargs"):
                 if getattr(self, name) is not None:
                     raise ValueError(
-                        f"{name} is {getattr(self, name)!r} and template {template!r}, which has none; write it into "
-                        "the template, or use 'chat'."
+                        f"{name} is {getattr(self, name)!r}, and template {template!r} has none; use chat."
                     )
             return settled
         if not tokenizer.chat_template:
@@ -102,16 +100,13 @@ class PromptFormat:
         try:
             settled.texts(tokenizer, *SAMPLE)
         except TemplateError as error:
-            raise ValueError(
-                f"The tokenizer's chat template refuses the prompt ({error}); change system_prompt "
-                f"({self.system_prompt!r}) or chat_template_kwargs ({self.chat_template_kwargs!r})."
-            ) from error
+            raise ValueError(f"The tokenizer's chat template refuses the prompt ({error}); change {self}.") from error
         try:  # without the function that gives a template the date
             settled.texts(tokenizer, *SAMPLE, strftime_now="")
         except TypeError as error:
             raise ValueError(
-                "The tokenizer's chat template writes today's date, so that results would change from day to day; pin "
-                'it, as in chat_template_kwargs \'{"date_string": "10 Apr 2025"}\', or in a template of its own.'
+                "The tokenizer's chat template writes today's date; pin it, as in chat_template_kwargs "
+                '\'{"date_string": "10 Apr 2025"}\', so that results do not change from day to day.'
             ) from error
         return settled
 

@@ -120,9 +120,7 @@ class _Judge:
         made = {column: new[column] for column in judged}
         if self.chats not in (None, _is_chat(made)):
             now, first = ("text", "messages") if self.chats else ("messages", "text")
-            raise ValueError(
-                f"{where} is {now}, and row 0 is {first}, by which TRL reads all; make them one or the other."
-            )
+            raise ValueError(f"{where} is {now}, and row 0 is {first}, by which TRL reads all; make them alike.")
         return made
 
     def changes(self, row: Mapping[str, Any], index: int) -> dict[str, bool]:
@@ -154,8 +152,7 @@ def check_dataset(dataset: Any, name: str, kind: Kind, text_field: str = "text")
     """Its columns; a ValueError unless it is a dataset with rows and the columns needed."""
     if not isinstance(dataset, Rows):
         raise ValueError(
-            f"The {name} dataset is a {type(dataset).__name__} ({_short(dataset)}); give one datasets.Dataset, such as "
-            "load_dataset gives of a name and a split."
+            f"The {name} dataset is a {type(dataset).__name__} ({_short(dataset)}); give one datasets.Dataset."
         )
     columns = _columns(dataset, name)
     _check_columns(columns, name, kind, text_field)
@@ -205,13 +202,11 @@ def check_prepared(prepared: Rows, dataset: Rows, name: str, args: Any) -> None:
         return
     if len(prepared) == 0:
         raise ValueError(
-            f"Every prompt of the {name} dataset has max_length ({args.max_length}) tokens or more, which leaves no "
-            "completion to learn from; raise max_length."
+            f"Every prompt of the {name} dataset has max_length ({args.max_length}) tokens or more; raise max_length."
         )
     if dropped := len(dataset) - len(prepared):
         note(
-            f"The {name} dataset has {len(dataset)} rows: {dropped} dropped, whose prompt fills max_length "
-            f"({args.max_length})."
+            f"{name} dataset: {dropped} of {len(dataset)} rows dropped: the prompt fills max_length ({args.max_length})."
         )
 
 
@@ -245,8 +240,8 @@ def leave_ties_out(prepared: Any, dataset: Any, name: str, args: Any, leaves_out
         return prepared
     if ties == len(prepared):
         raise ValueError(
-            f"In each of the {ties} pairs of the {name} dataset the two answers are the same, with what max_length "
-            f"({args.max_length}) leaves of them; give answers that differ, or raise max_length."
+            f"The two answers are the same in each of the {ties} pairs of the {name} dataset, as cut at max_length "
+            f"({args.max_length}); give answers that differ, or raise max_length."
         )
     return prepared.select([number for number, tie in enumerate(found["tie"]) if not tie])
 
@@ -336,8 +331,7 @@ def _check_unread(row: Mapping[str, Any], judged: Sequence[str], others: Sequenc
     for column in others:
         if any(_squeezed(text) not in read for text in _leaves(row[column])):
             raise ValueError(
-                f"{where} has {column!r} ({_short(row[column])}), which is in neither prompt nor answer; put it into "
-                "'prompt', or remove the column."
+                f"{where} has {column!r} ({_short(row[column])}), which is in neither prompt nor answer; move it there."
             )
 
 

@@ -85,13 +85,12 @@ def check_language_model(model: Any, trust_remote_code: bool = False) -> None:
         config, kind = getattr(base, "config", None), type(base)
     if config is None or not issubclass(kind, GenerationMixin) or config.is_encoder_decoder:
         raise ValueError(
-            f"{kind.__name__} is not a decoder with a language-model head, so TRL's fused head cannot give its token "
-            "log-probabilities; use a causal language model (AutoModelForCausalLM)."
+            f"{kind.__name__} is not a decoder with a language-model head; use one of AutoModelForCausalLM."
         )
     if isinstance(model, PeftModel) and isinstance(model.get_output_embeddings(), TrainableTokensWrapper):
         raise ValueError(
-            "trainable_token_indices changes the model's head, by its name or by tied weights, which TRL's fused head "
-            "does not see; leave it out, or train the embeddings whole with modules_to_save."
+            "trainable_token_indices changes the model's head (or tied weights), which TRL's fused head does not see; "
+            "leave it out, or train the embeddings whole with modules_to_save."
         )
 
 

@@ -45,10 +45,7 @@ def check_processes(args: Any) -> None:
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > args.world_size:
-        raise ValueError(
-            f"{started} processes were started and each would train alone, into one folder; on a CPU set use_cpu to "
-            "true."
-        )
+        raise ValueError(f"{started} processes were started and each would train alone; on a CPU set use_cpu to true.")
     if args.n_gpu > 1 and "device_map" not in (args.model_init_kwargs or {}):
         raise ValueError(
             f"{args.n_gpu} GPUs are visible and one process was started, which trains on one; choose it with "

@@ -55,9 +55,7 @@ def copy_recipes(name: str, destination: Path) -> list[Path]:
         found = sorted(path for path in source.rglob("*") if path.is_file())
     if not found or not source.is_relative_to(root):
         folders = sorted({str(Path(each).parent) for each, _, _ in list_recipes()})
-        raise ValueError(
-            f"There is no recipe {name}; use one that ceu-rl recipes lists, or one of {', '.join(folders)}."
-        )
+        raise ValueError(f"There is no recipe {name}; use one that ceu-rl recipes lists, or {', '.join(folders)}.")
     pairs = [(path, destination / path.relative_to(root)) for path in found]
     for path, target in pairs:
         if target.exists() and target.read_bytes() != path.read_bytes():

@@ -137,8 +137,7 @@ def _finish(method: str, trainer: Any, args: Any, script: Any, record: Mapping[s
     step, log = trainer.state.global_step, trainer.state.log_history
     if step == 0:
         raise ValueError(
-            "No step was trained, so there is no model to save: the dataset has too few rows for one batch, or "
-            "max_steps and num_train_epochs ask for none."
+            "No step was trained: the dataset has too few rows for one batch; give more, or make batches smaller."
         )
     save_whole(trainer.accelerator)
     trainer.save_model(args.output_dir)
@@ -150,8 +149,7 @@ def _finish(method: str, trainer: Any, args: Any, script: Any, record: Mapping[s
     final = {key: value for entry in log if entry["step"] == step for key, value in entry.items()}
     if not math.isfinite(final.get("eval_loss", 0.0)):
         raise FloatingPointError(
-            f"The evaluation after step {step} met a non-finite loss ({final['eval_loss']}), so that the model in "
-            f"{args.output_dir} is of no use; start again with a lower learning_rate."
+            f"The evaluation after step {step} met a non-finite loss ({final['eval_loss']}); lower learning_rate."
         )
     result = {
         **record,
@@ -193,15 +191,12 @@ def _check_names(arguments: Mapping[str, Any], argv: Sequence[str]) -> None:
     if "output_dir" in arguments and not str(arguments["output_dir"] or "").strip():
         raise ValueError(f"output_dir is {arguments['output_dir']!r}; give a folder.")
     if not arguments.get("dataset_name"):
-        raise ValueError(
-            "dataset_name is missing; give a Hub name, a folder, a file, or a task such as builtin:addition."
-        )
+        raise ValueError("dataset_name is missing; give a Hub name, a folder, a file, or a task (builtin:addition).")
     recipe = next((Path(word) for word in argv if Path(word).suffix in (".yaml", ".yml")), None)
     check_model_name(name, recipe)
     if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").is_file():
         raise ValueError(
-            f"model_name_or_path {name} is an adapter and no whole model; merge it into its base first, with peft's "
-            "merge_and_unload, and save that with its tokenizer."
+            f"model_name_or_path {name} is an adapter; merge it into its base first, with peft's merge_and_unload."
         )
     if reward := arguments.get("reward_model_name_or_path"):
         check_model_name(reward, recipe, "reward_model_name_or_path")
@@ -225,9 +220,7 @@ def _hold_folder(args: Any) -> AbstractContextManager[Any]:
     try:
         return FileLock(folder / LOCK).acquire(blocking=False)
     except Timeout:
-        raise ValueError(
-            f"output_dir {folder} is in use by another run; wait for its end, or choose another."
-        ) from None
+        raise ValueError(f"output_dir {folder} is in use by another run; wait for its end.") from None
 
 
 class NothingLeft(Exception):
@@ -243,23 +236,16 @@ def _resume_from(method: str, args: Any, record: Mapping[str, Any]) -> str | Non
             return str(checkpoints[-1])
         result = json.loads((folder / RESULT).read_text()) if is_json(folder / RESULT) else None
         if result and not differences({"settings": moving(with_defaults(method, result["settings"]))}, record):
-            raise NothingLeft(f"nothing is left of this run of {result['steps']} steps; {folder} is as it was.")
-        raise ValueError(
-            f"There is no checkpoint in {folder} to resume; move away what it holds, and leave resume_from_checkpoint "
-            "out."
-        )
+            raise NothingLeft(f"nothing is left of this run of {result['steps']} steps in {folder}.")
+        raise ValueError(f"There is no checkpoint in {folder} to resume; leave resume_from_checkpoint out.")
     if str(checkpoint).lower() in ("none", "false"):
         checkpoint = None
     elif not is_json(Path(str(checkpoint), TRAINER_STATE_NAME)):
-        raise ValueError(
-            f"resume_from_checkpoint {checkpoint} is no whole checkpoint; name a checkpoint-N folder, or true."
-        )
+        raise ValueError(f"resume_from_checkpoint {checkpoint} is no whole checkpoint; name a checkpoint-N, or true.")
     if checkpoint is None or Path(checkpoint).resolve().parent != folder.resolve():
         if saved := traces(folder):
             way = ", or continue it with --resume_from_checkpoint true" if checkpoints else ""
-            raise ValueError(
-                f"output_dir {folder} holds an earlier run ({saved[0].name}); choose another, or move it away{way}."
-            )
+            raise ValueError(f"output_dir {folder} holds an earlier run ({saved[0].name}); choose another{way}.")
     return checkpoint
 
 
@@ -307,9 +293,7 @@ class _Course(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Without a result it was stopped while it saved the model
         if state.global_step >= state.max_steps and is_json(Path(args.output_dir, RESULT)):
-            raise NothingLeft(
-                f"nothing is left of this run of {state.max_steps} steps; {args.output_dir} is as it was."
-            )
+            raise NothingLeft(f"nothing is left of this run of {state.max_steps} steps in {args.output_dir}.")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.boundary.failure = 1
@@ -352,8 +336,7 @@ def _build_trainer(
     template = getattr(args, "chat_template_path", None)
     if template and asks:  # which TRL would set after the questions were put into the old one
         raise ValueError(
-            f"chat_template_path is {template!r}, and rows of question and answer are asked in the template of the "
-            "model; leave it out, or start from a model that has the template."
+            f"chat_template_path is {template!r}, and questions are asked in the template of the model; leave it out."
         )
     given = _name_model(method, script, args, model_config, asks, next(iter(datasets.values())))
     prompt, form = None, PromptFormat(chat_template_kwargs=getattr(args, "chat_template_kwargs", None))
