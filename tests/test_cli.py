@@ -91,7 +91,7 @@ def test_sft_and_dpo_on_the_builtin_task(tmp_path):
         (
             [{"prompt": "1" * n, "completion": "2"} for n in (2, 40)],
             0,
-            "1 of 2 rows dropped: the prompt fills max_length (20)",
+            "1 of 2 rows dropped: prompt fills max_length (20)",
         ),
         ([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}], 0, ""),
     ],

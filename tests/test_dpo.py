@@ -316,7 +316,7 @@ def test_pairs_whose_answers_are_the_same_are_left_out_and_counted(make_trainer,
     with caplog.at_level("INFO", "ceu_rl"):
         trainer = make_trainer(CEUDPOTrainer, train_dataset=Dataset.from_list(rows), max_length=20)
     assert [row["chosen"].rstrip("<|eos>") for row in trainer.train_dataset] == ["3", "5" * 30]
-    assert "1 of 5 rows dropped: the prompt fills max_length (20)" in caplog.text
+    assert "1 of 5 rows dropped: prompt fills max_length (20)" in caplog.text
     assert "3 answers cut at max_length (20); 2 pairs left out" in caplog.text
     stream = make_trainer(
         CEUDPOTrainer, train_dataset=IterableDataset.from_generator(lambda: iter(rows)), max_length=20

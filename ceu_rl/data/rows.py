@@ -205,9 +205,7 @@ def check_prepared(prepared: Rows, dataset: Rows, name: str, args: Any) -> None:
             f"Every prompt of the {name} dataset has max_length ({args.max_length}) tokens or more; raise max_length."
         )
     if dropped := len(dataset) - len(prepared):
-        note(
-            f"{name} dataset: {dropped} of {len(dataset)} rows dropped: the prompt fills max_length ({args.max_length})."
-        )
+        note(f"{name} dataset: {dropped} of {len(dataset)} rows dropped: prompt fills max_length ({args.max_length}).")
 
 
 def leave_ties_out(prepared: Any, dataset: Any, name: str, args: Any, leaves_out: bool) -> Any:
