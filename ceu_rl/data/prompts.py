@@ -162,23 +162,14 @@ class PromptFormat:
 
 def recorded_format(model: str | Path) -> PromptFormat | None:
     """The prompt that `result.json` in a model's folder says that it was trained with, if it says so."""
-    found = recorded_run(model).get("prompt")
-    return found and PromptFormat(found["template"], found["system_prompt"], found["chat_template_kwargs"])
-
-
-def recorded_run(model: str | Path) -> dict[str, Any]:
-    """What `result.json` in a model's folder says; nothing where there is none.
-
-    Raises:
-        ValueError: for a result that is cut short.
-    """
     path = Path(model, "result.json")
     if not path.is_file():
-        return {}
+        return None
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8")).get("prompt")
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is cut short or no result ({error}); move it away.") from error
+    return found and PromptFormat(found["template"], found["system_prompt"], found["chat_template_kwargs"])
 
 
 def prompt_ids(tokenizer: Any, text: str) -> list[int]:

@@ -132,8 +132,7 @@ class WholeCheckpoints:
     What is saved names the model that it was made from, and no path of a cache.
 
     Raises:
-        ValueError: for a checkpoint of another kind of engine, without the state of its optimizer, or that cannot be
-            read.
+        ValueError: for a checkpoint of another kind of engine, or without the state of its optimizer.
     """
 
     run_record: Mapping[str, Any] | None = None  # what `run.json` of a checkpoint says
@@ -183,20 +182,11 @@ class WholeCheckpoints:
             write_json(Path(output_dir, RUN_NAME), self.run_record)
         self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        with _reading(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _reading(checkpoint):
-            super()._load_rng_state(checkpoint)  # type: ignore[misc]
-
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         check_resumes(checkpoint, self.accelerator.distributed_type)  # type: ignore[attr-defined]
-        with _reading(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
 
 
 def mend_generation_config(model: Any) -> None:
@@ -214,7 +204,3 @@ def mend_generation_config(model: Any) -> None:
         with NameCause("Saving the model's generation config", "mend its generation_config.json, or delete it."):
             config.validate(strict=True)
         note(f"The model is saved without {shown} of its generation config, which generation without samples ignores.")
-
-
-def _reading(checkpoint: str | None) -> NameCause:
-    return NameCause(f"Reading the checkpoint {checkpoint}", "name an earlier one with resume_from_checkpoint.")

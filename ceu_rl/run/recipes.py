@@ -9,6 +9,7 @@ With the default DEST the command in the header of each recipe holds as it stand
 """
 
 import argparse
+import filecmp
 import itertools
 import re
 import shutil
@@ -56,15 +57,14 @@ def copy_recipes(name: str, destination: Path) -> list[Path]:
     if not found or not source.is_relative_to(root):
         folders = sorted({str(Path(each).parent) for each, _, _ in list_recipes()})
         raise ValueError(f"There is no recipe {name}; use one that ceu-rl recipes lists, or {', '.join(folders)}.")
-    pairs = [(path, destination / path.relative_to(root)) for path in found]
-    for path, target in pairs:
-        if target.exists() and target.read_bytes() != path.read_bytes():
+    copies = {path: destination / path.relative_to(root) for path in found}
+    for path, target in copies.items():
+        if target.exists() and not filecmp.cmp(path, target, shallow=False):
             raise FileExistsError(f"{target} is there and differs; move it away, or give another destination.")
-    for path, target in pairs:
+    for path, target in copies.items():
         target.parent.mkdir(parents=True, exist_ok=True)
-        if not target.exists():
-            shutil.copyfile(path, target)
-    return [target for _, target in pairs]
+        shutil.copyfile(path, target)
+    return list(copies.values())
 
 
 def main(argv: Sequence[str]) -> int:

@@ -111,6 +111,8 @@ def _run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
         note_batch(args)
         if method == "grpo":
             end.callback(trainer.close)  # vLLM's groups of processes go before torch's
+        if checkpoint is not None:
+            boundary.remedy = f"It was reading {checkpoint}: name an earlier one with resume_from_checkpoint."
         try:
             with _Course(trainer, boundary) as course:
                 trainer.train(resume_from_checkpoint=checkpoint)
@@ -296,7 +298,8 @@ class _Course(TrainerCallback):
             raise NothingLeft(f"nothing is left of this run of {state.max_steps} steps in {args.output_dir}.")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.boundary.failure = 1
+        if self.boundary.failure != 1:
+            self.boundary.failure, self.boundary.remedy = 1, ""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.accelerator.num_processes > 1:
