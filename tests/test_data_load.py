@@ -122,20 +122,17 @@ def test_a_dataset_in_trls_own_layout_is_not_copied():
     [
         *[
             ("preference", {**TEXT, name: "Be brief."}, f"has '{name}'")
-            for name in ("question", "input", "context", "history")
+            for name in ("question", "system_message", "context")
         ],
         ("preference", {**CHAT, "messages": [{**USER, "content": "5+5="}, SAID]}, "'messages'"),
         ("preference", {**CHAT, "history": [["Hi.", "Hello."]]}, "'history'"),
         *[("preference", {**row, "system": "Add."}, "'system'") for row in (TEXT, CHAT, WHOLE)],
         ("sft", {"system_prompt": "Add.", "messages": [USER, SAID]}, "'system_prompt'"),
         ("prompt", {"system": "Add.", "prompt": [USER]}, "'system'"),
-        ("preference", {"system": "Add.", "chosen": "ab", "rejected": "ac"}, "'system'"),
-        ("preference", {"question": "", **TEXTS}, "'question'"),
         ("preference", {"question": 3, **TEXTS}, "'question'"),
         ("preference", {"instruction": "1", "input": "+2", **TEXTS}, "'input'"),
         ("preference", {"question": "a", "query": "b", **TEXTS}, "'query'"),
         ("preference", {**CHAT, "system": "Subtract.", "prompt": [SYSTEM, USER]}, "'system'"),
-        ("preference", {"problem": "What is 1+2?", "chosen": "It is 3", "rejected": "It is 4"}, "'problem'"),
         ("preference", {"problem": "What is 1+2?", **ANSWERS}, "'problem'"),
         ("preference", {"题目": "法国的首都是哪里", "chosen": "首都是巴黎", "rejected": "首都是伦敦"}, "'题目'"),
         (
@@ -143,15 +140,11 @@ def test_a_dataset_in_trls_own_layout_is_not_copied():
             {"turns": [{**USER, "content": "What is 1+2?"}], "chosen": "It is 3", "rejected": "4"},
             "'turns'",
         ),
-        *[("preference", {**TEXT, name: "Of old."}, f"'{name}'") for name in ("document", "passage", "conversation")],
-        ("preference", {**TEXT, "system_message": "Add."}, "'system_message'"),
         ("sft", {"text": "a", "instruction": "Of old."}, "'instruction'"),
         ("sft", {"system": "Add.", "conversations": [{"from": "human", "value": "a"}]}, "'system'"),
         *(("sft", {"prompt": "b", **row}, "'prompt'") for row in ({"text": "a"}, {"messages": [USER, SAID]})),
-        ("sft", {"messages": [USER, SAID], "history": [["Hi.", "Hello."]]}, "'history'"),
         ("prompt", {"question": " "}, "'question'"),
         ("preference", {"prompt": "a", "choosen": "b", "rejected": "c"}, "no column 'chosen'.*rename 'choosen'"),
-        ("preference", {"question": "a", "answer": "b"}, r"no column 'chosen' among \['answer', 'question'\]"),
         ("sft", {"prompt": "a"}, "no column 'completion'"),
         ("sft", {"completion": "a"}, "no column 'prompt'"),
         ("sft", {"message": []}, "no column 'messages'.*rename 'message'"),
@@ -162,14 +155,9 @@ def test_a_dataset_in_trls_own_layout_is_not_copied():
             ("preference", {**CHAT, "chosen": [{**SAID, "content": content}]}, "has an empty 'chosen'")
             for content in (" ", None, [{"type": "text", "text": ""}])
         ],
-        ("sft", {"prompt": "a", "completion": ""}, "has an empty 'completion'"),
-        ("sft", {"messages": []}, "has an empty 'messages'"),
         ("sft", {"messages": [USER, {**SAID, "content": ""}]}, "has an empty 'messages'"),
         ("sft", {"text": None}, "has an empty 'text'"),
-        *[("prompt", {"prompt": value}, "has an empty 'prompt'") for value in ("", None, [])],
         ("preference", {**TEXT, "chosen": 3}, "has a int as 'chosen' .3.; make it text"),
-        ("preference", {**TEXT, "prompt": 3.5}, "has a float as 'prompt'"),
-        ("preference", {**TEXT, "chosen": SAID}, "has a dict as 'chosen'"),
         ("preference", {**TEXT, "chosen": ["3"]}, "has the item '3' in 'chosen'"),
         ("preference", {**CHAT, "chosen": [{"content": "3"}]}, "has a message without a role .* in 'chosen'"),
         ("preference", {**CHAT, "chosen": [{**SAID, "content": 3}]}, "has a content of type int in 'chosen'"),
@@ -236,12 +224,11 @@ def test_a_turn_that_says_something_in_another_field_is_not_empty(turn):
 
 
 def test_a_later_row_is_named_and_the_other_columns_stay():
-    rows = [{**TEXT, "n": n} for n in range(4)]
-    rows[2]["chosen"] = " "
-    with pytest.raises(ValueError, match="Row 2 of the eval dataset has an empty 'chosen'"):
-        check_layout(made(rows), "eval", "preference")
     chats = [{"prompt": "1+2=", **WHOLE, "n": n} for n in range(4)]
     assert check_layout(made(chats), "train", "preference")["n"] == [0, 1, 2, 3]
+    chats[2]["chosen"] = []
+    with pytest.raises(ValueError, match="Row 2 of the eval dataset has an empty 'chosen'"):
+        check_layout(made(chats), "eval", "preference")
 
 
 def test_what_tokenized_rows_tell(caplog):

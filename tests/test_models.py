@@ -8,10 +8,8 @@ import time
 
 import pytest
 import torch
-from jinja2 import TemplateError
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl.chat_template_utils import has_generation_markers, is_chat_template_stop_token_trained
 
 from ceu_rl import models
 from ceu_rl.models import build_bpe_tokenizer, build_model, build_tokenizer, end_token_ids, resolve_model
@@ -71,15 +69,6 @@ def test_the_prompt_is_a_prefix_in_text_and_tokens(tokenizer, preference):
             full = tokenizer.apply_chat_template(row["prompt"] + row["chosen"], **kwargs)
             assert full[: len(prompt)] == prompt
         assert tokenizer.decode(full[len(prompt) :]) == row["chosen"][0]["content"] + tokenizer.eos_token
-
-
-def test_the_assistant_mask_covers_the_answer_and_its_end(tokenizer):
-    assert has_generation_markers(tokenizer.chat_template)
-    assert is_chat_template_stop_token_trained(tokenizer)
-    chat = [*user("1+2="), {"role": "assistant", "content": "so 3"}]
-    out = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
-    masked = [i for i, mask in zip(out["input_ids"], out["assistant_masks"], strict=True) if mask]
-    assert tokenizer.decode(masked) == "so 3<|eos|>"
 
 
 TEXTS = ["The author was born in Oslo, and wrote poems.", "The author lives in Quito; she wrote novels."] * 20
@@ -143,11 +132,6 @@ def test_every_end_of_the_generation_config_ends_an_answer(tiny_model, tokenizer
     endless = build_tokenizer()
     endless.eos_token = None
     assert end_token_ids(tiny_model(), endless) == [2] and end_token_ids(None, endless) == []
-
-
-def test_a_role_that_the_template_cannot_write_is_refused_by_name(tokenizer):
-    with pytest.raises(TemplateError, match="Unknown role tool: use system, user or assistant"):
-        tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
 
 
 # SmolLM2
