@@ -17,6 +17,10 @@ install: .venv/installed
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
+# glibc keeps what a step on a CPU frees for the next step, which asks for the same
+export MALLOC_TRIM_THRESHOLD_ := 4294967296
+export MALLOC_MMAP_MAX_ := 0
+
 BASE := runs/addition/base
 
 $(BASE)/result.json: | install

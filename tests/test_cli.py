@@ -193,7 +193,6 @@ def test_a_checkpoint_that_is_cut_or_lacks_a_file_is_named_and_the_log_stays(rec
     [
         ({"dataset_test_split": "0.1"}, "dataset_test_split is given, which unlearning does not read"),
         ({"eval_facts": "builtin:authors"}, "scored at evaluations, and this run has none; use tofu-eval"),
-        ({"dataset_name": "reasoning_gym:chain_sum"}, "'reasoning_gym:chain_sum', a task"),
     ],
 )
 def test_unlearning_refuses_what_it_does_not_read(tmp_path, base, capsys, given, message):

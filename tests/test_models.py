@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from jinja2 import TemplateError
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -132,6 +133,11 @@ def test_every_end_of_the_generation_config_ends_an_answer(tiny_model, tokenizer
     endless = build_tokenizer()
     endless.eos_token = None
     assert end_token_ids(tiny_model(), endless) == [2] and end_token_ids(None, endless) == []
+
+
+def test_a_role_that_the_template_cannot_write_is_refused_by_name(tokenizer):
+    with pytest.raises(TemplateError, match="Unknown role tool: use system, user or assistant"):
+        tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
 
 
 # SmolLM2

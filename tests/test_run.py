@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -397,20 +396,6 @@ def test_a_fault_of_ours_keeps_its_traceback_and_says_where_to_report_it(recipe,
     monkeypatch.setenv("CEU_RL_TRACEBACK", "1")
     with pytest.raises(ValueError, match="max_steps"):
         main(["dpo", "--config", recipe(max_steps=2.5)])
-
-
-@pytest.mark.parametrize(("given", "kept"), [({}, True), ({"MALLOC_PERTURB_": "0"}, False)])
-def test_what_a_step_frees_is_kept_for_the_next_one(given, kept):
-    code = (
-        "import torch; from ceu_rl.run import run; run._keep_freed_memory();"
-        "pages = lambda: int(open('/proc/self/statm').read().split()[1]);"
-        "before = pages(); x = torch.ones(2**26); full = pages(); del x; print((pages() - before) / (full - before))"
-    )
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    printed = subprocess.run(
-        [sys.executable, "-c", code], env=environment | given, capture_output=True, text=True, check=True
-    ).stdout
-    assert (float(printed) > 0.9) == kept
 
 
 def test_the_result_is_that_of_the_model_that_was_kept(recipe, tmp_path):

@@ -68,8 +68,6 @@ def load(method: str, script: Any, evaluates: bool) -> tuple[dict[str, Any], Any
     if method == "unlearn":
         if _share(script.dataset_test_split) is not None:
             raise ValueError("dataset_test_split is given, which unlearning does not read; name forget and retain.")
-        if is_task(name) and not name.startswith("builtin:"):
-            raise ValueError(f"dataset_name is {name!r}, a task, which has nothing to forget; name other rows.")
         sets = {"forget": script.forget, **({"retain": script.retain} if script.retain else {})}
         if config is None and Path(name).suffix not in BUILDERS:
             return {role: load_tofu(name, one) for role, one in sets.items()}, None

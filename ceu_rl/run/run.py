@@ -3,11 +3,9 @@
 A run leaves the model in `output_dir`, its log in `metrics.jsonl`, and its result in `result.json`.
 """
 
-import ctypes
 import functools
 import json
 import math
-import os
 import pkgutil
 import shlex
 import signal
@@ -57,7 +55,6 @@ from .provenance import describe_run, environment, peak_memory, write_json
 from .retention import TEXTS, KeptScore, load_kept
 
 ASKING = ("sft", "dpo", "unlearn")  # methods that take rows of question and answer
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 RESULT, FAILURE = "result.json", "failure.json"
 LOCK = "_run.lock"  # the push to the Hub leaves out what begins with an underscore
 
@@ -79,7 +76,6 @@ def run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
 
 def _run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
     start, provenance = time.perf_counter(), environment()
-    _keep_freed_memory()
     arguments = read_arguments(method, argv)
     _check_names(arguments, argv)
     engines_on_cpu()
@@ -172,18 +168,6 @@ def _finish(method: str, trainer: Any, args: Any, script: Any, record: Mapping[s
         print(f"The model, metrics.jsonl and result.json are in {args.output_dir}.")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep what a step on a CPU frees for the next step, which asks for the same.
-
-    Nothing changes where an environment variable MALLOC_* says how to allocate, or the C library is another.
-    """
-    if torch.accelerator.is_available() or any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(M_TRIM_THRESHOLD, -1)  # never
-        mallopt(M_MMAP_MAX, 0)
 
 
 def _check_names(arguments: Mapping[str, Any], argv: Sequence[str]) -> None:

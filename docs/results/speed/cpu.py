@@ -25,19 +25,20 @@ from ceu_rl.run.provenance import environment, peak_memory_gib, write_json
 ROOT = Path(__file__).parents[3]
 RECIPES = ROOT / "recipes/dpo/smollm2-chain-sum"
 STEPS, ROUNDS = 5, 3
+KEEP = {"MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_MMAP_MAX_": "0"}  # for glibc
 ARMS = {  # recipe, what the command line adds, and the environment
-    "stock, the reference at every step": ("stock", ["--precompute_ref_log_probs", "false"], {}),
-    "CE-U, the reference at every step": ("ceu", ["--precompute_ref_log_probs", "false"], {}),
-    "stock, the reference's log-probabilities once": ("stock", [], {}),
+    "stock, the reference at every step": ("stock", ["--precompute_ref_log_probs", "false"], KEEP),
+    "CE-U, the reference at every step": ("ceu", ["--precompute_ref_log_probs", "false"], KEEP),
+    "stock, the reference's log-probabilities once": ("stock", [], KEEP),
     "stock, in bfloat16, the reference at every step": (
         "stock",
         ["--precompute_ref_log_probs", "false", "--bf16", "true"],
-        {},
+        KEEP,
     ),
     "stock, the reference at every step, freed memory given back": (
         "stock",
         ["--precompute_ref_log_probs", "false"],
-        {"MALLOC_PERTURB_": "0"},  # which says nothing to glibc, and to ceu_rl that it is to leave it alone
+        {},
     ),
 }
 
