@@ -128,16 +128,12 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
         if not config.use_vllm:
             return
         if adapts and (is_asked_for("FSDP") or config.fsdp_plugin_args is not None):
-            raise ValueError(
-                "use_vllm is True with an adapter under FSDP, which is not tested; leave out one of the three."
-            )
+            raise ValueError("use_vllm with an adapter under FSDP is not tested; leave one of the three out.")
 
     def _check_rows(self, dataset: Any, name: str, given: dict[str, Any]) -> Any:
         """The layout check; an environment's `reset` may give the prompts or their words, which TRL then judges."""
         if name == "train" and "completions" in (getattr(dataset, "column_names", None) or ()):
-            raise ValueError(
-                "The train dataset brings 'completions'; use ceu_rl.OfflineGRPOTrainer, or remove the column."
-            )
+            raise ValueError("The train dataset has 'completions'; use OfflineGRPOTrainer, or remove the column.")
         return dataset if given.get("environment_factory") else check_layout(dataset, name, "prompt")
 
     @staticmethod

@@ -176,9 +176,7 @@ def _check_offline(given: dict[str, Any]) -> None:
         if given.get(name) or getattr(config, name, False):
             raise ValueError(f"{name} is given, and the train dataset brings its completions; leave one of them out.")
     if "completions" not in columns:
-        raise ValueError(
-            f"The train dataset has no 'completions' among {sorted(columns)}; add it, or use CEUGRPOTrainer."
-        )
+        raise ValueError(f"The train dataset has no 'completions' among {columns}; add it, or use CEUGRPOTrainer.")
     if config.off_policy_mask_threshold is not None and "log_probs" not in columns:
         raise ValueError(
             f"off_policy_mask_threshold is {config.off_policy_mask_threshold}, and there are no 'log_probs'; add them."
@@ -206,9 +204,7 @@ def _take_logged(dataset: Any, name: str, generations: int) -> Any:
             where = f"Row {index} of the {name} dataset has"
             if not isinstance(cells, list) or len(cells) != generations:
                 count = len(cells) if isinstance(cells, list) else f"{cells!r:.80} as"
-                raise ValueError(
-                    f"{where} {count} {column!r} for {generations} completions (num_generations); give as many."
-                )
+                raise ValueError(f"{where} {count} {column!r} for {generations} completions; give num_generations.")
             for place, cell in enumerate(cells):
                 for value in cell if column == "log_probs" and isinstance(cell, list) else [cell]:
                     if not _is_usable(column, value):

@@ -40,9 +40,7 @@ from .run.errors import import_function
 
 SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
 if trl.__version__ not in SUPPORTED_TRL:
-    raise ImportError(
-        f"trl is {trl.__version__}, whose fused LM head was not tested; pip install 'trl{SUPPORTED_TRL}'."
-    )
+    raise ImportError(f"trl is {trl.__version__}, which was not tested; pip install 'trl{SUPPORTED_TRL}'.")
 CITATION = textwrap.dedent("""\
     @article{yang2025ceu,
         title  = {{CE-U: Cross Entropy Unlearning}},
@@ -129,9 +127,7 @@ def _on_descending(
 ) -> torch.Tensor:
     rule = RULES[name]
     if anchor is None and rule.anchored:
-        raise ValueError(
-            f"descent_rule {name!r} needs an anchor, and this trainer knows none; use ceu, constant or gate."
-        )
+        raise ValueError(f"descent_rule {name!r} needs an anchor, and there is none; use ceu, constant or gate.")
     return torch.where(descending, rule.weight(log_probs, anchor, mask, *parameters), 1.0)
 
 
@@ -243,9 +239,7 @@ def route_descent(model: PreTrainedModel, weight: Weight | None = None, coef: fl
     check_ranges(ceu_coef=coef)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if "fused_lm_head" not in inspect.signature(base.forward, follow_wrapped=False).parameters:
-        raise ValueError(
-            f"{type(base).__name__}.forward takes no fused_lm_head; call trl.trainer.utils.add_fused_lm_head(model)."
-        )
+        raise ValueError(f"{type(base).__name__}.forward takes no fused_lm_head; call TRL's add_fused_lm_head(model).")
     for module in model.modules():
         for key, earlier in list(module._forward_hooks.items()):
             if isinstance(earlier, DescentRoute) and earlier.always:
@@ -400,8 +394,7 @@ class DescentTrainer:
             record = accelerator.reduce(record, reduction="sum")
             if record[0] == 0:  # in every process, so that all end
                 raise ValueError(
-                    "No gradient of this step went through the descent route: the model was wrapped or replaced after "
-                    "this trainer was built; build it again."
+                    "No gradient of this step went through the route: the model was changed; build the trainer again."
                 )
             self._descent_record = record + self._descent_record
         return loss

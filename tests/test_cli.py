@@ -87,7 +87,7 @@ def test_sft_and_dpo_on_the_builtin_task(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "status", "said"),
     [
-        ([{"prompt": "1" * 30, "completion": "2"}] * 2, 2, "Every prompt of the train dataset has max_length (20)"),
+        ([{"prompt": "1" * 30, "completion": "2"}] * 2, 2, "Every prompt of the train dataset fills max_length (20)"),
         (
             [{"prompt": "1" * n, "completion": "2"} for n in (2, 40)],
             0,

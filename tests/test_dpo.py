@@ -331,7 +331,7 @@ def test_stock_keeps_pairs_whose_answers_are_the_same(make_trainer):
 
 
 def test_a_dataset_of_ties_alone_is_refused(make_trainer):
-    with pytest.raises(ValueError, match="The two answers are the same in each of the 2 pairs of the train dataset"):
+    with pytest.raises(ValueError, match="The train dataset: the answers are the same in all 2 pairs"):
         make_trainer(CEUDPOTrainer, train_dataset=Dataset.from_list([{**PAIR, "rejected": "3"}] * 2))
 
 

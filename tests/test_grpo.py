@@ -204,7 +204,7 @@ def test_clipped_tokens_are_not_descended(make_trainer):
 @pytest.mark.parametrize("by", ["launcher", "args"])
 def test_an_adapter_under_fsdp_is_refused_with_vllm(make_trainer, monkeypatch, by):
     monkeypatch.setattr("ceu_rl.grpo.is_asked_for", lambda engine: by == "launcher" and engine == "FSDP")
-    with pytest.raises(ValueError, match="use_vllm is True with an adapter under FSDP"):
+    with pytest.raises(ValueError, match="use_vllm with an adapter under FSDP"):
         make_trainer(CEUGRPOTrainer, use_vllm=True, fsdp=by == "args", peft_config=LoraConfig())
 
 

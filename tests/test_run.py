@@ -348,7 +348,7 @@ def test_input_of_every_kind_ends_in_one_sentence(recipe, base, tmp_path, capsys
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("adapter_config.json", b"{}", "is an adapter; merge it into its base first"),
+        ("adapter_config.json", b"{}", "is an adapter; merge it into its base"),
         ("model.safetensors", b"damaged", "error: "),
     ],
 )
@@ -368,7 +368,7 @@ def test_a_template_that_would_not_be_used_is_named(recipe, tmp_path, monkeypatc
     config = recipe(**given)
     Path("rows.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n')
     assert main(["sft", "--config", config]) == 2
-    assert "are asked in the template of the model; leave" in capsys.readouterr().err
+    assert "questions take the model's; leave" in capsys.readouterr().err
 
 
 def test_the_tiny_model_learns_questions_from_a_file_and_as_a_whole(recipe, tmp_path, capsys):

@@ -95,7 +95,7 @@ def load(method: str, script: Any, evaluates: bool) -> tuple[dict[str, Any], Any
         rest = [index for index in range(len(train)) if index not in taken]
         if not test or not rest:
             raise ValueError(
-                f"dataset_test_split is {share}, which leaves a part of the {len(train)} rows empty; choose another."
+                f"dataset_test_split is {share}, and a part of the {len(train)} rows is empty; choose another."
             )
         return {"train": train.select(rest), **({"eval": train.select(test)} if evaluates else {})}, task
     datasets = {"train": train}

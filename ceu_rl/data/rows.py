@@ -151,9 +151,7 @@ class _Judge:
 def check_dataset(dataset: Any, name: str, kind: Kind, text_field: str = "text") -> list[str]:
     """Its columns; a ValueError unless it is a dataset with rows and the columns needed."""
     if not isinstance(dataset, Rows):
-        raise ValueError(
-            f"The {name} dataset is a {type(dataset).__name__} ({_short(dataset)}); give one datasets.Dataset."
-        )
+        raise ValueError(f"The {name} dataset is {_short(dataset)}; give one datasets.Dataset.")
     columns = _columns(dataset, name)
     _check_columns(columns, name, kind, text_field)
     return columns
@@ -201,9 +199,7 @@ def check_prepared(prepared: Rows, dataset: Rows, name: str, args: Any) -> None:
     if not isinstance(prepared, Dataset) or not isinstance(dataset, Dataset):
         return
     if len(prepared) == 0:
-        raise ValueError(
-            f"Every prompt of the {name} dataset has max_length ({args.max_length}) tokens or more; raise max_length."
-        )
+        raise ValueError(f"Every prompt of the {name} dataset fills max_length ({args.max_length}); raise it.")
     if dropped := len(dataset) - len(prepared):
         note(f"{name} dataset: {dropped} of {len(dataset)} rows dropped: prompt fills max_length ({args.max_length}).")
 
@@ -238,8 +234,8 @@ def leave_ties_out(prepared: Any, dataset: Any, name: str, args: Any, leaves_out
         return prepared
     if ties == len(prepared):
         raise ValueError(
-            f"The two answers are the same in each of the {ties} pairs of the {name} dataset, as cut at max_length "
-            f"({args.max_length}); give answers that differ, or raise max_length."
+            f"The {name} dataset: the answers are the same in all {ties} pairs, cut at max_length ({args.max_length}); "
+            "give answers that differ, or raise max_length."
         )
     return prepared.select([number for number, tie in enumerate(found["tie"]) if not tie])
 

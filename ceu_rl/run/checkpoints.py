@@ -81,9 +81,8 @@ def check_resumes(checkpoint: str | Path, engine: DistributedType) -> None:
     kind = engine if engine in _STATES else DistributedType.NO
     if kind not in resumed_by(checkpoint):
         raise ValueError(
-            f"{checkpoint} lacks {' or '.join(_STATES[kind])}, from which a run under {engine.value} is resumed (and "
-            "which save_only_model leaves out); resume it under the kind of engine that saved it, or start a new run "
-            "with it as model_name_or_path."
+            f"{checkpoint} lacks {' or '.join(_STATES[kind])}, from which a run under {engine.value} is resumed; take the "
+            "engine that saved it, or start a new run with it as model_name_or_path."
         )
 
 
@@ -154,9 +153,7 @@ class WholeCheckpoints:
         card = Path(trainer.args.output_dir, "README.md")
         if trainer.is_world_process_zero() and card.is_file():
             settings = (self.run_record or {}).get("settings", {})
-            name = (
-                settings.get("model_name_or_path") or trainer.model.config._name_or_path or type(trainer.model).__name__
-            )
+            name = settings.get("model_name_or_path") or trainer.model.config._name_or_path or "a model in memory"
             name = Path(name).name if Path(name).is_absolute() else name
             # TRL names no model that is a folder, or was made in memory, and none that is not on the Hub
             text = card.read_text().replace("[None](https://huggingface.co/None)", f"`{name}`")

@@ -84,9 +84,7 @@ def check_language_model(model: Any, trust_remote_code: bool = False) -> None:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         config, kind = getattr(base, "config", None), type(base)
     if config is None or not issubclass(kind, GenerationMixin) or config.is_encoder_decoder:
-        raise ValueError(
-            f"{kind.__name__} is not a decoder with a language-model head; use one of AutoModelForCausalLM."
-        )
+        raise ValueError(f"{kind.__name__} is not a decoder with a language-model head; use a causal language model.")
     if isinstance(model, PeftModel) and isinstance(model.get_output_embeddings(), TrainableTokensWrapper):
         raise ValueError(
             "trainable_token_indices changes the model's head (or tied weights), which TRL's fused head does not see; "

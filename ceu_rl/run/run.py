@@ -134,9 +134,7 @@ def _finish(method: str, trainer: Any, args: Any, script: Any, record: Mapping[s
     """Save the model, evaluate it once more if need be, and write the result."""
     step, log = trainer.state.global_step, trainer.state.log_history
     if step == 0:
-        raise ValueError(
-            "No step was trained: the dataset has too few rows for one batch; give more, or make batches smaller."
-        )
+        raise ValueError("No step was trained: too few rows for one batch; give more, or make it smaller.")
     save_whole(trainer.accelerator)
     trainer.save_model(args.output_dir)
     evaluated = any("eval_loss" in entry and entry["step"] == step for entry in log)
@@ -181,9 +179,7 @@ def _check_names(arguments: Mapping[str, Any], argv: Sequence[str]) -> None:
     recipe = next((Path(word) for word in argv if Path(word).suffix in (".yaml", ".yml")), None)
     check_model_name(name, recipe)
     if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").is_file():
-        raise ValueError(
-            f"model_name_or_path {name} is an adapter; merge it into its base first, with peft's merge_and_unload."
-        )
+        raise ValueError(f"model_name_or_path {name} is an adapter; merge it into its base (merge_and_unload).")
     if reward := arguments.get("reward_model_name_or_path"):
         check_model_name(reward, recipe, "reward_model_name_or_path")
 
@@ -322,9 +318,7 @@ def _build_trainer(
     asks = method in ASKING and any(has_questions(dataset) for dataset in datasets.values())
     template = getattr(args, "chat_template_path", None)
     if template and asks:  # which TRL would set after the questions were put into the old one
-        raise ValueError(
-            f"chat_template_path is {template!r}, and questions are asked in the template of the model; leave it out."
-        )
+        raise ValueError(f"chat_template_path is {template!r}, and questions take the model's; leave it out.")
     given = _name_model(method, script, args, model_config, asks, next(iter(datasets.values())))
     prompt, form = None, PromptFormat(chat_template_kwargs=getattr(args, "chat_template_kwargs", None))
     if method in ASKING:
