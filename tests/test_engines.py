@@ -219,7 +219,7 @@ def test_a_checkpoint_is_resumed_by_the_kind_of_engine_that_saved_it(tmp_path, f
     for name in files:
         (tmp_path / name).touch()
     for name in ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED"):
-        refusal = pytest.raises(ValueError, match=f"lacks .* run under {name} is resumed")
+        refusal = pytest.raises(ValueError, match=f"lacks .* run under {name} resumes")
         with contextlib.nullcontext() if name in engines else refusal:
             check_resumes(tmp_path, DistributedType[name])
 

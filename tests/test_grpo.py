@@ -3,10 +3,12 @@
 import copy
 import math
 import random
+from pathlib import Path
 
 import datasets
 import pytest
 import torch
+import trl
 from peft import LoraConfig
 from trl import GRPOTrainer
 
@@ -254,8 +256,10 @@ ASKED = WORDS.map(lambda row: {"prompt": [{"role": "user", "content": "Now: "}]}
 
 
 @pytest.mark.parametrize("rows", [None, WORDS, ASKED, WORDS.to_iterable_dataset()])
-def test_an_environment_may_own_the_prompts(make_trainer, rows):
-    settings = {"reward_funcs": None, "train_dataset": rows, "environment_factory": Echo}
+def test_an_environment_may_own_the_prompts(make_trainer, tokenizer, rows):
+    able = copy.deepcopy(tokenizer)  # to call tools
+    able.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+    settings = {"reward_funcs": None, "train_dataset": rows, "environment_factory": Echo, "processing_class": able}
     trainer = make_trainer(CEUGRPOTrainer, **settings, max_steps=2, remove_unused_columns=False)
     trainer.train()
     assert trainer.state.global_step == 2 and "rewards/Echo/mean" in trainer.state.log_history[0]

@@ -81,7 +81,7 @@ def check_resumes(checkpoint: str | Path, engine: DistributedType) -> None:
     kind = engine if engine in _STATES else DistributedType.NO
     if kind not in resumed_by(checkpoint):
         raise ValueError(
-            f"{checkpoint} lacks {' or '.join(_STATES[kind])}, from which a run under {engine.value} is resumed; take the "
+            f"{checkpoint} lacks {' or '.join(_STATES[kind])}, from which a run under {engine.value} resumes; take the "
             "engine that saved it, or start a new run with it as model_name_or_path."
         )
 

@@ -48,8 +48,8 @@ def check_processes(args: Any) -> None:
         raise ValueError(f"{started} processes were started and each would train alone; on a CPU set use_cpu to true.")
     if args.n_gpu > 1 and "device_map" not in (args.model_init_kwargs or {}):
         raise ValueError(
-            f"{args.n_gpu} GPUs are visible to one process; set CUDA_VISIBLE_DEVICES=0, or start one for each: "
-            f"accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes {args.n_gpu} -m ceu_rl.cli ..."
+            f"{args.n_gpu} GPUs are visible to one process; set CUDA_VISIBLE_DEVICES=0, or start one each: accelerate "
+            f"launch --config_file recipes/accelerate/ddp.yaml --num_processes {args.n_gpu} -m ceu_rl.cli ..."
         )
 
 
