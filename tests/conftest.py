@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from ceu_rl.cli import main
 from ceu_rl.models import build_model, build_tokenizer
 from ceu_rl.tasks.generate import answer_texts, generate_tokens
 from ceu_rl.tofu import load_tofu
@@ -109,3 +110,15 @@ def recipe(tmp_path, base, preferences):
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run a command that ends in a sentence with these parts, not in a traceback."""
+
+    def refused(words, *parts, status=2):
+        assert main(words) == status
+        err = capsys.readouterr().err
+        assert "Traceback" not in err and all(part in err for part in parts), err
+
+    return refused
