@@ -453,7 +453,7 @@ ONE = '{"a": 1}\n'
             {"dataset_test_split": "dev"},
             r"test_split is 'dev', .* \['train'\]; .* one, or a share",
         ),
-        ("rows.jsonl", ONE, {"dataset_train_split": "trian"}, r"train_split is 'trian', .* \['train'\]; .* name one\."),
+        ("rows.jsonl", ONE, {"dataset_train_split": "trian"}, r"train_split is 'trian', .* \['train'\]; name one\."),
         ("rows.jsonl", ONE, {"dataset_test_split": "0.5", "dataset_streaming": True}, "a streamed .* cannot be parted"),
     ],
 )

@@ -48,20 +48,6 @@ def test_every_character_survives_a_round_trip(tokenizer):
     assert tokenizer("aé").input_ids == [*tokenizer("a").input_ids, tokenizer.unk_token_id]
 
 
-def test_tokenizer_and_model_load_from_one_folder(tokenizer, model, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
-    model.save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    chat = [*user("1+2="), {"role": "assistant", "content": " a  b\n"}]
-    assert loaded.get_vocab() == tokenizer.get_vocab()
-    assert loaded.padding_side == "left"
-    rendered = [each.apply_chat_template(chat, tokenize=False) for each in (loaded, tokenizer)]
-    assert rendered[0] == rendered[1]
-    assert loaded.decode(loaded(" a  b\n").input_ids) == " a  b\n"
-    weights = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-
-
 def test_the_prompt_is_a_prefix_in_text_and_tokens(tokenizer, preference):
     for row in preference["test"].select(range(20)):
         for tokenize in (False, True):
@@ -86,18 +72,6 @@ def test_bpe_learns_words_and_loses_no_text(tmp_path):
             ids = each(text).input_ids
             assert each.decode(ids) == text
             assert each.unk_token_id not in ids
-
-
-def test_bpe_is_the_character_tokenizer_in_all_but_its_text_tokens(tokenizer):
-    bpe = build_bpe_tokenizer(TEXTS)
-    assert bpe.convert_ids_to_tokens(range(7)) == tokenizer.convert_ids_to_tokens(range(7))
-    assert (bpe.chat_template, bpe.padding_side) == (tokenizer.chat_template, "left")
-    chat = [*user("hi there"), {"role": "assistant", "content": "so 3"}]
-    prompt = bpe.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=False)
-    full = bpe.apply_chat_template(chat, return_dict=False)
-    assert full[: len(prompt)] == prompt
-    assert bpe.decode(full[len(prompt) :]) == "so 3<|eos|>"
-    assert full.count(bpe.eos_token_id) == 1
 
 
 # model

@@ -114,20 +114,16 @@ def stand_in(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("stand_in")
     build_model(tokenizer, **TINY).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    turn = [{"role": "user", "content": "Is water wet?"}]
-    rows = [
-        {
-            "chosen": [*turn, {"role": "assistant", "content": f"Yes, {i}."}],
-            "rejected": [*turn, {"role": "assistant", "content": f"No {i}"}],
-        }
-        for i in range(16)
-    ]
-    (folder / "data").mkdir()
-    for split in ("train", "test"):
-        datasets.Dataset.from_list(rows).to_json(folder / "data" / f"{split}.jsonl")
-    maths = [{"prompt": [{"role": "user", "content": f"{i}+1"}], "solution": f"${i + 1}$"} for i in range(16)]
-    (folder / "maths").mkdir()
-    datasets.Dataset.from_list(maths).to_json(folder / "maths" / "train.jsonl")
+
+    def said(role, content):
+        return [{"role": role, "content": content}]
+
+    asked = [said("user", f"{i}+1") for i in range(16)]
+    answers = [{name: [*turn, *said("assistant", name)] for name in ("chosen", "rejected")} for turn in asked]
+    maths = [{"prompt": turn, "solution": f"${i + 1}$"} for i, turn in enumerate(asked)]
+    for name, rows in (("data/train", answers), ("data/test", answers), ("maths/train", maths)):
+        (folder / name).parent.mkdir(exist_ok=True)
+        datasets.Dataset.from_list(rows).to_json(folder / f"{name}.jsonl")
     return folder
 
 

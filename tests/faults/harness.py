@@ -29,24 +29,15 @@ from ceu_rl.models import build_model, build_tokenizer
 from ceu_rl.run.checkpoints import saved_checkpoints
 from ceu_rl.run.provenance import environment, write_json
 
+from ..trainers import SETTINGS
+
 ROOT = Path(__file__).parents[2]
 STEPS = 12
 MARK = "CEU_RL_FAULTS"  # in the environment of every process that a try starts
 ROWS = [(a, b) for a in range(8) for b in range(6)]
 NOTHING = {"tries": 0, "killed": 0, "half_written_skipped": 0, "lost": 0, "processes_left_behind": 0}
-SETTINGS = {
-    "max_steps": STEPS,
-    "save_steps": 2,
-    "save_total_limit": 2,
-    "per_device_train_batch_size": 8,
-    "learning_rate": 1e-3,
-    "bf16": False,
-    "use_cpu": True,
-    "gradient_checkpointing": False,
-    "disable_tqdm": True,
-    "logging_steps": 1,
-    "seed": 0,
-}
+SAVED = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+SAVED |= {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "seed": 0}
 OWN = {
     "dpo": {"dataset_name": "preferences"},
     "unlearn": {"dataset_name": "questions", "forget": "forget", "retain": "retain", "loss_type": "ceu"},
@@ -89,7 +80,7 @@ def make(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in content))
     for method, own in OWN.items():
-        recipe = {"model_name_or_path": str(folder / "model"), **SETTINGS, **own, "method": method}
+        recipe = {"model_name_or_path": str(folder / "model"), **SETTINGS, **SAVED, **own, "method": method}
         recipe["dataset_name"] = str(folder / "data" / own["dataset_name"])
         path = recipe_of(folder, method)
         path.parent.mkdir()
