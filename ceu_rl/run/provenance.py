@@ -73,29 +73,20 @@ def _commit() -> str | None:
     return f"{commit}{'-dirty' if changes else ''}" if tracked else None
 
 
-def peak_memory_gib() -> float:
-    """Peak memory of this process in GiB: of the GPU where there is one, else resident."""
-    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else _resident_gib()
-
-
 def peak_memory(device: torch.device) -> dict[str, float]:
     """Peak memory in GiB of the process that took most of it; every process must call it.
 
     `peak_memory_gib` is of tensors on the GPU, and on a CPU what is resident; `peak_reserved_gib` what the GPU's
     allocator held.
     """
-    resident = _resident_gib()
+    # Linux counts in KiB, macOS in bytes
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     peaks = {"peak_memory_gib": resident, "peak_host_memory_gib": resident}
     if device.type == "cuda":
         peaks["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         peaks["peak_reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
     each = gather_object([list(peaks.values())])
     return {name: round(max(of_all), 3) for name, of_all in zip(peaks, zip(*each, strict=True), strict=True)}
-
-
-def _resident_gib() -> float:
-    # Linux counts in KiB, macOS in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def write_json(path: Path, content: Mapping[str, Any], allow_nan: bool = True) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from ..data.prompts import PromptArguments
 from ..models import load_model, model_dtype, resolve_model
 from ..run.errors import NameCause
-from ..run.provenance import environment, peak_memory_gib, write_json
+from ..run.provenance import environment, peak_memory, write_json
 
 
 def make_parser(command: str, description: str | None, result: str, dataset: str | None) -> argparse.ArgumentParser:
@@ -69,7 +69,7 @@ def run(
             print(f"What is finished is in {part}; the same command continues from there.", file=sys.stderr)
         raise
     found |= {"model": args.model_name_or_path, "command": shlex.join(["ceu-rl", *argv])}
-    times = {"wall_time_s": round(time.perf_counter() - start, 1), "peak_memory_gib": round(peak_memory_gib(), 3)}
+    times = {"wall_time_s": round(time.perf_counter() - start, 1), **peak_memory(device)}
     return path, {**found, **times, **provenance}
 
 
