@@ -105,6 +105,10 @@ def _run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
             **describe_run(trainer),
         }
         note_batch(args)
+        if isinstance(trainer.train_dataset, Dataset) and not len(trainer.get_train_dataloader()):
+            raise ValueError(
+                f"The {len(trainer.train_dataset)} rows are too few for a batch; give more, or make it smaller."
+            )
         if method == "grpo":
             end.callback(trainer.close)  # vLLM's groups of processes go before torch's
         if checkpoint is not None:
@@ -134,7 +138,7 @@ def _finish(method: str, trainer: Any, args: Any, script: Any, record: Mapping[s
     """Save the model, evaluate it once more if need be, and write the result."""
     step, log = trainer.state.global_step, trainer.state.log_history
     if step == 0:
-        raise ValueError("No step was trained: too few rows for one batch; give more, or make it smaller.")
+        raise ValueError("No step was trained: the stream ended before its first batch; give more rows.")
     save_whole(trainer.accelerator)
     trainer.save_model(args.output_dir)
     evaluated = any("eval_loss" in entry and entry["step"] == step for entry in log)
