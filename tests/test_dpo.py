@@ -103,17 +103,6 @@ def test_loss_equals_stock_and_gradient_follows_the_rule(make_trainer, name, coe
     assert (descending > 0) == (distance(stock.model, expected) > 0.01)
 
 
-def test_default_differs_from_stock_and_logs_what_it_met(make_trainer, preferences):
-    stock, _, ours = train_three(make_trainer)
-    log = ours.state.log_history[0]
-    assert 0 < log["ceu/descending_fraction"] < 1
-    assert 0 < log["ceu/weight_mean"] < 1
-    assert stock.state.log_history[0]["loss"] == log["loss"]
-    ours.evaluate(preferences.select(range(8)))
-    assert "eval_logps/chosen" in ours.state.log_history[-1]
-    assert not any("ceu" in key for key in ours.state.log_history[-1])
-
-
 def reference_probabilities(trainer, batch):
     """p of each label under the reference, in float64 from its plain logits."""
     plain = copy.deepcopy(trainer.ref_model).double()

@@ -16,20 +16,15 @@ RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 FILES = {path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes").rglob("*") if path.is_file()}
 
 
-def test_every_recipe_is_listed_with_what_it_is_and_its_hardware():
-    listed = {name: rest for name, *rest in list_recipes()}
-    assert set(listed) == {str(path.relative_to(ROOT / "recipes")) for path in RECIPES}
-    for name, (what, hardware) in listed.items():
-        assert what, name
-        assert hardware or name.startswith("accelerate/"), name
-
-
 def test_the_list_has_a_line_for_each_recipe_whatever_the_terminal(capsys, monkeypatch):
+    """With what it is and its hardware."""
     monkeypatch.setenv("COLUMNS", "40")
     assert main(["recipes"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    for name, what, _ in list_recipes():
-        assert [line for line in lines if line.split()[:1] == [name] and what in line and what.endswith(".")], name
+    lines, listed = capsys.readouterr().out.splitlines(), list_recipes()
+    assert {name for name, *_ in listed} == {str(path.relative_to(ROOT / "recipes")) for path in RECIPES}
+    for name, what, hardware in listed:
+        assert what.endswith(".") and (hardware or name.startswith("accelerate/")), name
+        assert [line for line in lines if line.split()[:1] == [name] and what in line and hardware in line], name
     assert "dpo/addition" in lines and len(lines) < 2 * len(RECIPES)
 
 
