@@ -123,8 +123,3 @@ def test_inputs_of_several_dtypes_get_gradients_in_theirs(kinds, autocast):
     truth = with_gradients(on_logits, [tensor.double() for tensor in inputs], labels, mask)
     for ours, expected, kind in zip(found, truth, ("float32", *kinds), strict=True):
         assert ours.dtype == getattr(torch, kind) and error(ours, expected) < 0.03
-
-
-@kernels
-def test_float16_takes_the_exact_way():
-    assert fused._kernels(DEVICE, torch.float16) is None and fused._kernels(DEVICE, torch.float64) is None

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 from transformers import PreTrainedTokenizerBase
 
 from ..data.prompts import PromptFormat, fingerprint
@@ -179,7 +180,7 @@ def add_retain(result: dict[str, Any], retain: Mapping[str, Any], name: str) -> 
         open_unlearning.ratios_and_auc(each, forget) for each in (result, retain)
     )
     result["summary"]["forget_quality"] = metrics.forget_quality(ratios, retain_ratios)
-    result["summary"]["ks_distance"] = metrics.ks_distance(ratios, retain_ratios)
+    result["summary"]["ks_distance"] = float(stats.ks_2samp(ratios, retain_ratios).statistic)
     # open-unlearning's non-members are the holdout set
     comparable = not open_unlearning.is_peer(retain) or result["non_members"] in result["items"]
     if retain_auc is not None and auc is not None and comparable:

@@ -181,11 +181,6 @@ def forget_quality(ratios: Values, retain_ratios: Values) -> float:
     return float(stats.ks_2samp(ratios, retain_ratios).pvalue)
 
 
-def ks_distance(ratios: Values, retain_ratios: Values) -> float:
-    """The Kolmogorov-Smirnov distance behind [`forget_quality`]: 0 where the ratios are alike, at most 1."""
-    return float(stats.ks_2samp(ratios, retain_ratios).statistic)
-
-
 UTILITY_SETS = ("retain", "real_authors", "world_facts")
 UTILITY_METRICS = ("probability", "rouge_l_recall", "truth_ratio")
 
