@@ -22,6 +22,8 @@ from ceu_rl.stability import grid, job, launch, report
 from ceu_rl.stability.grid import folder_name, make_jobs, parse
 from ceu_rl.stability.runs import Run
 
+from .conftest import SMALL
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -104,20 +106,6 @@ def test_an_accelerate_config_launches_each_run(two_recipes, tmp_path):
         make_jobs(two_recipes, {}, tmp_path, accelerate_config=tmp_path / "missing.yaml")
 
 
-def test_unlearning_runs_are_evaluated_on_tofu(tmp_path):
-    (tmp_path / "tofu").mkdir()
-    recipe, retain = tmp_path / "tofu" / "npo.yaml", tmp_path / "tofu_eval.json"
-    recipe.write_text("method: unlearn\ndataset_name: builtin:authors\nforget: forget05\n")
-    retain.write_text("{}")
-    (job,) = make_jobs([recipe], {}, tmp_path / "runs", retain=retain)
-    recipe.write_text("method: unlearn\nforget: forget05\n")
-    with pytest.raises(ValueError, match=r"npo.yaml has no dataset_name"):
-        make_jobs([recipe], {}, tmp_path / "runs")
-    recipe.write_text("method: unlearn\ndataset_name: builtin:authors\nforget: forget05\n")
-    words = "--dataset builtin:authors --split forget05 --retain"
-    assert " ".join(job.evaluation) == f"tofu-eval --model {job.folder} {words} {retain}"
-
-
 @pytest.mark.parametrize(
     ("path", "method", "evaluation"),
     [
@@ -128,15 +116,20 @@ def test_unlearning_runs_are_evaluated_on_tofu(tmp_path):
 )
 def test_the_method_is_the_field_of_the_recipe(tmp_path, path, method, evaluation):
     """The folder decided before: an SFT recipe of TOFU became an unlearning run, and MUSE recipes failed."""
-    (job,) = make_jobs([ROOT / "recipes" / f"{path}.yaml"], {}, tmp_path)
+    (tmp_path / "retain.json").write_text("{}")
+    (job,) = make_jobs([ROOT / "recipes" / f"{path}.yaml"], {}, tmp_path, retain=tmp_path / "retain.json")
     assert job.run.planned["method"] == job.words[0] == method
     assert job.evaluation[:1] == ([evaluation] if evaluation else [])
+    if evaluation == "tofu-eval":
+        words = ["--dataset", "locuslab/TOFU", "--split", "forget01", "--retain", str(tmp_path / "retain.json")]
+        assert job.evaluation[1:] == ["--model", str(job.folder), *words]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["{stock}", "{stock}"], "Two recipes have one name"),
+        (["{stock}", "--output_dir", ""], "--output_dir is ''; give a folder."),
         (["{stock}", "--jobs", "0"], "--jobs is 0; use at least 1."),
         (["{stock}", "--beta"], "--beta has no value"),
         (["no/dpo/such.yaml"], "no/dpo/such.yaml"),
@@ -158,7 +151,7 @@ def test_the_method_is_the_field_of_the_recipe(tmp_path, path, method, evaluatio
 )
 def test_bad_input_is_one_sentence(two_recipes, tmp_path, capsys, words, message):
     words = [word.format(stock=two_recipes[0], folder=tmp_path / "dpo") for word in words]
-    assert main(["compare", *words, "--output-dir", str(tmp_path / "runs")]) == 2
+    assert main(["compare", "--output-dir", str(tmp_path / "runs"), *words]) == 2
     err = capsys.readouterr().err
     assert message in err and len(err.splitlines()) == 1
     assert not list(tmp_path.glob("runs/*"))
@@ -183,36 +176,19 @@ def test_a_broken_recipe_is_named_before_any_run(two_recipes, tmp_path, capsys, 
 
 
 @pytest.fixture
-def recipes(tmp_path, tiny_model, tokenizer, preferences, monkeypatch):
-    """Write DPO recipes into a folder named dpo, as `ceu-rl compare` wants them."""
+def recipes(tmp_path, base, preferences, monkeypatch):
+    """Write DPO recipes with an evaluation at each step."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    tiny_model().save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    for folder in ("rows", "dpo"):
-        os.mkdir(tmp_path / folder)
+    (tmp_path / "rows").mkdir()
     for split in ("train", "test"):
         preferences.select(range(16)).to_json(tmp_path / "rows" / f"{split}.jsonl")
 
     def write(arm, **fields):
-        settings = {
-            "method": "dpo",
-            "model_name_or_path": str(tmp_path / "base"),
-            "dataset_name": str(tmp_path / "rows"),
-            "max_steps": 2,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "eval_strategy": "steps",
-            "eval_steps": 1,
-            "eval_on_start": True,
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "seed": 0,
-            **fields,
-        }
-        path = tmp_path / "dpo" / f"{arm}.yaml"
-        path.write_text(yaml.safe_dump(settings))
-        return str(path)
+        where = {"model_name_or_path": str(base), "dataset_name": str(tmp_path / "rows")}
+        evaluated = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+        settings = {"method": "dpo", **where, **SMALL, "max_steps": 2, "seed": 0, **evaluated, **fields}
+        (tmp_path / f"{arm}.yaml").write_text(yaml.safe_dump(settings))
+        return str(tmp_path / f"{arm}.yaml")
 
     return write
 
@@ -255,17 +231,9 @@ def test_compare_runs_keeps_and_names(recipes, tmp_path, tiny_model, capsys):
     assert (out / "broken" / "recipe" / "0" / "result.json").is_file()
 
 
-@pytest.mark.slow
-def test_a_run_of_two_processes_is_launched_by_accelerate(recipes, tmp_path):
-    config = ROOT / "recipes" / "accelerate" / "fsdp2_cpu.yaml"
-    out = tmp_path / "runs"
-    assert main(["compare", recipes("ceu"), "--accelerate_config", str(config), "--output_dir", str(out)]) == 0
-    assert json.loads((out / "ceu" / "recipe" / "0" / "result.json").read_text())["processes"] == 2
-
-
 def test_compare_goes_on_with_an_interrupted_run(recipes, tmp_path):
     folder = tmp_path / "runs" / "ceu" / "recipe" / "0"
-    command = ["compare", recipes("ceu", max_steps=3, save_steps=2), "--output_dir", str(tmp_path / "runs")]
+    command = ["compare", recipes("ceu", max_steps=3, save_strategy="steps", save_steps=2), "--output_dir", str(tmp_path / "runs")]
     assert main(command) == 0
     whole = json.loads((folder / "result.json").read_text())
     # What a kill between the steps 2 and 3 leaves
@@ -332,10 +300,11 @@ def quick(two_recipes, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def call(*words, out="runs"):
-        (tmp_path / "started").unlink(missing_ok=True)
+        began = tmp_path / "started"
+        began.write_text("")
         status = main(["compare", *map(str, two_recipes), *words, "--output_dir", str(out)])
         read = capsys.readouterr()
-        return status, read.out + read.err, started(tmp_path)
+        return status, read.out + read.err, began.read_text().splitlines()
 
     return call
 
@@ -347,27 +316,6 @@ def test_what_happens_to_a_recipe_meanwhile_changes_nothing(quick, two_recipes, 
     recorded = [json.loads(path.read_text())["settings"] for path in results(tmp_path)]
     assert {(settings["learning_rate"], settings["max_steps"]) for settings in recorded} == {(1e-4, 20)}
     assert sorted(settings["seed"] for settings in recorded) == [0, 0, 1, 1] and "output_dir" not in recorded[0]
-
-
-def test_the_report_is_drawn_as_the_runs_end(quick, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "_html", lambda *args: f"a page of {len(results(tmp_path))} runs")
-    seen = []
-
-    class Looking(Inside):
-        def __init__(self, *given):
-            page, self.place = tmp_path / "runs" / "report.html", len(seen)
-            seen.append(page.read_text() if page.exists() else None)
-            super().__init__(*given)
-
-        def done(self):
-            return len(seen) in (6, *range(self.place + 2, 6))  # one ends while the next one trains
-
-    monkeypatch.setattr(launch, "Worker", Looking)
-    status, out, _ = quick("--seed", "0", "1", "2", "--jobs", "2")
-    # A run ends while the next one trains, and is drawn before the one after that begins
-    assert status == 0 and seen[:2] == [None, None] and [page is not None for page in seen[2:]] == [True] * 4
-    assert (tmp_path / "runs" / "report.html").read_text() == "a page of 6 runs"
-    assert out.count("Report: ") == 1
 
 
 def test_a_value_is_the_same_however_it_is_written(quick):
@@ -400,15 +348,6 @@ def test_a_comparison_that_was_moved_goes_on(quick, tmp_path):
     shutil.copytree(tmp_path / "runs", tmp_path / "copy")
     (tmp_path / "copy" / "ceu" / "recipe" / "1" / "result.json").unlink()
     assert quick("--seed", "0", "1", out=tmp_path / "copy")[::2] == (0, [f"{tmp_path}/copy/ceu/recipe/1"])
-
-
-def test_a_run_of_no_steps_is_not_finished(quick, tmp_path):
-    quick()
-    path = tmp_path / "runs" / "stock" / "recipe" / "7" / "result.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "steps": 0}))
-    (run,) = (run for run in runs_of(tmp_path / "runs") if run.arm == "stock")
-    assert run.status == "failed" and run.reason == "It ended after 0 steps, so nothing was trained."
-    assert quick()[2] == ["runs/stock/recipe/7"]
 
 
 @pytest.mark.parametrize("name", ["result.json", "failure.json", "run.json", "metrics.jsonl"])
@@ -475,15 +414,6 @@ def test_what_cannot_be_continued_is_moved_aside(quick, tmp_path, states):
     assert (folder.with_name("7-interrupted-1") / "checkpoint-2").is_dir() and not (folder / "checkpoint-2").exists()
 
 
-@pytest.mark.parametrize(
-    ("out", "message"), [("", "--output_dir is ''; give a folder."), ("file/runs", "Not a directory")]
-)
-def test_a_folder_that_cannot_be_is_named_before_any_run(quick, tmp_path, out, message):
-    (tmp_path / "file").write_text("")
-    status, said, began = quick(out=out)
-    assert status == 2 and began == [] and message in said
-
-
 def test_a_disk_that_fills_costs_its_run_and_the_report_stays_whole(quick, tmp_path, monkeypatch):
     """The recipe of one run and the failure of another cannot be written; later the report cannot either."""
     write = Path.write_text
@@ -530,38 +460,14 @@ def test_report_only_draws_what_lies_there_and_names_what_is_missing(quick, tmp_
     assert "No recipe is given" in capsys.readouterr().err
 
 
-# What survives a kill: a stand-in for the command line trains for two seconds, or until it is let go, and records that
-# it was started. Asked to end, it takes a moment, as a step and a checkpoint do
+# What survives a kill
 
-STAND_IN = """
-import json, os, pathlib, signal, sys, time, yaml
-folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
-settings = yaml.safe_load((folder / "recipe.yaml").read_text())
-settings.pop("method")
 
-def save(number, frame):
-    time.sleep(60 if pathlib.Path("slow").exists() else 0.3)
-    (folder / "saved").touch()
-    sys.exit(128 + number)
-
-signal.signal(signal.SIGTERM, save)
-(folder / "pid.new").write_text(str(os.getpid()))
-(folder / "pid.new").rename(folder / "pid")  # in one piece: a signal may come at any moment
-with open(folder.parents[3] / "started", "a") as file:
-    file.write(f"{folder}\\n")
-step = 0
-while step < 20 or pathlib.Path("hold").exists():
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"step": step, "loss": 0.5}) + "\\n")
-    time.sleep(0.1)
-    step += 1
-(folder / "result.json").write_text(json.dumps({"settings": settings, "seed": 0}))
-"""
 DRIVER = """
 import signal, sys
 from ceu_rl.stability import grid, report
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell's background job starts
-grid.MODULE = [sys.executable, "stand_in.py"]
+grid.MODULE = [sys.executable, "-m", "tests.stand_in_run"]
 report.write_report = lambda *args: None
 sys.exit(grid.main(sys.argv[1:]))
 """
@@ -570,7 +476,6 @@ sys.exit(grid.main(sys.argv[1:]))
 @pytest.fixture
 def comparison(two_recipes, tmp_path):
     """Start a comparison of 2 recipes with 3 rates and 2 seeds, four at a time."""
-    (tmp_path / "stand_in.py").write_text(STAND_IN)
     (tmp_path / "driver.py").write_text(DRIVER)
     words = [*map(str, two_recipes), "--learning_rate", "1e-5", "3e-5", "1e-4", "--seed", "0", "1", "--jobs", "4"]
     running = []
@@ -604,8 +509,9 @@ def results(tmp_path):
 
 
 def started(tmp_path):
-    path = tmp_path / "started"
-    return path.read_text().splitlines() if path.is_file() else []
+    """The folders of the runs, once for each start, and the process of each start."""
+    lines = [(path, line) for path in (tmp_path / "runs").glob("*/*/*.started") for line in path.open()]
+    return [str(path.with_suffix("")) for path, _ in lines], [int(line.split()[0]) for _, line in lines]
 
 
 def wait_until(condition, process, seconds=300):
@@ -624,21 +530,22 @@ def test_what_is_killed_half_way_leaves_no_run_undone_and_does_none_twice(compar
     wait_until(lambda: len(results(tmp_path)) >= 4, process)
     (tmp_path / "hold").touch()
     time.sleep(1)  # from here on none ends
-    wait_until(lambda: len(started(tmp_path)) == len(results(tmp_path)) + 4, process)
+    wait_until(lambda: len(started(tmp_path)[0]) == len(results(tmp_path)) + 4, process)
     process.kill()
     process.wait()
-    before = {str(path.parent.relative_to(tmp_path)) for path in results(tmp_path)}
-    cut_short = set(started(tmp_path)) - before
-    for path in (tmp_path / "runs").glob("*/*/*/pid") if machine else ():
+    before = {str(path.parent) for path in results(tmp_path)}
+    runs, processes = started(tmp_path)
+    cut_short = set(runs) - before
+    for process in processes if machine else ():
         with contextlib.suppress(ProcessLookupError):
-            os.kill(int(path.read_text()), signal.SIGKILL)
+            os.kill(process, signal.SIGKILL)
     again = comparison()
     assert f"12 runs in runs: {len(before)} done earlier and kept" in again.stdout.readline()
     time.sleep(0 if machine else 2)  # it finds what is still training
     (tmp_path / "hold").unlink()
     out, _ = again.communicate(timeout=300)
     assert again.returncode == 0, out
-    runs = started(tmp_path)
+    runs, _ = started(tmp_path)
     assert len(results(tmp_path)) == len(set(runs)) == 12 and len(cut_short) == 4
     assert {run for run in runs if runs.count(run) > 1} == (cut_short if machine else set())
 
@@ -646,7 +553,7 @@ def test_what_is_killed_half_way_leaves_no_run_undone_and_does_none_twice(compar
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_runs_with_a_checkpoint_and_says_how_to_go_on(comparison, tmp_path, number):
     process = comparison()
-    wait_until(lambda: len(started(tmp_path)) >= 4, process)
+    wait_until(lambda: len(started(tmp_path)[0]) >= 4, process)
     (tmp_path / "hold").touch()
     os.kill(process.pid, number)
     out, _ = process.communicate(timeout=60)
@@ -660,7 +567,7 @@ def test_a_signal_ends_the_runs_with_a_checkpoint_and_says_how_to_go_on(comparis
 
 def test_a_second_ctrl_c_ends_the_runs_at_once(comparison, tmp_path):
     process = comparison()
-    wait_until(lambda: len(started(tmp_path)) >= 4, process)
+    wait_until(lambda: len(started(tmp_path)[0]) >= 4, process)
     for name in ("hold", "slow"):
         (tmp_path / name).touch()
     os.kill(process.pid, signal.SIGINT)
@@ -673,6 +580,6 @@ def test_a_second_ctrl_c_ends_the_runs_at_once(comparison, tmp_path):
 
 
 def assert_none_is_left(tmp_path):
-    for path in (tmp_path / "runs").glob("*/*/*/pid"):
+    for process in started(tmp_path)[1]:
         with pytest.raises(ProcessLookupError):
-            os.kill(int(path.read_text()), 0)
+            os.kill(process, 0)

@@ -20,28 +20,6 @@ from ceu_rl.cli import main
 from ceu_rl.stability import grid, report, runs
 from ceu_rl.stability import launch as launch_module
 
-# Trains for two seconds, with a checkpoint at each step; a killed one goes on from the last of them
-STAND_IN = """
-import json, os, pathlib, sys, time, yaml
-folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
-settings = yaml.safe_load((folder / "recipe.yaml").read_text())
-settings.pop("method")
-step = 0
-for path in folder.glob("checkpoint-*"):
-    step = max(step, int(path.name.split("-")[1]))
-with open(folder.with_name(f"{folder.name}.started"), "a") as file:
-    file.write(f"{os.getpid()} {step} {' '.join(sys.argv)}\\n")
-while step < 20:
-    time.sleep(0.1)
-    step += 1
-    (folder / f"checkpoint-{step}").mkdir()
-    for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json"):
-        (folder / f"checkpoint-{step}" / name).write_text("{}")
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"step": step, "loss": 0.5}) + "\\n")
-(folder / "result.json").write_text(json.dumps({"settings": settings, "steps": step}))
-"""
-
 
 @pytest.fixture
 def launch(tmp_path, monkeypatch, capsys):
@@ -49,9 +27,8 @@ def launch(tmp_path, monkeypatch, capsys):
     (tmp_path / "dpo").mkdir()
     for arm in ("stock", "ceu"):
         (tmp_path / "dpo" / f"{arm}.yaml").write_text(yaml.safe_dump({"method": "dpo", "max_steps": 20}))
-    (tmp_path / "stand_in.py").write_text(STAND_IN)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(grid, "MODULE", [sys.executable, "stand_in.py"])  # of the folder where it was started
+    monkeypatch.setattr(grid, "MODULE", [sys.executable, "-m", "tests.stand_in_run"])
     monkeypatch.setattr(report, "_html", lambda *args: "a page")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
 
@@ -164,7 +141,7 @@ def test_a_run_whose_machine_dies_starts_again_elsewhere_from_its_checkpoint(lau
 
     def trains(process):
         with contextlib.suppress(psutil.Error):
-            return "stand_in.py" in " ".join(process.cmdline())
+            return "stand_in_run" in " ".join(process.cmdline())
         return False
 
     thread = threading.Thread(target=machine_dies)

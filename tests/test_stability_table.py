@@ -165,7 +165,6 @@ def test_how_a_run_ended_is_a_field(make, tmp_path):
     assert {name: run.status for name, run in runs.items()} == {name: name for name in runs}
     assert runs["running"].reason == "It is at step 3 of 100." and "at step 3" in runs["interrupted"].reason
     assert runs["failed"].reason == runs["diverged"].reason == "it met a non-finite loss, or it did not"
-    assert make("none", steps=0).status == "failed"
 
 
 @pytest.mark.parametrize(("name", "content"), [("result.json", "[3]"), ("tofu_eval.json", '{"summary": {"model_ut')])

@@ -76,7 +76,7 @@ def _compare(argv: Sequence[str], console: Console, command: str) -> int:
     pending = [job for job in sorted(jobs, key=lambda job: job.run.seed) if not is_done(job)]
     if args.dry_run:
         for job in jobs:
-            _print_commands(job, "" if job in pending else "# done: ")
+            print(*(("" if job in pending else "# done: ") + line for line in _commands_of(job)), sep="\n")
         return 0
     for job in pending:
         if model := job.settings.get("model_name_or_path"):
@@ -99,20 +99,16 @@ def _compare(argv: Sequence[str], console: Console, command: str) -> int:
 # The command line
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; ceu-rl compare --help shows how to call it.")
-
-
 def _parser() -> argparse.ArgumentParser:
     from .launch import LAUNCHERS
 
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         prog="ceu-rl compare",
         usage="ceu-rl compare RECIPE.yaml ... [--any_field v1 v2 ...] [options]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        exit_on_error=False,
     )
     option = parser.add_argument
     option("--output_dir", help="default: runs/<method>-<folder of the first recipe>")
@@ -163,12 +159,11 @@ def _underscored(word: str) -> str:
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
 
 
-def _print_commands(job: Job, mark: str) -> None:
+def _commands_of(job: Job) -> list[str]:
     """The commands that would make a run without a comparison, ready for a shell."""
     launched = ["ceu-rl"] if job.launcher == MODULE else [*job.launcher, "ceu_rl.cli"]
-    print(mark + shlex.join([*launched, *job.words]))
-    if job.evaluation:
-        print(mark + shlex.join(["ceu-rl", *job.evaluation]))
+    evaluated = [["ceu-rl", *job.evaluation]] if job.evaluation else []
+    return [shlex.join(words) for words in ([*launched, *job.words], *evaluated)]
 
 
 # The grid

@@ -98,8 +98,8 @@ def commands_of(job: Job) -> list[list[str]]:
     """What is left to do for a run; its folder is made ready for it, with a record and the recipe that it trains by."""
     if is_done(job):
         return []
-    commands, folder, trained = [], job.folder, job.found.record(RESULT)
-    if not trained or trained.get("steps") == 0:
+    commands, folder = [], job.folder
+    if not job.found.record(RESULT):
         words = [job.words[0], "--config", str(folder / RECIPE), "--output_dir", str(folder), *_resume(job)]
         commands = [[*job.launcher, "ceu_rl.cli", *words]]
     commands += [[*MODULE, "ceu_rl.cli", *words] for words in _lacks_evaluation(job)]

@@ -1,4 +1,4 @@
-"""What a run of a comparison left in its folder, read once. A file that is cut, empty or of another form is named, and
+"""What a run of a comparison left in its folder, read once. A file that is cut, empty or no record is named, and
 costs no other run."""
 
 import json
@@ -95,13 +95,12 @@ class Run:
     @cached_property
     def status(self) -> str:
         """One of `STATUSES`; diverged is a loss or a gradient that is not finite."""
-        result, failure = self.record(RESULT), self.record(FAILURE)
-        if failure.get("diverged"):
+        if self.record(FAILURE).get("diverged"):
             return "diverged"
-        if self._records[1] or failure:
+        if self._records[1] or self.record(FAILURE):
             return "failed"
-        if result:
-            return "failed" if result.get("steps") == 0 else "finished"
+        if self.record(RESULT):
+            return "finished"
         return "running" if self.is_running else "interrupted" if self.steps else "waiting"
 
     @property
@@ -123,18 +122,17 @@ class Run:
     @property
     def reason(self) -> str | None:
         """Why there is no result; None if there is."""
-        of, failure = self.settings.get("max_steps"), self.record(FAILURE)
+        of = self.settings.get("max_steps")
         match self.status:
             case "finished":
                 return None
             case "running":
-                return f"It is at step {self.steps}" + (f" of {of}." if isinstance(of, int) and of > 0 else ".")
+                return f"It is at step {self.steps}" + (f" of {of}." if is_number(of) and of > 0 else ".")
             case "interrupted":
                 return f"Its log ends at step {self.steps}; the same command continues it."
             case "waiting":
                 return "It has not started."
-        nothing = "It ended after 0 steps, so nothing was trained."
-        return " ".join(self._records[1]) or failure.get("reason") or nothing
+        return " ".join(self._records[1]) or self.record(FAILURE).get("reason")
 
     @cached_property
     def _lines(self) -> tuple[tuple[list[dict[str, Any]], str], ...]:
