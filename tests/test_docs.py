@@ -73,13 +73,6 @@ def test_the_readme_fits_a_screen():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 60
 
 
-def test_the_readme_shows_stock_beside_ce_u():
-    """In stock's place stands one import and one class name a line; tests/test_docs_commands.py runs the code."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    stock = [line.split("# ")[1] for line in code.splitlines() if "# " in line]
-    assert stock == ["from trl import DPOConfig, DPOTrainer", 'args = DPOConfig(output_dir="runs/mine")']
-
-
 # The pages of results
 
 sys.path.insert(0, str(RESULTS))  # where the writer finds its modules
@@ -382,16 +375,12 @@ def test_the_check_of_the_tables_finds_a_wrong_writer(page, was, becomes):
     assert path.read_text().count(was) == 1
     mutant = module_of(path, path.read_text().replace(was, becomes))
     module = mutant if path.stem == "write" else writer()
-    pairs = mutant if path.stem == "pairs" else module.pairs
+    module.pairs = mutant if path.stem == "pairs" else module.pairs
     for figure in ("by_rate", "over_steps", "plane", "bars"):
         setattr(module.Page, figure, lambda *args, **kwargs: "")
-    environment = module.jinja2.Environment(loader=module.jinja2.FileSystemLoader(RESULTS), trim_blocks=True)
+    module.QUESTIONS, module.pictures = (page,), dict
     with pytest.raises((AssertionError, ValueError)):
-        check_page(
-            environment.get_template(f"{page}.md.jinja").render(
-                page=module.Page(page), pairs=pairs, markdown=module.markdown
-            )
-        )
+        check_page(module.written()[RESULTS / f"{page}.md"])
 
 
 def test_the_stable_rates_of_the_first_page_are_those_of_the_study():
@@ -415,18 +404,6 @@ def test_each_file_of_results_is_named_by_its_page(path):
     question = path.relative_to(RESULTS).parts[0]
     page = {"fused": "speed", "grpo-time": "speed", "faults": "speed", "scale": "../scale"}.get(question, question)
     assert f"`{name(path)}`" in (RESULTS / f"{page}.md").read_text(), f"{name(path)} is on no page"
-
-
-def merged(file):
-    """The runs of a file that was merged from single results, each as it was written."""
-    found = plain(f"{file}.json")
-
-    def whole(part):
-        if not isinstance(part, dict) or "origin" not in part:
-            return part
-        return {**{key: value for key, value in part.items() if key != "origin"}, **found["origins"][part["origin"]]}
-
-    return {run["name"]: whole({key: whole(value) for key, value in run.items()}) for run in found["runs"]}
 
 
 def provenances(found):
@@ -454,7 +431,7 @@ def test_the_forget_qualities_follow_from_the_truth_ratios():
         *((each, "retain90", 400) for each in ("models", "models-0", "models-1", "earlier")),
         ("models-smollm2", "retain", 40),
     ):
-        runs = merged(f"unlearning/{file}")
+        runs = {run["name"]: run for run in plain(f"unlearning/{file}.json")["runs"]}
         ratios = runs[retain]["forget_truth_ratios"]
         assert len(ratios) == rows and len(runs) > 1
         for run in runs.values():

@@ -3,8 +3,8 @@
 import re
 import sys
 import types
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,22 +12,6 @@ import torch
 ADVANTAGE = torch.tensor([[1.0, 1.0, 1.0, 1.0], [-0.5, -0.5, -0.5, -0.5]], dtype=torch.float64)
 MASK = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
 PROBABILITY = torch.tensor([[0.9, 0.5, 0.1, 0.3], [0.9, 0.5, 0.1, 0.001]], dtype=torch.float64)
-
-
-@dataclass
-class LossInputs:
-    trainer_logprobs: torch.Tensor
-    inference_logprobs: torch.Tensor
-    ref_logprobs: torch.Tensor | None
-    advantages: torch.Tensor
-    loss_mask: torch.Tensor
-    loss_weights: torch.Tensor | None = None
-
-
-@dataclass
-class LossOutputs:
-    loss: torch.Tensor
-    metrics: dict
 
 
 def token_mean(loss_mat, loss_mask, loss_agg_mode):
@@ -46,7 +30,7 @@ def functions(monkeypatch):
     core = types.ModuleType("verl.trainer.ppo.core_algos")
     core.agg_loss, core.register_policy_loss = token_mean, register_policy_loss
     loss = types.ModuleType("prime_rl.trainer.rl.loss")
-    loss.LossInputs, loss.LossOutputs = LossInputs, LossOutputs
+    loss.LossInputs = loss.LossOutputs = SimpleNamespace
     for module in (core, loss):
         for end in (i for i, letter in enumerate(module.__name__) if letter == "."):
             monkeypatch.setitem(sys.modules, module.__name__[:end], types.ModuleType(module.__name__[:end]))
@@ -65,7 +49,7 @@ EXPECTED = -ADVANTAGE * torch.where(ADVANTAGE < 0, 0.5 + PROBABILITY / 2, 1.0) *
 
 def test_verl(functions):
     log_prob = PROBABILITY.log().requires_grad_()
-    config = types.SimpleNamespace(clip_ratio=0.2)
+    config = SimpleNamespace(clip_ratio=0.2)
     given = (log_prob.detach(), log_prob, ADVANTAGE, MASK)
     loss, metrics = functions["ceu_policy_loss"](*given, loss_agg_mode="token-mean", config=config)
     loss.backward()
@@ -77,16 +61,18 @@ def test_verl(functions):
 
 
 def test_prime_rl(functions):
+    def inputs(row, log_probs, sampled):
+        masked = {"advantages": ADVANTAGE[row], "loss_mask": MASK[row].bool(), "loss_weights": None}
+        return SimpleNamespace(trainer_logprobs=log_probs, inference_logprobs=sampled, ref_logprobs=None, **masked)
+
     for row in range(2):
         log_probs = PROBABILITY[row].log().requires_grad_()
-        inputs = LossInputs(log_probs, log_probs.detach(), None, ADVANTAGE[row], MASK[row].bool())
-        outputs = functions["ceu_loss"](inputs)
+        outputs = functions["ceu_loss"](inputs(row, log_probs, log_probs.detach()))
         outputs.loss.backward()
         assert outputs.loss.shape == outputs.metrics["ceu_descending_fraction"].shape == ()
         torch.testing.assert_close(log_probs.grad, EXPECTED[row])
         assert outputs.metrics["ceu_descending_fraction"] == row
     # A token that is clipped is not descended
     log_probs = PROBABILITY[1].log().requires_grad_()
-    inputs = LossInputs(log_probs, log_probs.detach() + 1, None, ADVANTAGE[1], MASK[1].bool())
-    functions["ceu_loss"](inputs).loss.backward()
+    functions["ceu_loss"](inputs(1, log_probs, log_probs.detach() + 1)).loss.backward()
     assert (log_probs.grad == 0).all()

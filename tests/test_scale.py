@@ -54,11 +54,6 @@ def test_the_tiny_model_is_measured_again():
     check(scale.measure("tiny", 4, 256, False, rounds=1))
 
 
-@pytest.mark.slow
-def test_smollm2_is_measured_again():
-    check(scale.measure("smollm2", 2, 128, False, rounds=1))
-
-
 @pytest.mark.parametrize("shape", scale.MODELS, ids=lambda shape: shape.name)
 def test_the_parameters_are_those_of_the_models(shape):
     sizes = {

@@ -9,8 +9,12 @@ from ceu_rl.cli import main
 from ceu_rl.models import resolve_model
 
 pytestmark = pytest.mark.slow
-TASK = ("reasoning_gym:chain_sum", "preference", "min_terms=2, max_terms=2, size=16")
-ON_CPU = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+TASK = {
+    "model_name_or_path": "builtin:smollm2",
+    "dataset_name": "reasoning_gym:chain_sum",
+    "dataset_config": "min_terms=2, max_terms=2, size=16",
+}
+SMALL = {"max_steps": 2, "logging_steps": 1, "use_cpu": "true", "bf16": "false", "disable_tqdm": "true"}
 
 
 @pytest.fixture(scope="module")
@@ -22,26 +26,13 @@ def folder():
         pytest.skip(str(error))
 
 
-def settings(**fields):
-    return [word for key, value in fields.items() for word in (f"--{key}", str(value))]
+def run(method, folder, **fields):
+    words = [word for key, value in {**TASK, **SMALL, **fields}.items() for word in (f"--{key}", str(value))]
+    assert main([method, *words, "--output_dir", str(folder)]) == 0
 
 
 def test_an_adapter_trains_and_is_saved_from_the_name(folder, tmp_path):
-    argv = settings(
-        model_name_or_path="builtin:smollm2",
-        dataset_name=TASK[0],
-        dataset_config=TASK[2],
-        output_dir=tmp_path / "out",
-        max_steps=2,
-        per_device_train_batch_size=2,
-        logging_steps=1,
-        use_peft="true",
-        lora_r=4,
-        use_cpu="true",
-        bf16="false",
-        disable_tqdm="true",
-    )
-    assert main(["dpo", *argv]) == 0
+    run("dpo", tmp_path / "out", per_device_train_batch_size=2, use_peft="true", lora_r=4)
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["settings"]["model_name_or_path"] == "builtin:smollm2"
     assert (tmp_path / "out" / "adapter_model.safetensors").stat().st_size < 20e6
@@ -51,27 +42,14 @@ def test_an_adapter_trains_and_is_saved_from_the_name(folder, tmp_path):
 @pytest.mark.vllm
 def test_what_vllm_samples_the_trainer_scores_alike(folder, tmp_path):
     pytest.importorskip("vllm")
-    argv = settings(
-        model_name_or_path="builtin:smollm2",
-        dataset_name=TASK[0],
-        dataset_config=TASK[2],
-        reward_funcs="ceu_rl.tasks.reasoning_gym.score_answer",
-        output_dir=tmp_path / "out",
-        max_steps=2,
-        num_generations=2,
-        per_device_train_batch_size=4,
-        max_completion_length=8,
-        learning_rate="1e-5",
-        logging_steps=1,
-        use_vllm="true",
-        vllm_mode="colocate",
-        vllm_max_model_length=128,
-        use_cpu="true",
-        bf16="false",
-        gradient_checkpointing="false",
-        disable_tqdm="true",
-    )
-    assert main(["grpo", *argv]) == 0
+    reward = {
+        "reward_funcs": "ceu_rl.tasks.reasoning_gym.score_answer",
+        "num_generations": 2,
+        "max_completion_length": 8,
+    }
+    vllm = {"use_vllm": "true", "vllm_mode": "colocate", "vllm_max_model_length": 128}
+    small = {"per_device_train_batch_size": 4, "learning_rate": "1e-5", "gradient_checkpointing": "false"}
+    run("grpo", tmp_path / "out", **reward, **vllm, **small)
     log = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     differences = [e["sampling/sampling_logp_difference/mean"] for e in log if "loss" in e]
     assert len(differences) == 2 and max(differences) < 0.05

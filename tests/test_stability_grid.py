@@ -49,6 +49,8 @@ def two_recipes(tmp_path):
     paths = [tmp_path / "dpo" / f"{arm}.yaml" for arm in ("stock", "ceu")]
     for path in paths:
         path.write_text("method: dpo\nseed: 7\nmax_steps: 20\ndataset_name: builtin:addition\n")
+    (tmp_path / "dpo" / "field.yaml").write_text("method: dpo\nlearning_rte: 1\n")
+    (tmp_path / "dpo" / "method.yaml").write_text("method: sleep\n")
     return paths
 
 
@@ -129,6 +131,11 @@ def test_the_method_is_the_field_of_the_recipe(tmp_path, path, method, evaluatio
     ("words", "message"),
     [
         (["{stock}", "{stock}"], "Two recipes have one name"),
+        (
+            ["{stock}", "{folder}/field.yaml"],
+            "field.yaml: There is no field 'learning_rte'; did you mean learning_rate?",
+        ),
+        (["{stock}", "{folder}/method.yaml"], "method is 'sleep'; write one of dpo, grpo, sft, unlearn"),
         (["{stock}", "--output_dir", ""], "--output_dir is ''; give a folder."),
         (["{stock}", "--jobs", "0"], "--jobs is 0; use at least 1."),
         (["{stock}", "--beta"], "--beta has no value"),
@@ -157,21 +164,6 @@ def test_bad_input_is_one_sentence(two_recipes, tmp_path, capsys, words, message
     assert not list(tmp_path.glob("runs/*"))
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"method: dpo\nlearning_rte: 1\n", "did you mean learning_rate?"),
-        (b"method: sleep\n", "method is 'sleep'; write one of dpo, grpo, sft, unlearn"),
-    ],
-)
-def test_a_broken_recipe_is_named_before_any_run(two_recipes, tmp_path, capsys, content, message):
-    two_recipes[1].write_bytes(content)
-    assert main(["compare", *map(str, two_recipes), "--output_dir", str(tmp_path / "runs")]) == 2
-    err = capsys.readouterr().err
-    assert message in err and "ceu.yaml" in err and len(err.splitlines()) == 1
-    assert not (tmp_path / "runs").exists()
-
-
 # Real runs
 
 
@@ -193,10 +185,6 @@ def recipes(tmp_path, base, preferences, monkeypatch):
     return write
 
 
-def log_of(folder):
-    return (folder / "log.txt").read_text()
-
-
 def test_compare_runs_keeps_and_names(recipes, tmp_path, tiny_model, capsys):
     out = tmp_path / "runs"
     broken_model = tiny_model()
@@ -209,31 +197,32 @@ def test_compare_runs_keeps_and_names(recipes, tmp_path, tiny_model, capsys):
     command = ["compare", good, bad, diverges, "--jobs", "2", "--output_dir", str(out)]
     assert main(command) == 1
     runs = json.loads((out / "report.json").read_text())["runs"]
-    assert [(run["arm"], run["status"]) for run in runs] == [
-        *(("stock", "finished"), ("broken", "failed"), ("wild", "diverged"))
-    ]
-    assert {run["method"] for run in runs} == {"dpo"} and (out / "report.html").stat().st_size > 10_000
-    failure, wild = (
-        json.loads((out / arm / "recipe" / "0" / "failure.json").read_text()) for arm in ("broken", "wild")
-    )
+    assert [run["status"] for run in runs] == ["finished", "failed", "diverged"]
+    assert (out / "report.html").stat().st_size > 10_000
+    failure, wild = (json.loads((out / arm / "recipe/0/failure.json").read_text()) for arm in ("broken", "wild"))
     assert failure["status"] == 2 and "max_length" in failure["reason"] and failure["log_tail"]
     assert failure["versions"]["trl"] and failure["method"] == "dpo"
     assert wild["diverged"] and wild["reason"].startswith("Step 1 met a non-finite loss (nan)")
     assert "broken/recipe/0: failed: " in capsys.readouterr().out
 
     # Again, with what failed mended: the finished and the diverged run are kept, and not started again
-    kept = {arm: log_of(out / arm / "recipe" / "0") for arm in ("stock", "wild")}
+    logs = [out / arm / "recipe" / "0" / "log.txt" for arm in ("stock", "wild")]
+    kept = [path.read_text() for path in logs]
     recipes("broken")
     assert main(command) == 0
     assert "2 done earlier and kept, 1 to do" in capsys.readouterr().out
-    assert kept == {arm: log_of(out / arm / "recipe" / "0") for arm in kept}
+    assert kept == [path.read_text() for path in logs]
     assert not (out / "broken" / "recipe" / "0" / "failure.json").exists()
-    assert (out / "broken" / "recipe" / "0" / "result.json").is_file()
 
 
 def test_compare_goes_on_with_an_interrupted_run(recipes, tmp_path):
     folder = tmp_path / "runs" / "ceu" / "recipe" / "0"
-    command = ["compare", recipes("ceu", max_steps=3, save_strategy="steps", save_steps=2), "--output_dir", str(tmp_path / "runs")]
+    command = [
+        "compare",
+        recipes("ceu", max_steps=3, save_strategy="steps", save_steps=2),
+        "--output_dir",
+        str(tmp_path / "runs"),
+    ]
     assert main(command) == 0
     whole = json.loads((folder / "result.json").read_text())
     # What a kill between the steps 2 and 3 leaves
@@ -254,14 +243,14 @@ import json, os, pathlib, sys, yaml
 with open(pathlib.Path(__file__).with_name("started"), "a") as file:
     if "--results" in sys.argv:
         path, retain = (sys.argv[sys.argv.index(name) + 1] for name in ("--results", "--retain"))
-        file.write(f"held against {retain}\\n")
+        file.write(f"compared with {retain}\\n")
         found = json.loads(pathlib.Path(path).read_text())
         pathlib.Path(path).write_text(json.dumps({**found, "retain": retain}))
         sys.exit()
     file.write(f"{sys.argv[sys.argv.index('--output_dir' if '--output_dir' in sys.argv else '--model') + 1]}\\n")
 if "tofu-eval" in sys.argv:
     folder = pathlib.Path(sys.argv[sys.argv.index("--model") + 1])
-    if "FAIL" in os.environ or (folder / "tofu_eval.json").exists():
+    if "FAIL" in os.environ:
         sys.exit("ceu-rl tofu-eval: error: no memory")
     (folder / "tofu_eval.json").write_text('{"summary": {"model_utility": 0.5, "forget_quality": 0.1}}')
     sys.exit()
@@ -375,29 +364,19 @@ def test_what_an_evaluation_lacks_is_evaluated_and_not_trained_again(quick, two_
     assert "ceu/recipe/7: failed: no memory" in out
     monkeypatch.delenv("FAIL")
     assert quick()[::2] == (0, ["runs/stock/recipe/7", "runs/ceu/recipe/7"])
-    evaluation = tmp_path / "runs" / "ceu" / "recipe" / "7" / "tofu_eval.json"
-    evaluation.write_text('{"summary": {"model_ut')
-    assert quick()[::2] == (0, ["runs/ceu/recipe/7"])
-    assert evaluation.with_name("tofu_eval.json.broken").is_file() and not list(
-        tmp_path.glob("runs/*/*/*-interrupted*")
-    )
+    (tmp_path / "runs/ceu/recipe/7/tofu_eval.json").write_text('{"summary": {"model_ut')
+    assert quick()[::2] == (0, ["runs/ceu/recipe/7"]) and not list(tmp_path.glob("runs/*/*/*-interrupted*"))
 
 
-def test_a_retain_model_that_comes_later_is_held_against_without_training(quick, two_recipes, tmp_path):
+def test_a_retain_model_that_comes_later_is_compared_with_and_nothing_is_trained(quick, two_recipes, tmp_path):
     for path in two_recipes:
         path.write_text("method: unlearn\ndataset_name: builtin:authors\nseed: 7\n")
-    retains = [tmp_path / name / "tofu_eval.json" for name in ("one", "other")]
-    for path in retains:
-        path.parent.mkdir()
-        path.write_text('{"summary": {"model_utility": 0.5}}')
     assert quick()[0] == 0
-    evaluations = [tmp_path / "runs" / arm / "recipe" / "7" / "tofu_eval.json" for arm in ("stock", "ceu")]
-    for retain in retains:
-        status, _, began = quick("--retain", str(retain))
-        assert status == 0 and began == [f"held against {retain}"] * 2
-        assert [json.loads(path.read_text())["retain"] for path in evaluations] == [str(retain)] * 2
-        assert quick("--retain", str(retain))[::2] == (0, [])
-    assert quick()[::2] == (0, [])
+    for name in ("one.json", "other.json"):
+        (tmp_path / name).write_text('{"summary": {"model_utility": 0.5}}')
+        given = ["--retain", str(tmp_path / name)]
+        assert quick(*given)[::2] == (0, [f"compared with {tmp_path / name}"] * 2)
+        assert quick(*given)[::2] == (0, []) == quick()[::2]
 
 
 @pytest.mark.parametrize("states", [("trainer_state.json", "optimizer.pt", "scheduler.pt"), ()])
@@ -475,14 +454,13 @@ sys.exit(grid.main(sys.argv[1:]))
 
 @pytest.fixture
 def comparison(two_recipes, tmp_path):
-    """Start a comparison of 2 recipes with 3 rates and 2 seeds, four at a time."""
-    (tmp_path / "driver.py").write_text(DRIVER)
-    words = [*map(str, two_recipes), "--learning_rate", "1e-5", "3e-5", "1e-4", "--seed", "0", "1", "--jobs", "4"]
+    """Start a comparison of 2 recipes with 2 rates and 2 seeds, four at a time."""
+    words = [*map(str, two_recipes), "--learning_rate", "1e-5", "3e-5", "--seed", "0", "1", "--jobs", "4"]
     running = []
 
     def start():
         process = subprocess.Popen(
-            [sys.executable, "driver.py", *words, "--output_dir", "runs"],
+            [sys.executable, "-c", DRIVER, *words, "--output_dir", "runs"],
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -527,7 +505,7 @@ def wait_until(condition, process, seconds=300):
 def test_what_is_killed_half_way_leaves_no_run_undone_and_does_none_twice(comparison, tmp_path, machine):
     """Without the comparison what it started continues, and is waited for; a machine takes its runs with it."""
     process = comparison()
-    wait_until(lambda: len(results(tmp_path)) >= 4, process)
+    wait_until(lambda: len(results(tmp_path)) >= 2, process)
     (tmp_path / "hold").touch()
     time.sleep(1)  # from here on none ends
     wait_until(lambda: len(started(tmp_path)[0]) == len(results(tmp_path)) + 4, process)
@@ -540,13 +518,13 @@ def test_what_is_killed_half_way_leaves_no_run_undone_and_does_none_twice(compar
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
     again = comparison()
-    assert f"12 runs in runs: {len(before)} done earlier and kept" in again.stdout.readline()
+    assert f"8 runs in runs: {len(before)} done earlier and kept" in again.stdout.readline()
     time.sleep(0 if machine else 2)  # it finds what is still training
     (tmp_path / "hold").unlink()
     out, _ = again.communicate(timeout=300)
     assert again.returncode == 0, out
     runs, _ = started(tmp_path)
-    assert len(results(tmp_path)) == len(set(runs)) == 12 and len(cut_short) == 4
+    assert len(results(tmp_path)) == len(set(runs)) == 8 and len(cut_short) == 4
     assert {run for run in runs if runs.count(run) > 1} == (cut_short if machine else set())
 
 

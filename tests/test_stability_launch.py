@@ -128,8 +128,9 @@ def test_a_run_whose_machine_dies_starts_again_elsewhere_from_its_checkpoint(lau
         while True:
             time.sleep(0.05)
             (raylet,) = (each.process for each in nodes[0].all_processes["raylet"])
-            its = [each for each in psutil.Process(raylet.pid).children(recursive=True) if trains(each)]
-            if its and list((tmp_path / "runs").glob("*/*/*/checkpoint-3")):
+            its = {each: run_of(each) for each in psutil.Process(raylet.pid).children(recursive=True)}
+            its = {each: folder for each, folder in its.items() if folder and (folder / "checkpoint-3").exists()}
+            if its:
                 break
         killed.extend(str(each.pid) for each in its)
         everything = psutil.Process(raylet.pid).children(recursive=True)
@@ -139,10 +140,10 @@ def test_a_run_whose_machine_dies_starts_again_elsewhere_from_its_checkpoint(lau
                 each.kill()
         cluster.remove_node(nodes[0], allow_graceful=False)
 
-    def trains(process):
-        with contextlib.suppress(psutil.Error):
-            return "stand_in_run" in " ".join(process.cmdline())
-        return False
+    def run_of(process):
+        with contextlib.suppress(psutil.Error, ValueError):
+            words = process.cmdline()
+            return tmp_path / words[words.index("--output_dir") + 1]
 
     thread = threading.Thread(target=machine_dies)
     thread.start()

@@ -149,16 +149,13 @@ def test_measures_of_a_log_with_values_that_are_not_finite(make, report):
         {"step": 10, "loss": math.nan, "grad_norm": math.inf},
         {"step": 11, "loss": 0.5, "grad_norm": 30.0},
     ]
-    run = make("stock", log=log, metrics={"train_runtime": 50.0})
+    run = make("stock", log=log)
     with open(run.folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 14, "lo')  # what a kill leaves
     found, _, _ = report([run])
     # The largest fall from the best so far is from 1.0 to 0.3
-    expected = {"grad_norm_largest": 30, "drawdown": 0.7, "seconds_per_step": 0.5}
-    assert found["runs"][0]["measures"] == expected
+    assert found["runs"][0]["measures"] == {"grad_norm_largest": 30, "drawdown": 0.7}
     assert found["runs"][0]["curves"] == {"step": [0, 50, 100], "eval_greedy_accuracy": [1.0, 0.4, 0.3]}
-    resumed = make("ceu", log=log, metrics={"train_runtime": 50.0}, resumed=True)
-    assert "seconds_per_step" not in report([resumed])[0]["runs"][0]["measures"]  # its clock started again
 
 
 def test_failed_and_interrupted_runs_are_left_out_and_named(make, report):
@@ -211,7 +208,7 @@ def test_where_the_runs_come_from_is_said_once_and_differences_are_said(make, re
     found, page, _ = report(runs)
     assert [entry["runs"] for entry in found["provenance"]] == [[0, 1], [2]]
     assert "The runs differ in commit" in page
-    assert COMMAND in page and "ceu-rl dpo --config x.yaml" in page
+    assert COMMAND in page
 
 
 # GRPO: what a reward costs
@@ -304,12 +301,6 @@ def test_without_the_start_nothing_is_reached(make):
 # The page in a browser
 
 
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --hide-scrollbars --force-device-scale-factor=1"
-)
-
-
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install -e .[dev]")
@@ -318,7 +309,13 @@ def browser(tmp_path_factory):
         pytest.skip("there is no chromium with chromedriver (Debian packages chromium and chromium-driver)")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
+    for flag in [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ]:
         options.add_argument(flag)
     started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     yield started
@@ -340,7 +337,7 @@ def curves(end, seed):
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """Pages of a grid, of TOFU, of GRPO and of runs that are under way, with the number of their figures."""
+    """Pages of a grid that is under way, and of TOFU, with the number of their figures."""
     make, runs = functools.partial(make_run, tmp_path_factory.mktemp("grid")), []
     for arm, fall in {"stock": 1.0, "ceu": 0.1, "a-recipe-with-quite-a-long-name": 0.4}.items():
         for (place, each), seed in itertools.product(enumerate((1e-6, 1e-5, 1e-4)), range(2)):
@@ -349,15 +346,13 @@ def pages(tmp_path_factory):
                 make(arm, {"learning_rate": each}, seed, curves(1 - fall * place / 2, seed), end, held=pairs(fall))
             )
     runs.append(make("ceu", {"learning_rate": 1e-6}, 2, end="failed"))
+    runs.append(make("ceu", {"learning_rate": 1e-5}, 2, log=curves(0.9, 0)[:31], end="running"))
     make = functools.partial(make_run, tmp_path_factory.mktemp("tofu"))
     values = {"grad_diff": (1e-9, 0.59), "paper": (0.5, 0.4), "grad_ascent": (0.078, 0.01)}
     start = scored_model(tmp_path_factory.mktemp("start") / "full", 0.6, 1e-20)
     tofu = [unlearned(make, arm, 1e-4, *at, start=start) for arm, at in values.items()]
-    make = functools.partial(make_run, tmp_path_factory.mktemp("going"))
-    going = [make("stock", log=curves(0.3, 0)), make("ceu", log=curves(0.9, 0)[:31], end="running")]
-    grpo = frontier_grid(functools.partial(make_run, tmp_path_factory.mktemp("grpo")))
     made = {}
-    for name, members, count in (("grid", runs, 14), ("tofu", tofu, 3), ("grpo", grpo, 7), ("going", going, 8)):
+    for name, members, count in (("grid", runs, 14), ("tofu", tofu, 3)):
         folder = tmp_path_factory.mktemp(f"report-{name}")
         write_report(folder, members, Console(file=io.StringIO()), COMMAND)
         made[name] = (folder / "report.html").as_uri(), count
@@ -365,7 +360,7 @@ def pages(tmp_path_factory):
 
 
 @pytest.mark.parametrize("width", [1400, 400])
-@pytest.mark.parametrize("name", ["grid", "tofu", "grpo", "going"])
+@pytest.mark.parametrize("name", ["grid", "tofu"])
 def test_the_page_in_a_browser(browser, pages, name, width):
     address, count = pages[name]
     view = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}

@@ -24,17 +24,15 @@ from .table import KEEP, Table
 COLOURS = ("#404040", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
 MARKERS, SYMBOLS = "osD^vPX<>", "●■◆▲▼✚✖◀▶"
 GREY = "#808080"
-BINS = 60  # points of a curve that was logged at every step
+POINTS = 120  # at most in a curve, the last one among them
 STYLE: Any = {
     **sns.axes_style("ticks"),
     "svg.fonttype": "none",
     "svg.hashsalt": "ceu_rl",
     "text.parse_math": False,  # a name may have a dollar sign
     "font.size": 9,
-    "axes.titlesize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": GREY,
     "axes.grid": True,
     "grid.color": "#e4e4e4",
 }
@@ -95,7 +93,9 @@ def curves(table: Table, arms: Mapping[str, Look]) -> list[dict[str, Any]]:
         own = values[(values.metric == metric) & ((values.value > 0) | (metric != "grad_norm"))]
         if own.empty:
             continue
-        grid = _panels(_binned(own), arms, x="step", y="value", col="setting")
+        steps = np.sort(own.step.unique())[::-1]
+        own = own[own.step.isin(steps[:: len(steps) // POINTS + 1])]
+        grid = _panels(own, arms, x="step", y="value", col="setting")
         for axes in grid.axes.flat:
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             if metric == "grad_norm":
@@ -123,16 +123,6 @@ def _styled(arms: Mapping[str, Look]) -> dict[str, Any]:
         "errorbar": ("pi", 100),
         "legend": False,
     }
-
-
-def _binned(frame: pd.DataFrame) -> pd.DataFrame:
-    """Curves with many points: the median of each run in each of `BINS` bins of steps."""
-    if frame.step.nunique() <= 2 * BINS:
-        return frame
-    width = (frame.step.max() - frame.step.min()) / BINS
-    middle = ((frame.step - frame.step.min()) // width + 0.5) * width + frame.step.min()
-    keys = ["run", "arm", "setting", "seed", "step"]
-    return frame.assign(step=middle).groupby(keys, as_index=False, sort=False).value.median()
 
 
 def _log_axis(axes: Axes) -> None:

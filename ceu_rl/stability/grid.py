@@ -20,7 +20,6 @@ import re
 import shlex
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -42,8 +41,7 @@ def main(argv: Sequence[str]) -> int:
     def terminate(number: int, frame: Any) -> NoReturn:
         raise KeyboardInterrupt(number)
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, terminate)
     try:
         return _compare(argv, Console(), shlex.join(["ceu-rl", "compare", *argv]))
     except KeyboardInterrupt as error:

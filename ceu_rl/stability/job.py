@@ -103,9 +103,6 @@ def commands_of(job: Job) -> list[list[str]]:
         words = [job.words[0], "--config", str(folder / RECIPE), "--output_dir", str(folder), *_resume(job)]
         commands = [[*job.launcher, "ceu_rl.cli", *words]]
     commands += [[*MODULE, "ceu_rl.cli", *words] for words in _lacks_evaluation(job)]
-    for path in (folder / name for name in EVALUATIONS):
-        if path.is_file() and not job.found.record(path.name):  # one that cannot be used
-            path.rename(path.with_name(f"{path.name}.broken"))
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / RECIPE, job.text)
     write_whole(folder / RECORD, json.dumps(job.run.planned, indent=2, default=str) + "\n")

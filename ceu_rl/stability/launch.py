@@ -39,10 +39,8 @@ class Worker:
 
     def __init__(self, job: Job, at_once: int, slots: list[int]) -> None:
         self.slot, self.slots = slots.pop(0), slots
-        words, env = (
-            [sys.executable, "-m", run_job.__module__],
-            _variables(self.slot, at_once, alone=job.launcher == MODULE),
-        )
+        words = [sys.executable, "-m", run_job.__module__]
+        env = _variables(self.slot, at_once, alone=job.launcher == MODULE)
         # In a session of its own: Ctrl-C reaches the comparison alone, which ends the runs
         self.process = Popen(words, stdin=PIPE, stdout=PIPE, stderr=STDOUT, env=env, start_new_session=True)
         with self.process.stdin as pipe:  # type: ignore[union-attr]

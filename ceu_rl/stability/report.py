@@ -50,23 +50,15 @@ SHOWN = {
     "kl": ("KL", "Divergence from the model before training at the end, in nats per token."),
     "displacement": ("displacement", "Change of the chosen responses' log-probability (2410.08847)."),
     "grad_norm_largest": ("largest gradient norm", "Before clipping, of all steps and seeds."),
-    "seconds_per_step": ("seconds per step", "Of training with its evaluations."),
 }
 TOFU = ("model_utility", "forget_quality")
 OF_GROUP = {"grad_norm_largest": "max", "drawdown": "max", "reached": "min"}  # the others are medians
 
 
 def write_report(folder: Path, runs: Sequence[Run], console: Console, command: str) -> dict[str, Any]:
-    """Write `report.html` and `report.json` into a folder, and print the verdict and the table.
+    """Write `report.html` and `report.json` into a folder, print verdict and table, and return what the JSON holds.
 
-    Args:
-        folder: Where to write; it is made if it is not there.
-        runs: The runs of the comparison, the baseline's arm first. They may have failed or be missing.
-        console: Where to print.
-        command: The command that made the comparison, for the report.
-
-    Returns:
-        What `report.json` holds.
+    The arm of the first run is the baseline; runs may have failed or be missing. `command` made the comparison.
     """
     table = Table(runs)
     report = summarize(table, command)
@@ -116,16 +108,15 @@ def summarize(table: Table, command: str) -> dict[str, Any]:
 
 def _arms(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Each arm, and the fields in which its recipe is not the first arm's."""
-    first = {run.arm: run for run in reversed(runs)}
     varied = {name for run in runs for name in run.setting} | {"seed", "output_dir", "run_name"}
-    base, found = runs[0].settings if runs else {}, []
-    for arm in dict.fromkeys(run.arm for run in runs):
-        run, settings = first[arm], first[arm].settings
-        names = [name for name in {**settings, **base} if name not in varied and settings.get(name) != base.get(name)]
+    found: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        base, own = runs[0].settings, run.settings
+        names = [name for name in {**own, **base} if name not in varied and own.get(name) != base.get(name)]
         recipe = (run.record(RECORD) or run.planned).get("recipe")
-        differs = {name: settings.get(name) for name in names} if settings else {}
-        found.append({"name": arm, "method": run.method, "recipe": recipe, "differs": differs})
-    return found
+        differs = {name: own.get(name) for name in names} if own else {}
+        found.setdefault(run.arm, {"name": run.arm, "method": run.method, "recipe": recipe, "differs": differs})
+    return list(found.values())
 
 
 def measure(table: Table, start: Mapping[str, float]) -> pd.DataFrame:
@@ -141,14 +132,10 @@ def measure(table: Table, start: Mapping[str, float]) -> pd.DataFrame:
     at_end["displacement"] = last.chosen - first.chosen
     found = at_end[(table.about.status == "finished").to_numpy()].reindex(runs)
     found["grad_norm_largest"] = largest.grad_norm
-    for place, outcome in enumerate(run.outcome for run in table.runs):
-        seconds, steps = (outcome.get("metrics") or {}).get("train_runtime"), outcome.get("steps")
-        if seconds and steps and not outcome.get("resumed"):  # the clock of a resumed run started again
-            found.loc[place, "seconds_per_step"] = seconds / steps
     if table.scores:  # the largest fall of the first score from its best so far: max over s < t of score_s - score_t
         series = logged[logged.metric == table.scores[0].name].groupby("run").value
         found["drawdown"] = series.agg(lambda values: (values.cummax() - values).max())
-    if found.forget_quality.any():  # the aim of unlearning on TOFU, which a run that diverged has missed
+    if found.forget_quality.notna().any():  # the aim of unlearning on TOFU, which a run that diverged has missed
         is_useful = found.model_utility >= KEEP_UTILITY * start.get("model_utility", math.nan)
         reached = (is_useful & (found.forget_quality > FORGET_QUALITY)).astype(float)
         found["reached"] = reached.where(table.about.status.isin(["finished", "diverged"]))

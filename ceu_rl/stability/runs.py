@@ -38,14 +38,9 @@ def lock_of(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a comparison.
+    """One run of a comparison: an arm (the stem of its recipe) at a setting, the fields of the grid that vary.
 
-    Args:
-        arm: The stem of its recipe, such as stock.
-        setting: The fields of the grid that vary, such as `{"learning_rate": 3e-5}`.
-        seed: Its seed.
-        folder: Where it left what it logged and its result.
-        planned: What is known of it before it starts, as in `run.json`.
+    `planned` is what is known of it before it starts, as in `run.json`.
     """
 
     arm: str
@@ -127,7 +122,7 @@ class Run:
             case "finished":
                 return None
             case "running":
-                return f"It is at step {self.steps}" + (f" of {of}." if is_number(of) and of > 0 else ".")
+                return f"It is at step {self.steps}" + (f" of {of}." if isinstance(of, int) and of > 0 else ".")
             case "interrupted":
                 return f"Its log ends at step {self.steps}; the same command continues it."
             case "waiting":

@@ -30,18 +30,14 @@ RESAMPLES, CONFIDENCE = 2000, 0.95
 START = ("model_name_or_path", "dataset_name", "dataset_config", "dataset_test_split", "max_length", "truncation_mode")
 PAIR, TOKENS = ["chosen", "rejected", "ref_chosen", "ref_rejected"], ["chosen_tokens", "rejected_tokens"]
 
-Interval = tuple[float, float]
-
 
 # Held-out rows and paired intervals
 
 
 def preference_scores(rows: Mapping[str, Any], beta: float) -> dict[str, np.ndarray]:
-    """Margin, accuracy and loss of held-out pairs, as the module defines them.
+    """Margin, accuracy and loss of held-out pairs, as the module defines them, each (pairs,).
 
-    Args:
-        rows: `chosen`, `rejected`, `ref_chosen`, `ref_rejected`, each (pairs,): sums of log-probabilities in nats.
-        beta: Of DPO.
+    `rows` has `chosen`, `rejected`, `ref_chosen`, `ref_rejected`: sums of log-probabilities in nats. `beta` is DPO's.
     """
     chosen, rejected, ref_chosen, ref_rejected = (np.asarray(rows[name], dtype=np.float64) for name in PAIR)
     margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
@@ -50,18 +46,11 @@ def preference_scores(rows: Mapping[str, Any], beta: float) -> dict[str, np.ndar
         return {"margin": margin, "accuracy": accuracy, "loss": np.logaddexp(0.0, -margin)}
 
 
-def paired_bootstrap(differences: Any, resamples: int = RESAMPLES) -> Interval | None:
-    """Percentile bootstrap interval (95 %) of the mean of paired differences, over seeds and rows.
+def paired_bootstrap(differences: Any, resamples: int = RESAMPLES) -> tuple[float, float] | None:
+    """Percentile bootstrap interval (95 %) of the mean of paired differences (seeds, rows); NaN: a missing pair.
 
     Each resample draws seeds and rows with replacement, independently, so both count as random. With one seed it draws
-    rows alone, with one row seeds alone.
-
-    Args:
-        differences: (seeds, rows); NaN where a pair is not there.
-        resamples: How many resamples.
-
-    Returns:
-        The interval; None for fewer than two seeds and rows.
+    rows alone, with one row seeds alone. None for fewer than two seeds and rows.
     """
     found = np.asarray(differences, dtype=np.float64)
     known = np.isfinite(found)
@@ -80,15 +69,10 @@ def paired_bootstrap(differences: Any, resamples: int = RESAMPLES) -> Interval |
 
 @dataclass(frozen=True)
 class Score:
-    """A score of a run.
+    """A score of a run: `key` in the log, or `column` in the held-out rows, which count where they are there.
 
-    Args:
-        name: What it is, as in "the base's greedy accuracy".
-        key: Where it is logged.
-        column: Of the held-out rows, from which it is taken where they are recorded.
-        kept: Whether a share of the base's value says something.
-        lower: Whether lower is better.
-        of: The score from what is logged.
+    `kept` says whether a share of the base's value means something, and `lower` whether lower is better. `of` makes the
+    score from what is logged.
     """
 
     name: str

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from .measure import ROWS, SUBJECTS, TINY, measure
+from .measure import ROWS, SUBJECTS, TINY, _is_of, measure
 
 BASELINE = Path(__file__).parents[2] / "docs" / "results" / "speed" / "ratios.json"
 MEASURED = ("seconds", "peak_gib", "ratios", "date", "commit", "versions", "device")
@@ -43,6 +43,13 @@ def test_what_counts_as_grown():
     assert grown({"stock": {"time": 1.09, "memory": 0.54}}, before) == []
     assert grown({"stock": {"time": 1.11, "memory": 0.54}}, before) == ["stock, time: 1.11 after 1.0"]
     assert grown({"stock": {"time": 0.9, "memory": 0.56}}, before) == ["stock, memory: 0.56 after 0.5"]
+
+
+def test_rows_are_told_apart_by_their_rule():
+    """A row without one is of the default rule, and is replaced by itself alone."""
+    assert all([_is_of(row, {**each, "ratios": {}}) for each in ROWS["cpu"]].count(True) == 1 for row in ROWS["cpu"])
+    plain, anchored = {"subject": "dpo", "tokens": 128}, {"subject": "dpo", "tokens": 128, "rule": "anchored"}
+    assert not _is_of(plain, anchored) and not _is_of(anchored, plain)
 
 
 @pytest.mark.slow
