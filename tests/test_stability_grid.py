@@ -215,26 +215,6 @@ def test_compare_runs_keeps_and_names(recipes, tmp_path, tiny_model, capsys):
     assert not (out / "broken" / "recipe" / "0" / "failure.json").exists()
 
 
-def test_compare_goes_on_with_an_interrupted_run(recipes, tmp_path):
-    folder = tmp_path / "runs" / "ceu" / "recipe" / "0"
-    command = [
-        "compare",
-        recipes("ceu", max_steps=3, save_strategy="steps", save_steps=2),
-        "--output_dir",
-        str(tmp_path / "runs"),
-    ]
-    assert main(command) == 0
-    whole = json.loads((folder / "result.json").read_text())
-    # What a kill between the steps 2 and 3 leaves
-    shutil.rmtree(folder / "checkpoint-3")
-    for name in ("result.json", "model.safetensors"):
-        (folder / name).unlink()
-    assert main(command) == 0
-    resumed = json.loads((folder / "result.json").read_text())
-    assert resumed["resumed"] and not whole["resumed"]
-    assert resumed["metrics"]["eval_loss"] == whole["metrics"]["eval_loss"]
-
-
 # The ways of a comparison with runs that take no time: a stand-in for the command line
 
 
@@ -487,9 +467,9 @@ def results(tmp_path):
 
 
 def started(tmp_path):
-    """The folders of the runs, once for each start, and the process of each start."""
-    lines = [(path, line) for path in (tmp_path / "runs").glob("*/*/*.started") for line in path.open()]
-    return [str(path.with_suffix("")) for path, _ in lines], [int(line.split()[0]) for _, line in lines]
+    """For each start of a run its folder, its process, and whether it continued from a checkpoint."""
+    lines = [(path, line.split()) for path in (tmp_path / "runs").glob("*/*/*.started") for line in path.open()]
+    return [(path.with_suffix(""), int(words[0]), "--resume_from_checkpoint" in words) for path, words in lines]
 
 
 def wait_until(condition, process, seconds=300):
@@ -508,30 +488,30 @@ def test_what_is_killed_half_way_leaves_no_run_undone_and_does_none_twice(compar
     wait_until(lambda: len(results(tmp_path)) >= 2, process)
     (tmp_path / "hold").touch()
     time.sleep(1)  # from here on none ends
-    wait_until(lambda: len(started(tmp_path)[0]) == len(results(tmp_path)) + 4, process)
+    wait_until(lambda: len(started(tmp_path)) == len(results(tmp_path)) + 4, process)
     process.kill()
     process.wait()
-    before = {str(path.parent) for path in results(tmp_path)}
-    runs, processes = started(tmp_path)
-    cut_short = set(runs) - before
-    for process in processes if machine else ():
+    before = {path.parent for path in results(tmp_path)}
+    cut_short = {folder: number for folder, number, _ in started(tmp_path) if folder not in before}
+    for number in cut_short.values() if machine else ():
         with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
+            os.kill(number, signal.SIGKILL)
     again = comparison()
     assert f"8 runs in runs: {len(before)} done earlier and kept" in again.stdout.readline()
     time.sleep(0 if machine else 2)  # it finds what is still training
     (tmp_path / "hold").unlink()
     out, _ = again.communicate(timeout=300)
     assert again.returncode == 0, out
-    runs, _ = started(tmp_path)
-    assert len(results(tmp_path)) == len(set(runs)) == 8 and len(cut_short) == 4
-    assert {run for run in runs if runs.count(run) > 1} == (cut_short if machine else set())
+    runs = started(tmp_path)
+    assert len(results(tmp_path)) == len({folder for folder, *_ in runs}) == 8 and len(cut_short) == 4
+    assert {folder for folder, _, resumed in runs if resumed} == ({*cut_short} if machine else set())
+    assert len(runs) == 8 + machine * 4
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_runs_with_a_checkpoint_and_says_how_to_go_on(comparison, tmp_path, number):
     process = comparison()
-    wait_until(lambda: len(started(tmp_path)[0]) >= 4, process)
+    wait_until(lambda: len(started(tmp_path)) >= 4, process)
     (tmp_path / "hold").touch()
     os.kill(process.pid, number)
     out, _ = process.communicate(timeout=60)
@@ -545,7 +525,7 @@ def test_a_signal_ends_the_runs_with_a_checkpoint_and_says_how_to_go_on(comparis
 
 def test_a_second_ctrl_c_ends_the_runs_at_once(comparison, tmp_path):
     process = comparison()
-    wait_until(lambda: len(started(tmp_path)[0]) >= 4, process)
+    wait_until(lambda: len(started(tmp_path)) >= 4, process)
     for name in ("hold", "slow"):
         (tmp_path / name).touch()
     os.kill(process.pid, signal.SIGINT)
@@ -558,6 +538,6 @@ def test_a_second_ctrl_c_ends_the_runs_at_once(comparison, tmp_path):
 
 
 def assert_none_is_left(tmp_path):
-    for process in started(tmp_path)[1]:
+    for _, number, _ in started(tmp_path):
         with pytest.raises(ProcessLookupError):
-            os.kill(process, 0)
+            os.kill(number, 0)
