@@ -9,8 +9,6 @@ import pytest
 from ceu_rl.models import build_model
 from ceu_rl.run import callbacks
 from ceu_rl.run.callbacks import HeldOutFile, Pace, TaskScore
-from ceu_rl.stability.runs import Run
-from ceu_rl.stability.table import ACCURACIES, Table
 from ceu_rl.tasks import Task
 
 from .conftest import TINY
@@ -55,40 +53,25 @@ def test_held_out_pairs_are_appended_and_cut_back_to_the_step_of_a_checkpoint(tm
     assert rows[2] == {"step": 30, "dataset": "eval", "row": 0, "chosen": -31.0, **tokens}
 
 
-def test_each_question_of_a_task_is_recorded_and_arms_are_paired_by_question_and_seed(tmp_path, tokenizer):
-    """Greedy answers are right to the first `right` questions, and one of 4 samples to the others."""
+def test_each_question_of_a_task_is_recorded(tmp_path, tokenizer):
+    """Greedy answers are right to the first two questions, and one of 4 samples to each."""
     prompts = [{"prompt": [{"role": "user", "content": f"{n}+1="}], "answer": str(n)} for n in range(6)]
-    runs = []
-    for arm, right in (("stock", 2), ("ours", 5)):
-        asked = []
+    asked = []
 
-        def score(row, answer, right=right, asked=asked):
-            asked.append(row["answer"])
-            return float(
-                int(row["answer"]) < right if asked.count(row["answer"]) == 1 else asked.count(row["answer"]) == 2
-            )
+    def score(row, answer):
+        asked.append(row["answer"])
+        is_greedy = asked.count(row["answer"]) == 1
+        return float(int(row["answer"]) < 2 if is_greedy else asked.count(row["answer"]) == 2)
 
-        for seed in (0, 1):
-            run = Run(arm, {}, seed, tmp_path / arm / str(seed))
-            run.folder.mkdir(parents=True)
-            trainer = SimpleNamespace(model=build_model(tokenizer, **TINY), processing_class=tokenizer, log=print)
-            trainer.accelerator = SimpleNamespace(unwrap_model=lambda model: model, autocast=nullcontext)
-            task = Task("task", lambda *given: prompts, score, max_new_tokens=2, samples=4)
-            held_out = HeldOutFile(trainer)
-            args = SimpleNamespace(output_dir=str(run.folder), seed=seed)
-            state = SimpleNamespace(global_step=60, is_world_process_zero=True)
-            asked.clear()
-            for callback in (TaskScore(trainer, task, prompts), held_out):
-                callback.on_evaluate(args, state, None)
-            (run.folder / "result.json").write_text('{"method": "grpo", "steps": 60}')
-            runs.append(run)
-    rows = runs[0].held_out
+    trainer = SimpleNamespace(model=build_model(tokenizer, **TINY), processing_class=tokenizer, log=print)
+    trainer.accelerator = SimpleNamespace(unwrap_model=lambda model: model, autocast=nullcontext)
+    task = Task("task", lambda *given: prompts, score, max_new_tokens=2, samples=4)
+    held_out, args = HeldOutFile(trainer), SimpleNamespace(output_dir=str(tmp_path), seed=0)
+    for callback in (TaskScore(trainer, task, prompts), held_out):
+        callback.on_evaluate(args, SimpleNamespace(global_step=60, is_world_process_zero=True), None)
+    rows = [json.loads(line) for line in (tmp_path / "held_out.jsonl").read_text().splitlines()]
     assert [row["greedy"] for row in rows] == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     assert rows[3] == {
         **{"step": 60, "dataset": "questions", "row": 3, "greedy": 0.0},
         **{"sampled": 0.25, "pass@2": 0.5, "pass@4": 1.0},
     }
-    table = Table(runs)
-    greedy, sampled = (table.difference([2, 3], [0, 1], score) for score in ACCURACIES)
-    assert greedy["difference"] == 0.5 and (greedy["seeds"], greedy["rows"]) == (2, 6)
-    assert greedy["interval"][0] > 0 and sampled["interval"] == (0.0, 0.0)  # alike question by question
