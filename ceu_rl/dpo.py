@@ -56,9 +56,15 @@ class CEUDPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32Ou
     _pairs: list[torch.Tensor] | None = None  # of the evaluation that runs
 
     def check_given(self, given: dict[str, Any]) -> None:
-        config = given["args"]
-        if given.get("train_dataset") is not None:
-            check_dataset(given["train_dataset"], "train", "preference")
+        config, dataset = given["args"], given.get("train_dataset")
+        if dataset is not None:
+            check_dataset(dataset, "train", "preference")
+        shares = config.precompute_ref_log_probs and config.world_size > 1
+        if shares and isinstance(dataset, Dataset) and not dataset.cache_files:  # TRL's first process writes for all
+            raise ValueError(
+                f"precompute_ref_log_probs is True with {config.world_size} processes and a dataset in memory, which "
+                "have no cache in common; save it with save_to_disk and load it again, or leave precompute out."
+            )
         if config.beta == 0 and config.loss_type != ["sft"]:
             raise ValueError(f"beta is {config.beta}, with which no pair moves the model; use a number above 0.")
         adapts = given.get("peft_config") is not None or isinstance(given["model"], PeftModel)

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
+from .data.prompts import prompt_ids
 from .data.rows import check_layout
 from .losses import anchor_log_ratio
 from .rollouts import ReloadingVLLMGeneration
@@ -100,7 +102,9 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.use_vllm:
+        if not self.use_vllm:
+            self._name_what_moves_samples()
+        else:
             self.vllm_generation.__class__ = ReloadingVLLMGeneration
             self.vllm_generation.period = self.args.weight_sync_steps
             self.vllm_generation.clock = lambda: self.state.global_step
@@ -143,6 +147,23 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
         every = (config.steps_per_generation or 1) * config.num_iterations
         aligned = config.gradient_accumulation_steps % every == 0
         return config.use_vllm or not aligned or given.get("rollout_func") is not None
+
+    def _name_what_moves_samples(self) -> None:
+        """What `generate` fills in from the model's own config, as in stock, though TRL never asked for it."""
+        own = (getattr(self.model, "generation_config", None) or GenerationConfig()).to_diff_dict()
+        plain = {name for name in own if name.endswith("token_id")} | {"transformers_version", "max_length"}
+        brought = {name: own[name] for name in own.keys() - plain if getattr(self.generation_config, name, "") is None}
+        if brought:
+            note(
+                f"The model's own generation_config brings {brought}, so its rollouts are not the policy's own; set "
+                "these fields to None in it if you did not mean them."
+            )
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        ids, *rest = super()._tokenize_prompts(prompts)
+        if isinstance(prompts[0], str) and ids[0] != prompt_ids(self._tokenizer, prompts[0]):
+            note_once("The tokenizer ends a prompt with its end token, and completions follow it; turn that off there.")
+        return ids, *rest
 
     def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
         with self.descent_route.collect() as forwards:

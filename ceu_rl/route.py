@@ -26,6 +26,7 @@ from packaging.specifiers import SpecifierSet
 from peft import PeftModel
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from trl.trainer.utils import get_config_model_id
 
 from .losses import (
     anchored_weight,
@@ -343,10 +344,14 @@ class DescentConfig:
         return self.is_anchored or (self.ceu_coef != 0 and "." in self.descent_rule)
 
 
-def check_config(args: Any, config_class: type) -> None:
-    """Raise a ValueError for no config, and for one of another class, TRL's own included."""
+def own_config(args: Any, config_class: type, model: Any) -> Any:
+    """`args`, or without any a config that writes where TRL's trainer would; a ValueError for another class."""
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(getattr(model, "config", None))  # type: ignore[arg-type]
+        return config_class(f"{name.split('/')[-1]}-{config_class.__name__.removeprefix('CEU').removesuffix('Config')}")
     if not isinstance(args, config_class):
         raise ValueError(f"args is a {type(args).__name__}; give a {config_class.__name__}.")
+    return args
 
 
 class DescentTrainer:
@@ -367,8 +372,7 @@ class DescentTrainer:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(self.stock).bind(*args, **kwargs).arguments
-        config: Any = given.get("args")
-        check_config(config, self.config_class)
+        given["args"] = config = own_config(given.get("args"), self.config_class, given["model"])
         self.check_given(given)
         check_language_model(given["model"], config.trust_remote_code)
         super().__init__(**given)

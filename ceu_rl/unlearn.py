@@ -39,7 +39,7 @@ from .losses import (
     weighted_gradient_ascent_loss,
 )
 from .models import end_token_ids
-from .route import CITATION, check_config
+from .route import CITATION, own_config
 from .run.checkpoints import WholeCheckpoints
 from .run.checks import (
     StopAtNonFinite,
@@ -198,7 +198,7 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
         ref_model: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> None:
-        check_config(args, UnlearnConfig)
+        args = own_config(args, UnlearnConfig, model)
         for name in ("train_dataset", "compute_loss_func"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} is given, which UnlearnTrainer sets itself; give forget_dataset alone.")

@@ -1,6 +1,7 @@
 """CE-U DPO against the imported `trl.DPOTrainer`, and against float64 gradients from plain logits."""
 
 import copy
+import functools
 from pathlib import Path
 
 import pytest
@@ -200,9 +201,20 @@ def test_each_held_out_pair_is_kept(make_trainer, preferences):
         assert found["eval_loss"] is not None and all(row["chosen_tokens"] >= 1 for row in rows)
 
 
-@pytest.mark.parametrize("config_class", [KTOConfig, DPOConfig, dict, type(None)])
+@pytest.mark.parametrize("trainer_class", [DPOTrainer, CEUDPOTrainer])
+def test_without_args_it_writes_where_stock_does(trainer_class, tiny_model, preferences, tokenizer, monkeypatch):
+    for config_class in (DPOConfig, CEUDPOConfig):  # by default TRL asks for a GPU
+        made = functools.partialmethod(config_class.__init__, use_cpu=True, bf16=False)
+        monkeypatch.setattr(config_class, "__init__", made)
+    model = tiny_model()
+    model.config._name_or_path = "someone/small"
+    trainer = trainer_class(model, tiny_model(), train_dataset=preferences, processing_class=tokenizer)
+    assert trainer.args.output_dir == "small-DPO"
+
+
+@pytest.mark.parametrize("config_class", [KTOConfig, DPOConfig, dict])
 def test_args_of_another_kind_are_refused_by_the_name_of_ours(tiny_model, preferences, tokenizer, config_class):
-    args = config_class() if config_class in (dict, type(None)) else config_class("x", use_cpu=True, bf16=False)
+    args = {} if config_class is dict else config_class("x", use_cpu=True, bf16=False)
     with pytest.raises(ValueError, match=f"args is a {config_class.__name__}; give a CEUDPOConfig"):
         CEUDPOTrainer(tiny_model(), args=args, train_dataset=preferences, processing_class=tokenizer)
 

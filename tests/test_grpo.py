@@ -10,6 +10,7 @@ import pytest
 import torch
 import trl
 from peft import LoraConfig
+from tokenizers.processors import TemplateProcessing
 from trl import GRPOTrainer
 
 from ceu_rl import CEUGRPOConfig, CEUGRPOTrainer
@@ -54,6 +55,43 @@ def make_trainer(tiny_model, tokenizer, tmp_path):
         return build(trainer_class, tmp_path, **{**default, **given})
 
     return make
+
+
+@pytest.mark.parametrize(
+    "brings",
+    [
+        {"no_repeat_ngram_size": 1},
+        {"num_beams": 2},
+        {"suppress_tokens": [11]},
+        "an end",
+    ],
+    ids=str,
+)
+def test_what_a_model_brings_to_its_rollouts_is_named(make_trainer, tiny_model, tokenizer, brings, caplog):
+    """Its generation config, which vLLM does not take, or an end that its tokenizer adds to prompts; stock has both."""
+    adding = copy.deepcopy(tokenizer)
+    if brings == "an end":
+        end = ("<|eos|>", tokenizer.eos_token_id)
+        adding.backend_tokenizer.post_processor = TemplateProcessing(single="$A <|eos|>", special_tokens=[end])
+
+    def run(trainer_class, **settings):
+        model = tiny_model(1)
+        if brings != "an end":
+            model.generation_config.update(**brings)
+        return trained(make_trainer(trainer_class, model=model, processing_class=adding, **settings))
+
+    stock = run(GRPOTrainer)
+    with caplog.at_level("INFO", "ceu_rl"):
+        assert same(stock, run(CEUGRPOTrainer, ceu_coef=0.0))
+    assert ("end token" if brings == "an end" else next(iter(brings))) in caplog.text
+
+
+def test_a_field_that_transformers_does_not_know_moves_no_rollout(make_trainer, tiny_model, tokenizer, caplog):
+    model = tiny_model(1)
+    model.generation_config.house_style = 1
+    with caplog.at_level("INFO", "ceu_rl"):
+        make_trainer(CEUGRPOTrainer, model=model, processing_class=tokenizer)
+    assert "house_style" not in caplog.text
 
 
 def rollouts(trainer):

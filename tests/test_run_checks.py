@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, load_from_disk
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForSequenceClassification, T5Config, T5ForConditionalGeneration
 
@@ -115,6 +115,14 @@ def test_an_adapter_on_the_head_that_the_fused_head_would_not_read(
     given["peft_config"] = LoraConfig(**{"target_modules": ["q_proj"], **adapter})
     with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
         CEUDPOTrainer(tiny_model(tie_word_embeddings=tied), **given).train()
+
+
+def test_rows_in_memory_share_no_precomputed_log_probabilities(construct, preferences, tmp_path, monkeypatch):
+    monkeypatch.setattr(CEUDPOConfig, "world_size", property(lambda self: 2))
+    with pytest.raises(ValueError, match="precompute_ref_log_probs is True with 2 processes and a dataset in memory"):
+        construct(preferences, precompute_ref_log_probs=True)
+    preferences.save_to_disk(tmp_path / "rows")
+    construct(load_from_disk(tmp_path / "rows"), precompute_ref_log_probs=True)
 
 
 def digest(folder):

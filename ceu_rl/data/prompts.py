@@ -91,7 +91,7 @@ class PromptFormat:
                 )
             for name in ("system_prompt", "chat_template_kwargs"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name} is {getattr(self, name)!r}, and template {template!r} has none.")
+                    raise ValueError(f"{name} is {getattr(self, name)!r}; leave it out with template {template!r}.")
             return settled
         if not tokenizer.chat_template:
             raise ValueError("template is 'chat' and the tokenizer has no chat template; use 'question_answer'.")
