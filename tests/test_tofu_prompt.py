@@ -133,7 +133,7 @@ def test_a_generation_ends_at_every_end_of_the_model(folder, template, eos, othe
         (CHATML, {"template": "qa"}, "template is 'qa'; use chat, question_answer, or a text with {question}"),
         (CHATML, {"template": "{answer} {question}"}, "template is '{answer} {question}'; use"),
         (CHATML, {"template": "{question} {answer} {answer}"}, "template is '{question} {answer} {answer}'; use"),
-        (CHATML, {"template": "question_answer", "system_prompt": "Help."}, "system_prompt is 'Help.', and template"),
+        (CHATML, {"template": "question_answer", "system_prompt": "Help."}, "system_prompt is 'Help.'; leave it out"),
         (CHATML, {"template": "{question}{answer}", "chat_template_kwargs": DATE}, "chat_template_kwargs is {'date_"),
         (GEMMA, {"system_prompt": "Help."}, "chat template refuses the prompt (System role not supported); change"),
         (LLAMA3, {"system_prompt": "Help."}, "template writes today's date"),
