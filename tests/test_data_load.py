@@ -186,6 +186,8 @@ def test_a_dataset_in_trls_own_layout_is_not_copied():
         *[("sft", {"input_ids": ids}, "has no token ids as 'input_ids'") for ids in ("abc", [1, -5], [])],
         ("sft", {"prompt": "1+2=", "completion": [USER]}, "has no answer in 'completion'"),
         ("sft", {"messages": "a"}, "has a str as 'messages'"),
+        *[("sft", {"text": "a", "tools": tools}, "has a .* as 'tools'") for tools in ("hammer", 3, "")],
+        *[("preference", {**CHAT, "chat_template_kwargs": v}, "has a .* as 'chat_template_kw") for v in ("{}", [1])],
     ],
 )
 def test_a_row_or_column_that_cannot_be_learned_from_is_named(kind, row, message, stream):
@@ -388,6 +390,12 @@ def test_every_way_to_read_csv_gives_what_stands_there(tmp_path, suffix, separat
 def test_a_file_may_be_packed(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(gzip.compress(b'{"day": "2024-01-02"}\n'))
     assert open_dataset(str(tmp_path / "rows.jsonl"), None)["train"].to_list() == [{"day": "2024-01-02"}]
+
+
+def test_a_row_may_bring_what_the_chat_template_takes():
+    for tools in (None, [], "[]", '[{"name": "f"}]'):
+        check_layout(made([{**CHAT, "tools": tools, "chat_template_kwargs": {"a": 1}}], False), "train", "preference")
+    check_layout(made([{"prompt": "a", "tools": "hammer"}], False), "train", "prompt")  # a column for a reward
 
 
 def test_text_and_messages_are_not_mixed(tmp_path):

@@ -15,6 +15,7 @@ A column whose words are in neither prompt nor answer, such as a system prompt, 
 import contextlib
 import dataclasses
 import difflib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
@@ -111,6 +112,8 @@ class _Judge:
         for column in judged:
             self._check_cell(new, column, refuse)
             new[column] = plain_content(new[column])
+        if self.kind != "prompt":
+            _check_template_arguments(new, refuse)
         new |= _joined(new, [column for column in COMPLETIONS[self.kind] if column in row], refuse)
         others = {"prompt", *QUESTIONS, *SYSTEMS, *CONTEXTS} if self.kind != "prompt" else {*SYSTEMS}
         if self.kind == "preference" and "prompt" not in new and not _is_asked(new):
@@ -289,6 +292,17 @@ def _require(columns: Iterable[str], name: str, required: Iterable[str]) -> None
 
 
 # rows
+
+
+def _check_template_arguments(row: Mapping[str, Any], refuse: Any) -> None:
+    tools = row.get("tools")
+    with contextlib.suppress(ValueError):  # TRL reads them from JSON too
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    given = {"tools": (tools, list | None), "chat_template_kwargs": (row.get("chat_template_kwargs", {}), Mapping)}
+    for column, (value, kind) in given.items():
+        if not isinstance(value, kind):  # type: ignore[arg-type]
+            fix = "give what the chat template takes, or remove the column"
+            raise refuse(column, f"a {type(row[column]).__name__} as", fix)
 
 
 def _joined(row: Mapping[str, Any], completions: Sequence[str], refuse: Any) -> dict[str, Any]:
