@@ -24,6 +24,10 @@ datasets.disable_progress_bars()
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
 def generate_answers(model, tokenizer, prompts, max_new_tokens, **settings):
     """The texts of a model's answers to conversations."""
     ids = tokenizer.apply_chat_template(prompts, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -48,6 +52,12 @@ def learn(model, tokenizer, texts, steps, learning_rate):
 @pytest.fixture(scope="session")
 def tokenizer():
     return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer):
+    """The built-in model with its random weights, which no test trains."""
+    return build_model(tokenizer)
 
 
 @pytest.fixture

@@ -222,20 +222,6 @@ def test_neighbours_are_the_same_family_with_another_x(ratio):
     assert slope(r.detach().clamp(max=1) * log_pi, log_pi).item() == pytest.approx(family(min(1.0, ratio)))
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"coef": 1.5}, "ceu_coef is 1.5"),
-        ({"scale": 0.0}, "ceu_scale is 0.0"),
-        ({"scale": 1e40}, r"ceu_scale is 1e\+40; use a number above 0 up to"),
-        ({"max_weight": float("nan")}, "ceu_max_weight is nan"),
-    ],
-)
-def test_bad_coefficients_are_named(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        descent_weight(torch.zeros(1), **kwargs)
-
-
 def test_weighted_gradient_ascent_is_the_bounded_descent_weight():
     log_probs = torch.linspace(-20, -1e-3, 50, dtype=torch.float64, requires_grad=True)
     weighted_gradient_ascent_loss(log_probs).sum().backward()

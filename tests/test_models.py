@@ -14,29 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ceu_rl import models
 from ceu_rl.models import build_bpe_tokenizer, build_model, build_tokenizer, end_token_ids, resolve_model
-from ceu_rl.tasks import load_task_dataset
 
-from .conftest import generate_answers
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return build_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return build_model(tokenizer)
-
-
-@pytest.fixture(scope="module")
-def preference():
-    return load_task_dataset("builtin:addition", "preference")
-
-
-def user(text):
-    return [{"role": "user", "content": text}]
-
+from .conftest import generate_answers, user
 
 # tokenizer
 
@@ -46,16 +25,6 @@ def test_every_character_survives_a_round_trip(tokenizer):
     ids = tokenizer(text).input_ids
     assert len(ids) == len(text) and tokenizer.unk_token_id not in ids and tokenizer.decode(ids) == text
     assert tokenizer("aé").input_ids == [*tokenizer("a").input_ids, tokenizer.unk_token_id]
-
-
-def test_the_prompt_is_a_prefix_in_text_and_tokens(tokenizer, preference):
-    for row in preference["test"].select(range(20)):
-        for tokenize in (False, True):
-            kwargs = {"tokenize": tokenize, "return_dict": False}
-            prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **kwargs)
-            full = tokenizer.apply_chat_template(row["prompt"] + row["chosen"], **kwargs)
-            assert full[: len(prompt)] == prompt
-        assert tokenizer.decode(full[len(prompt) :]) == row["chosen"][0]["content"] + tokenizer.eos_token
 
 
 TEXTS = ["The author was born in Oslo, and wrote poems.", "The author lives in Quito; she wrote novels."] * 20

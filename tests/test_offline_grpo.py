@@ -11,7 +11,7 @@ from trl import GRPOTrainer
 from ceu_rl import CEUGRPOTrainer, OfflineGRPOTrainer
 from ceu_rl.cli import main
 
-from .trainers import GRPO, build, log_prob_gradient, losses, same, save_model
+from .trainers import GRPO, build, log_prob_gradient, losses, same
 
 SUMS = [(a, b) for a in range(4) for b in range(4)]
 TEXTS = [
@@ -213,14 +213,10 @@ def test_settings_without_effect_are_refused(make_trainer, settings, message):
         make_trainer(TEXTS, **settings)
 
 
-def test_a_recipe_needs_no_reward_function(tiny_model, tokenizer, tmp_path):
+def test_a_recipe_needs_no_reward_function(recipe, tmp_path):
+    config = recipe(num_generations=4, per_device_train_batch_size=4, max_length=None, max_steps=1)
     (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in TEXTS))
-    words = {
-        "model_name_or_path": save_model(tiny_model(1), tokenizer, tmp_path / "model"),
-        "dataset_name": tmp_path / "rows.jsonl", "output_dir": tmp_path / "out", "num_generations": 4,
-        "max_steps": 1, "use_cpu": "true", "bf16": "false", "disable_tqdm": "true",
-    }  # fmt: skip
-    assert main(["grpo", *(word for key, value in words.items() for word in (f"--{key}", str(value)))]) == 0
+    assert main(["grpo", "--config", config]) == 0
     assert json.loads((tmp_path / "out" / "result.json").read_text())["steps"] == 1
 
 

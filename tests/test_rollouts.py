@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 from ceu_rl.rollouts import ReloadingVLLMGeneration, RolloutError
 from ceu_rl.tasks.addition import accuracy
 
+from .trainers import SETTINGS
+
 vllm = [
     pytest.mark.vllm,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (make install)"),
@@ -155,6 +157,7 @@ class TestEngine:
 
         def write(**fields):
             settings = {
+                **SETTINGS,
                 "model_name_or_path": model,
                 "dataset_name": "builtin:addition",
                 "reward_funcs": ["my_rewards.digits"],
@@ -167,11 +170,7 @@ class TestEngine:
                 "use_vllm": True,
                 "vllm_mode": "colocate",
                 "vllm_max_model_length": 64,
-                "use_cpu": True,
-                "bf16": False,
-                "gradient_checkpointing": False,
-                "disable_tqdm": True,
-                "logging_steps": 1,
+                "save_strategy": "steps",
                 "save_steps": 2,
                 **fields,
             }

@@ -180,6 +180,7 @@ def test_where_an_anchor_is_not_known_the_weight_is_one():
         ("ceu", {"tnpo_beta": 1.0}, ["tnpo_beta", "'ceu'", "'token_ratio'"]),
         ("ceu", {"ceu_max_weight": 0}, ["ceu_max_weight is 0", "above 0"]),
         ("ceu", {"ceu_scale": float("nan")}, ["ceu_scale is nan"]),
+        ("ceu", {"ceu_scale": 1e40}, ["ceu_scale is 1e+40; use a number above 0 up to"]),
         ("constant", {}, ["constant_weight is missing"]),
         ("constant", {"constant_weight": -0.1}, ["constant_weight is -0.1"]),
         ("sequence_ratio", {"bdpo_lambda": 1.0}, ["bdpo_lambda is 1.0"]),

@@ -21,7 +21,7 @@ from ceu_rl.tasks.protocol import right_answer
 from ceu_rl.tasks.reasoning_gym import score_answer, wrong_answers
 from ceu_rl.tasks.score import pass_at_k
 
-from .conftest import generate_answers, learn
+from .conftest import generate_answers, learn, user
 
 TASK = get_task("builtin:addition")
 COLUMNS = {
@@ -29,25 +29,6 @@ COLUMNS = {
     "preference": {"prompt", "chosen", "rejected"},
     "prompt": {"prompt", "answer"},
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return build_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return build_model(tokenizer)
-
-
-@pytest.fixture(scope="module")
-def preference():
-    return load_task_dataset("builtin:addition", "preference")
-
-
-def user(text):
-    return [{"role": "user", "content": text}]
 
 
 # addition
@@ -304,12 +285,12 @@ def test_every_task_of_the_library_gives_rows_that_its_verifier_judges_right():
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_scoring_leaves_no_trace(model, preference, training):
+def test_scoring_leaves_no_trace(model, training):
     right_padded = build_tokenizer()
     right_padded.padding_side = "right"
     model.train(training)
     before = torch.get_rng_state()
-    evaluate_task(model, right_padded, TASK, list(preference["test"].select(range(4))), seed=0)
+    evaluate_task(model, right_padded, TASK, [{"prompt": user("1+2=")}] * 4, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training is training and right_padded.padding_side == "right"
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig, LlamaConfig
+from transformers import LlamaConfig
 
 from ceu_rl.models import build_model, build_tokenizer
 from ceu_rl.tasks import evaluate_task, get_task
@@ -26,9 +26,9 @@ from ceu_rl.tasks.generate import (
 )
 from ceu_rl.tofu.scoring import Answer, score_answers
 
-from .conftest import TINY, generate_answers
+from .conftest import TINY, generate_answers, user
 
-PROMPTS = [[{"role": "user", "content": text}] for text in ("1+2=", "123+567=", "99+1=")]
+PROMPTS = [user(text) for text in ("1+2=", "123+567=", "99+1=")]
 # Each moves a sample or its length, greedy or drawn
 FOREIGN = {
     **{"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "stop_strings": ["1"], "min_p": 0.9, "top_k": 2},
@@ -41,16 +41,6 @@ FOREIGN = {
     **{"return_dict_in_generate": True, "token_healing": True, "renormalize_logits": True, "use_cache": False},
     **{"cache_implementation": "static", "penalty_alpha": 0.6, "dola_layers": "low"},
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return build_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return build_model(tokenizer)
 
 
 @pytest.mark.parametrize("field", FOREIGN)
@@ -70,19 +60,6 @@ def test_the_config_of_a_compiled_model_is_replaced_too(model):
     with decode_by(torch.compile(model, backend="eager"), config):
         assert model.generation_config is config
     assert model.generation_config is own
-
-
-def test_every_field_of_transformers_is_known_to_be_plain_or_tried():
-    """A new field of `GenerationConfig` fails here until somebody has looked whether it moves a sample."""
-    inert = """assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight assistant_lookbehind
-        bos_token_id cache_config compile_config constraints continuous_batching_config decoder_start_token_id
-        disable_compile diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
-        encoder_repetition_penalty eos_token_id force_words_ids is_assistant length_penalty low_memory max_cache_len
-        max_matching_ngram_size max_new_tokens num_assistant_tokens num_assistant_tokens_schedule num_beam_groups
-        output_attentions output_hidden_states output_logits output_scores pad_token_id prefill_chunk_size
-        remove_invalid_values speculation_type target_lookbehind top_h use_mtp""".split()
-    fields = {name for name in vars(GenerationConfig()) if not name.startswith("_") and name != "transformers_version"}
-    assert fields - set(inert) - set(FOREIGN) == set()
 
 
 def test_what_is_decoded_with_is_recorded(tokenizer, model):

@@ -67,7 +67,7 @@ def test_a_folder_in_the_layout_of_the_hub(folder):
 )
 def test_what_cannot_be_loaded_is_named(folder, config, text, message):
     if text is not None:
-        (folder / f"{config}.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+        (folder / f"{config}.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_tofu(str(folder), config)
 
@@ -92,9 +92,6 @@ def test_a_folder_of_forget_and_retain_works_as_it_stands(tmp_path):
     assert script.forget == "forget" and script.retain is None
     assert load_tofu(str(tmp_path), "forget").to_list() == ROWS[:1]
     assert load_tofu(str(tmp_path), "retain").column_names == ["prompt", "completion"]
-    (tmp_path / "other.jsonl").write_text('{"question": "x", "answers": "y"}')
-    with pytest.raises(ValueError, match=r"no column 'answer' .* rename 'answers'"):
-        load_tofu(str(tmp_path), "other")
     assert UnlearnScriptArguments(dataset_name="locuslab/TOFU").forget == "forget10"
 
 

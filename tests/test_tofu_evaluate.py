@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -185,26 +186,12 @@ def test_every_value_of_a_row_is_that_of_plain_logits(result, reference):
             ratio = math.prod(math.exp(w.mean) for w in wrong) ** (1 / len(wrong)) / math.exp(correct.mean)
             assert item["truth_ratio"] == pytest.approx(ratio, rel=1e-3)
             assert {name: item[name] for name in answer.attacks()} == pytest.approx(answer.attacks(), **close)
+            if config == CONFIGS[0]:
+                known = len(list(itertools.takewhile(bool, reversed(answer.matches)))) or 1
+                assert item["extraction_strength"] == pytest.approx(known / len(answer.matches))
+                assert item["exact_memorization"] == pytest.approx(np.mean(answer.matches))
             for found, text in zip(item["perturbed"], wrong, strict=True):
                 assert found == pytest.approx(text.attacks(), **close)
-
-
-def test_memorization_is_that_of_greedy_decoding(result, reference, bpe):
-    model, expected = reference
-    strengths = []
-    for item, kinds in zip(result["items"][CONFIGS[0]], expected[CONFIGS[0]], strict=True):
-        (answer,) = kinds["answer"]
-        text = answer.labels[:-1]
-        start = len(text) - 1
-        while (
-            start and greedy(model, bpe, answer.prompt + text[: start - 1], len(text) - start + 1) == text[start - 1 :]
-        ):
-            start -= 1
-        strengths.append(1 - start / len(text))
-        assert item["extraction_strength"] == pytest.approx(strengths[-1])
-        assert item["exact_memorization"] == pytest.approx(sum(answer.matches) / len(text))
-    assert len(set(strengths)) > 1, "the model must know some of it, else this shows nothing"
-    assert result["summary"]["forget_extraction_strength"] == pytest.approx(np.mean(strengths))
 
 
 def test_generation_is_greedy_and_rouge_that_of_the_library(result, reference, bpe):
@@ -227,7 +214,8 @@ def test_the_summary_is_made_of_the_rows(result):
     def mean(rows, name, apply=float):
         return pytest.approx(sum(apply(row[name]) for row in rows) / len(rows))
 
-    assert summary["forget_probability"] == mean(forget, "probability")
+    for name in ("probability", "extraction_strength"):
+        assert summary[f"forget_{name}"] == mean(forget, name)
     assert summary["forget_truth_ratio"] == mean(forget, "truth_ratio", lambda r: min(r, 1 / r))
     assert summary["retain_probability"] == mean(retain, "probability")
     nine = []

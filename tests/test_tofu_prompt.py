@@ -1,18 +1,16 @@
-"""The prompt of a question: templates, ends and dates, from the rows to the numbers of an evaluation."""
+"""The prompt of a question: templates, ends and dates, from the rows to an evaluation."""
 
 import json
-import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from rouge_score.rouge_scorer import RougeScorer
 
 from ceu_rl.cli import main as command_line
 from ceu_rl.data.prompts import PromptArguments, PromptFormat
-from ceu_rl.models import build_model, end_token_ids
+from ceu_rl.models import build_model
 from ceu_rl.tofu import load_tofu, to_prompt_completion
 from ceu_rl.tofu.evaluate import evaluate
 from ceu_rl.tofu.scoring import make_answers
@@ -48,44 +46,14 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=list(KINDS))
-def kind(request):
-    """The tokenizer and a random model of one kind, with how it is asked, and the text around an answer."""
-    template, eos, others, arguments, before, end = KINDS[request.param]
-    tokenizer = with_template(TEXTS, template, eos)
-    model = build_model(tokenizer, **TINY)
-    ids = tokenizer.convert_tokens_to_ids([eos, *others])
-    model.generation_config.eos_token_id = ids if others else ids[0]
-    return tokenizer, model, arguments, before, end
-
-
-def mean_log_prob(model, tokenizer, before, answer):
-    """Of the answer and its end token, from plain float64 logits."""
-    context = tokenizer(before).input_ids
-    ids = tokenizer(before + answer).input_ids
-    start = next((i for i, (a, b) in enumerate(zip(context, ids, strict=False)) if a != b), len(context))
-    with torch.no_grad():
-        log_p = model.double()(torch.tensor([ids])).logits[0].log_softmax(-1)
-    model.float()
-    return sum(log_p[place - 1, ids[place]].item() for place in range(start, len(ids))) / (len(ids) - start)
-
-
-def test_what_is_scored_is_the_answer_and_one_end_token(kind, folder):
-    tokenizer, model, arguments, before, end = kind
-    prompt = PromptFormat(**arguments)
-    found = evaluate(model, tokenizer, str(folder), "forget01", max_new_tokens=1, template=prompt)
-    for config in CONFIGS:
-        for item, row in zip(found["items"][config], load_tofu(str(folder), config), strict=True):
-
-            def score(text, row=row):
-                return mean_log_prob(model, tokenizer, before.format(row["question"]), text + end)
-
-            correct, wrong = score(row.get("paraphrased_answer") or row["answer"]), row["perturbed_answer"]
-            assert item["probability"] == pytest.approx(math.exp(score(row["answer"])), rel=1e-4)
-            ratio = math.exp(sum(map(score, wrong)) / len(wrong) - correct)
-            assert item["truth_ratio"] == pytest.approx(ratio, rel=1e-3)
-    prompt, ends = PromptFormat(**arguments).settle(tokenizer), end_token_ids(model, tokenizer)
-    for answer in make_answers({CONFIGS[0]: load_tofu(str(folder), CONFIGS[0])}, tokenizer, prompt, ends):
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_scored_is_the_answer_and_one_end_token(folder, kind):
+    template, eos, others, arguments, before, end = KINDS[kind]
+    tokenizer, rows = with_template(TEXTS, template, eos), load_tofu(str(folder), CONFIGS[0])
+    ends, prompt = tokenizer.convert_tokens_to_ids([eos, *others]), PromptFormat(**arguments).settle(tokenizer)
+    for answer in make_answers({CONFIGS[0]: rows}, tokenizer, prompt, ends):
+        whole = tokenizer.decode([*answer.prompt_ids, *answer.completion_ids])
+        assert whole == before.format(rows[answer.row]["question"]) + answer.text + end
         assert tokenizer.decode(answer.completion_ids[: answer.text_length]).strip() == answer.text
         assert len(answer.completion_ids) == answer.text_length + 1 and answer.completion_ids[-1] in ends
 
@@ -117,11 +85,7 @@ def test_a_generation_ends_at_every_end_of_the_model(folder, template, eos, othe
 
     model.generate = generate
     found = evaluate(model, tokenizer, str(folder), "forget01", max_new_tokens=12)
-    rouge = RougeScorer(["rougeL"], use_stemmer=True)
-    for config in CONFIGS:
-        for item, row in zip(found["items"][config], load_tofu(str(folder), config), strict=True):
-            assert item["generation"] == "Xyz"
-            assert item["rouge_l_recall"] == rouge.score(row["answer"], "Xyz")["rougeL"].recall
+    assert {item["generation"] for config in CONFIGS for item in found["items"][config]} == {"Xyz"}
 
 
 # What is recorded and refused

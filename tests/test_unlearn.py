@@ -14,13 +14,11 @@ from torch.nn import functional as F
 from transformers import Gemma2Config, Gemma2ForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from ceu_rl import UnlearnConfig, UnlearnTrainer
-from ceu_rl.models import build_model, build_tokenizer
+from ceu_rl.models import build_tokenizer
 from ceu_rl.unlearn import METHODS, add_unlearning_head, ceu_loss
 
-from .conftest import TINY
-from .templates import CHATML, GEMMA, LLAMA3, QWEN3, with_template
 from .test_fused import HostReads
-from .trainers import assert_close_gradients, build, gradients_of, same
+from .trainers import assert_close_gradients, build, gradients_of
 
 
 def answers(pairs):
@@ -264,15 +262,6 @@ def test_gradient_accumulation_equals_one_large_batch(make_trainer, method):
     assert small.state.log_history[0]["num_tokens"] == large.state.log_history[0]["num_tokens"] == tokens
 
 
-def test_resume_gives_the_weights_of_the_uninterrupted_run(make_trainer):
-    settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
-    whole = make_trainer(**settings)
-    whole.train()
-    resumed = make_trainer(**settings)
-    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-3")
-    assert same(whole, resumed)
-
-
 def test_every_retain_row_is_used_before_one_comes_again(make_trainer):
     trainer = make_trainer()
     pairs = trainer.train_dataset
@@ -282,63 +271,6 @@ def test_every_retain_row_is_used_before_one_comes_again(make_trainer):
         seen += [tuple(pairs[index]["retain"]["input_ids"]) for index in range(len(pairs))]
     assert len(set(seen[: len(RETAIN)])) == len(RETAIN) == 24
     assert seen[len(RETAIN) :] == seen[: len(FORGET) * 3 - len(RETAIN)]
-
-
-def unlearned(make_trainer, tokenizer, rows, **given):
-    """The text of each row that is unlearned, token for token."""
-    model = build_model(tokenizer, **TINY)
-    ends = given.pop("ends", None)
-    if ends:
-        model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(ends)
-    trainer = make_trainer(model=model, forget=rows, retain=None, tokenizer=tokenizer, **given)
-    return [
-        "".join(tokenizer.decode([label]) for label in labels if label != -100)
-        for labels in trainer.train_dataset["labels"]
-    ]
-
-
-ASKED = [("Who is Zoë?", "A poet."), ("And Bo?", "0 or Z, says he."), ("And Al?", "Zed")]
-
-
-@pytest.mark.parametrize("skipped", [0, 2])
-@pytest.mark.parametrize(
-    ("template", "eos", "ends", "kwargs", "end"),
-    [
-        (CHATML, "<|im_end|>", [], {}, "<|im_end|>"),
-        (GEMMA, "<|eos|>", ["<|eos|>", "<end_of_turn>"], {}, "<end_of_turn>"),
-        (QWEN3, "<|im_end|>", ["<|im_end|>", "<|eos|>"], {}, "<|im_end|>"),
-        (QWEN3, "<|im_end|>", [], {"enable_thinking": False}, "<|im_end|>"),
-        (LLAMA3, "<|eos|>", ["<|eot_id|>", "<|eos|>"], {"date_string": "10 Apr 2025"}, "<|eot_id|>"),
-    ],
-)
-def test_what_is_unlearned_is_the_answer_and_one_end_token(make_trainer, template, eos, ends, kwargs, end, skipped):
-    tokenizer = with_template([], template, eos)  # a token is a byte
-    rows = Dataset.from_list(
-        [
-            {
-                "prompt": [{"role": "user", "content": question}],
-                "completion": [{"role": "assistant", "content": answer}],
-                **({"chat_template_kwargs": kwargs} if kwargs else {}),
-            }
-            for question, answer in ASKED
-        ]
-    )
-    found = unlearned(make_trainer, tokenizer, rows, ends=ends, ignore_first_n_answer_tokens=skipped)
-    assert found == [answer[skipped:] + end for _, answer in ASKED]
-
-
-def test_texts_and_several_turns_keep_their_tokens(make_trainer):
-    tokenizer = with_template([], QWEN3, "<|im_end|>")
-    texts = Dataset.from_list([{"text": "Once <|im_end|> upon"}])
-    assert unlearned(make_trainer, tokenizer, texts, ignore_first_n_answer_tokens=0) == [
-        "Once <|im_end|> upon<|im_end|>"
-    ]
-    plain = Dataset.from_list([{"prompt": "Q:", "completion": " one"}])
-    assert unlearned(make_trainer, tokenizer, plain) == ["one<|im_end|>"]
-    turns = [{"role": role, "content": text} for role, text in (("assistant", "A"), ("user", "B"), ("assistant", "C"))]
-    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "Q"}], "completion": turns}])
-    (found,) = unlearned(make_trainer, tokenizer, rows, ignore_first_n_answer_tokens=0)
-    assert found.startswith("A<|im_end|>") and found.endswith("C<|im_end|>")
 
 
 @pytest.mark.parametrize("method", ["ceu", "npo"])
@@ -362,14 +294,6 @@ def test_a_reference_drops_nothing_out(make_trainer, tiny_model):
     """Of a model that was just trained, and so is in train mode."""
     trainer = make_trainer("npo", model=tiny_model(1, attention_dropout=0.5).train())
     assert not trainer.ref_model.training and trainer.model.training
-
-
-def test_a_refused_row_leaves_the_args_as_they_were(tiny_model, tokenizer, tmp_path):
-    args = UnlearnConfig(str(tmp_path), max_length=4, bf16=False, use_cpu=True)
-    for _ in range(2):
-        with pytest.raises(ValueError, match="max_length 4 would cut"):
-            UnlearnTrainer(tiny_model(1), args, FORGET, RETAIN, processing_class=tokenizer)
-        assert args.loss_type == "ceu"
 
 
 @pytest.mark.parametrize("loss_type", METHODS)
