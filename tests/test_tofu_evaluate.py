@@ -5,10 +5,7 @@ import importlib.util
 import itertools
 import json
 import math
-import os
-import re
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,8 +25,8 @@ from ceu_rl.tofu.robustness import load_quantized, load_to_relearn, relearn
 from ceu_rl.tofu.scoring import Answer, AnswerCache, make_answers, measure, score_answers
 
 from .conftest import CONFIGS, TINY, learn
+from .test_tofu_data import TOFU, real_data
 
-TOFU = Path(os.environ.get("CEU_RL_TOFU") or Path(__file__).parents[1].parent / "shared" / "tofu")
 ROWS, NEW_TOKENS = 5, 12
 
 
@@ -63,41 +60,26 @@ def saved(tmp_path_factory, bpe, learned):
 
 
 @pytest.fixture
-def command(saved, folder, tmp_path):
-    """Run `ceu-rl tofu-eval` on the small folder into `tmp_path/name`; give its status and result file."""
+def words(saved, folder, tmp_path):
+    """`ceu-rl tofu-eval` on the small folder into `tmp_path/name`."""
 
-    def run(stored="model", name=None, **fields):
-        out = tmp_path / (name or stored)
-        given = {"model": saved / stored, "dataset": folder, "split": "forget01", "output_dir": out}
-        words = {**given, "max_new_tokens": 8, **fields}
-        flags = [f"--{key}={value}" for key, value in words.items() if value is not None]
-        return main(["tofu-eval", *flags]), out / "tofu_eval.json"
+    def words(stored="model", name=None, **fields):
+        given = {"model": saved / stored, "dataset": folder, "split": "forget01", "max_new_tokens": 8}
+        given |= {"output_dir": tmp_path / (name or stored), **fields}
+        return ["tofu-eval", *(f"--{key}={value}" for key, value in given.items() if value is not None)]
 
-    return run
+    return words
 
 
 @pytest.fixture
-def result_of(command):
+def result_of(words, tmp_path):
     """The result of a command that succeeds."""
 
-    def run(*given, **fields):
-        status, path = command(*given, **fields)
-        assert status == 0
-        return json.loads(path.read_text())
+    def run(stored="model", name=None, **fields):
+        assert main(words(stored, name, **fields)) == 0
+        return json.loads((tmp_path / (name or stored) / "tofu_eval.json").read_text())
 
     return run
-
-
-@pytest.fixture
-def refused(capsys):
-    """Check that the command ended in status 2 and one sentence that matches."""
-
-    def check(status, message):
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert status == 2 and error.startswith("ceu-rl tofu-eval: error: ")
-        assert re.search(message, error), error
-
-    return check
 
 
 def chat(question):
@@ -124,7 +106,7 @@ class Reference:
         prompt = tokenizer(prompt_text).input_ids
         ids = tokenizer(f"{prompt_text}{answer}<|eos|>").input_ids
         assert ids[: len(prompt)] == prompt and ids[-1] == tokenizer.eos_token_id
-        self.prompt, self.answer, self.labels = prompt, answer, ids[len(prompt) :]
+        self.answer, self.labels = answer, ids[len(prompt) :]
         logits = plain_logits(model, ids)
         self.rows = [log_softmax(logits[len(prompt) - 1 + t]) for t in range(len(self.labels))]
         self.log_probs = [row[label] for row, label in zip(self.rows, self.labels, strict=True)]
@@ -146,14 +128,6 @@ class Reference:
         }
 
 
-def greedy(model, tokenizer, prompt, tokens):
-    """The greedy continuation, recomputed from the start for every token."""
-    ids = list(prompt)
-    while len(ids) < len(prompt) + tokens and tokenizer.eos_token_id not in ids[len(prompt) :]:
-        ids.append(int(plain_logits(model, ids)[-1].argmax()))
-    return ids[len(prompt) :]
-
-
 @pytest.fixture(scope="module")
 def reference(learned, bpe, folder):
     """For each config and row, the answers by kind."""
@@ -166,15 +140,15 @@ def reference(learned, bpe, folder):
         kinds["correct"] = [row.get("paraphrased_answer") or row["answer"]]
         return {kind: [Reference(model, bpe, chat(row["question"]), a) for a in texts] for kind, texts in kinds.items()}
 
-    return model, {config: [score(row) for row in load_tofu(str(folder), config)] for config in CONFIGS}
+    return {config: [score(row) for row in load_tofu(str(folder), config)] for config in CONFIGS}
 
 
 def test_every_value_of_a_row_is_that_of_plain_logits(result, reference):
-    _, expected = reference
-    close = dict(rel=2e-4, abs=1e-9)
+    close, scorer = dict(rel=2e-4, abs=1e-9), RougeScorer(["rougeL"], use_stemmer=True)
+    assert result["summary"]["forget_rouge_l_recall"] > 0.2  # it generates in part what it has learned
     for config in CONFIGS:
         assert len(result["items"][config]) == result["rows"][config] == ROWS
-        for item, kinds in zip(result["items"][config], expected[config], strict=True):
+        for item, kinds in zip(result["items"][config], reference[config], strict=True):
             (answer,), (correct,), wrong = kinds["answer"], kinds["correct"], kinds["perturbed"]
             assert item["log_prob"] == pytest.approx(answer.mean, **close)
             assert item["probability"] == pytest.approx(math.exp(answer.mean), **close)
@@ -190,21 +164,10 @@ def test_every_value_of_a_row_is_that_of_plain_logits(result, reference):
                 known = len(list(itertools.takewhile(bool, reversed(answer.matches)))) or 1
                 assert item["extraction_strength"] == pytest.approx(known / len(answer.matches))
                 assert item["exact_memorization"] == pytest.approx(np.mean(answer.matches))
-            for found, text in zip(item["perturbed"], wrong, strict=True):
-                assert found == pytest.approx(text.attacks(), **close)
-
-
-def test_generation_is_greedy_and_rouge_that_of_the_library(result, reference, bpe):
-    model, expected = reference
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    for config in CONFIGS:
-        for item, kinds in zip(result["items"][config], expected[config], strict=True):
-            (answer,) = kinds["answer"]
-            tokens = greedy(model, bpe, answer.prompt, NEW_TOKENS)
-            assert item["generation"] == bpe.decode(tokens, skip_special_tokens=True).strip()
             recall = scorer.score(answer.answer, item["generation"])["rougeL"].recall
             assert item["rouge_l_recall"] == pytest.approx(recall)
-    assert result["summary"]["forget_rouge_l_recall"] > 0.2
+            for found, text in zip(item["perturbed"], wrong, strict=True):
+                assert found == pytest.approx(text.attacks(), **close)
 
 
 def test_the_summary_is_made_of_the_rows(result):
@@ -243,41 +206,44 @@ def test_the_precision_is_a_setting_and_recorded(result_of, learned, bpe, tmp_pa
     assert result_of("model", "out", model=tmp_path / "half", dtype=dtype, limit=1)["dtype"] == expected
 
 
-def test_a_limit_takes_the_first_rows_and_is_compared_with_the_same(command, result_of, refused, result, tmp_path):
+def test_a_limit_takes_the_first_rows_and_is_compared_with_the_same(words, result_of, refused, result, tmp_path):
     found = result_of("model", "few", limit=2)
     assert found["limit"] == 2 and set(found["rows"].values()) == {2}
     for config in CONFIGS:
         expected = [row["log_prob"] for row in result["items"][config][:2]]
         assert [row["log_prob"] for row in found["items"][config]] == pytest.approx(expected, rel=1e-5)
     few = tmp_path / "few" / "tofu_eval.json"
-    refused(command("model", retain=few)[0], r"has another limit \(2\) than this model's \(None\)")
+    refused(words("model", retain=few), "has another limit (2) than this model's (None)")
+
+
+def made_answers(bpe, *texts):
+    """Of each text the tokens after the first two."""
+    rows = (bpe(text).input_ids for text in texts)
+    return [Answer("set", n, "answer", 0, "text", ids[:2], [], ids[2:], len(ids) - 2) for n, ids in enumerate(rows)]
 
 
 def test_an_answer_after_tuned_prompts_is_scored_where_it_stands(learned, bpe):
     """Prompt tuning puts 5 tokens in front of each row; by hand from its whole logits."""
     torch.manual_seed(0)
     tuned = get_peft_model(copy.deepcopy(learned), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
-    texts = [bpe(text).input_ids for text in ("what is this", "who wrote that long book then")]
-    made = [Answer("set", n, "answer", 0, "text", ids[:2], [], ids[2:], len(ids) - 2) for n, ids in enumerate(texts)]
+    made = made_answers(bpe, "what is this", "who wrote that long book then")
     score_answers(tuned.eval(), made)
-    for answer, ids in zip(made, texts, strict=True):
+    for answer in made:
+        ids = [*answer.prompt_ids, *answer.completion_ids]
         with torch.no_grad():
             log_p = tuned(input_ids=torch.tensor([ids])).logits[0, 5:-1].double().log_softmax(-1)
         expected = log_p.gather(-1, torch.tensor(ids[1:])[:, None])[1:].mean().item()
         assert answer.log_prob == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_token_that_the_model_rules_out_counts_for_nothing(learned, bpe, folder):
+def test_a_token_that_the_model_rules_out_counts_for_nothing(learned, bpe):
     """A logit of -inf gives the values of one of -100 (exp of it is below any float32 next to the others)."""
-    unused = bpe.pad_token_id
-    found = []
-    for low in (-100.0, float("-inf")):
-
-        def rule_out(module, inputs, logits, low=low):
-            logits[..., unused] = low
-
-        hook = learned.lm_head.register_forward_hook(rule_out)
-        found.append(evaluate(learned, bpe, str(folder), "forget01", max_new_tokens=1)["items"][CONFIGS[0]][0])
+    found, unused = [], torch.tensor([bpe.pad_token_id])
+    for low in (-100.0, -math.inf):
+        hook = learned.lm_head.register_forward_hook(lambda _, __, logits, low=low: logits.index_fill(-1, unused, low))
+        (answer,) = made_answers(bpe, "who wrote that long book then")
+        score_answers(learned.eval(), [answer])
+        found.append(answer.scores)
         hook.remove()
     for name in ("log_prob", "min_k_plus_plus"):
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-6)
@@ -316,7 +282,7 @@ def test_a_retain_result_gives_forget_quality_and_privacy_leakage(result_of, tmp
     assert main(["tofu-eval", "--results", str(later)]) == 2
 
 
-def test_a_result_of_open_unlearning_is_taken_for_the_retain_model(command, result_of, refused, tmp_path):
+def test_a_result_of_open_unlearning_is_taken_for_the_retain_model(words, result_of, refused, tmp_path):
     """What its `ks_test` and `privleak` take: the truth ratio of each row, and the AUC of min-k."""
     ratios = [row["truth_ratio"] for row in result_of("retain")["items"][CONFIGS[0]]]
     theirs, short = tmp_path / "TOFU_EVAL.json", tmp_path / "short.json"
@@ -327,16 +293,14 @@ def test_a_result_of_open_unlearning_is_taken_for_the_retain_model(command, resu
     ours = [row["truth_ratio"] for row in found["items"][CONFIGS[0]]]
     assert found["summary"]["forget_quality"] == stats.ks_2samp(ours, ratios).pvalue
     assert "privacy_leakage" not in found["summary"]  # these rows have no holdout set, which theirs are
-    status, _ = command("model", "short", retain=short)
-    refused(status, f"short.json is open-unlearning's, with {ROWS - 1} rows to forget where this has {ROWS}; give one")
+    message = f"short.json is open-unlearning's, with {ROWS - 1} rows to forget where this has {ROWS}; give one"
+    refused(words("model", "short", retain=short), message)
 
 
 # Whether it holds
 
 
-def test_a_quantized_model_is_scored_beside_the_whole_one(
-    command, result_of, monkeypatch, learned, refused, bpe, folder
-):
+def test_a_quantized_model_is_scored_beside_the_whole_one(words, result_of, monkeypatch, learned, refused, bpe, folder):
     def load(path, bits, dtype):
         model = build_model(bpe, **TINY)
         model.load_state_dict(learned.state_dict())
@@ -347,7 +311,7 @@ def test_a_quantized_model_is_scored_beside_the_whole_one(
         return model
 
     if importlib.util.find_spec("torchao") is None:
-        refused(command("model", "none", quantize="int8")[0], "No module named 'torchao'")
+        refused(words("model", "none", quantize="int8"), "No module named 'torchao'")
     monkeypatch.setattr("ceu_rl.tofu.evaluate.load_quantized", load)
     for bits in ("int8", "int4"):
         result = result_of("model", bits, quantize=bits)
@@ -383,7 +347,7 @@ def test_what_is_stored_in_bfloat16_is_relearned_in_float32(learned, bpe, folder
     assert torch.equal(load_to_relearn(str(tmp_path / "exact")).lm_head.weight, learned.lm_head.weight)
 
 
-def test_an_adapter_is_relearned_merged_into_its_model(command, saved, bpe, tmp_path):
+def test_an_adapter_is_relearned_merged_into_its_model(result_of, saved, bpe, tmp_path):
     config = LoraConfig(task_type="CAUSAL_LM", r=4)
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(saved / "retain"), config)
     for name, parameter in adapted.named_parameters():
@@ -391,14 +355,13 @@ def test_an_adapter_is_relearned_merged_into_its_model(command, saved, bpe, tmp_
             torch.nn.init.normal_(parameter, std=0.02)
     adapted.save_pretrained(tmp_path / "adapter")
     bpe.save_pretrained(tmp_path / "adapter")
-    status, path = command("model", "out", model=tmp_path / "adapter", relearn=30, relearn_learning_rate=5e-3)
-    found = json.loads(path.read_text())
+    found = result_of("model", "out", model=tmp_path / "adapter", relearn=30, relearn_learning_rate=5e-3)
     whole = adapted.merge_and_unload()
     assert torch.equal(load_to_relearn(str(tmp_path / "adapter")).lm_head.weight, whole.lm_head.weight)
     ids = torch.tensor([[5, 9, 30]])
     torch.testing.assert_close(load_to_relearn(str(tmp_path / "adapter"))(ids).logits, whole(ids).logits)
     again = found["relearned"]
-    assert (status, again["steps"], again["learning_rate"], again["trained_dtype"]) == (0, 30, 5e-3, "float32")
+    assert (again["steps"], again["learning_rate"], again["trained_dtype"]) == (30, 5e-3, "float32")
     assert again["summary"]["forget_probability"] > 10 * found["summary"]["forget_probability"]
 
 
@@ -409,20 +372,20 @@ def test_an_adapter_is_relearned_merged_into_its_model(command, saved, bpe, tmp_
         ({"quantize": "int8"}, "ceu_rl.tofu.evaluate.load_quantized"),
     ],
 )
-def test_what_can_fail_after_the_scores_is_tried_before_them(command, refused, monkeypatch, fields, broken):
+def test_what_can_fail_after_the_scores_is_tried_before_them(words, refused, monkeypatch, fields, broken):
     def fail(*given, **settings):
         raise ValueError("it cannot be")
 
     monkeypatch.setattr("ceu_rl.tofu.scoring.score_answers", lambda *given: pytest.fail("it scored"))
     monkeypatch.setattr(broken, fail)
-    refused(command("model", "out", **fields)[0], "it cannot be")
+    refused(words("model", "out", **fields), "it cannot be")
 
 
 # Killed, and where it cannot write
 
 
 @pytest.mark.parametrize("finished", [1, 5])
-def test_a_killed_evaluation_goes_on(command, result_of, refused, monkeypatch, capsys, tmp_path, finished):
+def test_a_killed_evaluation_goes_on(words, result_of, refused, monkeypatch, tmp_path, finished):
     """With 4 batches of scores and 1 of generations: one is killed while it scores, the other at the end."""
     whole = result_of("model", "whole", batch_size=32)
     add, done, again = AnswerCache.add, [], []
@@ -435,14 +398,14 @@ def test_a_killed_evaluation_goes_on(command, result_of, refused, monkeypatch, c
 
     with monkeypatch.context() as patch:
         patch.setattr(AnswerCache, "add", die)
-        assert command("model", "killed", batch_size=32)[0] == 130
-    assert "tofu_eval.part.jsonl; the same command continues from there" in capsys.readouterr().err
+        message = "tofu_eval.part.jsonl; the same command continues from there"
+        refused(words("model", "killed", batch_size=32), message, status=130)
     part = tmp_path / "killed" / "tofu_eval.part.jsonl"
     with part.open("a") as file:
         file.write('{"scores/forget01_perturbed/0')  # killed in the middle of a line
     for name, value in {"max_new_tokens": 9, "template": "question_answer"}.items():
-        refused(command("model", "killed", **{name: value})[0], f"evaluation with another .*{name}.*; choose")
-    refused(command("retain", "killed")[0], "part of an evaluation with another weights; choose")
+        refused(words("model", "killed", **{name: value}), "part of an evaluation with another ", name)
+    refused(words("retain", "killed"), "part of an evaluation with another weights; choose")
     monkeypatch.setattr(AnswerCache, "add", lambda self, found: (again.append(len(found)), add(self, found)))
     found = result_of("model", "killed", batch_size=32)
     assert not part.exists() and done + again == [32, 32, 32, 14, 20]
@@ -465,14 +428,14 @@ def test_a_retain_result_of_something_else_is_refused(result, tmp_path, field):
         read_result(other)
 
 
-def test_a_result_that_was_cut_short_is_refused(result, command, refused, tmp_path):
+def test_a_result_that_was_cut_short_is_refused(result, words, refused, tmp_path):
     for text, message in ((json.dumps(result)[:900], "is cut short or no JSON"), ("[]", "has no 'split'")):
         (tmp_path / "short.json").write_text(text)
         with pytest.raises(ValueError, match=f"short.json {message}"):
             read_result(tmp_path / "short.json")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "tofu_eval.json").touch()
-    refused(command("model", "out")[0], "out/tofu_eval.json exists; choose another folder with --output_dir")
+    refused(words("model", "out"), "out/tofu_eval.json exists; choose another folder with --output_dir")
 
 
 def measure_rows(model, bpe, config, rows):
@@ -517,7 +480,6 @@ def test_rows_that_cannot_be_scored_are_named(learned, bpe, folder, change, mess
     ("fields", "message"),
     [
         ({"split": "forget05"}, "has no config 'forget05_perturbed'; choose one of forget01_perturbed"),
-        ({"dataset": "builtin:poets"}, "use builtin:authors"),
         ({"dataset": "nobody/nothing"}, "nobody/nothing"),
         ({"model": "no/such"}, "no/such"),
         ({"model": "no/such", "output_dir": None}, "--model_name_or_path no/such is no folder to write to"),
@@ -529,16 +491,14 @@ def test_rows_that_cannot_be_scored_are_named(learned, bpe, folder, change, mess
         ({"output_dir": __file__}, "File exists: "),
     ],
 )
-def test_a_command_that_cannot_work_is_refused(command, refused, fields, message):
-    status, path = command("model", "out", **fields)
-    refused(status, message)
-    assert not path.exists()
+def test_a_command_that_cannot_work_is_refused(words, refused, tmp_path, fields, message):
+    refused(words("model", "out", **fields), "ceu-rl tofu-eval: error: ", message)
+    assert not (tmp_path / "out" / "tofu_eval.json").exists()
 
 
-@pytest.mark.skipif(not TOFU.is_dir(), reason=f"the TOFU dataset is not at {TOFU}; set CEU_RL_TOFU")
-def test_the_real_data_end_to_end(bpe, command):
-    status, path = command("retain", dataset=TOFU, limit=40, max_new_tokens=1)
-    result = json.loads(path.read_text())
-    assert status == 0 and result["rows"] == dict.fromkeys(CONFIGS, 40)
+@real_data
+def test_the_real_data_end_to_end(bpe, result_of):
+    result = result_of("retain", dataset=TOFU, limit=40, max_new_tokens=1)
+    assert result["rows"] == dict.fromkeys(CONFIGS, 40)
     assert {len(row["perturbed_log_probs"]) for row in result["items"][CONFIGS[0]]} == {5}
     assert all(math.isfinite(value) for value in result["summary"].values())

@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import random
-import zlib
 
 import numpy as np
 import pytest
@@ -109,28 +107,6 @@ def test_memorization_over_every_pattern_of_matches():
             assert metrics.exact_memorization(matches) == pytest.approx(sum(matches) / length)
 
 
-def test_attacks_by_hand():
-    text = "Zoë lives in Oslo, in Oslo, in Oslo."
-    assert metrics.zlib_score(-1.5, text) == pytest.approx(1.5 / len(zlib.compress(text.encode("utf-8"))))
-    log_probs = [-1.0, -5.0, -2.0, -4.0, -3.0]
-    assert metrics.min_k_score(log_probs) == (5 + 4) / 2  # the two lowest of five
-    assert metrics.min_k_score(log_probs, 1.0) == 3
-    assert metrics.min_k_score([-7.0]) == 7  # at least one
-    means, variances = [-2.0] * 5, [4.0, 1.0, 1.0, 0.0, 1.0]
-    # z = 0.5, -3, 0, -2 / sqrt(1e-6), -1
-    expected = (3 + 2000) / 2
-    assert metrics.min_k_plus_plus_score(log_probs, means, variances) == pytest.approx(expected)
-
-
-def test_auc_over_all_pairs():
-    rng = random.Random(0)
-    for _ in range(20):
-        members, others = ([rng.randrange(6) for _ in range(rng.randint(1, 9))] for _ in range(2))
-        won = [(m < o) + (m == o) / 2 for m in members for o in others]
-        assert metrics.membership_auc(members, others) == pytest.approx(np.mean(won), abs=1e-12)
-    assert metrics.membership_auc([0.1, 0.2], [0.3, 0.4, 0.5]) == 1.0
-
-
 def test_privacy_leakage_by_hand():
     # MUSE's AUC counts non-members as positive: 0.1 for the model and 0.5 for the retain model
     assert metrics.privacy_leakage(0.9, 0.5) == pytest.approx(100 * (0.1 - 0.5) / 0.5, rel=1e-9)
@@ -156,5 +132,4 @@ def test_model_utility_is_the_harmonic_mean_of_nine():
     values = dict(zip(names, np.linspace(0.1, 0.9, 9), strict=True))
     utility = metrics.model_utility({**values, "forget_probability": 1e-9})
     assert utility == pytest.approx(9 / sum(1 / value for value in values.values()))
-    assert utility == pytest.approx(stats.hmean(list(values.values())))
     assert metrics.model_utility({**values, names[4]: 0.0}) == 0.0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from ceu_rl.cli import main as command_line
+from ceu_rl.cli import main
 from ceu_rl.data.prompts import PromptArguments, PromptFormat
 from ceu_rl.models import build_model
 from ceu_rl.tofu import load_tofu, to_prompt_completion
@@ -17,6 +17,7 @@ from ceu_rl.tofu.scoring import make_answers
 
 from .conftest import CONFIGS, TINY
 from .templates import CHATML, GEMMA, LLAMA3, QWEN3, with_template
+from .trainers import save_model
 
 DATE = {"date_string": "10 Apr 2025"}
 TEXTS = [text for row in load_tofu("builtin:authors", "forget01") for text in (row["question"], row["answer"])]
@@ -58,14 +59,9 @@ def test_what_is_scored_is_the_answer_and_one_end_token(folder, kind):
         assert len(answer.completion_ids) == answer.text_length + 1 and answer.completion_ids[-1] in ends
 
 
-def stop_at(ids, ends):
-    return ids[: next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))]
-
-
 @pytest.mark.parametrize(
     ("template", "eos", "others", "said"),
     [
-        (GEMMA, "<|eos|>", ["<end_of_turn>"], "Xyz<end_of_turn> was born in the city<|eos|>"),
         (GEMMA, "<|eos|>", ["<|eot_id|>", "<end_of_turn>"], "Xyz<end_of_turn>\n<|eot_id|> was born<|eos|>"),
         (CHATML, "<|im_end|>", [], "Xyz<|im_end|>\n was born in the city"),
         # The think block that the template writes is said by the model too
@@ -80,8 +76,8 @@ def test_a_generation_ends_at_every_end_of_the_model(folder, template, eos, othe
     ids = tokenizer(said).input_ids
 
     def generate(input_ids, generation_config, **settings):
-        answer = stop_at(ids, generation_config.eos_token_id)
-        return torch.cat([input_ids, torch.tensor([answer] * len(input_ids))], dim=1)
+        end = next(place for place, token in enumerate(ids) if token in generation_config.eos_token_id)
+        return torch.cat([input_ids, torch.tensor([ids[: end + 1]] * len(input_ids))], dim=1)
 
     model.generate = generate
     found = evaluate(model, tokenizer, str(folder), "forget01", max_new_tokens=12)
@@ -118,37 +114,40 @@ def test_arguments_of_a_template_are_an_object(wrong):
         PromptArguments(dataset_name="x", chat_template_kwargs=wrong)
 
 
-def test_the_prompt_goes_from_training_to_unlearning_to_evaluation(folder, tmp_path, capfd, caplog):
+def test_the_prompt_goes_from_training_to_unlearning_to_evaluation(folder, recipe, refused, tmp_path, caplog):
     """The template writes the date, which the recipe of the first run pins."""
-    tokenizer, model = with_template(TEXTS, LLAMA3, "<|eot_id|>"), str(tmp_path / "llama")
-    for each in (tokenizer, build_model(tokenizer, **TINY)):
-        each.save_pretrained(model)
-    for name, config in {"full": "forget01_perturbed", "forget": "forget01_perturbed", "retain": CONFIGS[1]}.items():
-        rows = load_tofu(str(folder), config).select_columns(["question", "answer"]).to_list()
-        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
-    quick = "--max_steps 1 --use_cpu true --bf16 false --disable_tqdm true --report_to none".split()
-    recipe = tmp_path / "prompt.yaml"
-    recipe.write_text("chat_template_kwargs: {date_string: 10 Apr 2025}\nsystem_prompt: Help.\n")
+    tokenizer = with_template(TEXTS, LLAMA3, "<|eot_id|>")
+    model = save_model(build_model(tokenizer, **TINY), tokenizer, tmp_path / "llama")
+    for name, config in {"full": CONFIGS[0], "forget": CONFIGS[0], "retain": CONFIGS[1]}.items():
+        load_tofu(str(folder), config).select_columns(["question", "answer"]).to_json(tmp_path / f"{name}.json")
     trained, unlearned = (str(tmp_path / name) for name in ("trained", "unlearned"))
-    sft = ["sft", "--model_name_or_path", model, "--dataset_name", str(tmp_path / "full.json"), *quick]
-    assert command_line([*sft, "--output_dir", trained]) == 2
-    assert "template writes today's date" in capfd.readouterr().err
-    assert command_line([*sft, "--output_dir", trained, "--config", str(recipe)]) == 0
+    shared, prompt = {"max_steps": 1, "max_length": 512}, {"chat_template_kwargs": DATE, "system_prompt": "Help."}
+    sft = {"model_name_or_path": model, "dataset_name": str(tmp_path / "full.json"), "output_dir": trained, **shared}
+    refused(["sft", "--config", recipe(**sft)], "template writes today's date")
+    assert main(["sft", "--config", recipe(**sft, **prompt)]) == 0
     assert "One prompt and its answer as the model sees them: '<|bos|>system: Today: 10 Apr" in caplog.text
-    words = ["--model_name_or_path", trained, "--dataset_name", str(tmp_path), "--retain", "retain", *quick]
-    assert command_line(["unlearn", *words, "--output_dir", unlearned]) == 0
-    words = ["--dataset", str(folder), "--split", "forget01", "--max_new_tokens", "2"]
-    assert command_line(["tofu-eval", "--model", unlearned, *words]) == 0
+    given = {"model_name_or_path": trained, "dataset_name": str(tmp_path), "retain": "retain", "output_dir": unlearned}
+    assert main(["unlearn", "--config", recipe(**given, **shared)]) == 0
+    words = [
+        "tofu-eval",
+        "--model",
+        unlearned,
+        "--dataset",
+        str(folder),
+        "--split",
+        "forget01",
+        "--max_new_tokens",
+        "2",
+    ]
+    assert main(words) == 0
     paths = (f"{trained}/result.json", f"{unlearned}/result.json", f"{unlearned}/tofu_eval.json")
     prompts = [json.loads(Path(path).read_text())["prompt"] for path in paths]
     assert prompts[0] == prompts[1] == prompts[2] == PromptFormat("chat", "Help.", DATE).record(tokenizer)
     named = ["--output_dir", str(tmp_path / "named"), "--chat_template_kwargs", json.dumps(DATE)]
-    assert command_line(["tofu-eval", "--model", unlearned, *words, *named]) == 0
+    assert main([*words, *named]) == 0
     assert json.loads((tmp_path / "named" / "tofu_eval.json").read_text())["prompt"]["system_prompt"] is None
 
 
-def test_a_prompt_beside_rows_that_are_no_questions_is_refused(tmp_path, capfd):
-    argv = ["sft", "--model_name_or_path", "builtin:llama", "--dataset_name", "builtin:addition", "--use_cpu", "true"]
-    argv += ["--bf16", "false", "--system_prompt", "Add.", "--output_dir", str(tmp_path / "out")]
-    assert command_line(argv) == 2
-    assert "system_prompt='Add.'" in capfd.readouterr().err
+def test_a_prompt_beside_rows_that_are_no_questions_is_refused(recipe, refused):
+    config = recipe(model_name_or_path="builtin:llama", dataset_name="builtin:addition", system_prompt="Add.")
+    refused(["sft", "--config", config], "system_prompt='Add.'")

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch.nn import functional as F
-from transformers import Gemma2Config, Gemma2ForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from ceu_rl import UnlearnConfig, UnlearnTrainer
 from ceu_rl.models import build_tokenizer
@@ -39,20 +39,11 @@ RETAIN = answers([(a, b) for a in range(5, 9) for b in range(6)])
 
 @pytest.fixture
 def make_trainer(tiny_model, tokenizer, tmp_path):
-    def make(
-        loss_type="ceu", *, model=None, forget=FORGET, retain=RETAIN, ref_model=None, tokenizer=tokenizer, **given
-    ):
-        given = {"max_steps": 2, "learning_rate": 1e-3, "max_grad_norm": 1e9, "loss_type": loss_type, **given}
-        return build(
-            UnlearnTrainer,
-            tmp_path,
-            model=tiny_model(1) if model is None else model,
-            forget_dataset=forget,
-            retain_dataset=retain,
-            ref_model=ref_model,
-            processing_class=tokenizer,
-            **given,
-        )
+    def make(loss_type="ceu", *, forget=FORGET, retain=RETAIN, **given):
+        default = {"model": tiny_model(1), "processing_class": tokenizer, "loss_type": loss_type}
+        default |= {"max_steps": 2, "learning_rate": 1e-3, "max_grad_norm": 1e9}
+        rows = {"forget_dataset": forget, "retain_dataset": retain}
+        return build(UnlearnTrainer, tmp_path, **rows, **{**default, **given})
 
     return make
 
@@ -232,7 +223,7 @@ def test_long_texts_are_cut_into_pieces(make_trainer, tiny_model, opens):
     tokenizer = build_tokenizer()
     texts = ["".join(chr(97 + i % 26) for i in range(length)) for length in (2, 8, 9, 10, 26)]
     texts = [("<|bos|>" if opens else "") + text for text in texts]
-    given = {"retain": None, "tokenizer": tokenizer, "ignore_first_n_answer_tokens": 0, "max_length": 9}
+    given = {"retain": None, "processing_class": tokenizer, "ignore_first_n_answer_tokens": 0, "max_length": 9}
     rows = Dataset.from_list([{"text": text} for text in texts])
     with pytest.raises(ValueError, match=r"Row 2 of the forget dataset has \d+ tokens, and max_length \d+ would cut"):
         make_trainer(forget=rows, **{**given, "max_length": 9 + opens})
@@ -346,7 +337,7 @@ class TestBadInput:
             "{% for message in messages if message['role'] == 'user' %}{{ message['content'] }}{% endfor %}"
         )
         with pytest.raises(ValueError, match="Row 0 of the forget dataset has no answer left after tokenization"):
-            make_trainer(tokenizer=tokenizer)
+            make_trainer(processing_class=tokenizer)
 
     def test_a_reference_that_is_the_model_or_is_not_needed(self, make_trainer, tiny_model):
         model = tiny_model()
@@ -355,14 +346,9 @@ class TestBadInput:
         with pytest.raises(ValueError, match="ref_model is given, and neither loss_type 'ceu'"):
             make_trainer(ref_model=tiny_model(2))
 
-    def test_a_mixture_of_experts_with_its_loss(self, make_trainer, tokenizer):
-        sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 32)
-        heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_local_experts"), 2)
-        config = MixtralConfig(
-            vocab_size=len(tokenizer), **sizes, **heads, num_hidden_layers=1, output_router_logits=True
-        )
+    def test_a_mixture_of_experts_with_its_loss(self, make_trainer, mixture):
         with pytest.raises(ValueError, match=r"router_aux_loss_coef is 0\.001, which unlearning does not support"):
-            make_trainer(model=MixtralForCausalLM(config))
+            make_trainer(model=mixture())
 
     @pytest.mark.parametrize("method", ["ceu", "npo", "undial"])
     def test_a_model_whose_logits_are_nan(self, make_trainer, tiny_model, method):
@@ -370,5 +356,5 @@ class TestBadInput:
         with torch.no_grad():
             model.lm_head.weight[5] = float("nan")
         trainer = make_trainer(method, model=model)
-        with pytest.raises(FloatingPointError, match=r"Step 1 met a non-finite loss .*nan"):
+        with pytest.raises(FloatingPointError, match=r"Step 1 met a non-finite loss .*nan.*no earlier checkpoint"):
             trainer.train()

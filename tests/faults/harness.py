@@ -29,7 +29,8 @@ from ceu_rl.models import build_model, build_tokenizer
 from ceu_rl.run.checkpoints import saved_checkpoints
 from ceu_rl.run.provenance import environment, write_json
 
-from ..trainers import SETTINGS
+from ..conftest import TINY
+from ..trainers import SETTINGS, save_model
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -61,20 +62,13 @@ def digits(completions, **kwargs):
 def make(folder):
     """A tiny model, its data and a recipe for each method, in a folder."""
     tokenizer = build_tokenizer()
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    size["head_dim"] = 32  # the least that vLLM's attention for CPU takes
-    build_model(tokenizer, seed=1, **size).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    head_dim = 32  # the least that vLLM's attention for CPU takes
+    save_model(build_model(tokenizer, seed=1, **TINY, head_dim=head_dim), tokenizer, folder / "model")
     answers = [{"question": f"{a}+{b}?", "answer": f"{a + b} it is"} for a, b in ROWS]
-    wrong = [f"{a + b}{b}"[: 1 + b % 3] for a, b in ROWS]
-    pairs = [{"chosen": f"{a + b}", "rejected": text} for (a, b), text in zip(ROWS, wrong, strict=True)]
     prompts = [{"prompt": f"{a}+{b}="} for a, b in ROWS]
-    rows = {
-        "preferences/train": [prompt | pair for prompt, pair in zip(prompts, pairs, strict=True)],
-        "prompts/train": prompts,
-        "questions/forget": answers[:24],
-        "questions/retain": answers[24:],
-    }
+    pairs = [{"prompt": f"{a}+{b}=", "chosen": f"{a + b}", "rejected": f"{a + b}{b}"[: 1 + b % 3]} for a, b in ROWS]
+    rows = {"preferences/train": pairs, "prompts/train": prompts}
+    rows |= {"questions/forget": answers[:24], "questions/retain": answers[24:]}
     for name, content in rows.items():
         path = folder / "data" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)

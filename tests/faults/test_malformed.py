@@ -189,8 +189,8 @@ def code(folder, ran):
 
 
 def mapped(folder, ran, **fields):
-    code(folder / "model", ran)
-    config = folder / "model" / "config.json"
+    code(folder / "base", ran)
+    config = folder / "base" / "config.json"
     classes = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
     config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": classes, **fields}))
 
@@ -200,12 +200,12 @@ def mapped_and_unknown(folder, ran):
 
 
 def pickled_beside(folder, ran):
-    torch.save(Payload(ran), folder / "model" / "pytorch_model.bin")
+    torch.save(Payload(ran), folder / "base" / "pytorch_model.bin")
 
 
 def pickled_alone(folder, ran):
     pickled_beside(folder, ran)
-    (folder / "model" / "model.safetensors").unlink()
+    (folder / "base" / "model.safetensors").unlink()
 
 
 def script_of_data(folder, ran):
@@ -217,18 +217,11 @@ def script_of_data(folder, ran):
     ("make", "status"),
     [(mapped, 0), (mapped_and_unknown, 2), (pickled_beside, 0), (pickled_alone, 2), (script_of_data, 2)],
 )
-def test_nothing_that_is_loaded_runs(tmp_path, tiny_model, tokenizer, capsys, make, status):
+def test_nothing_that_is_loaded_runs(recipe, preferences, tmp_path, capsys, make, status):
     """Code and pickles that come with a model or a dataset; `trust_remote_code` is not set."""
-    tiny_model().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "data").mkdir()
-    rows = [{"prompt": f"{n}=", "chosen": "1", "rejected": "2"} for n in range(4)]
-    Dataset.from_list(rows).to_json(tmp_path / "data" / "train.jsonl")
+    preferences.to_json(tmp_path / "data" / "train.jsonl")
     make(tmp_path, tmp_path / "ran")
-    fields = {"model_name_or_path": "model", "dataset_name": "data", "output_dir": "out"}
-    names = {name: tmp_path / folder for name, folder in fields.items()}
-    given = {**names, "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "max_steps": 1}
-    assert main(["dpo", *(str(word) for name, value in given.items() for word in (f"--{name}", value))]) == status
+    assert main(["dpo", "--config", recipe(dataset_name=str(tmp_path / "data"), max_steps=1)]) == status
     assert not (tmp_path / "ran").exists()
     err = capsys.readouterr().err
     assert "Traceback" not in err and err.count("ceu-rl dpo: error: ") == (status != 0)
