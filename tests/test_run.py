@@ -40,12 +40,8 @@ def at_step(monkeypatch):
     return arrange
 
 
-def steps(folder):
-    return [
-        entry["step"]
-        for line in (folder / "metrics.jsonl").read_text().splitlines()
-        if "loss" in (entry := json.loads(line))
-    ]
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def result(folder):
@@ -244,7 +240,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_to_go_on_from(recipe, at_step, tm
     assert main(["dpo", "--config", config, "--output_dir", str(tmp_path / "whole")]) == 0
     whole, resumed = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "out"))
     assert all((value == resumed[name]).all() for name, value in whole.items())
-    assert steps(tmp_path / "out") == [1, 2, 3]
+    assert [entry["step"] for entry in log_of(tmp_path / "out") if "loss" in entry] == [1, 2, 3]
 
 
 def test_a_second_signal_ends_at_once(recipe, at_step, refused):
@@ -377,8 +373,7 @@ def test_the_result_is_that_of_the_model_that_was_kept(recipe, tmp_path):
         descent_rule="ceu", dataset_test_split="0.5", eval_strategy="steps", eval_steps=1, learning_rate=0.05, **best
     )
     assert main(["dpo", "--config", config, "--save_strategy", "steps", "--save_steps", "1"]) == 0
-    log = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    chosen = [entry["eval_logps/chosen"] for entry in log if "eval_loss" in entry]
+    chosen = [entry["eval_logps/chosen"] for entry in log_of(tmp_path / "out") if "eval_loss" in entry]
     assert len(chosen) == 4 and min(chosen[:3]) < chosen[2]
     assert result(tmp_path / "out")["metrics"]["eval_logps/chosen"] == pytest.approx(min(chosen[:3]), rel=1e-5)
 
@@ -406,6 +401,6 @@ def test_a_run_that_diverges_leaves_a_record_and_one_that_finishes_takes_it_away
 
     monkeypatch.setattr(CEUDPOTrainer, "_compute_loss", whole)
     assert main(["dpo", "--config", path, "--resume_from_checkpoint", "true"]) == 0
-    result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert (result["method"], result["diverged"], result["steps"], result["resumed"]) == ("dpo", False, 3, True)
+    found = result(tmp_path / "out")
+    assert (found["method"], found["diverged"], found["steps"], found["resumed"]) == ("dpo", False, 3, True)
     assert not list((tmp_path / "out").glob("failure*"))

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -23,19 +22,6 @@ def recipe(tmp_path):
 
 def read_settings(method, argv):
     return settings_of(read_arguments(method, argv))
-
-
-def test_many_threads_read_at_once(recipe):
-    """As a comparison with `--jobs` does; TRL's parser writes to the fields of the classes while it is made."""
-    read_recipe("dpo", path := recipe("learning_rate: 1e-4"))
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # threads take turns as often as they can
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            read = list(pool.map(lambda _: read_recipe("dpo", path), range(64)))
-    finally:
-        sys.setswitchinterval(interval)
-    assert read == [{"learning_rate": 1e-4}] * 64
 
 
 @pytest.mark.parametrize(
