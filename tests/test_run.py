@@ -330,13 +330,19 @@ def test_a_start_that_is_none_is_named(recipe, base, refused, name, content, mes
     refused(["dpo", "--config", recipe()], message)
 
 
-def test_a_template_that_would_not_be_used_is_named(recipe, tmp_path, monkeypatch, refused):
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("none.jinja", {"prompt": "1+1=", "completion": "2"}, "'none.jinja', and there is no such file; give"),
+        ("given.jinja", {"question": "1+1=", "answer": "2"}, "questions take the model's; leave"),
+    ],
+)
+def test_a_template_that_would_not_be_used_is_named(recipe, tmp_path, monkeypatch, refused, name, row, message):
     monkeypatch.chdir(tmp_path)
     Path("given.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
-    given = {"model_name_or_path": "builtin:llama", "dataset_name": "rows.jsonl", "chat_template_path": "given.jinja"}
-    config = recipe(**given)
-    Path("rows.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n')
-    refused(["sft", "--config", config], "questions take the model's; leave")
+    config = recipe(model_name_or_path="builtin:llama", dataset_name="rows.jsonl", chat_template_path=name)
+    Path("rows.jsonl").write_text(json.dumps(row) + "\n")
+    refused(["sft", "--config", config], message)
 
 
 def test_the_tiny_model_learns_questions_from_a_file_and_as_a_whole(recipe, tmp_path, refused):

@@ -103,6 +103,11 @@ def test_words_that_are_no_option_are_named(argv, message):
         read_arguments("dpo", argv)
 
 
+def test_a_field_of_other_methods_is_not_its_own_hint():
+    with pytest.raises(ValueError, match=r"no field 'max_length'; did you mean (?!max_length)"):
+        read_arguments("grpo", ["--max_length", "8"])
+
+
 def test_the_command_line_goes_before_the_recipe_whatever_its_form(recipe):
     path = recipe("learning_rate: 1\nseed: 3\noutput_dir: a")
     for config in (["--config", str(path)], [f"--config={path}"]):

@@ -102,7 +102,7 @@ def test_without_rows_seeds_are_paired_and_one_seed_has_no_interval(make):
     assert (found["seeds"], found["rows"]) == (2, None)
     assert table.difference([2], [0], score)["interval"] is None
     # By sorted values in place of seeds the gaps would be the same; with the seeds of one arm swapped they are not
-    swapped = Table([runs[0], runs[1], Run("ceu", {}, 1, runs[2].folder), Run("ceu", {}, 0, runs[3].folder)])
+    swapped = Table([runs[0], runs[1], Run("ceu", {}, 0, runs[3].folder), Run("ceu", {}, 1, runs[2].folder)])
     assert swapped.difference([2, 3], [0, 1], score)["interval"] == pytest.approx((-0.3, 0.5))
 
 

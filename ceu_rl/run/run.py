@@ -321,6 +321,8 @@ def _build_trainer(
         raise ValueError(f"eval_facts and eval_solutions are scored at evaluations, and this run has none; {remedy}.")
     asks = method in ASKING and any(has_questions(dataset) for dataset in datasets.values())
     template = getattr(args, "chat_template_path", None)
+    if template and template.endswith((".jinja", ".j2")) and not Path(template).is_file():  # TRL would ask the Hub
+        raise ValueError(f"chat_template_path is {template!r}, and there is no such file; give the path of a template.")
     if template and asks:  # which TRL would set after the questions were put into the old one
         raise ValueError(f"chat_template_path is {template!r}, and questions take the model's; leave it out.")
     given = _name_model(method, script, args, model_config, asks, next(iter(datasets.values())))
