@@ -24,12 +24,7 @@ from collections.abc import Sequence
 from .run.errors import Boundary
 
 TRAINING = ("sft", "dpo", "grpo", "unlearn")
-OTHERS = {
-    "compare": "stability.grid",
-    "tofu-eval": "tofu.evaluate",
-    "muse-eval": "tofu.muse",
-    "recipes": "run.recipes",
-}
+OTHERS = {"compare": "stability.grid", "tofu-eval": "tofu.evaluate", "muse-eval": "tofu.muse", "recipes": "run.recipes"}
 COMMANDS = (*TRAINING, *OTHERS, "env")
 
 

@@ -12,10 +12,7 @@ from torch.nn import functional as F
 
 
 def cross_entropy_unlearning_loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    ignore_index: int = -100,
-    reduction: str = "mean",
+    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100, reduction: str = "mean"
 ) -> torch.Tensor:
     """Cross Entropy Unlearning loss (CE-U; Yang 2025, arXiv 2503.01224).
 

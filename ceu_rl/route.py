@@ -254,10 +254,7 @@ def route_descent(model: PreTrainedModel, weight: Weight | None = None, coef: fl
 def descent_metrics(record: torch.Tensor) -> dict[str, float]:
     """`ceu/descending_fraction` of the labelled tokens, and `ceu/weight_mean` over these, from a record, shape (4,)."""
     _, tokens, descending, total = record.tolist()
-    return {
-        "ceu/descending_fraction": descending / max(tokens, 1.0),
-        "ceu/weight_mean": total / max(descending, 1.0),
-    }
+    return {"ceu/descending_fraction": descending / max(tokens, 1.0), "ceu/weight_mean": total / max(descending, 1.0)}
 
 
 # the config and the trainer

@@ -29,25 +29,11 @@ from .data.answer_spans import part_answer, template_edges
 from .data.prompts import PromptArguments
 from .data.rows import check_layout
 from .fused import fused_linear_unlearning_loss, lm_head_options
-from .losses import (
-    kl_loss,
-    log_ratio,
-    npo_loss,
-    satimp_loss,
-    simnpo_loss,
-    undial_loss,
-    weighted_gradient_ascent_loss,
-)
+from .losses import kl_loss, log_ratio, npo_loss, satimp_loss, simnpo_loss, undial_loss, weighted_gradient_ascent_loss
 from .models import end_token_ids
 from .route import CITATION, own_config
 from .run.checkpoints import WholeCheckpoints
-from .run.checks import (
-    StopAtNonFinite,
-    check_choices,
-    check_language_model,
-    check_numbers,
-    check_reference_is_loaded,
-)
+from .run.checks import StopAtNonFinite, check_choices, check_language_model, check_numbers, check_reference_is_loaded
 from .run.engines import Float32Outputs
 
 

@@ -30,8 +30,7 @@ class PromptArguments(ScriptArguments):
     )
     system_prompt: str | None = field(default=None, metadata={"help": "System prompt before each question."})
     chat_template_kwargs: dict | str | None = field(
-        default=None,
-        metadata={"help": 'Arguments of the chat template, such as \'{"date_string": "10 Apr 2025"}\'.'},
+        default=None, metadata={"help": 'Arguments of the chat template, such as \'{"date_string": "10 Apr 2025"}\'.'}
     )
 
     def __post_init__(self) -> None:

@@ -39,13 +39,7 @@ IMAGES = ("image", "images")
 WRITTEN_CHAT = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")  # messages as Python or JSON writes them
 
 
-def check_layout(
-    dataset: Any,
-    name: str,
-    kind: Kind,
-    num_proc: int | None = None,
-    text_field: str = "text",
-) -> Rows:
+def check_layout(dataset: Any, name: str, kind: Kind, num_proc: int | None = None, text_field: str = "text") -> Rows:
     """Judge every row of a dataset before it is tokenized, and bring it into the layout that TRL reads right.
 
     A text is a string; a conversation a list of messages with a role and content. Completions must not be empty: the
