@@ -1,11 +1,12 @@
 """GRPO whose push on completions with a negative advantage fades as their tokens fall."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig
+from transformers.hf_argparser import HfArg
 from trl import GRPOConfig, GRPOTrainer
 
 from .data.prompts import prompt_ids
@@ -32,12 +33,10 @@ class CEUGRPOConfig(DescentConfig, GRPOConfig):
             with its sleep mode.
     """
 
-    weight_sync_steps: int = field(
+    weight_sync_steps: int = HfArg(
         default=1,
-        metadata={
-            "help": "Steps between two syncs of vLLM's weights, which are up to one step less than that old; 1 is "
-            "TRL's behaviour. vllm_importance_sampling_correction stays as it is set. An evaluation syncs too."
-        },
+        help="Steps between two syncs of vLLM's weights, which are up to one step less than that old; 1 is "
+        "TRL's behaviour. vllm_importance_sampling_correction stays as it is set. An evaluation syncs too.",
     )
 
     def check(self) -> None:

@@ -17,7 +17,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from packaging.specifiers import SpecifierSet
 from peft import PeftModel
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.hf_argparser import HfArg
 from trl.trainer.utils import get_config_model_id
 
 from .losses import (
@@ -264,43 +265,32 @@ def descent_metrics(record: torch.Tensor) -> dict[str, float]:
 class DescentConfig:
     """The fields that our configs add to their TRL parent: the rule, its share, and its parameters."""
 
-    descent_rule: str = field(
+    descent_rule: str = HfArg(
         default="ceu",
-        metadata={
-            "help": "Rule that weighs the gradient of tokens whose log-probability is lowered: ceu (the token's own "
-            "probability), anchored (its probability relative to its anchor), constant, token_ratio (TNPO), "
-            "sequence_ratio (BDPO; in GRPO TOPR), gate (Gate-DPO), or the dotted path of a weight function."
-        },
+        help="Rule that weighs the gradient of tokens whose log-probability is lowered: ceu (the token's own "
+        "probability), anchored (its probability relative to its anchor), constant, token_ratio (TNPO), "
+        "sequence_ratio (BDPO; in GRPO TOPR), gate (Gate-DPO), or the dotted path of a weight function.",
     )
-    ceu_coef: float = field(
-        default=0.5,
-        metadata={"help": "Share of the rule, from 0 (stock, bit for bit TRL's trainer) to 1 (the rule alone)."},
+    ceu_coef: float = HfArg(default=0.5, help="Share of the rule, from 0 (stock, bit for bit TRL's) to 1 (it alone).")
+    ceu_scale: float | None = HfArg(
+        default=None, help="Scale s > 0 of rule ceu (default 1): larger pushes rare tokens more."
     )
-    ceu_scale: float | None = field(
+    ceu_max_weight: float | None = HfArg(
         default=None,
-        metadata={"help": "Scale s > 0 of rule ceu (default 1, CE-U's own): larger pushes rare tokens harder."},
+        help="Soft cap M > 0 of rule ceu (default 1). With M <= 1 the only balance of a token that chosen and "
+        "rejected responses share is at probability 1; `inf` is CE-U as published, which drives it to 1/2.",
     )
-    ceu_max_weight: float | None = field(
-        default=None,
-        metadata={
-            "help": "Soft cap M > 0 of rule ceu (default 1). With M <= 1 the only balance of a token that chosen and "
-            "rejected responses share is at probability 1; `inf` is CE-U as published, which drives it to 1/2."
-        },
+    constant_weight: float | None = HfArg(
+        default=None, help="Weight of rule constant; 0, the control, trains on positives."
     )
-    constant_weight: float | None = field(
-        default=None,
-        metadata={"help": "Weight of rule constant; 0 trains on positives only, the control for every other rule."},
+    tnpo_beta: float | None = HfArg(default=None, help="b > 0 of rule token_ratio (default 1).")
+    bdpo_lambda: float | None = HfArg(
+        default=None, help="Mixture, 0 to 1, of rule sequence_ratio in DPO (default 0.5)."
     )
-    tnpo_beta: float | None = field(default=None, metadata={"help": "b > 0 of rule token_ratio (default 1)."})
-    bdpo_lambda: float | None = field(
-        default=None, metadata={"help": "Mixture between 0 and 1 of rule sequence_ratio in DPO (default 0.5)."}
-    )
-    gate_alpha: float | None = field(default=None, metadata={"help": "Slope > 0 of rule gate (default 100)."})
-    gate_tau: float | None = field(
-        default=None, metadata={"help": "Probability at which rule gate is half open (default 0.05)."}
-    )
-    drop_descending: bool = field(
-        default=False, metadata={"help": "Old name of descent_rule constant with constant_weight 0 and ceu_coef 1."}
+    gate_alpha: float | None = HfArg(default=None, help="Slope > 0 of rule gate (default 100).")
+    gate_tau: float | None = HfArg(default=None, help="Probability at which rule gate is half open (default 0.05).")
+    drop_descending: bool = HfArg(
+        default=False, help="Old name of rule constant with constant_weight 0 and ceu_coef 1."
     )
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ import json
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -21,6 +21,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.hf_argparser import HfArg
 from trl import SFTConfig, SFTTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.utils import add_fused_lm_head, create_model_from_path, maybe_gather_lm_head_ctx
@@ -67,11 +68,8 @@ class UnlearnScriptArguments(PromptArguments):
     Both are configs of a dataset in TOFU's layout; with a `dataset_config` they are splits of that config.
     """
 
-    forget: str = field(
-        default="",
-        metadata={"help": "Config (or split) to forget. Default: forget10, or forget in a folder of its own files."},
-    )
-    retain: str | None = field(default=None, metadata={"help": "Config (or split) to retain. Default: none."})
+    forget: str = HfArg(default="", help="Config (or split) to forget. Default: forget10, or a folder's file forget.")
+    retain: str | None = HfArg(default=None, help="Config (or split) to retain. Default: none.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,36 +86,22 @@ class UnlearnConfig(SFTConfig):
         ValueError: for a field out of its range, or a setting of `SFTConfig` that unlearning does not honour.
     """
 
-    loss_type: str = field(
-        default="ceu", metadata={"help": f"The forget term, one of {', '.join(METHODS)}; see ceu_rl.losses."}
+    loss_type: str = HfArg(default="ceu", help=f"The forget term, one of {', '.join(METHODS)}; see ceu_rl.losses.")
+    beta: float | None = HfArg(
+        default=None, help="Of npo (default 0.1), tnpo (1), simnpo (4.5), wga (1), satimp (5) and undial (10)."
     )
-    beta: float | None = field(
+    beta2: float = HfArg(default=1.0, help="The second exponent of satimp.")
+    margin: float = HfArg(default=0.0, help="The reward margin (gamma) of simnpo.")
+    ignore_first_n_answer_tokens: int | None = HfArg(
         default=None,
-        metadata={
-            "help": "The beta of npo (default 0.1), tnpo (1), simnpo (4.5), wga (1), satimp (beta1, 5), "
-            "undial (strength, 10)."
-        },
+        help="Tokens at the start of each answer to forget that are not unlearned, what a chat template writes "
+        "there not counted: they seldom carry what is to be forgotten. Default: 1 for ceu (footnote of its paper), "
+        "0 for the others, as their authors have it.",
     )
-    beta2: float = field(default=1.0, metadata={"help": "The second exponent of satimp."})
-    margin: float = field(default=0.0, metadata={"help": "The reward margin (gamma) of simnpo."})
-    ignore_first_n_answer_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens at the start of each answer to forget that are not unlearned, what a chat template writes "
-            "there not counted: they seldom carry what is to be forgotten. Default: 1 for ceu (footnote of its paper), "
-            "0 for the others, as their authors have it."
-        },
-    )
-    retain_loss_type: str = field(
-        default="nll",
-        metadata={"help": "The retain term: nll, or kl, the divergence from the model before unlearning."},
-    )
-    forget_weight: float = field(default=1.0, metadata={"help": "Weight of the forget term."})
-    retain_weight: float = field(default=1.0, metadata={"help": "Weight of the retain term."})
-    chunk: bool = field(
-        default=False,
-        metadata={"help": "Cut rows of text into pieces of max_length tokens, each a row, instead of refusing them."},
-    )
+    retain_loss_type: str = HfArg(default="nll", help="The retain term: nll, or kl to the model before unlearning.")
+    forget_weight: float = HfArg(default=1.0, help="Weight of the forget term.")
+    retain_weight: float = HfArg(default=1.0, help="Weight of the retain term.")
+    chunk: bool = HfArg(default=False, help="Cut long rows of text into rows of max_length, instead of refusing them.")
 
     def __post_init__(self) -> None:
         check_choices(self, {"loss_type": tuple(METHODS), "retain_loss_type": ("nll", "kl")})

@@ -5,11 +5,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
+from transformers.hf_argparser import HfArg
 from trl import ScriptArguments
 
 QUESTION_ANSWER = "Question: {question}\nAnswer: {answer}"
@@ -20,17 +21,15 @@ SAMPLE = ("Where does she live?", "In Oslo.")  # what the fingerprint is made of
 class PromptArguments(ScriptArguments):
     """`trl.ScriptArguments` for question and answer: how they become a text."""
 
-    template: str | None = field(
+    template: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "How question and answer become a text: chat, question_answer (the benchmark's), or a text with "
-            "{question} and {answer}, such as '[INST] {question} [/INST]{answer}'. Default: what the model's "
-            "result.json says that it was trained with, else chat if the tokenizer has a chat template."
-        },
+        help="How question and answer become a text: chat, question_answer (the benchmark's), or a text with "
+        "{question} and {answer}, such as '[INST] {question} [/INST]{answer}'. Default: what the model's "
+        "result.json says that it was trained with, else chat if the tokenizer has a chat template.",
     )
-    system_prompt: str | None = field(default=None, metadata={"help": "System prompt before each question."})
-    chat_template_kwargs: dict | str | None = field(
-        default=None, metadata={"help": 'Arguments of the chat template, such as \'{"date_string": "10 Apr 2025"}\'.'}
+    system_prompt: str | None = HfArg(default=None, help="System prompt before each question.")
+    chat_template_kwargs: dict | str | None = HfArg(
+        default=None, help='Arguments of the chat template, such as \'{"date_string": "10 Apr 2025"}\'.'
     )
 
     def __post_init__(self) -> None:

@@ -51,7 +51,7 @@ def check_layout(dataset: Any, name: str, kind: Kind, num_proc: int | None = Non
             that cannot be learned from, or that would be left unread.
     """
     columns = check_dataset(dataset, name, kind, text_field)
-    if _is_transformed(dataset):
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
         if kind != "prompt":  # what tokenization adds would not be among what the transform gives
             raise ValueError(f"The {name} dataset has a transform, which tokenization loses; apply it with map.")
         return dataset  # its rows are made when they are read, from columns that only it knows
@@ -247,10 +247,6 @@ def _kept(row: Mapping[str, Any], column: str, max_length: int | None, truncatio
 
 
 # columns
-
-
-def _is_transformed(dataset: Any) -> bool:
-    return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
 
 
 def _judged(columns: Iterable[str], kind: Kind, text_field: str) -> list[str]:

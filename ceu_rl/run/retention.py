@@ -3,11 +3,12 @@
 import itertools
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 from transformers import TrainerCallback
+from transformers.hf_argparser import HfArg
 
 from ..data.prompts import PromptFormat
 from ..tasks.generate import evaluating
@@ -24,24 +25,18 @@ TEXTS = ("solutions", "foreign")  # sets whose likelihood and divergence are sco
 class KeptArguments:
     """Fields of every recipe that name what the model should keep."""
 
-    eval_facts: str | None = field(
+    eval_facts: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "TOFU on the Hub or a folder in its layout: each evaluation logs the probability of the right "
-            "answers about the world and real authors, of which the first 50 of each are asked."
-        },
+        help="TOFU on the Hub or a folder in its layout: each evaluation logs the probability of the right "
+        "answers about the world and real authors, of which the first 50 of each are asked.",
     )
-    eval_solutions: str | None = field(
+    eval_solutions: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "A file or dataset with the columns question and answer, such as GSM8K's test.jsonl: each "
-            "evaluation logs the negative log-likelihood of the first 50 answers, in nats per token, and the "
-            "divergence from the model at the start."
-        },
+        help="A file or dataset with the columns question and answer, such as GSM8K's test.jsonl: each "
+        "evaluation logs the negative log-likelihood of the first 50 answers, in nats per token, and the "
+        "divergence from the model at the start.",
     )
-    eval_foreign: str | None = field(
-        default=None, metadata={"help": "The same for text that the run does not train on, as eval_foreign_*."}
-    )
+    eval_foreign: str | None = HfArg(default=None, help="The same for text that is not trained on, as eval_foreign_*.")
 
 
 def load_kept(arguments: KeptArguments) -> dict[str, Dataset]:
