@@ -68,7 +68,9 @@ class UnlearnScriptArguments(PromptArguments):
     Both are configs of a dataset in TOFU's layout; with a `dataset_config` they are splits of that config.
     """
 
-    forget: str = HfArg(default="", help="Config (or split) to forget. Default: forget10, or a folder's file forget.")
+    forget: str = HfArg(
+        default="", help="Config (or split) to forget. Default: forget10, or forget in a folder of its own files."
+    )
     retain: str | None = HfArg(default=None, help="Config (or split) to retain. Default: none.")
 
     def __post_init__(self) -> None:
@@ -88,7 +90,7 @@ class UnlearnConfig(SFTConfig):
 
     loss_type: str = HfArg(default="ceu", help=f"The forget term, one of {', '.join(METHODS)}; see ceu_rl.losses.")
     beta: float | None = HfArg(
-        default=None, help="Of npo (default 0.1), tnpo (1), simnpo (4.5), wga (1), satimp (5) and undial (10)."
+        default=None, help="The beta of npo (default 0.1), tnpo (1), simnpo (4.5), wga (1), satimp (5) and undial (10)."
     )
     beta2: float = HfArg(default=1.0, help="The second exponent of satimp.")
     margin: float = HfArg(default=0.0, help="The reward margin (gamma) of simnpo.")
@@ -208,7 +210,6 @@ class UnlearnTrainer(StopAtNonFinite, WholeCheckpoints, Float32Outputs, SFTTrain
             retain = self._prepare_dataset(
                 retain_dataset, self.processing_class, args, False, kwargs.get("formatting_func"), "retain"
             )
-            _check_disjoint(self.train_dataset, retain)
             self.train_dataset = PairedDataset(self.train_dataset, retain, args.seed)
             self.add_callback(self.train_dataset)
         self.ref_model = self._place_reference(reference)
@@ -359,6 +360,12 @@ class PairedDataset(torch.utils.data.Dataset, TrainerCallback):
     """
 
     def __init__(self, forget: Dataset, retain: Dataset, seed: int) -> None:
+        kept = {tuple(ids) for ids in retain["input_ids"]}
+        if shared := [number for number, ids in enumerate(forget["input_ids"]) if tuple(ids) in kept]:
+            raise ValueError(
+                f"{len(shared)} rows of the forget dataset are in the retain dataset too, the first is row "
+                f"{shared[0]}; take them out of one of the two."
+            )
         self.forget, self.retain = forget.select_columns(COLUMNS), retain.select_columns(COLUMNS)
         self.order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(seed)).tolist()
         self.epoch = 0
@@ -455,15 +462,6 @@ def _check_sets(forget: Any, retain: Any, args: UnlearnConfig) -> None:
             raise ValueError(f"{name}_dataset is a {type(dataset).__name__}; give a datasets.Dataset.")
         if dataset is not None and len(dataset) == 0:
             raise ValueError(f"The {name} dataset has no rows; give it at least one.")
-
-
-def _check_disjoint(forget: Dataset, retain: Dataset) -> None:
-    kept = {tuple(ids) for ids in retain["input_ids"]}
-    if shared := [number for number, ids in enumerate(forget["input_ids"]) if tuple(ids) in kept]:
-        raise ValueError(
-            f"{len(shared)} rows of the forget dataset are in the retain dataset too, the first is row {shared[0]}; "
-            "take them out of one of the two."
-        )
 
 
 def _chunks(rows: Mapping[str, list[Any]], length: int, bos: int | None) -> dict[str, list[list[int]]]:

@@ -22,32 +22,14 @@ from datasets import Dataset
 from filelock import FileLock, Timeout
 from transformers import AutoTokenizer, ProgressCallback, TrainerCallback
 
+from .. import models
 from ..data.load import load
 from ..data.prompts import PromptFormat
 from ..data.rows import check_layout
-from ..models import (
-    BUILTIN_MODEL,
-    build_bpe_tokenizer,
-    build_model,
-    build_tokenizer,
-    check_model_name,
-    resolve_model,
-    whole_weights,
-)
 from ..tasks import articles
 from ..tofu.data import ask, has_questions, is_tofu, load_tofu, to_preferences, to_prompt_completion
+from . import checkpoints
 from .callbacks import HeldOutFile, MetricsFile, Pace, ProgressBar, StartModel, TaskScore
-from .checkpoints import (
-    LENGTH,
-    RUN_NAME,
-    TRAINER_STATE_NAME,
-    differences,
-    fingerprint,
-    is_json,
-    moving,
-    saved_checkpoints,
-    traces,
-)
 from .config import CLASSES, build_configs, read_arguments, settings_of, with_defaults
 from .engines import check_engine, check_processes, engines_on_cpu, note_batch, save_whole
 from .errors import Boundary, import_function, note
@@ -83,14 +65,14 @@ def _run(method: str, argv: Sequence[str], boundary: Boundary) -> int:
     check_processes(args)
     settings = settings_of(arguments)
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    saved: dict[str, Any] = {"settings": moving(with_defaults(method, settings)), "batch": batch}
+    saved: dict[str, Any] = {"settings": checkpoints.moving(with_defaults(method, settings)), "batch": batch}
     with _hold_folder(args), ExitStack() as end:
         args.resume_from_checkpoint = checkpoint = _resume_from(method, args, saved)
         datasets, task = load(method, script, _evaluates(args))
-        saved["rows"] = {name: fingerprint(dataset) for name, dataset in datasets.items() if name != "eval"}
+        saved["rows"] = {name: checkpoints.fingerprint(dataset) for name, dataset in datasets.items() if name != "eval"}
         if checkpoint is not None:
             _check_is_the_run(checkpoint, saved)
-        with whole_weights():
+        with models.whole_weights():
             trainer, prompt = _build_trainer(method, script, args, model_config, datasets, task, load_kept(keeps))
         trainer.run_record = saved
         check_engine(trainer.accelerator)
@@ -181,11 +163,11 @@ def _check_names(arguments: Mapping[str, Any], argv: Sequence[str]) -> None:
     if not arguments.get("dataset_name"):
         raise ValueError("dataset_name is missing; give a Hub name, a folder, a file, or a task (builtin:addition).")
     recipe = next((Path(word) for word in argv if Path(word).suffix in (".yaml", ".yml")), None)
-    check_model_name(name, recipe)
+    models.check_model_name(name, recipe)
     if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").is_file():
         raise ValueError(f"model_name_or_path {name} is an adapter; merge it into its base (merge_and_unload).")
     if reward := arguments.get("reward_model_name_or_path"):
-        check_model_name(reward, recipe, "reward_model_name_or_path")
+        models.check_model_name(reward, recipe, "reward_model_name_or_path")
 
 
 def _evaluates(args: Any) -> bool:
@@ -216,33 +198,34 @@ class NothingLeft(Exception):
 def _resume_from(method: str, args: Any, record: Mapping[str, Any]) -> str | None:
     """Resolve `resume_from_checkpoint`, and refuse to write over what an earlier run saved."""
     folder, checkpoint = Path(args.output_dir), args.resume_from_checkpoint
-    checkpoints = [path for _, path in saved_checkpoints(folder)]
+    whole = [path for _, path in checkpoints.saved_checkpoints(folder)]
     if str(checkpoint).lower() == "true":
-        if checkpoints:
-            return str(checkpoints[-1])
-        result = json.loads((folder / RESULT).read_text()) if is_json(folder / RESULT) else None
-        if result and not differences({"settings": moving(with_defaults(method, result["settings"]))}, record):
+        if whole:
+            return str(whole[-1])
+        result = json.loads((folder / RESULT).read_text()) if checkpoints.is_json(folder / RESULT) else None
+        ended = result and {"settings": checkpoints.moving(with_defaults(method, result["settings"]))}
+        if ended and not checkpoints.differences(ended, record):
             raise NothingLeft(f"nothing is left of this run of {result['steps']} steps in {folder}.")
         raise ValueError(f"There is no checkpoint in {folder} to resume; leave resume_from_checkpoint out.")
     if str(checkpoint).lower() in ("none", "false"):
         checkpoint = None
-    elif not is_json(Path(str(checkpoint), TRAINER_STATE_NAME)):
+    elif not checkpoints.is_json(Path(str(checkpoint), checkpoints.TRAINER_STATE_NAME)):
         raise ValueError(f"resume_from_checkpoint {checkpoint} is no whole checkpoint; name a checkpoint-N, or true.")
     if checkpoint is None or Path(checkpoint).resolve().parent != folder.resolve():
-        if saved := traces(folder):
-            way = ", or continue it with --resume_from_checkpoint true" if checkpoints else ""
+        if saved := checkpoints.traces(folder):
+            way = ", or continue it with --resume_from_checkpoint true" if whole else ""
             raise ValueError(f"output_dir {folder} holds an earlier run ({saved[0].name}); choose another{way}.")
     return checkpoint
 
 
 def _check_is_the_run(checkpoint: str, record: Mapping[str, Any]) -> None:
     """Raise a ValueError for a checkpoint of other settings or rows, but for the length of the run."""
-    path = Path(checkpoint, RUN_NAME)
-    if not is_json(path):
-        note(f"{checkpoint} has no {RUN_NAME}, so nothing says whether its settings and rows are those of this run.")
+    path = Path(checkpoint, checkpoints.RUN_NAME)
+    if not checkpoints.is_json(path):
+        note(f"{checkpoint} has no {path.name}, so nothing says whether its settings and rows are those of this run.")
         return
-    found = differences(json.loads(path.read_text()), record)
-    named = [f"{name} was {then} and is {now}" for name, (then, now) in found.items() if name not in LENGTH]
+    found = checkpoints.differences(json.loads(path.read_text()), record)
+    named = [f"{name} was {then} and is {now}" for name, (then, now) in found.items() if name not in checkpoints.LENGTH]
     if named:
         raise ValueError(
             f"{checkpoint} is of a run with other settings: {'; '.join(named)}; give what it had, or start a new run "
@@ -278,7 +261,7 @@ class _Course(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Without a result it was stopped while it saved the model
-        if state.global_step >= state.max_steps and is_json(Path(args.output_dir, RESULT)):
+        if state.global_step >= state.max_steps and checkpoints.is_json(Path(args.output_dir, RESULT)):
             raise NothingLeft(f"nothing is left of this run of {state.max_steps} steps in {args.output_dir}.")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -303,13 +286,7 @@ class _Course(TrainerCallback):
 
 
 def _build_trainer(
-    method: str,
-    script: Any,
-    args: Any,
-    model_config: Any,
-    datasets: dict[str, Any],
-    task: Any,
-    kept: dict[str, Dataset],
+    method: str, script: Any, args: Any, model_config: Any, datasets: dict[str, Any], task: Any, kept: dict[str, Any]
 ) -> tuple[Any, Any]:
     """The trainer with its callbacks, and what the result says of the prompt, where rows are questions."""
     from trl import get_peft_config
@@ -375,19 +352,19 @@ def _name_model(method: str, script: Any, args: Any, model_config: Any, asks: bo
     name, revision = model_config.model_name_or_path, model_config.model_revision
     if revision not in (None, "main") and (name.startswith("builtin:") or Path(name).is_dir()):
         raise ValueError(f"model_revision is {revision}, and {name} has no revisions; leave it out.")
-    if method == "sft" and name == BUILTIN_MODEL:
+    if method == "sft" and name == models.BUILTIN_MODEL:
         if model_config.use_peft:
             raise ValueError(f"use_peft is True, and no folder keeps the random weights of {name}; leave it out.")
-        tokenizer = build_tokenizer()
+        tokenizer = models.build_tokenizer()
         if asks:  # one tokenizer for all the models of TOFU
             full = load_tofu(script.dataset_name, "full") if is_tofu(script.dataset_name or "") else train
-            tokenizer = build_bpe_tokenizer([*full["question"], *full["answer"]])
+            tokenizer = models.build_bpe_tokenizer([*full["question"], *full["answer"]])
         elif script.dataset_name == articles.NAME:
-            tokenizer = build_bpe_tokenizer(train["text"])
-        model = build_model(tokenizer, seed=args.seed, **(args.model_init_kwargs or {}))
+            tokenizer = models.build_bpe_tokenizer(train["text"])
+        model = models.build_model(tokenizer, seed=args.seed, **(args.model_init_kwargs or {}))
         args.model_init_kwargs = None
         return {"model": model, "processing_class": tokenizer}
-    name = model_config.model_name_or_path = resolve_model(name)
+    name = model_config.model_name_or_path = models.resolve_model(name)
     args.model_init_kwargs = {
         "revision": revision or "main",
         "trust_remote_code": args.trust_remote_code,

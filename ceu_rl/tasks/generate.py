@@ -110,6 +110,12 @@ def forward_bytes(model: Any) -> int:
     return text.vocab_size * (model.dtype.itemsize + 4) + layer * model.dtype.itemsize
 
 
+def plan_forwards(model: Any, lengths: Sequence[int], most: int | None = None, models: int = 1) -> list[list[int]]:
+    """[`plan_batches`] for a forward pass of that many models like this one."""
+    each = models * forward_bytes(model)
+    return plan_batches(lengths, lambda length: length * each, model.device, most or MOST)
+
+
 def world_size() -> int:
     """How many ranks take part: 1 where nothing is distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -8,17 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ceu_rl.tasks.generate import (
-    Tokens,
-    answer_logits,
-    answer_texts,
-    evaluating,
-    forward_bytes,
-    generate_tokens,
-    in_batches,
-    plan_batches,
-)
-from ceu_rl.tasks.protocol import Task, right_answer
+from .generate import Tokens, answer_logits, answer_texts, evaluating, generate_tokens, in_batches, plan_forwards
+from .protocol import Task, right_answer
 
 Row = Mapping[str, Any]
 LONGEST = 512  # most tokens of an answer where neither the task nor its rows set a limit
@@ -37,7 +28,6 @@ def evaluate_divergence(model: Any, reference: Any, rows: Sequence[tuple[Tokens,
     and answer. Every rank must call.
     """
     most = max(1, DOUBLES // model.config.get_text_config().vocab_size)
-    token_bytes = 2 * forward_bytes(model)  # of two models
 
     def diverge(places: list[int]) -> list[torch.Tensor]:
         batch = [rows[place] for place in places]
@@ -54,7 +44,7 @@ def evaluate_divergence(model: Any, reference: Any, rows: Sequence[tuple[Tokens,
 
     lengths = [len(prompt) + len(answer) for prompt, answer in rows]
     with evaluating(model):
-        totals = in_batches(plan_batches(lengths, lambda length: length * token_bytes, model.device), diverge)
+        totals = in_batches(plan_forwards(model, lengths, models=2), diverge)
     divergence, entropy = (torch.stack(totals).sum(dim=0) / sum(len(answer) for _, answer in rows)).tolist()
     return {"kl": divergence, "sampled_entropy": entropy}
 

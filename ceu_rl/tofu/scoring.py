@@ -14,16 +14,7 @@ from datasets import Dataset
 from ..data.answer_spans import part_answer, template_edges
 from ..data.prompts import PromptFormat, fingerprint
 from ..run.progress import progress
-from ..tasks.generate import (
-    MOST,
-    answer_logits,
-    answer_texts,
-    evaluating,
-    forward_bytes,
-    generate_tokens,
-    in_batches,
-    plan_batches,
-)
+from ..tasks.generate import answer_logits, answer_texts, evaluating, generate_tokens, in_batches, plan_forwards
 from . import metrics
 from .data import checked_row, tokenize
 
@@ -178,8 +169,7 @@ def measure(
     for answer in scored:
         answer.scores = cache[f"scores/{answer.key}"]
     for prompts, most, _ in asked:
-        generate = functools.partial(generate_texts, model, tokenizer, most, batch_size)
-        finish("generation", prompts, "", generate)
+        finish("generation", prompts, "", functools.partial(generate_texts, model, tokenizer, most, batch_size))
     return cache
 
 
@@ -189,9 +179,7 @@ def score_answers(model: Any, answers: Sequence[Answer], batch_size: int | None 
 
     In a distributed run every rank must call: they share the batches.
     """
-    each = forward_bytes(model)
-    lengths = [answer.length for answer in answers]
-    plan = plan_batches(lengths, lambda length: length * each, model.device, batch_size or MOST)
+    plan = plan_forwards(model, [answer.length for answer in answers], batch_size)
 
     def score(places: list[int]) -> list[dict[str, float]]:
         batch = [answers[place] for place in places]
