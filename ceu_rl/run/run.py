@@ -202,7 +202,7 @@ def _resume_from(method: str, args: Any, record: Mapping[str, Any]) -> str | Non
     if str(checkpoint).lower() == "true":
         if whole:
             return str(whole[-1])
-        result = json.loads((folder / RESULT).read_text()) if checkpoints.is_json(folder / RESULT) else None
+        result = json.loads((folder / RESULT).read_text()) if checkpoints.is_json(folder / RESULT) else {}
         ended = result and {"settings": checkpoints.moving(with_defaults(method, result["settings"]))}
         if ended and not checkpoints.differences(ended, record):
             raise NothingLeft(f"nothing is left of this run of {result['steps']} steps in {folder}.")
@@ -318,7 +318,11 @@ def _build_trainer(
         workers, field = args.dataset_num_proc, args.dataset_text_field
         datasets = {name: check_layout(one, name, "sft", workers, field) for name, one in datasets.items()}
     if method == "grpo":
-        given["reward_funcs"] = _load_rewards(script)
+        # The names that TRL's own script takes, or dotted paths
+        names = [name if "." in name else f"trl.rewards.{name}" for name in script.reward_funcs or []]
+        given["reward_funcs"] = [import_function(name, "reward_funcs") for name in names]
+        if script.reward_model_name_or_path:
+            given["reward_funcs"].insert(0, script.reward_model_name_or_path)
         if "completions" in (datasets["train"].column_names or ()):
             trainer_class = "ceu_rl.offline_grpo:OfflineGRPOTrainer"
         elif not given["reward_funcs"]:
@@ -373,10 +377,3 @@ def _name_model(method: str, script: Any, args: Any, model_config: Any, asks: bo
         **(args.model_init_kwargs or {}),
     }
     return {"model": name, "quantization_config": get_quantization_config(model_config)}
-
-
-def _load_rewards(script: Any) -> list[Any]:
-    """The reward model and functions of a recipe: the names that TRL's own script takes, or dotted paths."""
-    names = [name if "." in name else f"trl.rewards.{name}" for name in script.reward_funcs or []]
-    model = [script.reward_model_name_or_path] if script.reward_model_name_or_path else []
-    return [*model, *(import_function(name, "reward_funcs") for name in names)]
