@@ -15,7 +15,6 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from ceu_rl.rollouts import ReloadingVLLMGeneration, RolloutError
-from ceu_rl.tasks.addition import accuracy
 
 from .trainers import SETTINGS
 
@@ -23,10 +22,6 @@ vllm = [
     pytest.mark.vllm,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (make install)"),
 ]
-
-
-def test_the_verifier_as_a_reward():
-    assert accuracy(["827+695="] * 2, ["7+5+0=12 2+9+1=12 8+6+1=15 1522", "1522"]) == [1.0, 0.0]
 
 
 def generation(mode, **given):

@@ -293,9 +293,8 @@ def test_a_model_has_one_route_and_needs_a_fused_head(tiny_model, tokenizer):
     second = route_descent(model, descent_rule("constant", constant_weight=0.5))
     model(**fused_batch(model, tokenizer)).log_probs.sum().backward()
     assert first.pop_metrics() == {} and second.pop_metrics()["ceu/weight_mean"] == 0.5
-    for coef in (-0.1, 1.5, float("nan"), "half"):
-        with pytest.raises(ValueError, match="ceu_coef is"):
-            route_descent(model, coef=coef)
+    with pytest.raises(ValueError, match="ceu_coef is nan"):
+        route_descent(model, coef=float("nan"))
 
 
 def test_another_trl_version_is_refused(monkeypatch):

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from ceu_rl.models import build_model, build_tokenizer
 from ceu_rl.tasks import evaluate_task, get_task, load_task_dataset
 from ceu_rl.tasks import score as scoring
-from ceu_rl.tasks.addition import CONFIGS, addition_trace, change_digits, computed_places, is_correct
+from ceu_rl.tasks.addition import CONFIGS, accuracy, addition_trace, change_digits, computed_places, is_correct
 from ceu_rl.tasks.generate import generate_tokens
 from ceu_rl.tasks.protocol import right_answer
 from ceu_rl.tasks.reasoning_gym import score_answer, wrong_answers
@@ -48,7 +48,7 @@ def test_verifier_against_python_addition():
             assert (x, y, carry_in) == (a // 10**place % 10, b // 10**place % 10, carry)
             assert int(right) == x + y + carry_in
             carry = int(right) // 10
-        assert is_correct(prompt, trace)
+        assert is_correct(prompt, trace) and accuracy([prompt] * 2, [trace, str(a + b)]) == [1.0, 0.0]
         assert is_correct(f"{a}+{b}=", [{"role": "assistant", "content": trace}])
         one = change_digits(trace, [rng.choice(computed_places(trace))], rng)
         for wrong in (one, "", str(a + b), f"{trace} ", f"{trace}\n", f"{trace}<|eos|>"):
