@@ -16,7 +16,6 @@ import logging
 import os
 import pkgutil
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -44,7 +43,6 @@ USED = (
     *("num_train_epochs", "per_device_train_batch_size", "max_length", "use_peft", "resume_from_checkpoint"),
     *("packing", "beta", "reward_funcs", "num_generations", "use_vllm"),
 )
-_PARSER = threading.Lock()
 
 
 def parser_for(method: str) -> Any:
@@ -54,14 +52,13 @@ def parser_for(method: str) -> Any:
     from .retention import KeptArguments
 
     script, config = map(pkgutil.resolve_name, CLASSES[method][:2])
-    with _PARSER:  # it rewrites the types of the classes' fields, and the runs of a comparison are read in threads
-        parser = TrlParser(
-            (script, config, ModelConfig, KeptArguments),  # type: ignore[arg-type]
-            prog=f"ceu-rl {method}",
-            usage=f"ceu-rl {method} --config RECIPE.yaml [--any_field value ...]",
-            allow_abbrev=False,
-            exit_on_error=False,
-        )
+    parser = TrlParser(
+        (script, config, ModelConfig, KeptArguments),  # type: ignore[arg-type]
+        prog=f"ceu-rl {method}",
+        usage=f"ceu-rl {method} --config RECIPE.yaml [--any_field value ...]",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
     for action in parser._actions:
         short = next((f"--{short}" for short, name in ALIASES.items() if name == action.dest), None)
         if short:

@@ -100,3 +100,13 @@ def import_function(path: str, field: str) -> Any:
     if not callable(found):
         raise ValueError(f"{field} names {path!r}, which is a {type(found).__name__}; give a function.")
     return found
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, or leave it as it was."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

