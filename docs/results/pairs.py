@@ -88,9 +88,10 @@ def best(files: str) -> tuple[list[str], list[list[str]]]:
 def by_rate(file: str) -> tuple[list[str], list[list[str]]]:
     """Header and lines of a table: each arm at each rate, over all pairs."""
     titles = ["loss", "accuracy", "chosen gain", "rejected gain", "foreign_kl", "solutions_nll"]
-    means = read_pairs(file).groupby(["arm", "rate"])[titles].mean()
-    lines = [[arm, rate(at), *map("{:.3f}".format, row)] for (arm, at), *row in means.itertuples()]
-    return ["arm", "rate", *(title.replace("_", " ") for title in titles)], lines
+    groups = read_pairs(file).groupby(["arm", "rate"])
+    means, seeds = groups[titles].mean(), groups.seed.nunique()
+    lines = [[*key[:1], rate(key[1]), str(seeds[key]), *map("{:.3f}".format, row)] for key, *row in means.itertuples()]
+    return ["arm", "rate", "seeds", *(title.replace("_", " ") for title in titles)], lines
 
 
 def frontier(files: str) -> plt.Figure:
