@@ -59,14 +59,7 @@ def make_trainer(tiny_model, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "brings",
-    [
-        {"no_repeat_ngram_size": 1},
-        {"num_beams": 2},
-        {"suppress_tokens": [11]},
-        "an end",
-    ],
-    ids=str,
+    "brings", [{"no_repeat_ngram_size": 1}, {"num_beams": 2}, {"suppress_tokens": [11]}, "an end"], ids=str
 )
 def test_what_a_model_brings_to_its_rollouts_is_named(make_trainer, tiny_model, tokenizer, brings, caplog):
     """Its generation config, which vLLM does not take, or an end that its tokenizer adds to prompts; stock has both."""

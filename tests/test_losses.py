@@ -100,8 +100,7 @@ def test_reductions_and_ignored_positions():
     assert nothing.item() == 0 and (logits.grad == 0).all()
     other = labels.masked_fill(~kept, 3)
     torch.testing.assert_close(
-        cross_entropy_unlearning_loss(logits, other, ignore_index=3, reduction="sum"),
-        each[kept & (labels != 3)].sum(),
+        cross_entropy_unlearning_loss(logits, other, ignore_index=3, reduction="sum"), each[kept & (labels != 3)].sum()
     )
 
 
