@@ -21,6 +21,7 @@ from ceu_rl.run.callbacks import StartModel, TaskScore
 from ceu_rl.run.engines import check_engine, engines_on_cpu, save_whole
 from ceu_rl.tasks.protocol import Task
 
+from .conftest import user
 from .trainers import SETTINGS
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
@@ -38,13 +39,8 @@ def sums(first):
 
 
 def answered(pairs):
-    return [
-        {
-            "prompt": [{"role": "user", "content": f"{a}+{b}="}],
-            "completion": [{"role": "assistant", "content": f"{a + b} is{' it' * (b % 3)}"}],
-        }
-        for a, b in pairs
-    ]
+    said = [{"role": "assistant", "content": f"{a + b} is{' it' * (b % 3)}"} for a, b in pairs]
+    return [{"prompt": user(f"{a}+{b}="), "completion": [each]} for (a, b), each in zip(pairs, said, strict=True)]
 
 
 def settings(output_dir, **given):

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from trl import DPOConfig, DPOTrainer
 
@@ -135,23 +135,31 @@ class Toy(torch.nn.Module):
         self.body, self.head = torch.nn.Linear(64, 64), torch.nn.Linear(64, 1000)
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return fused_linear_unlearning_loss(self.body(hidden), self.head.weight, labels, bias=self.head.bias)
+        weight, bias = self.head.weight, self.head.bias
+        assert isinstance(weight, DTensor) == isinstance(self, FSDPModule)
+        return fused_linear_unlearning_loss(self.body(hidden), weight, labels, labels % 3 == 0, bias)
+
+
+def assert_sharded_as_whole(device: str) -> None:
+    """FSDP2 averages over its processes the gradients of one, of a head that is sharded apart from its model."""
+    rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    mesh = init_device_mesh(device, (processes,))
+    whole, sharded = Toy().to(device), Toy().to(device)
+    fully_shard(sharded.head, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    hidden, labels = torch.randn(32, 64, device=device), torch.randint(1000, (32,), device=device)
+    whole(hidden, labels).backward()
+    sharded(hidden.chunk(processes)[rank], labels.chunk(processes)[rank]).backward()
+    for one, other in zip(whole.parameters(), sharded.parameters(), strict=True):
+        assert isinstance(other.grad, DTensor)
+        torch.testing.assert_close(other.grad.full_tensor(), one.grad, rtol=1e-5, atol=1e-7)
 
 
 def fsdp2(device: str, folder: Path) -> dict[str, Any]:
     """FSDP2 with a world of one: the gradients of the fused loss are those without it."""
     backend, store = "nccl" if device == "cuda" else "gloo", torch.distributed.HashStore()
     torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-    mesh = init_device_mesh(device, (1,))
-    plain, sharded = Toy().to(device), Toy().to(device)
-    fully_shard(sharded.head, mesh=mesh)
-    fully_shard(sharded, mesh=mesh)
-    hidden, labels = torch.randn(32, 64, device=device), torch.randint(1000, (32,), device=device)
-    for model in (plain, sharded):
-        model(hidden, labels).backward()
-    for one, other in zip(plain.parameters(), sharded.parameters(), strict=True):
-        assert isinstance(other.grad, DTensor)
-        torch.testing.assert_close(other.grad.full_tensor(), one.grad, rtol=1e-5, atol=1e-7)
+    assert_sharded_as_whole(device)
     torch.distributed.destroy_process_group()
     return {}
 
@@ -241,11 +249,8 @@ def unlearning(device: str, folder: Path) -> dict[str, Any]:
 def precision(device: str, folder: Path) -> dict[str, Any]:
     """The first loss and gradient norm of CE-U: weights in bfloat16 beside float32 under autocast and in float32."""
     found = {}
-    for name, dtype, bf16 in (
-        ("float32", torch.float32, False),
-        ("float32 under autocast", torch.float32, True),
-        ("bfloat16", torch.bfloat16, False),
-    ):
+    kinds = {"float32": (torch.float32, False), "float32 under autocast": (torch.float32, True)}
+    for name, (dtype, bf16) in {**kinds, "bfloat16": (torch.bfloat16, False)}.items():
         trainer = unlearn(device, folder, "ceu", dtype, max_steps=1, bf16=bf16)
         trainer.train()
         log = trainer.state.log_history[0]

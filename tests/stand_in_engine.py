@@ -28,17 +28,14 @@ class StandInEngine:
     @torch.no_grad()
     def generate(self, prompts, sampling_params, use_tqdm):
         ids = torch.tensor([row["prompt_token_ids"] for row in prompts])  # of one length, as the tests' prompts are
-        out = self.model.generate(
-            ids, max_new_tokens=sampling_params.max_tokens, do_sample=True, top_k=0, attention_mask=torch.ones_like(ids)
-        )
+        settings = {"max_new_tokens": sampling_params.max_tokens, "do_sample": True, "top_k": 0}
+        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
         log_probs = self.model(out).logits[:, :-1].log_softmax(-1).gather(-1, out[:, 1:, None])[..., 0]
         found, end = [], self.model.generation_config.eos_token_id
         for row, tokens, values in zip(prompts, out[:, ids.shape[1] :], log_probs[:, ids.shape[1] - 1 :], strict=True):
             length = [*tokens.tolist(), end].index(end) + 1
-            scored = [
-                {token: types.SimpleNamespace(logprob=value, rank=1)}
-                for token, value in zip(tokens.tolist(), values.tolist(), strict=True)
-            ]
+            of_token = zip(tokens.tolist(), values.tolist(), strict=True)
+            scored = [{token: types.SimpleNamespace(logprob=value, rank=1)} for token, value in of_token]
             completion = types.SimpleNamespace(token_ids=tokens[:length].tolist(), logprobs=scored[:length])
             found.append(types.SimpleNamespace(prompt_token_ids=row["prompt_token_ids"], outputs=[completion]))
         return found

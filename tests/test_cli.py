@@ -74,11 +74,7 @@ def test_sft_and_dpo_on_the_builtin_task(recipe, tmp_path):
     ("rows", "status", "said"),
     [
         ([{"prompt": "1" * 30, "completion": "2"}] * 2, 2, "Every prompt of the train dataset fills max_length (20)"),
-        (
-            [{"prompt": "1" * n, "completion": "2"} for n in (2, 40)],
-            0,
-            "1 of 2 rows dropped: prompt fills max_length (20)",
-        ),
+        ([{"prompt": "1" * n, "completion": "2"} for n in (2, 40)], 0, "1 of 2 rows dropped: prompt fills max_length"),
         ([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}], 0, ""),
     ],
 )

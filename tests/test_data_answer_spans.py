@@ -20,6 +20,7 @@ CALLS = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CALL = {"tool_calls": [{"type": "function", "id": "1", "function": {"name": "add", "arguments": {"a": 1, "b": "2"}}}]}
+TWICE = [{"function": {"name": "f", "arguments": {"n": 1}}}] * 2
 CASES = [
     (REASONS, {"content": "In Oslo."}, "In Oslo."),
     (REASONS, {"content": "In Oslo.", "reasoning_content": "North."}, "<think>North.</think>In Oslo."),
@@ -28,11 +29,7 @@ CASES = [
     (CALLS, {"content": "", **CALL}, '[add({"a": 1, "b": "2"})]'),
     (CALLS, {"content": "I add.", **CALL}, '[add({"a": 1, "b": "2"})]'),
     (CALLS, {"content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}, '[f("{}")]'),
-    (
-        CALLS,
-        {"content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"n": 1}}}] * 2},
-        '[f({"n": 1})]' * 2,
-    ),
+    (CALLS, {"content": None, "tool_calls": TWICE}, '[f({"n": 1})]' * 2),
 ]
 
 

@@ -23,6 +23,7 @@ TEXTS, ANSWERS = {"chosen": "3", "rejected": "4"}, {"chosen": [SAID], "rejected"
 TEXT, CHAT = {"prompt": "1+2=", **TEXTS}, {"prompt": [USER], **ANSWERS}
 WHOLE = {name: [USER, *answer] for name, answer in ANSWERS.items()}
 INSTRUCTED = {name: [SYSTEM, *turns] for name, turns in WHOLE.items()}
+INSTRUCTING = {"prompt": [SYSTEM, USER]}
 SAME = [  # what TRL reads right as it stands
     ("preference", TEXT),
     ("preference", CHAT),
@@ -57,16 +58,12 @@ def made(rows, stream=False):
                 *(([USER], WHOLE), ([USER], TEXTS), ([PARTS], ANSWERS)),
             )
         ),
-        ("preference", {"prompt": "1+2=", **INSTRUCTED}, {**CHAT, "prompt": [SYSTEM, USER]}),
+        ("preference", {"prompt": "1+2=", **INSTRUCTED}, {**CHAT, **INSTRUCTING}),
         *(
             ("sft", {"prompt": prompt, "completion": answer}, {"prompt": [USER], "completion": [SAID]})
             for prompt, answer in (("1+2=", [USER, SAID]), ([USER], [USER, SAID]), ([USER], "3"))
         ),
-        (
-            "sft",
-            {"prompt": [USER], "completion": [SYSTEM, USER, SAID]},
-            {"prompt": [SYSTEM, USER], "completion": [SAID]},
-        ),
+        ("sft", {"prompt": [USER], "completion": INSTRUCTED["chosen"]}, {"completion": [SAID], **INSTRUCTING}),
         ("sft", {"messages": [PARTS, PARTS]}, {"messages": [USER, USER]}),
         ("sft", {"prompt": "1+2=", "messages": [USER, SAID]}, {"messages": [USER, SAID]}),  # UltraChat's export
         ("prompt", {"prompt": [PARTS]}, {"prompt": [USER]}),
@@ -81,10 +78,7 @@ def test_layouts_that_say_the_same_are_understood(kind, row, expected, stream):
 @pytest.mark.parametrize(
     ("kind", "row", "expected", "noted"),
     [
-        *[
-            ("preference", {name: "1+2=", **TEXTS}, TEXT, name)
-            for name in ("question", "instruction", "query", "input")
-        ],
+        *[("preference", {name: "1+2=", **TEXTS}, TEXT, name) for name in "question instruction query input".split()],
         ("preference", {"instruction": "1+2=", "input": "", **TEXTS}, TEXT, "instruction"),
         ("preference", {"question": "1+2=", **ANSWERS}, CHAT, "question"),
         ("preference", {"question": "1+2=", **WHOLE}, CHAT, "question"),
@@ -120,10 +114,7 @@ def test_a_dataset_in_trls_own_layout_is_not_copied():
 @pytest.mark.parametrize(
     ("kind", "row", "message"),
     [
-        *[
-            ("preference", {**TEXT, name: "Be brief."}, f"has '{name}'")
-            for name in ("question", "system_message", "context")
-        ],
+        *[("preference", {**TEXT, c: "Be brief."}, f"has '{c}'") for c in ("question", "system_message", "context")],
         ("preference", {**CHAT, "messages": [{**USER, "content": "5+5="}, SAID]}, "'messages'"),
         *[("preference", {**row, "system": "Add."}, "'system'") for row in (TEXT, CHAT, WHOLE)],
         ("prompt", {"system": "Add.", "prompt": [USER]}, "'system'"),
@@ -217,12 +208,8 @@ def test_a_later_row_is_named_and_the_other_columns_stay():
 
 def test_what_tokenized_rows_tell(caplog):
     caplog.set_level("INFO", "ceu_rl")
-    pairs = Dataset.from_list(
-        [
-            {"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [3, 5]},
-            {"prompt_ids": [], "chosen_ids": [3, 4], "rejected_ids": [3]},
-        ]
-    )
+    pairs = {"prompt_ids": [[1, 2], []], "chosen_ids": [[3, 4], [3, 4]], "rejected_ids": [[3, 5], [3]]}
+    pairs = Dataset.from_dict(pairs)
     for length, mode, cut, left in ((None, "keep_start", 0, 2), (3, "keep_start", 2, 1), (1, "keep_end", 3, 2)):
         args = SimpleNamespace(max_length=length, truncation_mode=mode, dataset_num_proc=None)
         caplog.clear()
@@ -272,10 +259,7 @@ def test_a_file_is_a_dataset_and_a_share_of_it_the_test_split(tmp_path, suffix):
 
 
 LAYOUTS = [
-    lambda q, a: {
-        "chosen": [{**USER, "content": q}, {**SAID, "content": a}],
-        "rejected": [{**USER, "content": q}, OTHER],
-    },
+    lambda q, a: {"chosen": [dict(USER, content=q), dict(SAID, content=a)], "rejected": [dict(USER, content=q), OTHER]},
     lambda q, a: {"chosen": f"{q} yes {a}", "rejected": f"{q} no"},
     lambda q, a: {"messages": [{**USER, "content": q}, {**SAID, "content": a}]},
     lambda q, a: {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]},

@@ -123,11 +123,7 @@ def test_a_page_of_results_opens_with_its_answer_a_figure_and_a_table(path):
 KEPT = ("foreign kl", "solutions nll")
 NAMES = {"paper": "ceu-published", "drop-descending": "positives"}
 CE_U = {"dpo": "ceu-1", "dpo-real-model": "ceu-1", "grpo": "ceu-0.5", "unlearning": "ceu"}
-SETTINGS = {
-    "learning rate": "learning_rate",
-    "num iterations": "num_iterations",
-    "weight sync steps": "weight_sync_steps",
-}
+SETTINGS = {each.replace("_", " "): each for each in ("learning_rate", "num_iterations", "weight_sync_steps")}
 
 
 def tables(text):
@@ -226,9 +222,8 @@ def check_differences(header, rows, files):
     first = re.fullmatch(r"less (.+) of the same seed", header[0])[1]
     for arm, *cells in rows:
         for title, cell in zip(header[1:], cells, strict=True):
-            ours, theirs = (
-                {run["seed"]: score(f, run, title) for f, run in of_arm(files, each)} for each in (arm, first)
-            )
+            arms = (of_arm(files, each) for each in (arm, first))
+            ours, theirs = ({run["seed"]: score(file, run, title) for file, run in runs} for runs in arms)
             gaps = [ours[seed] - theirs[seed] for seed in ours]
             numbers = [float(each) for each in re.findall(r"[-+]\d+\.\d+", cell)]
             assert numbers == pytest.approx([np.mean(gaps), min(gaps), max(gaps)], abs=6e-4), f"{arm}, {title}"
@@ -255,9 +250,8 @@ def check_records(header, rows, files):
     for file in files:
         for key, value in leaves(plain(file)):
             fields.setdefault(key, []).append(value)
-    fields["file"] = [
-        NAMES.get(each, CE_U["dpo"] if each == "ceu" else each) for file in files for each in re.split(r"[/.]", file)
-    ]
+    names = [each for file in files for each in re.split(r"[/.]", file)]
+    fields["file"] = [NAMES.get(each, CE_U["dpo"] if each == "ceu" else each) for each in names]
     for place, title in enumerate(header):
         cells = [row[place] for row in rows if row[place]]
 
@@ -323,10 +317,8 @@ def check_pairs(header, rows, files):
             both = [(key, (other, best(other), key[2])) for key in runs if key[:2] == (cells["arm"], rate)]
             gaps = np.array([runs[ours]["loss"] - runs[its]["loss"] for ours, its in both if its in runs])[:, part]
             drawn = np.random.default_rng(1)
-            again = [
-                gaps[drawn.integers(len(gaps), size=len(gaps))][:, drawn.integers(gaps.shape[1], size=gaps.shape[1])]
-                for _ in range(4000)
-            ]
+            seeds, many = gaps.shape
+            again = [gaps[drawn.integers(seeds, size=seeds)][:, drawn.integers(many, size=many)] for _ in range(4000)]
             expected = [gaps.mean(), *np.quantile([each.mean() for each in again], [0.025, 0.975])]
             numbers = [float(each) for each in re.findall(r"[-+]\d+\.\d+", cells[f"loss less {other}'s"])]
             assert numbers == pytest.approx(expected, abs=0.1 * (expected[2] - expected[1])), row
@@ -352,22 +344,14 @@ def test_the_tables_follow_from_the_files(path):
 @pytest.mark.parametrize(
     ("page", "was", "becomes"),
     [
-        (
-            "grpo",
-            "(seeds[arm] - seeds[first]).dropna()",
-            "seeds[arm].sort_values().values - seeds[first].sort_values()",
-        ),
+        ("grpo", "seeds[arm] - seeds[first]", "seeds[arm].sort_values().values - seeds[first].sort_values()"),
         ("unlearning", "(frame.forget_quality > FORGOTTEN) & useful", "(frame.forget_quality > FORGOTTEN) | useful"),
         ("unlearning", "kept.eq(True).all()", "kept.eq(True).any()"),
         ("dpo", "values.mean()", "values.median()"),
         ("grpo", '"ceu-0.5", "unlearning"', '"ceu-1", "unlearning"'),
         ("dpo-anchor", "pairs.pair % 2 == 1", "pairs.pair % 2 == 0"),
         ("dpo-anchor", "paired_bootstrap(gaps.to_numpy())", "paired_bootstrap(gaps.to_numpy() / 2)"),
-        (
-            "speed",
-            'partition(":") for field in columns.values()',
-            'partition(":") for field in reversed(columns.values())',
-        ),
+        ("speed", '":") for field in columns.values()', '":") for field in reversed(columns.values())'),
     ],
 )
 def test_the_check_of_the_tables_finds_a_wrong_writer(page, was, becomes):
@@ -427,10 +411,8 @@ def test_results_carry_provenance(path):
 
 
 def test_the_forget_qualities_follow_from_the_truth_ratios():
-    for file, retain, rows in (
-        *((each, "retain90", 400) for each in ("models", "models-0", "models-1", "earlier")),
-        ("models-smollm2", "retain", 40),
-    ):
+    models = [(each, "retain90", 400) for each in ("models", "models-0", "models-1", "earlier")]
+    for file, retain, rows in (*models, ("models-smollm2", "retain", 40)):
         runs = {run["name"]: run for run in plain(f"unlearning/{file}.json")["runs"]}
         ratios = runs[retain]["forget_truth_ratios"]
         assert len(ratios) == rows and len(runs) > 1

@@ -1,6 +1,7 @@
 """CE-U DPO against the imported `trl.DPOTrainer`, and against float64 gradients from plain logits."""
 
 import copy
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -21,6 +22,8 @@ LOSS_TYPES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+PROMPT = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
 SETTINGS = {
     **{loss: {"loss_type": loss} for loss in LOSS_TYPES},
     "exo_pair": {"loss_type": "exo_pair", "label_smoothing": 0.1},
@@ -33,7 +36,7 @@ SETTINGS = {
     "wpo": {"use_weighting": True},
     "beta": {"beta": 0.5},
     "precomputed": {"precompute_ref_log_probs": True},
-    "gradient checkpointing": {"gradient_checkpointing": True},
+    "checkpointing": {"gradient_checkpointing": True},
     "bf16": {"bf16": True},
 }
 
@@ -76,20 +79,14 @@ def first_batch(trainer):
 @pytest.mark.parametrize(
     ("name", "coefficients", "weight"),
     [
-        *[
-            (name, {}, lambda p: p)
-            for name in SETTINGS
-            if name not in ("precomputed", "gradient checkpointing", "bf16")
-        ],
+        *[(name, {}, lambda p: p) for name in SETTINGS if name not in ("precomputed", "checkpointing", "bf16")],
         ("sigmoid", {"ceu_max_weight": float("inf")}, lambda p: p / (1 - p)),
         ("sigmoid", {"ceu_coef": 0.5, "ceu_scale": 10.0}, lambda p: 0.5 + 0.5 / ((1 - p) / (10 * p) + 1)),
     ],
 )
 def test_loss_equals_stock_and_gradient_follows_the_rule(make_trainer, name, coefficients, weight):
-    stock, ours = (
-        make_trainer(DPOTrainer, **SETTINGS[name]),
-        make_trainer(CEUDPOTrainer, **SETTINGS[name], **coefficients),
-    )
+    stock = make_trainer(DPOTrainer, **SETTINGS[name])
+    ours = make_trainer(CEUDPOTrainer, **SETTINGS[name], **coefficients)
     batch = first_batch(stock)
     kept = keep_log_probs(stock)
     stock_loss = stock.compute_loss(stock.model, batch)
@@ -111,7 +108,7 @@ def reference_probabilities(trainer, batch):
     return logits.softmax(-1).gather(-1, batch["input_ids"][:, 1:].unsqueeze(-1)).squeeze(-1).detach()
 
 
-ANCHORS = ("sigmoid", "two losses", "ipo", "forward_kl", "ld_alpha", "wpo", "precomputed", "gradient checkpointing")
+ANCHORS = ("sigmoid", "two losses", "ipo", "forward_kl", "ld_alpha", "wpo", "precomputed", "checkpointing")
 
 
 @pytest.mark.parametrize("rule", ["anchored", "token_ratio"])
@@ -149,9 +146,8 @@ def test_at_the_start_an_anchored_step_is_stocks(make_trainer, tiny_model):
 @pytest.mark.parametrize("precompute", [False, True])
 def test_the_anchor_of_an_adapted_policy_is_the_model_without_it(make_trainer, tiny_model, kind, precompute):
     """Or with the adapter that it began with, which TRL copies: the first step is then stock's again."""
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-    prompt = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
-    given = {"peft_config": prompt if kind == "prompt tuning" else lora}
+    lora = dataclasses.replace(LORA, init_lora_weights=False)
+    given = {"peft_config": copy.deepcopy(PROMPT) if kind == "prompt tuning" else lora}
     if kind == "an adapter of before":
         given = {"model": get_peft_model(tiny_model(0), lora, autocast_adapter_dtype=False), "ref_model": None}
     ours = make_trainer(CEUDPOTrainer, precompute_ref_log_probs=precompute, descent_rule="anchored", **given)
@@ -240,14 +236,7 @@ def test_sync_ref_model(make_trainer, tiny_model):
         assert not torch.equal(tiny_model(0).lm_head.weight, trainer.ref_model.lm_head.weight)
 
 
-@pytest.mark.parametrize(
-    "peft_config",
-    [
-        LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
-        PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
-    ],
-    ids=["lora", "prompt tuning"],
-)
+@pytest.mark.parametrize("peft_config", [LORA, PROMPT], ids=["lora", "prompt tuning"])
 def test_peft(make_trainer, tiny_model, peft_config):
     def make(trainer_class, **settings):
         return make_trainer(trainer_class, peft_config=copy.deepcopy(peft_config), **settings)
@@ -309,9 +298,8 @@ def test_pairs_whose_answers_are_the_same_are_left_out_and_counted(make_trainer,
     assert [row["chosen"].rstrip("<|eos>") for row in trainer.train_dataset] == ["3", "5" * 30]
     assert "1 of 5 rows dropped: prompt fills max_length (20)" in caplog.text
     assert "3 answers cut at max_length (20); 2 pairs left out" in caplog.text
-    stream = make_trainer(
-        CEUDPOTrainer, train_dataset=IterableDataset.from_generator(lambda: iter(rows)), max_length=20
-    )
+    streamed = IterableDataset.from_generator(lambda: iter(rows))
+    stream = make_trainer(CEUDPOTrainer, train_dataset=streamed, max_length=20)
     assert list(stream.train_dataset) == list(trainer.train_dataset)
 
 
@@ -332,9 +320,8 @@ def test_an_evaluation_keeps_the_ties_that_training_leaves_out(make_trainer, pre
     found = {}
     for trainer_class in (DPOTrainer, CEUDPOTrainer):
         trainer = make_trainer(trainer_class, train_dataset=tied)
-        found[trainer_class] = trainer.evaluate(
-            trainer._prepare_dataset(tied, trainer.processing_class, trainer.args, "eval")
-        )
+        rows = trainer._prepare_dataset(tied, trainer.processing_class, trainer.args, "eval")
+        found[trainer_class] = trainer.evaluate(rows)
     assert len(trainer.train_dataset) == 8
     keys = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
     assert [found[CEUDPOTrainer][key] for key in keys] == [found[DPOTrainer][key] for key in keys]

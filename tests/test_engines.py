@@ -157,10 +157,8 @@ def test_evaluations_compare_with_the_start_under_every_engine(launch, engine):
     folder, _ = launch("one", *FAST)
     launch(engine, *(START if engine.endswith("bf16") else FAST))
     for case in START:
-        one, two = (
-            [entry["eval_kl"] for entry in read(folder / which / case)[0]["log"] if "eval_kl" in entry]
-            for which in ("one", engine)
-        )
+        logs = (read(folder / which / case)[0]["log"] for which in ("one", engine))
+        one, two = ([entry["eval_kl"] for entry in log if "eval_kl" in entry] for log in logs)
         assert one[0] == two[0] == 0.0
         assert min(one[1], two[1]) > 1e-5
         assert engine.endswith("bf16") or two[1] == pytest.approx(one[1], rel=1e-2)
@@ -259,9 +257,8 @@ def test_fsdp2_returns_what_the_model_computed_and_sums_gradients_in_float32():
         pass
 
     half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.bfloat16}
-    plugin = SimpleNamespace(
-        fsdp_version=2, mixed_precision_policy=MixedPrecisionPolicy(**half, output_dtype=torch.bfloat16)
-    )
+    policy = MixedPrecisionPolicy(**half, output_dtype=torch.bfloat16)
+    plugin = SimpleNamespace(fsdp_version=2, mixed_precision_policy=policy)
     state = SimpleNamespace(fsdp_plugin=plugin)
     Ours().create_accelerator_and_postprocess()
     assert plugin.mixed_precision_policy == MixedPrecisionPolicy(torch.bfloat16, torch.float32, None)
@@ -303,9 +300,7 @@ class TestWhatWasAskedFor:
         args = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "world_size": processes}
         args |= {"num_generations": 8} if what == "completions" else {}
         engines.note_batch(SimpleNamespace(**args))
-        assert (
-            f"Each step takes {8 * processes} {what}: 2 (per_device_train_batch_size) on {processes} p" in caplog.text
-        )
+        assert f"Each step takes {8 * processes} {what}: 2 (per_device_train_batch_size) on {processes}" in caplog.text
 
     @pytest.mark.parametrize(("name", "way_out"), [("FSDP", "engines_on_cpu"), ("DEEPSPEED", "set use_cpu to false")])
     def test_an_engine_that_is_not_used_is_refused(self, name, way_out):

@@ -8,9 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,6 +17,7 @@ from ceu_rl import fused
 from ceu_rl.fused import fused_linear_unlearning_loss, lm_head_options
 from ceu_rl.losses import cross_entropy_unlearning_loss
 
+from .gpu_check import assert_sharded_as_whole
 from .reference import LOG_ODDS, exact, logits_with, worst_relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,12 +83,8 @@ def test_value_and_gradients_are_exact_at_any_probability(log_odds, unlearn):
         assert abs(mpmath.mpf(found) - truth) <= 1e-5 * size
 
 
-OPTIONS = {
-    "plain": {},
-    "softcap": {"softcap": 3.0},
-    "scale": {"logit_scale": 0.25},
-    "softcap and scale": {"softcap": 5.0, "logit_scale": -0.5},
-}
+OPTIONS = {"plain": {}, "softcap": {"softcap": 3.0}, "scale": {"logit_scale": 0.25}}
+OPTIONS["softcap and scale"] = {"softcap": 5.0, "logit_scale": -0.5}
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -380,30 +374,9 @@ def test_lm_head_options_are_those_of_trl(tiny_model, name):
     assert (plain == found) == (name == "none")
 
 
-class Toy(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.body, self.head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 11)
-
-    def forward(self, hidden, labels, mask):
-        assert isinstance(self.head.weight, DTensor) == dist.is_initialized()
-        return fused_linear_unlearning_loss(self.body(hidden), self.head.weight, labels, mask, self.head.bias)
-
-
 def shard(rank, folder):
-    torch.manual_seed(1)
-    hidden, labels, mask = torch.randn(6, 8), torch.randint(0, 11, (6,)), torch.arange(6) % 3 == 0
-    whole, model = Toy(), Toy()
-    whole(hidden, labels, mask).backward()
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-    fully_shard(model.head, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    mine = slice(3 * rank, 3 * rank + 3)
-    model(hidden[mine], labels[mine], mask[mine]).backward()
-    for parameter, expected in zip(model.parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad.full_tensor(), expected.grad, rtol=1e-5, atol=1e-7)
+    assert_sharded_as_whole("cpu")
     dist.barrier()
     os._exit(0)  # all held; a thread of gloo can still abort the interpreter at an ordinary exit
 

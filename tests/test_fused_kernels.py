@@ -53,13 +53,12 @@ def test_the_kernels_compile_for_a_gpu(capability, dtype, options):
     flags = {"has_bias": options, "has_cap": options, "with_gradient": True, "block": 4096}
     source = fused_kernels._softmax_of_others
     signature = {name: given.get(name, "constexpr") for name in source.arg_names}
-    built = triton.compile(
-        ASTSource(source, signature, constexprs=flags), GPUTarget("cuda", capability, 32), {"num_warps": 16}
-    )
+    source, target = ASTSource(source, signature, constexprs=flags), GPUTarget("cuda", capability, 32)
+    built = triton.compile(source, target, {"num_warps": 16})
     assert built.asm["cubin"]
     values = {"values": f"*{dtype}", "factor": "*fp32", "size": "i64", "block": "constexpr"}
     source = ASTSource(fused_kernels._multiply, values, constexprs={"block": 4096})
-    assert triton.compile(source, GPUTarget("cuda", capability, 32)).asm["cubin"]
+    assert triton.compile(source, target).asm["cubin"]
 
 
 def with_gradients(function, inputs, labels, mask, upstream=1.0, **options):

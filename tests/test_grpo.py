@@ -122,11 +122,7 @@ def test_coef_zero_equals_stock_bit_for_bit_and_the_default_does_not(make_traine
 
 @pytest.mark.parametrize("off_policy", [False, True])
 @pytest.mark.parametrize(
-    "name",
-    [
-        *(key for key in SETTINGS if key not in ("bf16", "checkpointing", "entropy bonus", "LoRA")),
-        *("tool mask", "vLLM correction"),
-    ],
+    "name", [*sorted({*SETTINGS} - {"bf16", "checkpointing", "entropy bonus", "LoRA"}), "tool mask", "vLLM correction"]
 )
 def test_loss_equals_stock_and_gradient_follows_the_rule(make_trainer, name, off_policy):
     """One batch of the stock trainer, on-policy or with ratios from far below to far above the clipping range."""

@@ -165,9 +165,8 @@ def test_an_adapter_of_the_builtin_model_finds_its_base_here(tiny_model, tmp_pat
     (tmp_path / "adapter" / record).write_text('{"settings": {"model_name_or_path": "builtin:smollm2"}}')
     ids = torch.arange(8)[None]
     with torch.no_grad():
-        assert torch.allclose(
-            models.load_model(str(tmp_path / "adapter"), torch.float32)(ids).logits, adapted(ids).logits, atol=1e-6
-        )
+        found = models.load_model(str(tmp_path / "adapter"), torch.float32)(ids).logits
+        assert torch.allclose(found, adapted(ids).logits, atol=1e-6)
 
 
 def _cached(cache, dies, made):

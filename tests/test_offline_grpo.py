@@ -14,10 +14,8 @@ from ceu_rl.cli import main
 from .trainers import GRPO, build, log_prob_gradient, losses, same
 
 SUMS = [(a, b) for a in range(4) for b in range(4)]
-TEXTS = [
-    {"prompt": f"{a}+{b}=", "completions": [f"{a + b}", f"{a}", "", f"{b}1"], "rewards": [1, 0, 0, None]}
-    for a, b in SUMS
-]
+TEXTS = [{"prompt": f"{a}+{b}=", "completions": [f"{a + b}", f"{a}", "", f"{b}1"]} for a, b in SUMS]
+TEXTS = [{**row, "rewards": [1, 0, 0, None]} for row in TEXTS]
 
 
 CHATS = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}], "rewards": [1.0, 0.0, 0.25, 0.5],
@@ -50,9 +48,7 @@ def first_batch(trainer):
 
 
 @pytest.mark.parametrize("rows", [TEXTS, CHATS], ids=["text", "chat"])
-def test_a_batch_holds_the_logged_tokens_with_their_end_and_the_advantages_of_their_rewards(
-    make_trainer, tokenizer, rows
-):
+def test_a_batch_holds_the_logged_tokens_with_their_end_and_the_advantages_of_rewards(make_trainer, tokenizer, rows):
     trainer = make_trainer(rows, num_iterations=2, steps_per_generation=2)
     inputs, _ = first_batch(trainer)
     batch = trainer._generate_and_score_completions(copy.deepcopy(inputs))

@@ -64,9 +64,8 @@ def test_what_is_there_and_differs_is_not_written_over(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["dpo/multiplication", "ceu", "..", "../ceu_rl", "/etc"])
 def test_a_name_that_no_recipe_has(name, tmp_path, capsys):
     assert main(["recipes", name, str(tmp_path)]) == 2
-    assert f"ceu-rl recipes: error: There is no recipe {name}; " in capsys.readouterr().err and not any(
-        tmp_path.iterdir()
-    )
+    assert f"ceu-rl recipes: error: There is no recipe {name}; " in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +82,8 @@ def wheel(tmp_path_factory):
             (source / file).parent.mkdir(parents=True, exist_ok=True)
             (source / file).write_bytes((ROOT / file).read_bytes())
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    ran = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], cwd=source, capture_output=True, text=True, env=environment
-    )
+    command = [sys.executable, "-c", code, str(folder)]
+    ran = subprocess.run(command, cwd=source, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
     return zipfile.ZipFile(next(folder.glob("*.whl")))
 
@@ -102,13 +100,8 @@ def test_an_installed_wheel_finds_its_recipes(wheel, tmp_path):
     """Unpacked elsewhere, without the repository."""
     wheel.extractall(tmp_path)
     code = "from ceu_rl.run.recipes import list_recipes, recipes_folder; print(recipes_folder(), len(list_recipes()))"
-    ran = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert ran.stdout.split() == [str(tmp_path / "ceu_rl" / "_recipes"), str(len(RECIPES))], ran.stderr
 
 

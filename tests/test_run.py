@@ -318,10 +318,7 @@ def test_input_of_every_kind_ends_in_one_sentence(recipe, base, refused, fields,
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
-    [
-        ("adapter_config.json", b"{}", "is an adapter; merge it into its base"),
-        ("model.safetensors", b"damaged", "error: "),
-    ],
+    [("adapter_config.json", b"{}", "is an adapter; merge it into"), ("model.safetensors", b"damaged", "error: ")],
 )
 def test_a_start_that_is_none_is_named(recipe, base, refused, name, content, message):
     (base / name).write_bytes(content)
@@ -375,9 +372,8 @@ def test_a_fault_of_ours_keeps_its_traceback_and_says_where_to_report_it(recipe,
 def test_the_result_is_that_of_the_model_that_was_kept(recipe, tmp_path):
     """With `load_best_model_at_end`, which here takes the first step, not the last."""
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_logps/chosen", "greater_is_better": False}
-    config = recipe(
-        descent_rule="ceu", dataset_test_split="0.5", eval_strategy="steps", eval_steps=1, learning_rate=0.05, **best
-    )
+    steps = {"dataset_test_split": "0.5", "eval_strategy": "steps", "eval_steps": 1}
+    config = recipe(descent_rule="ceu", learning_rate=0.05, **steps, **best)
     assert main(["dpo", "--config", config, "--save_strategy", "steps", "--save_steps", "1"]) == 0
     chosen = [entry["eval_logps/chosen"] for entry in log_of(tmp_path / "out") if "eval_loss" in entry]
     assert len(chosen) == 4 and min(chosen[:3]) < chosen[2]

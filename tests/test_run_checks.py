@@ -37,10 +37,7 @@ def construct(tiny_model, tokenizer, tmp_path):
         ({"max_steps": -2}, "-2; use a number above 0, or -1"),
         ({"num_train_epochs": 0.0}, "0.0; use a number above 0"),
         ({"top_k": -2}, "-2; use a number above 0, or 0"),
-        *(
-            ({name: -0.1}, "-0.1; use a number from 0.")
-            for name in ("beta", "weight_decay", "epsilon", "logging_steps")
-        ),
+        *(({name: -0.1}, "-0.1; use a number from 0") for name in ("beta", "weight_decay", "epsilon", "logging_steps")),
         *(({name: 0}, "0; use a number above 0.") for name in ("max_length", "ref_model_sync_steps", "discopop_tau")),
         *(({name: -1}, "-1; use a number above 0.") for name in ("per_device_train_batch_size", "eval_steps")),
         *(({name: 1.5}, "1.5; use a number from 0 to 1.") for name in ("label_smoothing", "ld_alpha", "lora_dropout")),

@@ -36,15 +36,10 @@ def read_settings(method, argv):
         ("include_num_input_tokens_seen: all", {"include_num_input_tokens_seen": "all"}),
         ("trackio_static_space_id: false\nreport_to: [a]", {"trackio_static_space_id": False, "report_to": ["a"]}),
         ("lora_target_modules: all-linear", {"lora_target_modules": ["all-linear"]}),
-        (
-            "loss_type: [sigmoid, sft]\nloss_weights: [1, 0.5]",
-            {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
-        ),
+        ("loss_type: [ipo, sft]\nloss_weights: [1, 0.5]", {"loss_type": ["ipo", "sft"], "loss_weights": [1.0, 0.5]}),
         ("model_init_kwargs: {num_hidden_layers: 2}", {"model_init_kwargs": {"num_hidden_layers": 2}}),
-        (
-            "report_to: none\nsave_strategy: no\ndataset_name: 3",
-            {"report_to": "none", "save_strategy": "no", "dataset_name": "3"},
-        ),
+        ("report_to: none\nsave_strategy: no", {"report_to": "none", "save_strategy": "no"}),
+        ("dataset_name: 3", {"dataset_name": "3"}),
         ("env: {CEU_RL_X: 1}\nseed: 3", {"env": {"CEU_RL_X": 1}, "seed": 3}),
         ("ceu_max_weight: .inf", {"ceu_max_weight": float("inf")}),
         (b"\xef\xbb\xbfseed: 3", {"seed": 3}),

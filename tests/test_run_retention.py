@@ -47,13 +47,10 @@ def log_probs(model, tokenizer, question, answer):
     return [found[place - 1, full[place]].item() for place in range(len(prompt), len(full))]
 
 
-def test_the_scores_are_those_of_each_answer_alone(
-    tiny_model, tokenizer, preferences, solutions, tmp_path, monkeypatch
-):
+def test_scores_are_those_of_each_answer_alone(tiny_model, tokenizer, preferences, solutions, tmp_path, monkeypatch):
     monkeypatch.setattr(keeps, "ROWS", 5)
-    rows = load_kept(
-        KeptArguments(eval_facts="builtin:authors", eval_solutions=str(solutions), eval_foreign=str(solutions))
-    )
+    texts = {"eval_solutions": str(solutions), "eval_foreign": str(solutions)}
+    rows = load_kept(KeptArguments(eval_facts="builtin:authors", **texts))
     assert set(rows) == {WORLD_FACTS, REAL_AUTHORS, "solutions", "foreign"}
     start = tiny_model(seed=1)
     given = {"model": tiny_model(), "ref_model": start, "processing_class": tokenizer}
@@ -139,9 +136,7 @@ def test_at_step_0_the_divergence_is_0_and_then_it_is_not(make, solutions, name,
     assert logged["eval_solutions_kl"] > 1e-3 and logged["eval_kl"] > 1e-3
 
 
-def test_a_start_that_is_loaded_is_loaded_as_the_policy_and_leaves_its_device_after_use(
-    saved, make, tiny_model, monkeypatch
-):
+def test_a_start_is_loaded_as_the_policy_and_leaves_its_device_after_use(saved, make, tiny_model, monkeypatch):
     asked, placed, trainer = [], [], make(CEUGRPOTrainer)
 
     def loaded(name, **how):

@@ -14,7 +14,7 @@ spec = importlib.util.spec_from_file_location("scale", DOCS / "scale.py")
 scale = importlib.util.module_from_spec(spec)
 sys.modules["scale"] = scale  # dataclasses look it up
 spec.loader.exec_module(scale)
-MEASURED = DOCS / "results" / "scale" / "cpu.json"
+MEASURED = json.loads((DOCS / "results" / "scale" / "cpu.json").read_text())["rows"]
 SIZES = ("model", "sequences", "tokens", "checkpointing")
 SHAPES = {
     "tiny": scale.Shape("tiny", 128, 3, 4, 4, 256, 103),
@@ -31,9 +31,7 @@ def check(row):
     assert scale.step_flop(shape, *sizes) == pytest.approx(row["flop"], rel=0.15)
 
 
-@pytest.mark.parametrize(
-    "row", json.loads(MEASURED.read_text())["rows"], ids=lambda row: f"{row['model']}-{row['tokens']}"
-)
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row['model']}-{row['tokens']}")
 def test_memory_and_flop_are_those_that_were_measured(row):
     check(row)
 
@@ -41,7 +39,7 @@ def test_memory_and_flop_are_those_that_were_measured(row):
 @pytest.mark.parametrize("model", SHAPES)
 def test_the_seconds_follow_from_the_flop_rate_of_another_row(model):
     """SmolLM2 without checkpointing: the row with it was measured while less else ran on the machine."""
-    first, *others = [row for row in json.loads(MEASURED.read_text())["rows"] if row["model"] == model]
+    first, *others = [row for row in MEASURED if row["model"] == model]
     rate = scale.step_flop(SHAPES[model], *(first[key] for key in SIZES[1:])) / first["seconds"]
     compared = [row for row in others if model == "tiny" or not row["checkpointing"]]
     assert compared

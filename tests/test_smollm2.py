@@ -8,11 +8,8 @@ from transformers import AutoTokenizer
 from ceu_rl.cli import main
 
 pytestmark = pytest.mark.slow
-TASK = {
-    "model_name_or_path": "builtin:smollm2",
-    "dataset_name": "reasoning_gym:chain_sum",
-    "dataset_config": "min_terms=2, max_terms=2, size=16",
-}
+TASK = {"dataset_name": "reasoning_gym:chain_sum", "dataset_config": "min_terms=2, max_terms=2, size=16"}
+TASK["model_name_or_path"] = "builtin:smollm2"
 SMALL = {"max_steps": 2, "logging_steps": 1, "use_cpu": "true", "bf16": "false", "disable_tqdm": "true"}
 
 
@@ -32,11 +29,8 @@ def test_an_adapter_trains_and_is_saved_from_the_name(smollm2, tmp_path):
 @pytest.mark.vllm
 def test_what_vllm_samples_the_trainer_scores_alike(smollm2, tmp_path):
     pytest.importorskip("vllm")
-    reward = {
-        "reward_funcs": "ceu_rl.tasks.reasoning_gym.score_answer",
-        "num_generations": 2,
-        "max_completion_length": 8,
-    }
+    reward = {"reward_funcs": "ceu_rl.tasks.reasoning_gym.score_answer"}
+    reward |= {"num_generations": 2, "max_completion_length": 8}
     vllm = {"use_vllm": "true", "vllm_mode": "colocate", "vllm_max_model_length": 128}
     small = {"per_device_train_batch_size": 4, "learning_rate": "1e-5", "gradient_checkpointing": "false"}
     run("grpo", tmp_path / "out", **reward, **vllm, **small)

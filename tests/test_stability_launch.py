@@ -204,10 +204,8 @@ def test_the_bar_has_the_share_of_all_steps_and_the_time_left_by_the_pace_since_
     with launch_module._bar(Console(file=io.StringIO()), get_time=lambda: now.at) as bar:
         bar.add_task("", total=2)
         (task,) = bar.tasks
-        for job_, seconds, done, entry in (
-            *((jobs[0], 20 + 5 * step, 0, {"step": step}) for step in range(4)),
-            (jobs[1], 100, 1, {"step": 9, "epoch": 0.5}),
-        ):
+        first = [(jobs[0], 20 + 5 * step, 0, {"step": step}) for step in range(4)]
+        for job_, seconds, done, entry in (*first, (jobs[1], 100, 1, {"step": 9, "epoch": 0.5})):
             job_.folder.mkdir(parents=True, exist_ok=True)
             (job_.folder / "metrics.jsonl").write_text(json.dumps({"step": 0}) + "\n" + json.dumps(entry))
             now.at = seconds

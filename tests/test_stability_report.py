@@ -47,18 +47,13 @@ def report(tmp_path):
 
 def grid(make, ends):
     """Runs from the base 1.0 to the last score of each seed, by arm and learning rate; NaN: diverged."""
-    return [
-        make(
-            arm,
-            {"learning_rate": each},
-            seed,
-            scored(1.0, *([] if math.isnan(score) else [score])),
-            end="diverged" if math.isnan(score) else "finished",
-        )
-        for arm, by_rate in ends.items()
-        for each, scores in by_rate.items()
-        for seed, score in enumerate(scores)
-    ]
+    runs = []
+    for arm, by_rate in ends.items():
+        for each, scores in by_rate.items():
+            for seed, score in enumerate(scores):
+                log, end = (scored(1.0), "diverged") if math.isnan(score) else (scored(1.0, score), "finished")
+                runs.append(make(arm, {"learning_rate": each}, seed, log, end))
+    return runs
 
 
 def test_at_which_rates_a_score_is_kept(make, report):
@@ -261,11 +256,7 @@ def test_tofu_on_the_plane(make, report, tmp_path):
     start = scored_model(tmp_path / "full", 0.6, 1e-20)
     at = {"grad_diff": {1e-5: (1e-9, 0.59), 1e-4: (0.01, 0.2)}, "ceu": {1e-5: (0.06, 0.55), 1e-4: (0.5, 0.4)}}
     runs = [
-        *(
-            unlearned(make, arm, each, *found, start=start)
-            for arm, rates in at.items()
-            for each, found in rates.items()
-        ),
+        *(unlearned(make, arm, each, *end, start=start) for arm, rates in at.items() for each, end in rates.items()),
         make("npo", {"learning_rate": 1e-5}, method="unlearn"),
     ]
     found, page, terminal = report(runs)
@@ -309,13 +300,8 @@ def browser(tmp_path_factory):
         pytest.skip("there is no chromium with chromedriver (Debian packages chromium and chromium-driver)")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for flag in [
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ]:
+    profile = f"--user-data-dir={tmp_path_factory.mktemp('profile')}"
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", profile):
         options.add_argument(flag)
     started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     yield started
@@ -342,9 +328,8 @@ def pages(tmp_path_factory):
     for arm, fall in {"stock": 1.0, "ceu": 0.1, "a-recipe-with-quite-a-long-name": 0.4}.items():
         for (place, each), seed in itertools.product(enumerate((1e-6, 1e-5, 1e-4)), range(2)):
             end = "diverged" if (arm, place, seed) == ("stock", 2, 1) else "finished"
-            runs.append(
-                make(arm, {"learning_rate": each}, seed, curves(1 - fall * place / 2, seed), end, held=pairs(fall))
-            )
+            log = curves(1 - fall * place / 2, seed)
+            runs.append(make(arm, {"learning_rate": each}, seed, log, end, held=pairs(fall)))
     runs.append(make("ceu", {"learning_rate": 1e-6}, 2, end="failed"))
     runs.append(make("ceu", {"learning_rate": 1e-5}, 2, log=curves(0.9, 0)[:31], end="running"))
     make = functools.partial(make_run, tmp_path_factory.mktemp("tofu"))

@@ -31,12 +31,7 @@ def test_numbers_for_people():
 
 def test_margin_accuracy_and_loss_of_pairs():
     """Against math alone, in float64, a pair at a time; a tie is half right."""
-    pairs = [
-        (-34.5, -31.2, -33.1, -30.9),
-        (-10.0, -20.0, -12.0, -15.0),
-        (-5.0, -6.0, -5.0, -6.0),
-        (-1e4, 0.0, 0.0, -1e4),
-    ]
+    pairs = [(-34.5, -31.2, -33.1, -30.9), (-10.0, -20.0, -12.0, -15.0), (-5.0, -6.0, -5.0, -6.0), (-1e4, 0, 0, -1e4)]
     names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
     found = preference_scores(dict(zip(names, zip(*pairs, strict=True), strict=True)), beta=0.3)
     margins = [0.3 * ((chosen - ref_chosen) - (rejected - ref)) for chosen, rejected, ref_chosen, ref in pairs]
@@ -92,9 +87,7 @@ def test_a_score_is_kept_if_its_interval_excludes_a_loss_of_five_percent(make, l
 
 def test_without_rows_seeds_are_paired_and_one_seed_has_no_interval(make):
     ends = {"stock": [0.5, 0.9], "ceu": [0.6, 1.0]}
-    runs = [
-        make(arm, seed=seed, log=scored(1.0, end)) for arm, values in ends.items() for seed, end in enumerate(values)
-    ]
+    runs = [make(arm, seed=seed, log=scored(1.0, end)) for arm, each in ends.items() for seed, end in enumerate(each)]
     table = Table(runs)
     (score,) = table.scores
     found = table.difference([2, 3], [0, 1], score)
@@ -140,11 +133,9 @@ def test_scores_of_pairs_are_taken_from_the_pairs(make):
 
 def test_each_start_is_its_own_base(make):
     """The median over the runs that start from one model; sampling makes them differ."""
-    starts = (("a", 0.4), ("a", 0.5), ("a", 0.9), ("b", 0.8))
-    runs = [
-        make("stock", seed=seed, log=scored(base), settings={"model_name_or_path": model})
-        for seed, (model, base) in enumerate(starts)
-    ]
+    models = [{"model_name_or_path": model} for model in "aaab"]
+    logs = [scored(base) for base in (0.4, 0.5, 0.9, 0.8)]
+    runs = [make("stock", seed=seed, log=logs[seed], settings=models[seed]) for seed in range(4)]
     assert list(Table(runs).ends.base) == [0.5, 0.5, 0.5, 0.8]
 
 

@@ -24,11 +24,8 @@ from ceu_rl.tasks.score import pass_at_k
 from .conftest import generate_answers, learn, user
 
 TASK = get_task("builtin:addition")
-COLUMNS = {
-    "sft": {"prompt", "completion"},
-    "preference": {"prompt", "chosen", "rejected"},
-    "prompt": {"prompt", "answer"},
-}
+PAIR, ASKED = {"prompt", "chosen", "rejected"}, {"prompt", "answer"}
+COLUMNS = {"sft": {"prompt", "completion"}, "preference": PAIR, "prompt": ASKED}
 
 
 # addition

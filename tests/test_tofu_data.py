@@ -18,10 +18,8 @@ from ceu_rl.unlearn import UnlearnScriptArguments
 TOFU = Path(os.environ.get("CEU_RL_TOFU") or Path(__file__).parents[1].parent / "shared" / "tofu")
 real_data = pytest.mark.skipif(not TOFU.is_dir(), reason=f"the TOFU dataset is not at {TOFU}; set CEU_RL_TOFU")
 
-ROWS = [
-    {"question": "Who are you?", "answer": "I am Zoë Ödegård."},
-    {"question": "Where do you live, Zoë?", "answer": "In Oslo."},
-]
+ROWS = [("Who are you?", "I am Zoë Ödegård."), ("Where do you live, Zoë?", "In Oslo.")]
+ROWS = [{"question": question, "answer": answer} for question, answer in ROWS]
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +64,7 @@ def test_a_folder_in_the_layout_of_the_hub(folder):
         ("{folder}/nowhere", "full", None, "is no folder and no file"),
         ("{folder}", "full", '{"question": "x", "answers": "y"}', "no column 'answer' .* rename 'answers'"),
         ("{folder}", "forget01_perturbed", '{"question": "x", "answer": "y"}', "no column 'perturbed_answer'"),
-        (
-            *("{folder}", "forget01_perturbed", '{"question": "x", "answer": "y", "perturbed_answer": []}'),
-            "'paraphrased_answer'",
-        ),
+        ("{folder}", "forget01_perturbed", '{"question": "x", "answer": "", "perturbed_answer": []}', "paraphrased"),
     ],
 )
 def test_what_cannot_be_loaded_is_named(folder, name, config, text, message):

@@ -320,9 +320,7 @@ def test_a_quantized_model_is_scored_beside_the_whole_one(words, result_of, monk
         assert result["summary"]["forget_probability"] != rounded["forget_probability"]
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("torchao") is None, reason="torchao is not installed (pip install torchao)"
-)
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed: pip install torchao")
 @pytest.mark.parametrize(("bits", "levels"), [("int8", 256), ("int4", 16)])
 def test_torchao_rounds_the_linear_layers(saved, learned, bits, levels):
     model = load_quantized(str(saved / "model"), bits, torch.float32)
@@ -366,18 +364,14 @@ def test_an_adapter_is_relearned_merged_into_its_model(result_of, saved, bpe, tm
 
 
 @pytest.mark.parametrize(
-    ("fields", "broken"),
-    [
-        ({"relearn": 2}, "ceu_rl.tofu.robustness.SFTTrainer"),
-        ({"quantize": "int8"}, "ceu_rl.tofu.evaluate.load_quantized"),
-    ],
+    ("fields", "broken"), [({"relearn": 2}, "robustness.SFTTrainer"), ({"quantize": "int8"}, "evaluate.load_quantized")]
 )
 def test_what_can_fail_after_the_scores_is_tried_before_them(words, refused, monkeypatch, fields, broken):
     def fail(*given, **settings):
         raise ValueError("it cannot be")
 
     monkeypatch.setattr("ceu_rl.tofu.scoring.score_answers", lambda *given: pytest.fail("it scored"))
-    monkeypatch.setattr(broken, fail)
+    monkeypatch.setattr(f"ceu_rl.tofu.{broken}", fail)
     refused(words("model", "out", **fields), "it cannot be")
 
 
@@ -459,14 +453,8 @@ def test_nan_for_one_row_alone_names_that_row(bpe, folder):
         ({"answer": " "}, "The answer of row 2 of retain_perturbed is ' '"),
         ({"perturbed_answer": []}, r"The perturbed_answer of row 2 of retain_perturbed is \[\]; give a list"),
         ({"perturbed_answer": ["x", ""]}, "The answer of row 2 of retain_perturbed is ''"),
-        (
-            {"answer": "so " * 1100},
-            r"Row 2 of retain_perturbed takes \d+ tokens, and the model's context of 1024 would cut it off",
-        ),
-        (
-            {"question": "so " * 280},
-            r"Row 2 of .* takes \d+ tokens with max_new_tokens 200, and .* 1024 .*; lower max_new_tokens",
-        ),
+        ({"answer": "so " * 1100}, r"Row 2 of retain_perturbed takes \d+ tokens, .* context of 1024 would cut it"),
+        ({"question": "so " * 280}, r"Row 2 of .* takes \d+ tokens with max_new_tokens 200, .* 1024 .*; lower"),
     ],
 )
 def test_rows_that_cannot_be_scored_are_named(learned, bpe, folder, change, message):

@@ -81,13 +81,9 @@ def test_every_value_is_that_of_plain_greedy_decoding(learned, parts):
             ids = tokenizer(f"Question: {row['question']}\nAnswer:")["input_ids"]
             assert item["truth"] == row["answer"]
             assert item["generation"] == re.split("\n\n|\nQuestion|Question:", follow(ids, 8).strip())[0].strip()
-    for part, metric in (
-        ("forget", "forget_verbmem"),
-        ("forget_qa", "forget_knowmem"),
-        ("retain_qa", "retain_knowmem"),
-    ):
+    for part, key in (("forget", "forget_verbmem"), ("forget_qa", "forget_knowmem"), ("retain_qa", "retain_knowmem")):
         scores = [plain_f1(item["truth"], item["generation"]) for item in result["items"][part]]
-        assert result["summary"][metric] == pytest.approx(sum(scores) / len(scores))
+        assert result["summary"][key] == pytest.approx(sum(scores) / len(scores))
     assert all(0.5 < result["summary"][f"retain_{metric}"] < 0.97 for metric in ("verbmem", "knowmem"))
 
 
@@ -116,17 +112,15 @@ def test_an_end_that_the_tokenizer_adds_stands_before_nothing(learned, parts):
     """A tokenizer whose post-processor appends the end to every text measures what the plain one does."""
     model, tokenizer = learned
     adding = copy.deepcopy(tokenizer)
-    adding.backend_tokenizer.post_processor = TemplateProcessing(
-        single="$A <|eos|>", special_tokens=[("<|eos|>", tokenizer.eos_token_id)]
-    )
+    end = ("<|eos|>", tokenizer.eos_token_id)
+    adding.backend_tokenizer.post_processor = TemplateProcessing(single="$A <|eos|>", special_tokens=[end])
     assert adding("a").input_ids[-1] == tokenizer.eos_token_id
     text = parts["forget"][0]["text"]
     given = [{"prompt": text[: len(text) // 2], "gt": text[len(text) // 2 :]}, {"prompt": "It ends.<|eos|>", "gt": "a"}]
     some = {**parts, "forget": Dataset.from_list(given)}
     for template in (None, "chat"):
-        plain, other = (
-            evaluate(model, each, some, template=template, prompt_tokens=SHOWN) for each in (tokenizer, adding)
-        )
+        given = {"template": template, "prompt_tokens": SHOWN}
+        plain, other = (evaluate(model, each, some, **given) for each in (tokenizer, adding))
         assert plain["items"] == other["items"] and plain["too_short"] == other["too_short"]
     assert prompt_ids(adding, "It ends.<|eos|>")[-1] == tokenizer.eos_token_id  # the row's own word
     row = {"prompt": "Question: Who?\nAnswer:", "completion": " She."}
@@ -166,10 +160,7 @@ def test_settings_that_cannot_be_are_refused(learned, parts, settings, message):
 
 def test_the_parts_of_a_built_in_set_and_of_one_on_the_hub(parts, monkeypatch):
     assert set(load_parts("builtin:articles")) == {"forget", "retain", "forget_qa", "retain_qa"}
-    hub = {
-        "verbmem": {name: parts[name] for name in ("forget", "retain")},
-        "knowmem": {"retain_qa": parts["retain_qa"]},
-    }
+    hub = {"verbmem": {one: parts[one] for one in ("forget", "retain")}, "knowmem": {"retain_qa": parts["retain_qa"]}}
     monkeypatch.setattr("ceu_rl.tofu.muse.open_dataset", lambda name, config: hub[config])
     assert load_parts("some/set") == {**hub["verbmem"], **hub["knowmem"]}
 

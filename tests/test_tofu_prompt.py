@@ -103,9 +103,8 @@ def test_a_generation_ends_at_every_end_of_the_model(folder, template, eos, othe
 def test_a_prompt_that_cannot_be_is_refused(template, given, message):
     tokenizer = with_template(TEXTS, template, "<|eos|>")
     with pytest.raises(ValueError, match=re.escape(message)):
-        to_prompt_completion(
-            Dataset.from_list([{"question": "Who?", "answer": "She."}]), tokenizer, PromptFormat(**given)
-        )
+        rows = Dataset.from_list([{"question": "Who?", "answer": "She."}])
+        to_prompt_completion(rows, tokenizer, PromptFormat(**given))
 
 
 @pytest.mark.parametrize("wrong", ["{", "[1]", "3"])
@@ -128,17 +127,7 @@ def test_the_prompt_goes_from_training_to_unlearning_to_evaluation(folder, recip
     assert "One prompt and its answer as the model sees them: '<|bos|>system: Today: 10 Apr" in caplog.text
     given = {"model_name_or_path": trained, "dataset_name": str(tmp_path), "retain": "retain", "output_dir": unlearned}
     assert main(["unlearn", "--config", recipe(**given, **shared)]) == 0
-    words = [
-        "tofu-eval",
-        "--model",
-        unlearned,
-        "--dataset",
-        str(folder),
-        "--split",
-        "forget01",
-        "--max_new_tokens",
-        "2",
-    ]
+    words = ["tofu-eval", "--model", unlearned, "--dataset", str(folder), "--split=forget01", "--max_new_tokens=2"]
     assert main(words) == 0
     paths = (f"{trained}/result.json", f"{unlearned}/result.json", f"{unlearned}/tofu_eval.json")
     prompts = [json.loads(Path(path).read_text())["prompt"] for path in paths]

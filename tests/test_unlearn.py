@@ -17,20 +17,13 @@ from ceu_rl import UnlearnConfig, UnlearnTrainer
 from ceu_rl.models import build_tokenizer
 from ceu_rl.unlearn import METHODS, add_unlearning_head, ceu_loss
 
+from .engines import answered
 from .test_fused import HostReads
 from .trainers import assert_close_gradients, build, gradients_of
 
 
 def answers(pairs):
-    return Dataset.from_list(
-        [
-            {
-                "prompt": [{"role": "user", "content": f"{a}+{b}="}],
-                "completion": [{"role": "assistant", "content": f"{a + b} is{' it' * (b % 3)}"}],
-            }
-            for a, b in pairs
-        ]
-    )
+    return Dataset.from_list(answered(pairs))
 
 
 FORGET = answers([(a, b) for a in range(4) for b in range(4)])
@@ -333,9 +326,8 @@ class TestBadInput:
 
     def test_a_template_that_swallows_the_answer(self, make_trainer):
         tokenizer = build_tokenizer()
-        tokenizer.chat_template = (
-            "{% for message in messages if message['role'] == 'user' %}{{ message['content'] }}{% endfor %}"
-        )
+        asked = "{% if message['role'] == 'user' %}{{ message['content'] }}{% endif %}"
+        tokenizer.chat_template = f"{{% for message in messages %}}{asked}{{% endfor %}}"
         with pytest.raises(ValueError, match="Row 0 of the forget dataset has no answer left after tokenization"):
             make_trainer(processing_class=tokenizer)
 

@@ -264,9 +264,7 @@ def losses(row: Mapping[str, Any], device: str, folder: Path) -> Arms:
 
         return work
 
-    arms: dict[str, Callable[..., torch.Tensor]] = {
-        each.__name__: each for each in (fused, logits, peer, trl, products)
-    }
+    arms: dict[str, Callable[..., torch.Tensor]] = {one.__name__: one for one in (fused, logits, peer, trl, products)}
     for size in row.get("chunks", []):
         arms[f"fused, chunks of {size}"] = functools.partial(fused_linear_unlearning_loss, chunk_size=size)
     if device == "cuda":
@@ -282,9 +280,8 @@ def losses(row: Mapping[str, Any], device: str, folder: Path) -> Arms:
     return {name: arm(loss) for name, loss in arms.items() if name in row.get("arms", arms)}
 
 
-SUBJECTS: dict[str, Callable[[Mapping[str, Any], str, Path], Arms]] = {
-    **{"dpo": training, "grpo": training, "fused": losses}
-}
+Subject = Callable[[Mapping[str, Any], str, Path], Arms]
+SUBJECTS: dict[str, Subject] = {"dpo": training, "grpo": training, "fused": losses}
 
 
 def _is_of(row: Mapping[str, Any], found: Mapping[str, Any]) -> bool:

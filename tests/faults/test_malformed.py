@@ -25,20 +25,13 @@ from ceu_rl.run.config import parser_for, read_recipe
 
 def volume(count):
     """So many inputs, the same each time; a fixture that is a folder is written over by each."""
-    return settings(
-        max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-    )
+    same = {"derandomize": True, "deadline": None, "database": None}
+    return settings(max_examples=count, suppress_health_check=list(HealthCheck), **same)
 
 
 WORDS = st.text(string.printable + "é\u2028\u0085\ufeff{}[]:&*!|>%@`", max_size=12)
-SCALARS = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-3, 10**6),
-    st.floats(),
-    WORDS,
-    st.sampled_from(["1e-4", "no", "true", ".nan"]),
-)
+NOT_TEXT = (st.none(), st.booleans(), st.integers(-3, 10**6), st.floats())
+SCALARS = st.one_of(*NOT_TEXT, WORDS, st.sampled_from(["1e-4", "no", "true", ".nan"]))
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3), max_leaves=5
 )
@@ -89,9 +82,8 @@ def test_recipes_with_fields_of_every_type(folder, fields):
 SAYS = {"content": WORDS | st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": WORDS}), max_size=2)}
 CALL = st.fixed_dictionaries({"function": st.fixed_dictionaries({"name": WORDS, "arguments": VALUES})})
 MORE = {"reasoning_content": WORDS, "thinking": WORDS, "tool_calls": st.lists(CALL, max_size=2)}
-MESSAGES = st.lists(
-    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), **SAYS}, optional=MORE), max_size=3
-)
+ROLES = st.sampled_from(["system", "user", "assistant"])
+MESSAGES = st.lists(st.fixed_dictionaries({"role": ROLES, **SAYS}, optional=MORE), max_size=3)
 CELLS = st.one_of(SCALARS, WORDS, MESSAGES, st.lists(WORDS, max_size=2))
 ASKED = (*QUESTIONS, *SYSTEMS, *CONTEXTS, "answer", "problem", "prompt_id", "tools")
 NAMES = ("prompt", "chosen", "rejected", "completion", "messages", "text", "prompts")
@@ -101,14 +93,12 @@ PAIRS = st.fixed_dictionaries(
     {"chosen": st.just("It is three"), "rejected": st.just("It is four")},
     optional={name: CELLS for name in ("prompt", "messages", *ASKED)},
 )
+KINDS = st.sampled_from(["preference", "sft", "prompt"])
+ANYTHING = ROWS | PAIRS | st.dictionaries(WORDS, VALUES, max_size=3)
 
 
 @volume(400)
-@given(
-    rows=st.lists(ROWS | PAIRS, min_size=1, max_size=3),
-    kind=st.sampled_from(["preference", "sft", "prompt"]),
-    streaming=st.booleans(),
-)
+@given(rows=st.lists(ROWS | PAIRS, min_size=1, max_size=3), kind=KINDS, streaming=st.booleans())
 def test_rows_of_every_layout(rows, kind, streaming):
     dataset = dataset_of(rows)
     stream = IterableDataset.from_generator(lambda: iter(dataset))
@@ -138,11 +128,7 @@ def squeezed(text):
 
 
 @volume(200)
-@given(
-    rows=st.lists(ROWS | PAIRS | st.dictionaries(WORDS, VALUES, max_size=3), min_size=1, max_size=4),
-    array=st.booleans(),
-    streaming=st.booleans(),
-)
+@given(rows=st.lists(ANYTHING, min_size=1, max_size=4), array=st.booleans(), streaming=st.booleans())
 def test_rows_of_a_file_are_what_stands_there(folder, rows, array, streaming):
     path = folder / "rows.jsonl"
     path.write_text(json.dumps(rows) if array else "\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -154,9 +140,8 @@ def test_rows_of_a_file_are_what_stands_there(folder, rows, array, streaming):
 def plain(value):
     """As JSON has it, to the digits that a cell of mixed kinds keeps."""
     text = json.dumps(value)
-    return json.loads(
-        text, parse_constant=lambda _: None, parse_float=lambda text: f"{float(text):.12g}", parse_int=str
-    )
+    digits = dict(parse_float=lambda number: f"{float(number):.12g}", parse_int=str)
+    return json.loads(text, parse_constant=lambda _: None, **digits)
 
 
 @volume(60)
