@@ -94,7 +94,6 @@ PAIRS = st.fixed_dictionaries(
     optional={name: CELLS for name in ("prompt", "messages", *ASKED)},
 )
 KINDS = st.sampled_from(["preference", "sft", "prompt"])
-ANYTHING = ROWS | PAIRS | st.dictionaries(WORDS, VALUES, max_size=3)
 
 
 @volume(400)
@@ -128,7 +127,11 @@ def squeezed(text):
 
 
 @volume(200)
-@given(rows=st.lists(ANYTHING, min_size=1, max_size=4), array=st.booleans(), streaming=st.booleans())
+@given(
+    rows=st.lists(ROWS | PAIRS | st.dictionaries(WORDS, VALUES, max_size=3), min_size=1, max_size=4),
+    array=st.booleans(),
+    streaming=st.booleans(),
+)
 def test_rows_of_a_file_are_what_stands_there(folder, rows, array, streaming):
     path = folder / "rows.jsonl"
     path.write_text(json.dumps(rows) if array else "\n".join(map(json.dumps, rows)), encoding="utf-8")
