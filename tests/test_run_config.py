@@ -90,6 +90,7 @@ def test_what_is_wrong_is_named_with_file_and_field(recipe, text, message):
         (["--lr", "1"], "no field 'lr'; did you mean learning_rate"),
         (["--batch-size", "1"], "no field 'batch-size'; did you mean per_device_train_batch_size"),
         (["--data", "a"], "no field 'data'; did you mean dataset_name"),
+        (["--datasets", "a"], "no field 'datasets'; did you mean dataset_name"),
         (["--max_steps", "1", "2"], "no field '2'; ceu-rl dpo --help-all"),
     ],
 )

@@ -210,7 +210,8 @@ def _parse(parser: Any, words: Sequence[str], where: str = "") -> dict[str, Any]
         asked, fields = name.replace("-", "_"), [action.dest for action in parser._actions]
         # batch_size is a part of its field's name, and lr are its first letters
         used = [one for one in USED if one in fields and asked.isidentifier()]
-        named = [one for one in used if asked in one or asked == "".join(word[0] for word in one.split("_"))]
+        stem = asked.removesuffix("s") if len(asked) > 3 else asked  # as in TRL's datasets
+        named = [one for one in used if stem in one or asked == "".join(word[0] for word in one.split("_"))]
         close = named or difflib.get_close_matches(asked, fields, n=1)
         hint = f"did you mean {close[0]}?" if close else f"{parser.prog} --help-all lists what there is."
         raise ValueError(f"{where}There is no field {name!r}; {hint}")
