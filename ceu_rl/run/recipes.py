@@ -63,7 +63,8 @@ def copy_recipes(name: str, destination: Path) -> list[Path]:
             raise FileExistsError(f"{target} is there and differs; move it away, or give another destination.")
     for path, target in copies.items():
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+        if not target.exists():
+            shutil.copyfile(path, target)
     return list(copies.values())
 
 
