@@ -124,8 +124,8 @@ class StopAtNonFinite:
     def _check_losses(self) -> None:
         # Together: to read each would make the host wait for the device at each micro-batch
         losses = torch.stack([loss.mean() for loss in self._losses])
-        if not torch.isfinite(losses).all():
-            self._stop(f"loss ({losses.tolist()})")
+        if not (finite := losses.isfinite()).all():
+            self._stop(f"loss ({losses[~finite][0].item()})")
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         # Called once before each optimizer step, whether or not gradients are clipped
