@@ -158,7 +158,7 @@ class _FusedLoss(torch.autograd.Function):
         unlearned: int, scale: torch.Tensor, dtype: torch.dtype, form: list[bool], softcap: float | None,
         logit_scale: float, chunk_size: int, kernels: ModuleType | None,
     ) -> torch.Tensor:  # fmt: skip
-        """Labels, of which the first `unlearned` are CE-U, the dtype of the products, and which gradients to form."""
+        """The labels (the first `unlearned` are CE-U's), the dtype of the products, and which gradients to form."""
         rows, exact = len(hidden), torch.promote_types(dtype, torch.float32)
         ctx.kernels, ctx.dtypes = kernels, [None if each is None else each.dtype for each in (hidden, weight, bias)]
         hidden, weight = hidden.to(dtype), weight.to(dtype).contiguous()  # the kernel reads its rows

@@ -160,7 +160,7 @@ def check_columns(dataset: Rows, name: str, required: Sequence[str]) -> None:
 
 
 def _columns(dataset: Rows, name: str) -> list[str]:
-    """The columns, of a stream those of its first row."""
+    """The columns; a stream has them in its first row."""
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"The {name} dataset has no rows; give it at least one.")

@@ -222,7 +222,7 @@ def _check_is_the_run(checkpoint: str, record: Mapping[str, Any]) -> None:
     """Raise a ValueError for a checkpoint of other settings or rows, but for the length of the run."""
     path = Path(checkpoint, checkpoints.RUN_NAME)
     if not checkpoints.is_json(path):
-        note(f"{checkpoint} has no {path.name}, so nothing says whether its settings and rows are those of this run.")
+        note(f"{checkpoint} has no {path.name}, so its settings and rows are not compared with this run's.")
         return
     found = checkpoints.differences(json.loads(path.read_text()), record)
     named = [f"{name} was {then} and is {now}" for name, (then, now) in found.items() if name not in checkpoints.LENGTH]

@@ -74,7 +74,7 @@ def _is_begun(folder: Path) -> bool:
 
 
 def _others(ours: Mapping[str, Any], recorded: Mapping[str, Any]) -> list[str]:
-    """The fields in which recorded settings are not those of a job: by value, not by how it was written."""
+    """The fields whose recorded value is not the job's; how a value is written does not count."""
     new = json.loads(key_of(ours))
     names = [name for name in {**recorded, **new} if recorded.get(name) != new.get(name)]
     return [f"{name}: {recorded.get(name)!r}, now {new.get(name)!r}" for name in names]

@@ -17,10 +17,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 from ceu_rl.cli import main as ceu_rl
 from ceu_rl.run import run
 from ceu_rl.run.callbacks import Pace
-from ceu_rl.run.provenance import environment, peak_memory_gib, write_json
+from ceu_rl.run.provenance import environment, peak_memory, write_json
 
 ROOT = Path(__file__).parents[3]
 RECIPES = ROOT / "recipes/dpo/smollm2-chain-sum"
@@ -28,7 +30,7 @@ STEPS, ROUNDS = 5, 3
 KEEP = {"MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_MMAP_MAX_": "0"}  # for glibc
 ARMS = {  # recipe, what the command line adds, and the environment
     "stock, the reference at every step": ("stock", ["--precompute_ref_log_probs", "false"], KEEP),
-    "CE-U, the reference at every step": ("ceu", ["--precompute_ref_log_probs", "false"], KEEP),
+    "CE-U, the reference at every step": ("ceu-1", ["--precompute_ref_log_probs", "false"], KEEP),
     "stock, the reference's log-probabilities once": ("stock", [], KEEP),
     "stock, in bfloat16, the reference at every step": (
         "stock",
@@ -99,6 +101,6 @@ def main(output: str) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--arm":
-        print(json.dumps({"seconds": steps(sys.argv[2]), "peak": peak_memory_gib()}))
+        print(json.dumps({"seconds": steps(sys.argv[2]), "peak": peak_memory(torch.device("cpu"))["peak_host_memory_gib"]}))
     else:
         main(sys.argv[1])
