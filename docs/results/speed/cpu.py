@@ -101,6 +101,7 @@ def main(output: str) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--arm":
-        print(json.dumps({"seconds": steps(sys.argv[2]), "peak": peak_memory(torch.device("cpu"))["peak_host_memory_gib"]}))
+        taken = steps(sys.argv[2])
+        print(json.dumps({"seconds": taken, "peak": peak_memory(torch.device("cpu"))["peak_host_memory_gib"]}))
     else:
         main(sys.argv[1])
