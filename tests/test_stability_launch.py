@@ -17,6 +17,7 @@ import yaml
 from rich.console import Console
 
 from ceu_rl.cli import main
+from ceu_rl.run.progress import ShareBar
 from ceu_rl.stability import grid, report, runs
 from ceu_rl.stability import launch as launch_module
 
@@ -197,22 +198,21 @@ def test_each_job_gets_one_of_the_visible_gpus(at_once, monkeypatch):
 def test_the_bar_has_the_share_of_all_steps_and_the_time_left_by_the_pace_since_the_first(tmp_path):
     """The bar of a second run kept the end of the first. Loading takes 20 s here and a step of ten 5 s."""
     now = SimpleNamespace(at=0.0)
-    jobs = [
-        SimpleNamespace(folder=tmp_path / "runs" / arm / "recipe" / "0", settings=settings)
+    stock, ceu = (
+        runs.Run(arm, {}, 0, tmp_path / "runs" / arm / "recipe" / "0", {"settings": settings})
         for arm, settings in (("stock", {"max_steps": 10}), ("ceu", {"num_train_epochs": 2.0}))
-    ]
-    with launch_module._bar(Console(file=io.StringIO()), get_time=lambda: now.at) as bar:
-        bar.add_task("", total=2)
+    )
+    with ShareBar(Console(file=io.StringIO()), 2, get_time=lambda: now.at) as bar:
         (task,) = bar.tasks
-        first = [(jobs[0], 20 + 5 * step, 0, {"step": step}) for step in range(4)]
-        for job_, seconds, done, entry in (*first, (jobs[1], 100, 1, {"step": 9, "epoch": 0.5})):
-            job_.folder.mkdir(parents=True, exist_ok=True)
-            (job_.folder / "metrics.jsonl").write_text(json.dumps({"step": 0}) + "\n" + json.dumps(entry))
+        first = [(stock, 20 + 5 * step, 0, {"step": step}) for step in range(4)]
+        for run, seconds, done, entry in (*first, (ceu, 100, 1, {"step": 9, "epoch": 0.5})):
+            run.folder.mkdir(parents=True, exist_ok=True)
+            (run.folder / "metrics.jsonl").write_text(json.dumps({"step": 0}) + "\n" + json.dumps(entry))
             now.at = seconds
-            launch_module.show(bar, [job_], done)
+            bar.show(done, {run.name: run.at})
             if seconds == 35:
                 assert (task.description, task.completed) == ("0 of 2 runs, stock/recipe/0 at step 3 of 10", 0.3)
                 assert task.elapsed == 35 and task.time_remaining in (85, 86)  # 17 of 20 steps, rounded up
         assert (task.description, task.completed) == ("1 of 2 runs, ceu/recipe/0 at step 9", 1.25)
-        launch_module.show(bar, [SimpleNamespace(folder=tmp_path / "none", settings={})], 1)
+        bar.show(1, {"none": runs.Run("none", {}, 0, tmp_path / "none").at})
         assert (task.description, task.elapsed) == ("1 of 2 runs", 100)

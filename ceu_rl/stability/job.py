@@ -143,6 +143,7 @@ def run_job(job: Job) -> str:
 
 
 def _succeeds(job: Job, command: Sequence[str]) -> bool:
+    """Run a command; one that fails leaves a record, as one that diverged does itself."""
     with open(job.folder / OUTPUT, "a+", errors="replace") as log:
         log.write(f"$ {shlex.join(command)}\n")
         log.flush()
@@ -150,15 +151,27 @@ def _succeeds(job: Job, command: Sequence[str]) -> bool:
         # In a session of its own, to end all that it starts together
         process = Popen(command, stdin=DEVNULL, stdout=log, stderr=STDOUT, start_new_session=True)
         try:
-            process.wait()
+            status = process.wait()
         except BaseException:
             _end(process)
             raise
         log.seek(start)
         lines = [line.rstrip() for line in log if line.strip()] or ["it printed nothing"]
-    if process.returncode and not (job.folder / FAILURE).exists():  # a run that diverged wrote its own
-        _write_failure(job, command, process.returncode, lines)
-    return process.returncode == 0
+    if status and not (job.folder / FAILURE).exists():
+        from ..run.provenance import environment, write_json
+
+        reason = next((line for line in reversed(lines) if ": error: " in line), lines[-1]).split(": error: ", 1)[-1]
+        failure = {
+            "status": status,
+            "reason": f"It was ended by {signal.Signals(-status).name}." if status < 0 else reason,
+            "diverged": False,
+            "log_tail": lines[-OUTPUT_TAIL:],
+            "command": shlex.join(command),
+            "method": job.run.planned["method"],
+            "settings": dict(job.settings),
+        }
+        write_json(job.folder / FAILURE, failure | environment())
+    return status == 0
 
 
 def _end(process: Popen) -> None:
@@ -170,22 +183,6 @@ def _end(process: Popen) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def _write_failure(job: Job, command: Sequence[str], status: int, lines: Sequence[str]) -> None:
-    from ..run.provenance import environment, write_json
-
-    reason = next((line for line in reversed(lines) if ": error: " in line), lines[-1]).split(": error: ", 1)[-1]
-    failure = {
-        "status": status,
-        "reason": f"It was ended by {signal.Signals(-status).name}." if status < 0 else reason,
-        "diverged": False,
-        "log_tail": lines[-OUTPUT_TAIL:],
-        "command": shlex.join(command),
-        "method": job.run.planned["method"],
-        "settings": dict(job.settings),
-    }
-    write_json(job.folder / FAILURE, failure | environment())
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ comparison has to be shared; a run whose machine died starts again from its last
 
 import contextlib
 import importlib
-import json
-import math
 import os
 import pickle
 import sys
@@ -19,19 +17,16 @@ from subprocess import PIPE, STDOUT, Popen
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..run.progress import duration
+from ..run.progress import ShareBar, duration
 from .job import MODULE, Job, run_job
-from .runs import LOG
 
 LAUNCHERS = ("local", "ray", "submitit")
 POLL = 0.5  # seconds
-SAID: Any = {"soft_wrap": True, "markup": False, "highlight": False}
 DAYS = 7  # the limit of a Slurm job without another one
 
 
-# Where: what starts a job returns a handle with done(), result() and cancel(), as submitit's
+# What starts a job returns a handle with done(), result() and cancel(), as submitit's
 
 
 class Worker:
@@ -128,25 +123,17 @@ def make_launcher(name: str, folder: Path, at_once: int | None, options: Mapping
     return lambda job: executor.submit(There(job)), errors
 
 
-# All runs
-
-
 def run_jobs(
     jobs: Sequence[Job], launcher: Launcher, at_once: int, console: Console, draw: Callable[[], object]
 ) -> None:
     """Run every job, `at_once` of them at the same time; `draw` is called each time that one has ended.
 
-    A bar has the time since the start, and what is left by the pace since the first step; without a terminal the first
-    estimate is one line.
-
     Raises:
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once every run has ended; a second one ends them at once.
     """
     submit, errors = launcher
-    waiting, running, is_told = list(jobs), dict[Any, tuple[Job, float]](), console.is_terminal
-    with _bar(console) as bar:
-        bar.add_task("", total=len(jobs))
-        (task,) = bar.tasks
+    waiting, running = list(jobs), dict[Any, tuple[Job, float]]()
+    with ShareBar(console, len(jobs)) as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < at_once:
@@ -160,11 +147,9 @@ def run_jobs(
                     except errors as error:
                         outcome = f"failed: {' '.join(str(error).split())[-300:]}"
                     job, start = running.pop(handle)
-                    console.print(f"{_name(job)}: {outcome} ({duration(time.monotonic() - start)})", **SAID)
-                show(bar, [job for job, _ in running.values()], len(jobs) - len(waiting) - len(running))
-                if running and not is_told and task.time_remaining is not None:
-                    is_told = True
-                    console.print(f"{task.description}: about {duration(task.time_remaining)} left", **SAID)
+                    bar.say(f"{job.run.name}: {outcome} ({duration(time.monotonic() - start)})")
+                at = {job.run.name: job.run.at for job, _ in running.values()}
+                bar.show(len(jobs) - len(waiting) - len(running), at)
                 if ended and (waiting or running):
                     draw()
         except BaseException:
@@ -182,26 +167,3 @@ def _cancel(handles: Sequence[Any]) -> None:
             handle.cancel()
     while not all(handle.done() for handle in handles):
         time.sleep(POLL / 5)
-
-
-def _bar(console: Console, **options: Any) -> Progress:
-    columns = [TextColumn("{task.description}", markup=False), BarColumn(20)]
-    clock = [TimeElapsedColumn(), TextColumn("gone,"), TimeRemainingColumn(), TextColumn("left")]
-    options |= {"console": console, "disable": not console.is_terminal, "speed_estimate_period": math.inf}
-    return Progress(*columns, *clock, **options)
-
-
-def show(bar: Progress, running: Sequence[Job], done: int) -> None:
-    """Move the bar to the share of all steps that is done, and name the step of each run."""
-    parts, completed = [f"{done} of {bar.tasks[0].total:.0f} runs"], float(done)
-    for job in running:
-        with contextlib.suppress(OSError, LookupError, ValueError, TypeError, RecursionError):  # no whole line yet
-            entry = json.loads((job.folder / LOG).read_bytes().splitlines()[-1])
-            steps, epochs = job.settings.get("max_steps") or -1, job.settings.get("num_train_epochs") or 3.0
-            completed += min(entry["step"] / steps if steps > 0 else entry["epoch"] / epochs, 1)
-            parts.append(f"{_name(job)} at step {entry['step']}" + (f" of {steps}" if steps > 0 else ""))
-    bar.update(bar.tasks[0].id, completed=completed, description=", ".join(parts))
-
-
-def _name(job: Job) -> str:
-    return str(Path(*job.folder.parts[-3:]))

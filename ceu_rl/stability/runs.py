@@ -69,6 +69,11 @@ class Run:
         return self.record(RESULT) or self.record(FAILURE) or self.record(RECORD) or self.planned
 
     @property
+    def name(self) -> str:
+        """Its arm, setting and seed, as its folder has them."""
+        return str(Path(*self.folder.parts[-3:]))
+
+    @property
     def settings(self) -> Mapping[str, Any]:
         return self.outcome.get("settings") or {}
 
@@ -110,6 +115,17 @@ class Run:
             return isinstance(error, filelock.Timeout)
 
     @property
+    def at(self) -> tuple[float, str]:
+        """The share of its steps that are done, and the last one in words; (0, "") before its first line."""
+        steps, epochs = self.settings.get("max_steps") or -1, self.settings.get("num_train_epochs") or 3.0
+        try:
+            entry = json.loads((self.folder / LOG).read_bytes().splitlines()[-1])
+            share = min(entry["step"] / steps if steps > 0 else entry["epoch"] / epochs, 1)
+            return share, f"at step {entry['step']}" + (f" of {steps}" if steps > 0 else "")
+        except (OSError, LookupError, ValueError, TypeError, RecursionError):  # no whole line yet
+            return 0.0, ""
+
+    @property
     def steps(self) -> int:
         """The last step that it logged."""
         return max((entry["step"] for entry in self.log), default=0)
@@ -117,12 +133,11 @@ class Run:
     @property
     def reason(self) -> str | None:
         """Why there is no result; None if there is."""
-        of = self.settings.get("max_steps")
         match self.status:
             case "finished":
                 return None
             case "running":
-                return f"It is at step {self.steps}" + (f" of {of}." if isinstance(of, int) and of > 0 else ".")
+                return f"It is {self.at[1] or 'at its start'}."
             case "interrupted":
                 return f"Its log ends at step {self.steps}; the same command continues it."
             case "waiting":
