@@ -36,7 +36,6 @@ def test_tokens_per_second_are_those_of_the_steps_up_to_the_last_log(before, cou
 def test_held_out_pairs_are_appended_and_cut_back_to_the_step_of_a_checkpoint(tmp_path):
     trainer, args = SimpleNamespace(), SimpleNamespace(output_dir=str(tmp_path))
     callback = HeldOutFile(trainer)
-    assert callback.result() == {}
     callback.on_train_begin(args, SimpleNamespace(global_step=0, is_world_process_zero=True), None)
     for step in (0, 30, 60):
         tokens = {"chosen_tokens": 2.0, "rejected_tokens": 4.0}
@@ -44,7 +43,6 @@ def test_held_out_pairs_are_appended_and_cut_back_to_the_step_of_a_checkpoint(tm
         trainer.held_out = {"eval": [{"chosen": -1.0 - step, **tokens}, second]}
         callback.on_evaluate(args, SimpleNamespace(global_step=step, is_world_process_zero=True), None)
     assert trainer.held_out == {}
-    assert callback.result() == {"eval_tokens": {"chosen": 2.5, "rejected": 4.0}}
     with open(tmp_path / "held_out.jsonl", "a") as file:
         file.write('{"step": 60, "datas')  # a run that died while it wrote
     callback.on_train_begin(args, SimpleNamespace(global_step=30, is_world_process_zero=True), None)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from ceu_rl.stability import figures
 from ceu_rl.stability.report import summarize, write_report
 from ceu_rl.stability.runs import Run
 from ceu_rl.stability.table import Table
@@ -287,6 +288,20 @@ def test_what_is_reached_is_reached_on_every_seed(make, tmp_path):
 
 def test_without_the_start_nothing_is_reached(make):
     assert verdict([unlearned(make, "ceu", 1e-5, 0.2, 0.5)])[0].startswith("The model utility before unlearning is not")
+
+
+def test_arms_stand_beside_each_other_at_rates_in_order(make, monkeypatch):
+    """Also where nothing but a run that diverged is at a rate; its cross stands with its arm."""
+    monkeypatch.setattr(figures, "_svg", lambda figure: figure)
+    ends = {"stock": {1e-6: [0.9], 1e-5: [math.nan], 1e-4: [0.8]}, "ceu": {1e-6: [0.9], 1e-4: [0.8]}}
+    found = figures.finals(Table(grid(make, ends)), figures.looks(["stock", "ceu"]))
+    (axes,) = found[0]["svg"].axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1e-6", "1e-5", "1e-4"]
+    (cross,) = (line for line in axes.lines if line.get_marker() == "x")
+    assert list(cross.get_xdata()) == [1 - figures.WIDTH / 2]
+    drawn = [line for line in axes.lines if len(line.get_xdata()) == 3]
+    at = [set(line.get_xdata()[np.isfinite(line.get_ydata())]) for line in drawn]
+    assert at == [{at + shift for at in (0, 2)} for shift in (-figures.WIDTH / 2, figures.WIDTH / 2)]
 
 
 # The page in a browser

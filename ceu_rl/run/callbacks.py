@@ -55,7 +55,6 @@ class HeldOutFile(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.trainer, trainer.held_out = trainer, {}
-        self.tokens: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         path = Path(args.output_dir, "held_out.jsonl")
@@ -71,13 +70,6 @@ class HeldOutFile(TrainerCallback):
                     for number, row in enumerate(rows):
                         entry = {"step": state.global_step, "dataset": name, "row": number, **row}
                         file.write(json.dumps(entry) + "\n")
-        if pairs := held_out.get("eval"):
-            sides = ("chosen", "rejected")
-            self.tokens = {side: sum(pair[f"{side}_tokens"] for pair in pairs) / len(pairs) for side in sides}
-
-    def result(self) -> dict[str, Any]:
-        """`eval_tokens`, the mean tokens of a response: they turn log-probabilities into nats per token."""
-        return {"eval_tokens": self.tokens} if self.tokens else {}
 
 
 class Pace(TrainerCallback):

@@ -141,7 +141,7 @@ def _finish(method: str, trainer: Any, args: Any, script: Any, record: Mapping[s
         "metrics": {key: value for key, value in final.items() if key not in ("step", "epoch")},
     }
     for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, HeldOutFile | Pace | TaskScore):
+        if isinstance(callback, Pace | TaskScore):
             result |= callback.result()
     if isinstance(trainer.eval_dataset, Dataset):
         result["eval_rows"] = len(trainer.eval_dataset)

@@ -24,6 +24,8 @@ from .table import KEEP, Table
 COLOURS = ("#404040", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
 MARKERS, SYMBOLS = "osD^vPX<>", "●■◆▲▼✚✖◀▶"
 GREY = "#808080"
+PANEL: Any = {"height": 2.5, "aspect": 1.3}
+WIDTH = 0.4  # of the arms at one rate, beside each other
 POINTS = 120  # at most in a curve, the last one among them
 STYLE: Any = {
     **sns.axes_style("ticks"),
@@ -68,8 +70,14 @@ def finals(table: Table, arms: Mapping[str, Look]) -> list[dict[str, Any]]:
         ends["learning rate"] = ["" if math.isnan(each) else rate(each) for each in ends.rate]
         if ends.final.isna().all():
             continue
-        known = ends.dropna(subset=["final"])
-        grid = _panels(known, arms, x="learning rate", y="final", col="condition", err_style="bars")
+        known, order = ends.dropna(subset=["final"]), [*ends["learning rate"].unique()]
+        shifts = dict(zip(arms, np.linspace(-WIDTH / 2, WIDTH / 2, len(arms)), strict=True))
+        grid = sns.catplot(
+            known, kind="point", x="learning rate", y="final", col="condition", hue="arm", errorbar=("pi", 100),
+            order=order, hue_order=[*arms], palette=[look.colour for look in arms.values()], legend=False, lw=1.2, ms=5,
+            markers=[look.marker for look in arms.values()], dodge=WIDTH if len(arms) > 1 else False, **PANEL,
+        )  # fmt: skip
+        _headed(grid)
         for condition, axes in grid.axes_dict.items():
             for base in ends.base.dropna().unique():
                 axes.axhline(base, color=GREY, lw=1, ls=":", zorder=1)
@@ -79,7 +87,8 @@ def finals(table: Table, arms: Mapping[str, Look]) -> list[dict[str, Any]]:
                 axes.set_ylim(-0.04, 1.04)
             for arm, own in ends[(ends.status == "diverged") & (ends.condition == condition)].groupby("arm"):
                 low: Any = {"color": arms[arm].colour, "transform": axes.get_xaxis_transform()}
-                axes.plot(own["learning rate"], [0.03] * len(own), "x", ms=8, mew=2, zorder=4, **low)
+                at = [order.index(each) + shifts[arm] for each in own["learning rate"]]
+                axes.plot(at, [0.03] * len(own), "x", ms=8, mew=2, zorder=4, **low)
         found.append({"title": score.name, "panels": grid.axes.size, "svg": _svg(grid.figure)})
     return found
 
@@ -108,7 +117,10 @@ def curves(table: Table, arms: Mapping[str, Look]) -> list[dict[str, Any]]:
 def _panels(frame: pd.DataFrame, arms: Mapping[str, Look], x: str, **more: Any) -> sns.FacetGrid:
     """Panels side by side: means over seeds, with the range of the seeds."""
     style = _styled(arms) | ({"markers": False} if frame[x].nunique() > 12 else {})
-    grid = sns.relplot(frame, kind="line", x=x, height=2.5, aspect=1.3, **style, **more)
+    return _headed(sns.relplot(frame, kind="line", x=x, **PANEL, **style, **more))
+
+
+def _headed(grid: sns.FacetGrid) -> sns.FacetGrid:
     return grid.set_titles("{col_name}" if grid.axes.size > 1 else "").set(ylabel="")
 
 

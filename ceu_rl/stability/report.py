@@ -41,7 +41,7 @@ FORGET_QUALITY = 0.05  # p-value above which an unlearned model cannot be told f
 KEEP_UTILITY = 0.9  # share of the base's model utility
 ORIGIN = ("commit", "device", "versions")
 DESCRIBED = ("arm", "setting", "seed", "rate", "method", "status", "reason", "log_problem", "summary")  # of a Run
-RECORDED = ("steps", "resumed", "eval_tokens", "wall_time_s", "peak_memory_gib", "command", "date", "metrics")
+RECORDED = ("steps", "resumed", "wall_time_s", "peak_memory_gib", "command", "date", "metrics")
 # The measures in the table: heading, definition
 SHOWN = {
     "model_utility": ("model utility", "Of TOFU: harmonic mean of nine scores off the forget set."),
