@@ -90,6 +90,11 @@ def module_of(path, source=None):
     return module
 
 
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/*.py")), ids=name)
+def test_a_script_of_results_loads(path):
+    module_of(path)
+
+
 def shown(svg):
     """What an SVG says in words and numbers: the paths of matplotlib differ from one version to another."""
     return re.findall(r">([^<>\n]+)</text", svg)

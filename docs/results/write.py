@@ -33,8 +33,6 @@ ARMS = {"paper": "ceu-published", "drop-descending": "positives"}
 ARMS_OF = {"dpo": "ceu-1", "dpo-real-model": "ceu-1", "grpo": "ceu-0.5", "unlearning": "ceu"}  # of `ceu`
 MEDIANS = ("ks_distance", "model_utility")
 SETTINGS = ("weight_sync_steps", "num_iterations", "retain_weight", "learning_rate")
-DRAWN = ("stock", "ceu-1", "ceu-0.5", "ceu-published", "positives", "stock-sft", "ceu-0.3", "correction-token")
-COLOURS = dict(zip(DRAWN, sns.color_palette("colorblind"), strict=False))  # of the arms, alike on all pages
 
 
 def main() -> None:
@@ -160,8 +158,8 @@ class Page:
         frame, lines = runs(file), []
         first, *others = dict.fromkeys(frame.arm)
         for arm in others:
-            pairs = [frame.pivot(index="seed", columns="arm", values=column) for column in columns]
-            gaps = [(seeds[arm] - seeds[first]).dropna() for seeds in pairs]
+            tables = [frame.pivot(index="seed", columns="arm", values=column) for column in columns]
+            gaps = [(seeds[arm] - seeds[first]).dropna() for seeds in tables]
             lines.append([arm, *(f"{gap.mean():+.3f} ({gap.min():+.3f} to {gap.max():+.3f})" for gap in gaps)])
         return markdown([f"less {first} of the same seed", *map(name, columns)], lines, file)
 
@@ -261,8 +259,8 @@ def markdown(header: Sequence[str], lines: Any, files: str) -> str:
 
 def arms(ax: plt.Axes, frame: pd.DataFrame, x: str, y: str, **more: Any) -> None:
     """A line for each arm, the mean over seeds, with least and most."""
-    order = [arm for arm in COLOURS if arm in set(frame.arm)]
-    style = {"hue": "arm", "style": "arm", "hue_order": order, "style_order": order, "palette": COLOURS}
+    order = [arm for arm in pairs.DRAWN if arm in set(frame.arm)]
+    style = {"hue": "arm", "style": "arm", "hue_order": order, "style_order": order, "palette": pairs.COLOURS}
     sns.lineplot(frame, x=x, y=y, errorbar=("pi", 100), markers=True, dashes=False, ax=ax, **style, **more)
 
 

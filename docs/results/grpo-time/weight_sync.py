@@ -2,8 +2,8 @@
 
     VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 python docs/results/grpo-time/weight_sync.py OUTPUT.json
 
-The sizes are those of `benchmark.py`, with CE-U. Each turn trains 16 steps, of which the first always syncs; the first
-turn of each setting is left out. Seconds are those of the process on its cores, which other processes do not stretch.
+Each turn trains 16 steps, of which the first always syncs; the first turn of each setting is left out. Seconds are
+those of the process on its cores, which other processes do not stretch.
 """
 
 import shlex
@@ -13,7 +13,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmark import SIZES, digits
 from transformers import TrainerCallback
 
 from ceu_rl import CEUGRPOConfig, CEUGRPOTrainer
@@ -23,7 +22,15 @@ from ceu_rl.tasks import load_task_dataset
 
 PERIODS = (1, 16)
 STEPS = 16
-TURNS = {"tiny": 3, "small": 2}
+SIZES = {  # fields of the model, tokens per completion, completions per step, turns
+    "tiny": ({}, 34, 64, 3),
+    "small": ({"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6}, 128, 32, 2),
+}
+
+
+def digits(completions, **kwargs):
+    """A reward that a random model earns in part, so that some tokens ascend and some descend."""
+    return [sum(character.isdigit() for character in completion[0]["content"]) for completion in completions]
 
 
 class Clock(TrainerCallback):
@@ -38,7 +45,7 @@ class Clock(TrainerCallback):
 
 
 def measure(size):
-    overrides, length, completions, _ = SIZES[size]
+    overrides, length, completions, turns = SIZES[size]
     tokenizer = build_tokenizer()
     rows = load_task_dataset("builtin:addition", "prompt")["train"]
     folder = tempfile.mkdtemp()
@@ -53,16 +60,17 @@ def measure(size):
         report_to="none", disable_tqdm=True, generation_kwargs={"ignore_eos": True},
     )  # fmt: skip
     trainer = CEUGRPOTrainer(folder, digits, args, train_dataset=rows, processing_class=tokenizer)
-    engine, syncs, sync = trainer.vllm_generation, [], trainer.vllm_generation._sync_weights
+    engine, syncs, sync = trainer.vllm_generation, [], trainer.vllm_generation.sync_weights
 
     def timed():
-        start = time.process_time()
+        start, before = time.process_time(), engine.engine_step
         sync()
-        syncs.append(time.process_time() - start)
+        if engine.engine_step != before:
+            syncs.append(time.process_time() - start)
 
-    engine._sync_weights = timed
+    engine.sync_weights = timed
     seconds = {period: [] for period in PERIODS}
-    for turn in range(TURNS[size] + 1):
+    for turn in range(turns + 1):
         for period in PERIODS:
             engine.period, engine.engine_step = period, None
             clock = Clock()
@@ -71,14 +79,14 @@ def measure(size):
             trainer.remove_callback(clock)
             if turn:
                 seconds[period].append(statistics.fmean(clock.seconds))
-        print(f"{size}: turn {turn + 1} of {TURNS[size] + 1}", file=sys.stderr)
+        print(f"{size}: turn {turn + 1} of {turns + 1}", file=sys.stderr)
     trainer.close()
     every, sixteenth = (statistics.median(seconds[period]) for period in PERIODS)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "completions_per_step": completions,
         "tokens_per_completion": length,
-        "steps_each": TURNS[size] * STEPS,
+        "steps_each": turns * STEPS,
         "sync_s": round(statistics.median(syncs), 4),
         "step_s": {"weight_sync_steps 1": round(every, 4), "weight_sync_steps 16": round(sixteenth, 4)},
         "step_time_16_over_1": round(sixteenth / every, 3),
@@ -87,7 +95,7 @@ def measure(size):
 
 def main(output):
     sizes = {}
-    for size in TURNS:
+    for size in SIZES:
         sizes[size] = measure(size)
         command = shlex.join(["python", "docs/results/grpo-time/weight_sync.py", *sys.argv[1:]])
         write_json(Path(output), {"command": command, "seed": 42, "sizes": sizes, **environment()})
