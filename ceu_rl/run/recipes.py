@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -77,20 +78,15 @@ def main(argv: Sequence[str]) -> int:
     for folder, group in itertools.groupby(list_recipes(), lambda row: Path(row[0]).parent):
         rows = list(group)
         width = max(len(name) for name, *_ in rows)
-        print(
-            f"\n{folder}",
-            *(f"  {name:<{width}}  {what}{hardware and f' ({hardware})'}" for name, what, hardware in rows),
-            sep="\n",
-        )
+        lines = (f"  {name:<{width}}  {what}{hardware and f' ({hardware})'}" for name, what, hardware in rows)
+        print(f"\n{folder}", *lines, sep="\n")
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        prog="ceu-rl recipes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    found.add_argument("name", nargs="?", metavar="NAME", help="a recipe, or a folder of them; default: list all")
-    found.add_argument(
-        "destination", nargs="?", metavar="DEST", type=Path, default=Path("recipes"), help="default: recipes"
-    )
+    shown: Any = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    found = argparse.ArgumentParser(prog="ceu-rl recipes", **shown)
+    option = found.add_argument
+    option("name", nargs="?", metavar="NAME", help="a recipe, or a folder of them; default: list all")
+    option("destination", nargs="?", metavar="DEST", type=Path, default=Path("recipes"), help="default: recipes")
     return found

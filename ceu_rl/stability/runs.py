@@ -133,16 +133,13 @@ class Run:
     @property
     def reason(self) -> str | None:
         """Why there is no result; None if there is."""
-        match self.status:
-            case "finished":
-                return None
-            case "running":
-                return f"It is {self.at[1] or 'at its start'}."
-            case "interrupted":
-                return f"Its log ends at step {self.steps}; the same command continues it."
-            case "waiting":
-                return "It has not started."
-        return " ".join(self._records[1]) or self.record(FAILURE).get("reason")
+        told = {
+            "finished": None,
+            "running": f"It is {self.at[1] or 'at its start'}.",
+            "interrupted": f"Its log ends at step {self.steps}; the same command continues it.",
+            "waiting": "It has not started.",
+        }
+        return told.get(self.status, " ".join(self._records[1]) or self.record(FAILURE).get("reason"))
 
     @cached_property
     def _lines(self) -> tuple[tuple[list[dict[str, Any]], str], ...]:
