@@ -149,8 +149,13 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
     def _name_what_moves_samples(self) -> None:
         """What `generate` fills in from the model's own config, as in stock, though TRL never asked for it."""
         own = (getattr(self.model, "generation_config", None) or GenerationConfig()).to_diff_dict()
-        plain = {name for name in own if name.endswith("token_id")} | {"transformers_version", "max_length"}
-        brought = {name: own[name] for name in own.keys() - plain if getattr(self.generation_config, name, "") is None}
+        plain = GenerationConfig._get_default_generation_params() | {"max_length": own.get("max_length")}
+        brought = {
+            name: value
+            for name, value in own.items()
+            if getattr(self.generation_config, name, "") is None and value not in (None, False, plain.get(name))
+            if not name.startswith(("_", "output_", "cache_")) and not name.endswith(("token_id", "_version"))
+        }
         if brought:
             note(
                 f"The model's own generation_config brings {brought}, so its rollouts are not the policy's own; set "
@@ -176,7 +181,8 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
         anchor = old if sampled is None or (self.args.cuts_distribution and old is not None) else sampled
         log_probs = policy.log_probs[:, -inputs["completion_ids"].size(1) :]
         if anchor is None:
-            note_once("The probabilities of what generated these rollouts are not known, so every weight is 1.")
+            if self.model.training:
+                note_once("The probabilities of what generated these rollouts are not known, so every weight is 1.")
             anchor = log_probs
         if anchor.shape != log_probs.shape:
             raise RolloutError(

@@ -80,12 +80,15 @@ def test_what_a_model_brings_to_its_rollouts_is_named(make_trainer, tiny_model, 
     assert ("end token" if brings == "an end" else next(iter(brings))) in caplog.text
 
 
-def test_a_field_that_transformers_does_not_know_moves_no_rollout(make_trainer, tiny_model, tokenizer, caplog):
+def test_what_moves_no_rollout_is_not_named(make_trainer, tiny_model, tokenizer, tmp_path, caplog):
+    """A field that transformers does not know, and those that a saved model has."""
     model = tiny_model(1)
-    model.generation_config.house_style = 1
-    with caplog.at_level("INFO", "ceu_rl"):
-        make_trainer(CEUGRPOTrainer, model=model, processing_class=tokenizer)
-    assert "house_style" not in caplog.text
+    model.generation_config.update(house_style=1, num_beams=1, output_attentions=False, cache_implementation="static")
+    model.save_pretrained(tmp_path)
+    for given in (model, str(tmp_path)):
+        with caplog.at_level("INFO", "ceu_rl"):
+            make_trainer(CEUGRPOTrainer, model=given, processing_class=tokenizer)
+    assert "generation_config" not in caplog.text
 
 
 def rollouts(trainer):

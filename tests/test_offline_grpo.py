@@ -10,6 +10,7 @@ from trl import GRPOTrainer
 
 from ceu_rl import CEUGRPOTrainer, OfflineGRPOTrainer
 from ceu_rl.cli import main
+from ceu_rl.run.errors import note_once
 
 from .trainers import GRPO, build, log_prob_gradient, losses, same
 
@@ -135,15 +136,20 @@ def test_token_ids_are_taken_as_they_are_and_cut_at_the_longest_completion(make_
     assert [9, 8, 7] in batch["completion_ids"][:, :3].tolist()
 
 
-def test_an_evaluation_on_prompts_generates_and_is_scored_by_the_functions(make_trainer):
+def test_an_evaluation_on_prompts_generates_and_is_scored_by_the_functions(make_trainer, tokenizer, caplog):
+    """What it generates has no anchor, and needs none."""
+    note_once.cache_clear()
+
     def length(completions, **kwargs):
         return [float(len(text)) for text in completions]
 
     held_out = Dataset.from_list([{"prompt": "1+1="}, {"prompt": "2+2="}])
-    trainer = make_trainer(TEXTS, reward_funcs=length, eval_dataset=held_out, per_device_eval_batch_size=8)
-    trainer.train()
-    assert trainer.state.log_history[0]["rewards/length/mean"] is None
-    scores = trainer.evaluate()
+    rows, given = with_log_probs(TEXTS, tokenizer), {"descent_rule": "anchored", "per_device_eval_batch_size": 8}
+    trainer = make_trainer(rows, reward_funcs=length, eval_dataset=held_out, **given)
+    with caplog.at_level("INFO", "ceu_rl"):
+        trainer.train()
+        scores = trainer.evaluate()
+    assert trainer.state.log_history[0]["rewards/length/mean"] is None and "not known" not in caplog.text
     assert scores["eval_rewards/length/mean"] > 0 and scores["eval_rewards/logged/mean"] is None
 
 
