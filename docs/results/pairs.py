@@ -18,10 +18,10 @@ from ceu_rl.stability.runs import rate
 from ceu_rl.stability.table import paired_bootstrap
 
 RESULTS = Path(__file__).parent
-# The arms in the order in which they are drawn, each in one colour on all pages
+# The arms that are drawn, in this order, each in one colour on all pages; others stand in the tables alone
 DRAWN = (
     *("stock", "anchored", "stock-sft", "constant-0.75", "ceu-0.5", "ceu-1", "ceu-published", "positives"),
-    *("correction-token", "ceu-0.3", "token-ratio", "sequence-ratio", "gate", "balanced", "wider-1"),
+    *("correction-token", "ceu-0.3", "token-ratio", "sequence-ratio", "gate"),
 )
 COLOURS = dict(zip(DRAWN, sns.color_palette("colorblind") + sns.color_palette("dark"), strict=False))
 
