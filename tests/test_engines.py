@@ -112,20 +112,13 @@ def compare(folder, engine, cases):
         assert_same_weights(weights, theirs, start)
 
 
+@pytest.mark.parametrize(("cases", "compared"), [(FAST, CORE), pytest.param(REST, REST, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_every_engine_trains_what_one_process_trains(launch, engine):
+def test_every_engine_trains_what_one_process_trains(launch, engine, cases, compared):
     """Loss, metrics and weights, with gradient accumulation, clipping and a last batch of one row."""
-    folder, _ = launch("one", *FAST)
-    launch(engine, *FAST)
-    compare(folder, engine, CORE)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
-def test_every_case_under_every_engine(launch, engine):
-    folder, _ = launch("one", *REST)
-    launch(engine, *REST)
-    compare(folder, engine, REST)
+    folder, _ = launch("one", *cases)
+    launch(engine, *cases)
+    compare(folder, engine, compared)
 
 
 @pytest.mark.parametrize(
@@ -276,8 +269,7 @@ def started(processes, n_gpu=0, **given):
 class TestWhatWasAskedFor:
     @pytest.fixture(autouse=True)
     def environment(self, monkeypatch):
-        for name in ("WORLD_SIZE",):
-            monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
         self.set = monkeypatch.setenv
 
     def test_processes_that_would_each_train_alone_are_refused(self):
