@@ -181,7 +181,7 @@ class CEUGRPOTrainer(DescentTrainer, StopAtNonFinite, WholeCheckpoints, Float32O
         anchor = old if sampled is None or (self.args.cuts_distribution and old is not None) else sampled
         log_probs = policy.log_probs[:, -inputs["completion_ids"].size(1) :]
         if anchor is None:
-            if self.model.training:
+            if policy.log_probs.requires_grad:
                 note_once("The probabilities of what generated these rollouts are not known, so every weight is 1.")
             anchor = log_probs
         if anchor.shape != log_probs.shape:
