@@ -6,7 +6,8 @@
 train.jsonl of 2,048 questions with 8 completions, and a test.jsonl of the 500 held-out questions.
 
 To decide, written down before it ran: positives only is the advice for logged completions. It is refuted if `clip` or
-`anchored`, which know the probabilities, or `ceu-1`, ends above it in held-out reward on every seed.
+`anchored`, which know the probabilities, or `ceu-1`, ends above it in held-out reward on every seed. The
+same holds for a base that is mostly wrong (`base.yaml` with `--max_steps 300`).
 """
 
 import sys
