@@ -31,7 +31,7 @@ demo: install $(BASE)/result.json
 	$(BIN)/ceu-rl compare recipes/dpo/addition/stock.yaml recipes/dpo/addition/stock-sft.yaml \
 		recipes/dpo/addition/anchored.yaml --output_dir runs/demo
 
-# A real model: it is converted once, then a base and two runs of 60 steps
+# A real model: it is converted once, then a base and three runs of 60 steps
 SMOLLM2 := runs/smollm2-chain-sum/base
 
 $(SMOLLM2)/result.json: | install
