@@ -114,7 +114,7 @@ def test_a_dataset_in_trls_own_layout_is_not_copied():
 @pytest.mark.parametrize(
     ("kind", "row", "message"),
     [
-        *[("preference", {**TEXT, c: "Be brief."}, f"has '{c}'") for c in ("question", "system_message", "context")],
+        *[("preference", {**TEXT, c: "Be brief."}, f"has '{c}'") for c in ("question", "System_Message", "passages")],
         ("preference", {**CHAT, "messages": [{**USER, "content": "5+5="}, SAID]}, "'messages'"),
         *[("preference", {**row, "system": "Add."}, "'system'") for row in (TEXT, CHAT, WHOLE)],
         ("prompt", {"system": "Add.", "prompt": [USER]}, "'system'"),
@@ -123,7 +123,7 @@ def test_a_dataset_in_trls_own_layout_is_not_copied():
         ("preference", {"question": "a", "query": "b", **TEXTS}, "'query'"),
         ("preference", {"题目": "法国的首都是哪里", "chosen": "首都是巴黎", "rejected": "首都是伦敦"}, "'题目'"),
         ("preference", {"turns": [{**USER, "content": "What is 1+2?"}], **TEXTS}, "'turns'"),
-        ("sft", {"text": "a", "instruction": "Of old."}, "'instruction'"),
+        ("sft", {"text": "a", "Instruction": "Of old."}, "'Instruction'"),
         ("sft", {"system": "Add.", "conversations": [{"from": "human", "value": "a"}]}, "'system'"),
         *(("sft", {"prompt": "b", **row}, "'prompt'") for row in ({"text": "a"}, {"messages": [USER, SAID]})),
         ("prompt", {"question": " "}, "'question'"),
@@ -324,11 +324,12 @@ def every_way(path, method="sft"):
 
 
 def test_every_way_to_read_json_gives_what_stands_there(tmp_path):
-    call = {**SAID, "tool_calls": [{"function": {"name": "f", "arguments": {"song": "x", "n": 1}}}]}
+    numbers = {"n": 1, "pi": 3.141592653589793, "tiny": 5e-324, "long": 2**70}
+    call = {**SAID, "tool_calls": [{"function": {"name": "f", "arguments": {"song": "x", **numbers}}}]}
     rows = [
         {"prompt": [USER], "completion": [call], "id": 1, "day": "2024-01-02", "tools": [{"name": "f", "song": {}}]},
         {"prompt": [USER], "completion": [SAID], "id": "12", "day": "2024-01-03", "tools": [{"name": "g"}]},
-        {"prompt": [USER], "completion": [SAID], "id": {"a": None}, "day": None, "tools": None, "late": [1, None, 2.5]},
+        {"prompt": "Sing", "completion": [SAID], "id": {"a": None}, "day": None, "tools": None, "late": [1, None, 2.5]},
     ]
     rows = [{**row, "at": "2024-01-02T10:00:00Z", "meta": {"days": ["2024-01-02"]}} for row in rows]
     write(tmp_path / "rows.jsonl", rows)
@@ -401,10 +402,12 @@ ONE = '{"a": 1}\n'
     [
         ("rows.jsonl", None, {}, "rows.jsonl is no file"),
         ("rows.jsonl", "", {}, "rows.jsonl has no rows"),
-        ("rows.jsonl", ONE + '{"a": 1', {}, "Line 2 of .*rows.jsonl is no JSON .*; give one object on each line"),
-        ("rows.jsonl", "[1, 2", {}, "rows.jsonl is no JSON .*, or one array of objects"),
-        ("rows.jsonl", '{"id": 123456789012345678901}', {}, "Reading dataset_name .* raised OverflowError"),
-        ("rows.jsonl", '{"text": "\\ud83d"}', {}, "Reading dataset_name .* surrogates"),
+        ("rows.jsonl", ONE + '{"a": 1', {}, "Line 2 of .*rows.jsonl is no valid JSON .*; give one object on each line"),
+        ("rows.jsonl", "[1, 2", {}, "rows.jsonl is no valid JSON .*, or one array of objects"),
+        ("rows.jsonl", ONE + '{"a": {"b": "\\ud83d"}}', {}, "Line 2 of .*rows.jsonl has half a character"),
+        ("rows.json", '[{}, {"\\ud83d": 1}]', {}, "Row 1 of .*rows.json has half a character"),
+        ("rows.jsonl", ONE + '{"a": {"b": 1, "b": 1}}', {}, "Line 2 of .*rows.jsonl .* .'b' is given twice"),
+        ("twice.csv", "prompt,chosen,,,chosen\na,b,,,c\n", {}, "twice.csv raised .* the header has 'chosen' twice"),
         ("rows.jsonl", ONE + '"a"', {}, "Line 2 of .* holds 'a'; give an object"),
         ("latin.jsonl", ONE.encode() + b'{"a": "\xe9"}\n', {}, "latin.jsonl is not UTF-8 .* at byte 16"),
         ("more.csv", "prompt,chosen,rejected\nHi, how?,c1,r1\n", {}, "row 0 has 4 fields and the header 3, so quote"),

@@ -5,6 +5,7 @@ import functools
 import glob
 import json
 import random
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,11 @@ from datasets import (
     load_dataset_builder,
     load_from_disk,
 )
+from datasets.features import features as datasets_features
 from datasets.packaged_modules.csv.csv import CsvConfig
 from datasets.packaged_modules.json.json import JsonConfig
+from datasets.utils import json as datasets_json
+from pandas.io.json import ujson_dumps as pandas_dumps
 
 from ..run.errors import NameCause, note
 from .rows import QUESTIONS, TEXTS, Kind, prompt_of
@@ -35,6 +39,9 @@ KIND_OF: dict[str, Kind] = {"sft": "sft", "dpo": "preference", "grpo": "prompt",
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
 NOTHING = Value("null")
 SCALARS = {bool: Value("bool"), int: Value("int64"), float: Value("float64"), str: Value("string")}
+for _module in (datasets_features, datasets_json):  # pandas' JSON rounds numbers in objects, and fails above 64 bits
+    _module.ujson_loads = json.loads
+    _module.ujson_dumps = lambda value: json.dumps(value, default=lambda each: json.loads(pandas_dumps(each)))
 BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
@@ -168,12 +175,14 @@ def _read(source: str, field: str, said: str, streaming: bool, **where: Any) -> 
 def _cells(path: Path, separator: str) -> dict[str, Any]:
     """Options with which every cell of CSV or TSV is text."""
     separator = "\t" if path.suffix == ".tsv" else separator
-    header = list(pandas.read_csv(path, sep=separator, nrows=0))  # with its names for cells that are empty or repeated
+    header = list(pandas.read_csv(path, sep=separator, nrows=0))  # with its names for empty cells
     csv.field_size_limit(2**31 - 1)  # a row may be long
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = filter(None, csv.reader(file, delimiter=separator))
-        next(lines, None)
+        names = [name for name in next(lines, []) if name]
         first = next(lines, [])
+    if len({*names}) < len(names):
+        raise ValueError(f"the header has {max(names, key=names.count)!r} twice, so rename one")
     if len(first) > len(header):  # pandas takes the first ones for an index, and shifts the others
         raise ValueError(f"row 0 has {len(first)} fields and the header {len(header)}, so quote texts with separators")
     features = Features({name: Value("string") for name in header})
@@ -193,14 +202,25 @@ def _json_rows(paths: Sequence[str], encoding: str) -> Iterator[dict[str, Any]]:
                 continue
             where = path if is_array else f"Line {number} of {path}"
             try:
-                found = json.loads(line)
+                found = json.loads(line, object_pairs_hook=_once)
             except (ValueError, RecursionError) as error:
                 fix = "give one object on each line, or one array of objects"
-                raise ValueError(f"{where} is no JSON ({error}); {fix}.") from error
-            for row in found if is_array else [found]:
+                raise ValueError(f"{where} is no valid JSON ({error}); {fix}.") from error
+            for index, row in enumerate(found if is_array else [found]):
+                where = f"Row {index} of {path}" if is_array else where
                 if not isinstance(row, dict):
                     raise ValueError(f'{where} holds {row!r:.80}; give an object, such as {{"prompt": ...}}.')
+                if "\\u" in line and re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+                    raise ValueError(f"{where} has half a character, such as \\ud83d alone; write it whole.")
                 yield row
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; a ValueError for a key that is given twice, of which Python keeps the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"{max(found, key=[name for name, _ in pairs].count)!r} is given twice")
+    return found
 
 
 def _merge(kind: Any, value: Any) -> Any:
@@ -211,7 +231,8 @@ def _merge(kind: Any, value: Any) -> Any:
     if isinstance(value, list) and (first or isinstance(kind, List)):
         inner = functools.reduce(_merge, value, NOTHING if first else kind.feature)
         return inner if isinstance(inner, Json) else List(inner)
-    own = SCALARS.get(type(value), Json())
+    fits = not isinstance(value, int) or -(2**63) <= value < 2**63
+    own = SCALARS.get(type(value), Json()) if fits else Json()
     if first or own == kind:
         return own
     return SCALARS[float] if {str(own), str(kind)} == {str(SCALARS[int]), str(SCALARS[float])} else Json()

@@ -33,7 +33,10 @@ TEXTS = ("messages", "text", "conversations", "input_ids")  # what else supervis
 LAYOUT = ("prompt", "completion", "chosen", "rejected", "messages", "conversations")  # TRL takes any for the layout
 QUESTIONS = ("question", "query", "instruction", "input")
 SYSTEMS = ("system", "system_prompt", "system_message")
-CONTEXTS = ("context", "document", "passage", "history", "messages", "conversation", "conversations")
+CONTEXTS = (
+    *("context", "contexts", "document", "documents", "passage", "passages", "history"),
+    *("messages", "conversation", "conversations"),
+)
 BESIDE = ("tools", "chat_template_kwargs")  # what the chat template takes of a row
 IMAGES = ("image", "images")
 WRITTEN_CHAT = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")  # messages as Python or JSON writes them
@@ -72,7 +75,7 @@ def check_layout(dataset: Any, name: str, kind: Kind, num_proc: int | None = Non
         dataset = plain
     seen = (*judged, "prompt", *QUESTIONS, *SYSTEMS, *CONTEXTS, *BESIDE)
     asks = kind != "preference" or "prompt" in columns  # else any column may hold the prompt
-    given = plain.select_columns([column for column in columns if column in seen or not asks])
+    given = plain.select_columns([column for column in columns if column.lower() in seen or not asks])
     first = judge(given[0], 0)
     judge = dataclasses.replace(judge, chats=_is_chat(first))
     settings: dict[str, Any] = {"with_indices": True, "remove_columns": given.column_names, "num_proc": num_proc}
@@ -111,9 +114,10 @@ class _Judge:
         new |= _joined(new, [column for column in COMPLETIONS[self.kind] if column in row], refuse)
         others = {"prompt", *QUESTIONS, *SYSTEMS, *CONTEXTS} if self.kind != "prompt" else {*SYSTEMS}
         if self.kind == "preference" and "prompt" not in new and not _is_asked(new):
-            others |= {column for column, value in row.items() if any(map(_is_prose, _leaves(value)))}
+            others |= {column.lower() for column, value in row.items() if any(map(_is_prose, _leaves(value)))}
         if judged != ["input_ids"]:
-            _check_unread(new, judged, [c for c in row if c in others - {*judged, source, *BESIDE}], where)
+            unread = [c for c in row if c.lower() in others and c not in {*judged, source, *BESIDE}]
+            _check_unread(new, judged, unread, where)
         made = {column: new[column] for column in judged}
         if self.chats not in (None, _is_chat(made)):
             now, first = ("text", "messages") if self.chats else ("messages", "text")
@@ -169,7 +173,7 @@ def _columns(dataset: Rows, name: str) -> list[str]:
 
 def check_questions(dataset: Dataset, name: str) -> None:
     """Raise a ValueError for rows of question and answer whose other columns say what neither of the two says."""
-    others = [c for c in (*QUESTIONS[1:], *SYSTEMS, *CONTEXTS) if c in dataset.column_names]
+    others = [c for c in dataset.column_names if c.lower() in (*QUESTIONS[1:], *SYSTEMS, *CONTEXTS)]
     for index, row in enumerate(dataset.select_columns(["question", "answer", *others]) if others else ()):
         _check_unread(row, ["question", "answer"], others, f"Row {index} of the {name} dataset")
 

@@ -260,6 +260,8 @@ def dump_recipe(settings: Mapping[str, Any]) -> str:
 
 def load_yaml(path: Path, typed: bool = True) -> dict[Any, Any]:
     """A mapping; unless `typed`, its numbers and truth values are the texts that stand there."""
+    if not path.is_file():
+        raise ValueError(f"{path} is {'a folder; name a file in it' if path.is_dir() else 'no file; check its name'}.")
     try:
         loader = _OnceLoader(path.read_bytes().decode("utf-8-sig"))
         node = loader.get_single_node()

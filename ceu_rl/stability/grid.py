@@ -57,6 +57,8 @@ def _compare(argv: Sequence[str], console: Console, command: str) -> int:
 
     args, recipes, fields = parse(argv)
     folder = args.output_dir or Path("runs", f"{recipe_method(recipes[0])}-{recipes[0].resolve().parent.name}")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file; choose a folder.")
     jobs = make_jobs(recipes, fields, folder, args.accelerate_config, args.retain)
 
     def report(to: Console) -> int:
@@ -177,8 +179,7 @@ def make_jobs(
     """The runs of the grid: the product of recipes, values of the fields and seeds, in this order.
 
     Raises:
-        ValueError: for two recipes of one name, or a field or value that a method does not take.
-        OSError: for a recipe that cannot be read; each is read here and never again.
+        ValueError: for a recipe that is no file, two of one name, or a field or value that a method does not take.
     """
     for path in (accelerate_config, retain):
         if path is not None and not path.is_file():
@@ -199,8 +200,6 @@ def _jobs_of(
     from ..run.checks import check_numbers
     from ..run.config import dump_recipe, read_recipe, recipe_method, settings_of
 
-    if recipe.is_dir():
-        raise ValueError(f"{recipe} is a folder; name a recipe in it.")
     method = recipe_method(recipe)
     content, known = settings_of(read_recipe(method, recipe)), _known_settings(folder)
     typed = {name: _typed(method, name, values) for name, values in fields.items()}
