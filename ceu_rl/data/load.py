@@ -39,6 +39,7 @@ KIND_OF: dict[str, Kind] = {"sft": "sft", "dpo": "preference", "grpo": "prompt",
 SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
 NOTHING = Value("null")
 SCALARS = {bool: Value("bool"), int: Value("int64"), float: Value("float64"), str: Value("string")}
+_module: Any
 for _module in (datasets_features, datasets_json):  # pandas' JSON rounds numbers in objects, and fails above 64 bits
     _module.ujson_loads = json.loads
     _module.ujson_dumps = lambda value: json.dumps(value, default=lambda each: json.loads(pandas_dumps(each)))
