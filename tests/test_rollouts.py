@@ -136,7 +136,7 @@ class TestEngine:
         tokenizer.save_pretrained(tmp_path / "model")
         return str(tmp_path / "model")
 
-    @pytest.mark.parametrize("kind", ["full", "lora"])
+    @pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
     def test_vllm_holds_the_weights_of_the_model_after_each_sync(self, model, tmp_path, kind):
         (tmp_path / "sync.py").write_text(SYNC)
         result = run([sys.executable, tmp_path / "sync.py", tmp_path, kind])
@@ -182,7 +182,7 @@ class TestEngine:
         assert left == []
         return result
 
-    @pytest.mark.parametrize("processes", [1, 2])
+    @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
     def test_the_reward_rises(self, recipe, tmp_path, processes):
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
         lag = {1: 1, 2: 3}[processes]  # in two processes with weights that lag

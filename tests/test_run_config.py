@@ -84,7 +84,7 @@ def test_what_is_wrong_is_named_with_file_and_field(recipe, text, message):
     [
         (["--config"], "--config has no value"),
         (["--config", "a.yaml", "--config=b.yaml"], "--config is given 2 times"),
-        (["--config", "/no/such.yaml"], "names '/no/such.yaml', which is no file"),
+        (["--config", "/no/such.yaml"], "/no/such.yaml is no file"),
         (["R.yaml"], "R.yaml is no option; write --config R.yaml"),
         (["--ceu_cof", "1"], "no field 'ceu_cof'; did you mean ceu_coef"),
         (["--lr", "1"], "no field 'lr'; did you mean learning_rate"),

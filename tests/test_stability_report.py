@@ -230,7 +230,6 @@ def test_reward_and_divergence(make, report):
     assert last["scores"]["sampled accuracy"]["mean"] == pytest.approx(0.81)
     assert found["scores"] == ["sampled accuracy", "pass@16"] and "pass@16" in terminal and "pass@16</" in page
     assert found["groups"][0]["scores"]["pass@16"]["kept"]  # 0.9 of 0.9, on both seeds
-    assert 'class="plane"><h3>sampled accuracy</h3>' in page
 
 
 # TOFU

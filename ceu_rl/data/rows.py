@@ -33,9 +33,8 @@ TEXTS = ("messages", "text", "conversations", "input_ids")  # what else supervis
 LAYOUT = ("prompt", "completion", "chosen", "rejected", "messages", "conversations")  # TRL takes any for the layout
 QUESTIONS = ("question", "query", "instruction", "input")
 SYSTEMS = ("system", "system_prompt", "system_message")
-CONTEXTS = (
-    *("context", "contexts", "document", "documents", "passage", "passages", "history"),
-    *("messages", "conversation", "conversations"),
+CONTEXTS = tuple(
+    "context contexts document documents passage passages history messages conversation conversations".split()
 )
 BESIDE = ("tools", "chat_template_kwargs")  # what the chat template takes of a row
 IMAGES = ("image", "images")

@@ -190,8 +190,6 @@ def _split_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     recipe, *others = found.config or [None]
     if others:
         raise ValueError(f"--config is given {len(found.config)} times; give one recipe.")
-    if recipe and not recipe.is_file():
-        raise ValueError(f"--config names '{recipe}', which is no file; give a recipe: --config RECIPE.yaml.")
     return recipe, rest
 
 

@@ -1,7 +1,4 @@
-"""One recipe, one run: build, train, evaluate, save, and the result with its provenance.
-
-A run leaves the model in `output_dir`, its log in `metrics.jsonl`, and its result in `result.json`.
-"""
+"""One recipe, one run: build, train, evaluate, save, and the result with its provenance."""
 
 import functools
 import json

@@ -104,7 +104,8 @@ def curves(table: Table, arms: Mapping[str, Look]) -> list[dict[str, Any]]:
             continue
         steps = np.sort(own.step.unique())[::-1]
         own = own[own.step.isin(steps[:: len(steps) // POINTS + 1])]
-        grid = _panels(own, arms, x="step", y="value", col="setting")
+        style = _styled(arms) | ({"markers": False} if own.step.nunique() > 12 else {})
+        grid = _headed(sns.relplot(own, kind="line", x="step", y="value", col="setting", **PANEL, **style))
         for axes in grid.axes.flat:
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             if metric == "grad_norm":
@@ -112,12 +113,6 @@ def curves(table: Table, arms: Mapping[str, Look]) -> list[dict[str, Any]]:
         title = f"log-probability of {metric}, nats per token" if metric in ("chosen", "rejected") else metric
         found.append({"title": title, "panels": grid.axes.size, "svg": _svg(grid.figure)})
     return found
-
-
-def _panels(frame: pd.DataFrame, arms: Mapping[str, Look], x: str, **more: Any) -> sns.FacetGrid:
-    """Panels side by side: means over seeds, with the range of the seeds."""
-    style = _styled(arms) | ({"markers": False} if frame[x].nunique() > 12 else {})
-    return _headed(sns.relplot(frame, kind="line", x=x, **PANEL, **style, **more))
 
 
 def _headed(grid: sns.FacetGrid) -> sns.FacetGrid:
@@ -144,8 +139,9 @@ def _log_axis(axes: Axes) -> None:
 
 
 @matplotlib.rc_context(STYLE)
-def plane(frame: pd.DataFrame, x: str, y: str, arms: Mapping[str, Look], lines: Sequence[float | None] = ()) -> str:
-    """Two measures of each run, small, and their medians at each setting; a line joins the settings of an arm."""
+def plane(frame: pd.DataFrame, arms: Mapping[str, Look], useful: float | None, forgotten: float) -> str:
+    """Forget quality and utility of each run, small, and medians of a setting; a line joins the settings of an arm."""
+    x, y = "model_utility", "forget_quality"
     known = frame.dropna(subset=[x, y])
     medians = known.groupby(["arm", "group"], sort=False)[[x, y, "rate"]].median().reset_index()
     lost = set(frame.group[frame.status == "diverged"])
@@ -159,11 +155,10 @@ def plane(frame: pd.DataFrame, x: str, y: str, arms: Mapping[str, Look], lines: 
         axes.annotate(said, at, (6, -9), **text)
         if point["group"] in lost:
             axes.plot(*at, "x", color="black", ms=8, mew=1.6, zorder=5)
-    for level, line in zip(lines, (axes.axvline, axes.axhline), strict=False):
-        if level is not None:
-            line(level, color=GREY, ls="--", lw=1)
-    if y == "forget_quality":
-        _log_axis(axes)
+    axes.axhline(forgotten, color=GREY, ls="--", lw=1)
+    if useful is not None:
+        axes.axvline(useful, color=GREY, ls="--", lw=1)
+    _log_axis(axes)
     axes.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
     axes.margins(0.12)
     return _svg(figure)

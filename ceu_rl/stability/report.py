@@ -1,20 +1,6 @@
 """The report of a comparison: `report.html` to read, `report.json` with every number, and a table in the terminal.
 
-[`write_report`] reads the folders of the runs and nothing else. `report.json` is one mapping, which a plain reader
-understands; numbers that are not finite are None:
-
-    format       3
-    command, verdict                       the command that made it, and the sentences
-    arms         name, method, recipe, differs (the fields in which its recipe is not the first arm's)
-    scores       the names of the scores
-    groups       each arm at each setting: arm, setting, rate, runs, seeds (by status), scores (mean, min, max, base and
-                 whether 95 % of the base's are `kept`, with the interval of score - 0.95 base), measures
-    comparisons  each arm against the first: score, both settings and finals, the paired difference and its interval
-    tofu         model utility and forget quality before unlearning, where they are known
-    provenance   commit, versions, device, dates, runs (by their places)
-    runs         arm, setting, seed, method, status, reason, final scores, metrics (the last logged), curves (step, and
-                 a list for each metric), held_out (columns of the rows at the last step), measures, summary (of TOFU
-                 or MUSE), and fields of its record
+[`write_report`] reads the folders of the runs and nothing else. `docs/recipes.md` says what `report.json` holds.
 """
 
 import itertools
@@ -35,7 +21,7 @@ from rich.console import Console
 from ..run.errors import write_whole
 from . import figures
 from .runs import RECORD, STATUSES, Run, key_of, rate
-from .table import ACCURACIES, REWARD, Score, Table, number, setting_name
+from .table import Score, Table, number, setting_name
 
 FORGET_QUALITY = 0.05  # p-value above which an unlearned model cannot be told from the retain model
 KEEP_UTILITY = 0.9  # share of the base's model utility
@@ -57,10 +43,7 @@ OF_GROUP = {"grad_norm_largest": "max", "drawdown": "max", "reached": "min"}  # 
 
 
 def write_report(folder: Path, runs: Sequence[Run], console: Console, command: str) -> dict[str, Any]:
-    """Write `report.html` and `report.json` into a folder, print verdict and table, and return what the JSON holds.
-
-    The arm of the first run is the baseline; runs may have failed or be missing. `command` made the comparison.
-    """
+    """Write `report.html` and `report.json` of runs, the first arm's the baseline; return what the JSON holds."""
     table = Table(runs)
     report = summarize(table, command)
     _print(report, console)
@@ -387,7 +370,7 @@ def _html(folder: Path, table: Table, report: Mapping[str, Any]) -> str:
         lines=arm_lines(report),
         table=Markup(table_of(report).to_html(index=False, border=0)),
         definitions=list(_shown(report).values()),
-        planes=list(_planes(table, report, looks)),
+        plane=_plane(table, report, looks),
         finals=figures.finals(table, looks),
         curves=figures.curves(table, looks),
         runs=table.runs,
@@ -398,16 +381,10 @@ def _html(folder: Path, table: Table, report: Mapping[str, Any]) -> str:
     )
 
 
-def _planes(table: Table, report: Mapping[str, Any], looks: Mapping[str, figures.Look]) -> Iterator[tuple[str, str]]:
-    """Forget quality against model utility; of GRPO what a run gets against how far it went for it, by condition."""
+def _plane(table: Table, report: Mapping[str, Any], looks: Mapping[str, figures.Look]) -> str:
+    """Forget quality against model utility, where runs have both."""
     frame = table.about.join(pd.DataFrame([run["measures"] for run in report["runs"]], columns=[*SHOWN]))
-    if frame[[*TOFU]].notna().all(axis=1).any():
-        base = report["tofu"].get("model_utility")
-        lines = base and KEEP_UTILITY * base, FORGET_QUALITY
-        yield "forget quality", figures.plane(frame, *TOFU, looks, lines)
-    task = [score for score in table.scores if score in (ACCURACIES[-1], REWARD)]
-    if task and any(run.method == "grpo" for run in table.runs):
-        frame[task[0].name] = table.ends_of(frame.run, task[0]).set_index("run").final
-        for condition, own in frame.groupby("condition", sort=False):
-            name = f"{task[0].name} ({condition})" if condition else task[0].name
-            yield name, figures.plane(own, "kl", task[0].name, looks)
+    if not frame[[*TOFU]].notna().all(axis=1).any():
+        return ""
+    base = report["tofu"].get("model_utility")
+    return figures.plane(frame, looks, base and KEEP_UTILITY * base, FORGET_QUALITY)
