@@ -207,29 +207,18 @@ def test_where_the_runs_come_from_is_said_once_and_differences_are_said(make, re
     assert COMMAND in page
 
 
-# GRPO: what a reward costs
-
-
-def frontier_grid(make):
-    """Two rates and two seeds of two arms: divergence and reward at the steps 0, 50 and 100."""
-    ends = {"stock": {1e-5: (0.05, 0.6), 1e-4: (0.2, 0.8)}, "ceu": {1e-5: (0.02, 0.6), 1e-4: (0.1, 0.8)}}
-    other = {"reward": 0.5, "eval_pass@1": 0.5, "eval_pass@16": 0.9, "ceu/weight_mean": 0.2}
+def test_pass_at_k_and_the_divergence_of_grpo(make, report):
     runs = []
-    for arm, rates in ends.items():
-        for (each, (kl, reward)), seed in itertools.product(rates.items(), range(2)):
-            scores = [(step, 0.5 + (reward + 0.02 * seed - 0.5) * step / 100) for step in (0, 50, 100)]
-            log = [{"step": s, "eval_sampled_accuracy": v, "eval_kl": kl * s / 100, **other} for s, v in scores]
-            runs.append(make(arm, {"learning_rate": each}, seed, log, method="grpo"))
-    return runs
-
-
-def test_reward_and_divergence(make, report):
-    found, page, terminal = report(frontier_grid(make))
-    last = next(group for group in found["groups"] if group["arm"] == "stock" and group["rate"] == 1e-4)
-    assert last["measures"]["kl"] == pytest.approx(0.2)
-    assert last["scores"]["sampled accuracy"]["mean"] == pytest.approx(0.81)
-    assert found["scores"] == ["sampled accuracy", "pass@16"] and "pass@16" in terminal and "pass@16</" in page
-    assert found["groups"][0]["scores"]["pass@16"]["kept"]  # 0.9 of 0.9, on both seeds
+    for seed, reward in enumerate((0.80, 0.82)):
+        ends = [(0, 0.5, 0.0), (100, reward, 0.2)]
+        log = [{"step": s, "eval_sampled_accuracy": v, "eval_kl": kl, "eval_pass@16": 0.9} for s, v, kl in ends]
+        runs.append(make("stock", {"learning_rate": 1e-4}, seed, log, method="grpo"))
+    found, page, terminal = report(runs)
+    assert found["groups"][0]["measures"]["kl"] == pytest.approx(0.2)
+    scores = found["groups"][0]["scores"]
+    assert scores["sampled accuracy"]["mean"] == pytest.approx(0.81) and scores["pass@16"]["kept"]  # 0.9 of 0.9
+    assert list(scores) == found["scores"] == ["sampled accuracy", "pass@16"]
+    assert "pass@16" in terminal and "pass@16</" in page
 
 
 # TOFU
