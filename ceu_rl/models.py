@@ -22,8 +22,11 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from safetensors import safe_open
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast, modeling_utils
+
+from .run.errors import NameCause
 
 BUILTIN_MODEL = "builtin:llama"
 COMMAND = re.compile(r"(?m)^#\s*(ceu-rl \w+ --config \S+)")  # in the header of a recipe
@@ -152,12 +155,15 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0, **overrides: 
 
 
 def check_model_name(name: str, recipe: Path | None = None, field: str = "model_name_or_path") -> None:
-    """Raise a ValueError for a folder that is not there or holds no model, with the command that makes it if known.
+    """Raise a ValueError for a folder that is not there or no whole model, with the command that makes it if known.
 
     A name on the Hub is left to its loading. The recipe that makes the folder is looked for beside `recipe`.
     """
     path = Path(name)
     if path.is_dir():
+        for file in sorted([*path.glob("*config.json"), *path.glob("*.safetensors")]):
+            with NameCause(f"Reading {file}", "it is cut short or damaged; copy it again."):
+                json.loads(file.read_bytes()) if file.suffix == ".json" else safe_open(file, "pt")  # its header
         if any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
             return
         problem = "holds no model (no config.json)"

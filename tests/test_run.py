@@ -318,7 +318,8 @@ def test_input_of_every_kind_ends_in_one_sentence(recipe, base, refused, fields,
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
-    [("adapter_config.json", b"{}", "is an adapter; merge it into"), ("model.safetensors", b"damaged", "error: ")],
+    [("adapter_config.json", b"{}", "is an adapter; merge it into")]
+    + [(name, b"{", f"/base/{name} raised ") for name in ("model.safetensors", "generation_config.json")],
 )
 def test_a_start_that_is_none_is_named(recipe, base, refused, name, content, message):
     (base / name).write_bytes(content)

@@ -1,1 +1,0 @@
-"""One recipe, one run: its settings, its course, what it leaves behind."""

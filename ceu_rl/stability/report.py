@@ -1,7 +1,4 @@
-"""The report of a comparison: `report.html` to read, `report.json` with every number, and a table in the terminal.
-
-[`write_report`] reads the folders of the runs and nothing else. `docs/recipes.md` says what `report.json` holds.
-"""
+"""The report of a comparison: `report.html` to read, `report.json` (see `docs/recipes.md`), a table in the terminal."""
 
 import itertools
 import json
