@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands that tests start
+os.environ["SUBMITIT_LOG_LEVEL"] = "NOCONFIG"  # else its import makes a handler of absl close pytest's stderr
 
 import datasets
 import pytest
